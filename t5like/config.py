@@ -1,0 +1,381 @@
+"""The one schema of a run: every field, its unit and its default; and the way from a config file to a frozen `Config`.
+
+A file in `configs/` defines ``get_config() -> ml_collections.ConfigDict``: it takes `default()` and sets what differs.
+`load` runs the file, applies ``--config.section.field=value`` and gives a frozen `Config` to everything else. Wrong
+keys, types and combinations are refused here, before JAX starts. What needs devices is checked in `mesh`, what needs an
+objective's arithmetic in `data.pipeline`. A config inside a checkpoint is JSON (`to_json`, `from_json`): data, no code.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from t5like.errors import ConfigError
+
+FORMAT = 1  # of a saved config; a later version upgrades older numbers and refuses newer ones
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    path: str = ""  # a SentencePiece model; empty: train one on the data
+    vocab_size: int = 32_100  # ids of text and sentinels together; the model pads its rows to `model.vocab_multiple`
+    num_sentinels: int = 100  # <extra_id_0> has the highest id, and they count down (T5)
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    sample_characters: int = 20_000_000  # how much text a new tokenizer is trained on, drawn by document
+    character_coverage: float = 0.9995  # characters beyond it are spelled in bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: tuple[str, ...] = ("python_stdlib",)  # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME
+    rates: tuple[float, ...] = ()  # how often each source is drawn from; empty: in proportion to its tokens
+    split: str = "train"  # of TFDS and Hugging Face data sets
+    text_field: str = "text"  # of TFDS, JSONL, Parquet and Hugging Face data sets
+    text_documents: Literal["file", "line"] = "file"  # what one document is in text files
+    directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
+    heldout_fraction: float = 0.01  # of the documents, chosen by a hash of their text, never trained on
+    num_workers: int = 0  # processes that tokenize; 0: one per core
+    objective: Literal["span_corruption", "prefix_lm", "causal_lm"] = "span_corruption"
+    batch_size: int = 128  # rows per step, over all devices and microbatches
+    inputs_length: int = 512  # tokens
+    targets_length: int = 114  # tokens; a decoder-only model reads rows of inputs_length + targets_length
+    noise_density: float = 0.15  # span corruption: share of the tokens that are masked
+    mean_span_length: float = 3.0  # span corruption: tokens per masked span
+    document_borders: Literal["concatenate", "segments"] = "concatenate"  # segments: no attention across documents
+    prefetch: int = 4  # steps made ahead in background threads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    architecture: Literal["encoder_decoder", "decoder"] = "encoder_decoder"
+    num_layers: int = 8  # of the encoder and of the decoder each
+    num_decoder_layers: int = 0  # 0: num_layers
+    model_dim: int = 512
+    num_heads: int = 6
+    num_kv_heads: int = 0  # grouped-query attention; 0: num_heads
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    mlp: Literal["relu", "gelu", "gated_gelu", "gated_silu"] = "gated_gelu"  # gelu: the tanh approximation
+    positions: Literal["relative", "rotary", "learned"] = "relative"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128  # tokens
+    rotary_base: float = 10_000.0
+    max_length: int = 1024  # rows of learned positions
+    norm: Literal["rms", "layer"] = "rms"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-6
+    biases: bool = False  # on every dense layer
+    tied_embeddings: bool = False
+    scale_attention: bool = False  # multiply q k by head_dim**-0.5; T5 does not, it folds that into the init
+    init: Literal["t5", "gpt2"] = "t5"  # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks
+    dropout_rate: float = 0.0
+    vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
+    layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: scan on accelerators, unroll on a CPU
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matmuls, all
+    attention: Literal["auto", "plain", "cudnn"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adafactor", "adamw", "adamw_rms", "lion", "muon"] = "adafactor"
+    learning_rate: float = 0.01  # at its highest
+    schedule: Literal["constant", "rsqrt", "cosine", "linear", "wsd"] = "rsqrt"
+    warmup_steps: int = 10_000  # linear from 0; rsqrt is flat during it instead, as in T5
+    decay_steps: int = 0  # wsd: steps of the decay at the end
+    final_fraction: float = 0.0  # of learning_rate, at the end of cosine, linear and wsd
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = (".*(scale|bias).*",)  # parameter names, as regular expressions
+    frozen: tuple[str, ...] = ()  # parameter names, as regular expressions, that keep their first value
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    ema_decay: float = 0.0  # moving average of the parameters, kept beside them and evaluated; 0: none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    num_steps: int = 524_288
+    microbatches: int = 1  # a step's rows are worked through in that many parts; their gradients are summed
+    z_loss: float = 1e-4  # weight of log(Z)^2
+    label_smoothing: float = 0.0
+    loss_chunk: int = 0  # target tokens per chunk of the loss; 0: all at once
+    log_every: int = 10  # steps
+    eval_every: int = 1_000  # steps; it is also done before the first step and after the last
+    eval_batches: int = 16  # batches of held-out text per evaluation
+    checkpoint_every: int = 1_000  # steps
+    keep_checkpoints: int = 3  # the newest ones
+    keep_every: int = 0  # steps whose checkpoints are kept for good; 0: none
+    max_bad_steps: int = 3  # updates with a non-finite gradient that are skipped in a row before the run gives up
+    profile_step: int = 0  # writes a profile of the 3 steps from this one; 0: none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int = -1  # devices per axis; at most one axis is -1: what is left
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = 0
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding: the vocabulary padded up to `model.vocab_multiple`."""
+        return -(-self.tokenizer.vocab_size // self.model.vocab_multiple) * self.model.vocab_multiple
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a decoder-only row."""
+        return self.data.inputs_length + self.data.targets_length
+
+
+def default() -> ml_collections.ConfigDict:
+    """A config file's starting point: every field at its default. Unknown names are refused when they are set."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
+    """Run a config file and resolve what it returns.
+
+    Args:
+        path: a Python file that defines ``get_config() -> ConfigDict``.
+        overrides: ("section.field", "value as text") pairs from the command line, applied in order.
+
+    Raises:
+        ConfigError: the file is missing or broken, or a field is.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: no such file; try --config=configs/tiny.py")
+    spec = importlib.util.spec_from_file_location("t5like_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"--config={path} failed: {' '.join(str(error).split())}") from error
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    for name, text in overrides:
+        override(values, name, text)
+    return resolve(values)
+
+
+def override(values: dict, name: str, text: str) -> None:
+    """Set ``section.field`` of a nested dict from a command line's text, typed by the schema."""
+    section, cls = values, Config
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        inner = _types(cls).get(parent)
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(_unknown(f"--config.{name}", parent, cls))
+        section, cls = section.setdefault(parent, {}), inner
+    wanted = _types(cls).get(leaf)
+    if wanted is None:
+        raise ConfigError(_unknown(f"--config.{name}", leaf, cls))
+    if dataclasses.is_dataclass(wanted):
+        raise ConfigError(f"--config.{name} is a section; set one of its fields: {', '.join(_types(wanted))}")
+    section[leaf] = _parse(name, text, wanted)
+
+
+def resolve(values: Mapping) -> Config:
+    """Make the frozen config from nested dicts. Absent fields take their default; see `check` for what is refused."""
+    config = _build(Config, values, "")
+    check(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as text, one field a line, for a run directory or a checkpoint."""
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=1)
+
+
+def from_json(text: str) -> Config:
+    """Read what `to_json` wrote; as strict as `resolve`."""
+    values = json.loads(text)
+    if (written := values.pop("format", None)) != FORMAT:
+        raise ConfigError(f"config format={written} is not the format {FORMAT} that this version reads")
+    return resolve(values)
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """The fields that differ, as ``section.field: old -> new``."""
+    pairs = zip(_flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new)), strict=True)
+    return [f"{name}: {was!r} -> {now!r}" for (name, was), (_, now) in pairs if was != now]
+
+
+def check(config: Config) -> None:
+    """Refuse what no machine could run.
+
+    Raises:
+        ConfigError: with field, value, rule, and a value that would work.
+    """
+    tokenizer, data, model, optimizer, train = (
+        config.tokenizer, config.data, config.model, config.optimizer, config.train)
+
+    def require(holds: bool, field: str, rule: str) -> None:
+        if not holds:
+            value = config
+            for part in field.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{field}={value!r} {rule}")
+
+    for field in ("data.batch_size", "data.targets_length", "data.prefetch", "model.num_layers", "model.model_dim",
+                  "model.num_heads", "model.head_dim", "model.mlp_dim", "model.vocab_multiple", "model.max_length",
+                  "model.relative_buckets", "train.num_steps", "train.microbatches", "train.log_every", "train.eval_every",
+                  "train.eval_batches", "train.checkpoint_every", "train.keep_checkpoints", "train.max_bad_steps",
+                  "tokenizer.sample_characters"):
+        require(_get(config, field) >= 1, field, "must be at least 1")
+    for field in ("seed", "data.inputs_length", "data.num_workers", "model.num_decoder_layers", "model.num_kv_heads",
+                  "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "optimizer.clip_norm",
+                  "train.z_loss", "train.loss_chunk", "train.keep_every", "train.profile_step",
+                  "tokenizer.num_sentinels"):
+        require(_get(config, field) >= 0, field, "must be at least 0")
+    for field in ("optimizer.learning_rate", "optimizer.epsilon", "model.norm_epsilon", "model.rotary_base"):
+        require(_get(config, field) > 0, field, "must be more than 0")
+    for field in ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay", "model.dropout_rate", "train.label_smoothing",
+                  "optimizer.final_fraction"):
+        require(0 <= _get(config, field) < 1, field, "must be at least 0 and less than 1")
+    require(config.seed < 2**32, "seed", "must be less than 2**32")
+    require(0 < tokenizer.character_coverage <= 1, "tokenizer.character_coverage", "must be above 0 and at most 1; use 0.9995")
+    smallest = 3 + 256 + tokenizer.num_sentinels
+    require(tokenizer.vocab_size > smallest, "tokenizer.vocab_size",
+            f"must be more than {smallest} (3 special ids, 256 bytes, {tokenizer.num_sentinels} sentinels); use {smallest + 1000}")
+
+    require(len(data.source) >= 1, "data.source", "must name a source, such as python_stdlib or text:my_texts/*.txt")
+    require(len(data.rates) in (0, len(data.source)), "data.rates",
+            f"must have one rate for each of the {len(data.source)} in data.source, or be empty")
+    require(all(r >= 0 for r in data.rates) and (not data.rates or sum(data.rates) > 0), "data.rates",
+            "must not be negative and must not sum to 0; use " + ",".join("1" for _ in data.source))
+    require(0 < data.heldout_fraction < 1, "data.heldout_fraction", "must lie between 0 and 1; use 0.01")
+    require(0 < data.noise_density < 1, "data.noise_density", "must lie between 0 and 1; use 0.15")
+    require(data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
+    pairs = {"span_corruption": ("encoder_decoder",), "prefix_lm": ("encoder_decoder", "decoder"), "causal_lm": ("decoder",)}
+    require(model.architecture in pairs[data.objective], "data.objective",
+            f"needs model.architecture={' or '.join(pairs[data.objective])}, not {model.architecture}")
+    require(data.objective == "causal_lm" or data.inputs_length >= 1, "data.inputs_length", f"must be at least 1 for {data.objective}")
+
+    heads = model.num_kv_heads or model.num_heads
+    require(model.num_heads % heads == 0, "model.num_kv_heads",
+            f"must divide model.num_heads={model.num_heads}; use {math.gcd(heads, model.num_heads)}")
+    require(model.positions != "rotary" or model.head_dim % 2 == 0, "model.head_dim",
+            f"must be even for rotary positions; use {model.head_dim + 1}")
+    require(model.relative_buckets % 4 == 0, "model.relative_buckets", "must be a multiple of 4; use 32")
+    require(model.relative_max_distance > model.relative_buckets // 2, "model.relative_max_distance",
+            f"must be more than half of model.relative_buckets={model.relative_buckets}; use {4 * model.relative_buckets}")
+    longest = config.row_length if model.architecture == "decoder" else max(data.inputs_length, data.targets_length)
+    require(model.positions != "learned" or model.max_length >= longest, "model.max_length",
+            f"must be at least the longest row, {longest}, with learned positions; use {longest}")
+
+    require(data.batch_size % train.microbatches == 0, "data.batch_size",
+            f"must be a multiple of train.microbatches={train.microbatches}; use "
+            f"{-(-data.batch_size // train.microbatches) * train.microbatches}")
+    require(optimizer.warmup_steps <= train.num_steps or optimizer.schedule == "rsqrt", "optimizer.warmup_steps",
+            f"must be at most train.num_steps={train.num_steps}; use {train.num_steps // 10}")
+    require(optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
+            "optimizer.decay_steps", "must be at least 1 and fit between the warm-up and train.num_steps="
+            f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}")
+
+    axes = dataclasses.asdict(config.mesh)
+    for axis, size in axes.items():
+        require(size == -1 or size >= 1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
+    if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
+        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1")
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _get(config: Config, field: str) -> Any:
+    section, _, name = field.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
+    return [pair for key, value in values.items() for pair in
+            (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)])]
+
+
+def _unknown(where: str, key: str, cls: type) -> str:
+    names = list(_types(cls))
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"{where}: there is no field {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}")
+
+
+def _build(cls: type, values: Mapping, prefix: str):
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')}={values!r} must be a section with the fields {', '.join(_types(cls))}")
+    types = _types(cls)
+    for key in values:
+        if key not in types:
+            raise ConfigError(_unknown(f"{prefix}{key}", key, cls))
+    return cls(**{key: _build(types[key], value, f"{prefix}{key}.") if dataclasses.is_dataclass(types[key])
+                  else _convert(prefix + key, value, types[key]) for key, value in values.items()})
+
+
+def _wanted(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list of " + {"str": "strings", "float": "numbers"}[typing.get_args(kind)[0].__name__]
+    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Check a value against its annotation; whole numbers pass for floats, one string for a list of them."""
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        near = difflib.get_close_matches(str(value), typing.get_args(kind), n=1)
+        raise ConfigError(f"{name}={value!r} must be {_wanted(kind)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if typing.get_origin(kind) is tuple:
+        items = (value,) if isinstance(value, str | int | float) else value
+        if isinstance(items, list | tuple):
+            return tuple(_convert(name, item, typing.get_args(kind)[0]) for item in items)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    elif kind is not float and type(value) is kind:
+        return value
+    raise ConfigError(f"{name}={value!r} must be {_wanted(kind)}")
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """Read a command line's text as the annotated type."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in text.split(",")) if text else ()
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is int:
+            number = int(text) if "e" not in text.lower() else float(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"{name}={text!r} must be {_wanted(kind)}") from None
+    return text

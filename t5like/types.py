@@ -1,0 +1,88 @@
+"""The nouns that the modules pass to each other, and the one legend of dimension letters.
+
+    B batch (rows)          L query or target length    S key or source length (encoder)
+    D model dim             F MLP dim                   V vocabulary rows
+    N query heads           K key-value heads           H head dim
+    Y stacked layers        R relative-position buckets T tokens of a window before an objective
+    C classes               G samples per prompt
+
+An array in the model, losses, objectives and generation ends in its logical shape: ``targets_BL``, ``bias_1NLS``.
+The shape is logical: it does not change with the sharding. Nothing here imports JAX: named tuples are pytrees anyway.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tree = Any  # a nested dict of arrays, or of anything with one leaf per array
+Array = Any  # np.ndarray on the host, jax.Array in a program, jax.ShapeDtypeStruct in a plan
+
+
+class Batch(NamedTuple):
+    """One training batch: what every objective ends as, so that the trainer never learns which one ran.
+
+    Which fields are None follows from the config alone, never from the data, so a step is traced once.
+
+    Attributes:
+        decoder_BL: int32 ids that the decoder reads.
+        targets_BL: int32 ids that it has to predict, at the same places.
+        weights_BL: float32 loss weight of each target; 0 where nothing is to be learned.
+        encoder_BS: int32 ids that the encoder reads; None for a decoder-only model.
+        encoder_segments_BS: int32 document number inside a row, from 1; attention stays inside a document.
+            None: the row is one piece of text, nothing is masked. 0 marks padding, seen by nobody.
+        decoder_segments_BL: the same for the decoder.
+        encoder_positions_BS: int32 position inside the document; None counts from 0 over the row.
+        decoder_positions_BL: the same for the decoder.
+        prefix_BL: bool, True at decoder positions that everyone in the same document may see (prefix LM);
+            None: plain causal attention.
+    """
+
+    decoder_BL: Array
+    targets_BL: Array
+    weights_BL: Array
+    encoder_BS: Array | None = None
+    encoder_segments_BS: Array | None = None
+    decoder_segments_BL: Array | None = None
+    encoder_positions_BS: Array | None = None
+    decoder_positions_BL: Array | None = None
+    prefix_BL: Array | None = None
+
+
+class Sum(NamedTuple):
+    """A weighted sum on its way to a mean: added across microbatches, devices and hosts, divided once, when printed."""
+
+    total: Array
+    weight: Array
+
+    def mean(self) -> float:
+        """total / weight, or 0 where the weight is 0."""
+        return float(self.total) / max(float(self.weight), 1e-30)
+
+
+class TrainState(NamedTuple):
+    """All that training changes; what a checkpoint holds.
+
+    Attributes:
+        step: int32 scalar, the number of completed updates of this run.
+        params: float32 parameters.
+        opt_state: the Optax state.
+        ema: float32 moving average of the parameters, or None.
+    """
+
+    step: Array
+    params: Tree
+    opt_state: Tree
+    ema: Tree | None = None
+
+
+Metrics = dict[str, Sum]
+
+
+def add_metrics(a: Metrics, b: Metrics) -> Metrics:
+    """Add two metric dicts with the same keys, sum by sum."""
+    return {name: Sum(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a}
+
+
+def host_metrics(metrics: Metrics) -> dict[str, float]:
+    """Divide: the value of each metric as a Python float."""
+    return {name: Sum(np.asarray(value.total), np.asarray(value.weight)).mean() for name, value in metrics.items()}
