@@ -1,0 +1,45 @@
+# make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
+# make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
+# make check   set up, then lint
+# make clean   remove the environment and all caches; runs/ stays
+#
+# PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
+
+.PHONY: help train test check clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+unexport PYTHONPATH PYTHONHOME
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+train: $(INSTALLED)
+	@$(BIN)/python -m t5like train --config=configs/tiny.py --workdir=runs/tiny $(ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(INSTALLED)
+	@$(BIN)/ruff check . $(ARGS)
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an interrupted installation starts again.
+$(INSTALLED): setup.py constraints.txt
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	    python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "Python 3.11 or later with its venv module is needed: install it, or name one: make PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Installing t5like into $(VENV) with $$($$python --version), once; this takes a minute or two ..."; \
+	$$python -m venv $(VENV) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
+	    >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,29 @@
+"""A small T5 1.1 on the running Python's standard library: a few minutes on two CPU cores. What `make train` runs.
+
+    t5like train --config=configs/tiny.py --workdir=runs/tiny
+"""
+
+import ml_collections
+
+from t5like import config as schema
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = schema.default()
+    config.tokenizer.vocab_size = 4096
+    config.data.batch_size = 16
+    config.data.inputs_length = 128
+    config.data.targets_length = 29
+    config.model.num_layers = 2
+    config.model.model_dim = 128
+    config.model.num_heads = 4
+    config.model.head_dim = 32
+    config.model.mlp_dim = 256
+    config.optimizer.name = "adamw_rms"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.train.num_steps = 600
+    config.train.eval_every = 200
+    config.train.checkpoint_every = 200
+    return config

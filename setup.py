@@ -1,0 +1,55 @@
+"""Package metadata: what t5like needs and where its command starts. Tool settings are in pyproject.toml.
+
+Versions are bounded here, from what is tested up to the next release that may break us; constraints.txt holds the exact
+set that the Makefile installs.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """Read the version without importing the package, whose dependencies may not be installed yet."""
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "t5like/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+
+
+setup(
+    name="t5like",
+    version=version(),
+    description="Pretrain T5-like language models in JAX, on TPU, GPU and CPU",
+    python_requires=">=3.11",
+    packages=find_packages(include=["t5like", "t5like.*"]),
+    entry_points={"console_scripts": ["t5like = t5like.main:main"]},
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "array_record>=0.8.1,<0.9",
+        "etils[epath,epy]>=1.9.1,<2",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.15,<0.3",
+        "importlib_resources>=6.4,<8",  # TFDS imports it on every Python, but asks for it only on old ones
+        "jax>=0.10,<0.11",
+        "matplotlib>=3.9,<4",
+        "ml_collections>=1.0,<2",
+        "numpy>=2.0,<3",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pyarrow>=18,<27",
+        "rich>=13.9,<16",
+        "safetensors>=0.5,<0.9",
+        "sentencepiece>=0.2.1,<0.3",
+        "tensorboardX>=2.6.2,<3",
+        "tensorflow-datasets>=4.9.9,<5",
+        "zstandard>=0.23,<0.26",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "cuda": ["jax[cuda12]>=0.10,<0.11"],
+        "hf": ["datasets>=4,<6", "transformers>=5,<6"],
+        "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18"],
+        "bench": ["torch==2.13.0", "transformers>=5,<6"],
+    },
+)

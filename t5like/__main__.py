@@ -1,0 +1,7 @@
+"""`python -m t5like COMMAND`."""
+
+import sys
+
+from t5like.main import main
+
+sys.exit(main())

@@ -1,0 +1,74 @@
+"""The offline default corpus: the running Python's own standard library, as a TFDS builder that writes ArrayRecord.
+
+Three kinds of documents: topics of the language reference (`pydoc_data.topics`), docstrings, and source files without
+those docstrings, which could otherwise be learned there and asked for in the held-out ones. Modules are parsed, never
+imported, so nothing runs. Only `data.sources` imports this module: TFDS takes a while to load.
+"""
+
+import ast
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import tensorflow_datasets as tfds
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+SHORTEST_DOCSTRING = 40  # characters; shorter ones say little
+LONGEST_SOURCE = 200_000  # characters; what is longer is generated tables
+
+
+class PythonStdlib(tfds.core.GeneratorBasedBuilder):
+    """Topics, docstrings and source files of one version of Python; its documents have a `text` and a `kind`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=platform.python_version())]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "kind": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
+        for key, kind, text in documents():
+            yield key, {"text": text, "kind": kind}
+
+
+def documents() -> Iterator[tuple[str, str, str]]:
+    """(unique key, kind, text) of every document, the same ones in the same order each time."""
+    for name in sorted(topics):
+        yield f"topic/{name}", "topic", topics[name]
+    root = Path(sysconfig.get_path("stdlib"))
+    seen = set()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if LEFT_OUT.intersection(name.parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            nodes = list(_docstring_nodes(ast.parse(source)))
+        except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
+            continue
+        lines: list[str | None] = source.split("\n")  # not splitlines, which also splits at form feeds
+        for number, (text, first, last) in enumerate(nodes):
+            lines[first:last] = [None] * (last - first)
+            if text not in seen:
+                seen.add(text)
+                yield f"docstring/{name}/{number}", "docstring", text
+        code = "\n".join(line for line in lines if line is not None)
+        if 0 < len(code) <= LONGEST_SOURCE:
+            yield f"source/{name}", "source", code
+
+
+def _docstring_nodes(parent: ast.AST) -> Iterator[tuple[str, int, int]]:
+    """(text, first line from 0, line after the last) of the docstrings in a module, class or function and inside it."""
+    text = ast.get_docstring(parent)
+    first = parent.body[0].lineno - 1 if parent.body else 0
+    if text and len(text) >= SHORTEST_DOCSTRING and first >= getattr(parent, "lineno", 0):  # not on the line of its def
+        yield text, first, parent.body[0].end_lineno
+    for child in parent.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstring_nodes(child)

@@ -1,0 +1,200 @@
+"""Tokens on disk, and windows of them by arithmetic: what `data.corpus` writes and `data.pipeline` reads.
+
+A store is a directory: ``manifest.json``, written last, and ``pieces/``. Piece 7 holds a range of the source's documents
+in these files, for each split (train, heldout): ``00007.train.tokens`` (little-endian uint16, or uint32 for vocabularies
+above 65,536; every document ends in EOS) and ``00007.train.ends`` (uint64, the place after each document's EOS);
+``00007.json`` says what is in them and marks the piece as whole. The pieces of a split, in order, are one `Stream`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from t5like.errors import DataError
+
+FORMAT = 1  # of the store; part of its key
+SPLITS = ("train", "heldout")
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest integer type on disk that holds every id."""
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in a with statement; it appears at `path` when that ends well, and not at all otherwise."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes of this machine had begun with `written_whole`."""
+    for path in directory.glob(f".*.{socket.gethostname()}-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            path.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class TokenStore:
+    """A finished store."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._streams = {split: Stream(directory, manifest, split) for split in SPLITS}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "TokenStore":
+        """Open a store after a look at the size of each file; `verify` reads them.
+
+        Raises:
+            DataError: it is unfinished, of another version, or a file is missing or has another size.
+        """
+        directory = Path(directory)
+        try:
+            manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
+            if manifest["format"] != FORMAT:
+                raise DataError(f"{directory} has the format {manifest['format']}, not {FORMAT}; remove it to prepare it again")
+            store = cls(directory, manifest)
+            for name, expected in store._files():
+                size = (directory / "pieces" / name).stat().st_size
+                if size != expected["bytes"]:
+                    raise DataError(
+                        f"{directory}/pieces/{name} has {size} bytes instead of {expected['bytes']}; remove {directory} to "
+                        "prepare it again"
+                    )
+        except OSError as error:
+            raise DataError(f"{error.filename} can't be read: {error.strerror}; remove {directory} to prepare it again") from None
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{directory}/manifest.json is damaged; remove {directory} to prepare it again") from None
+        return store
+
+    def verify(self) -> None:
+        """Read everything and compare it with the checksums of the manifest.
+
+        Raises:
+            DataError: a file has other bytes than were written; names it.
+        """
+        for name, expected in self._files():
+            if file_digest(self.directory / "pieces" / name) != expected["sha256"]:
+                raise DataError(
+                    f"{self.directory}/pieces/{name} is damaged (sha256 differs); remove {self.directory} to prepare it again"
+                )
+
+    def split(self, name: str) -> "Stream":
+        """The stream of "train" or "heldout"."""
+        return self._streams[name]
+
+    def _files(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for piece in self.manifest["pieces"]:
+            yield from piece["files"].items()
+
+
+class Stream:
+    """The tokens of one split, as one endless row: after the last token comes the first again."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], split: str) -> None:
+        self.num_tokens: int = manifest["splits"][split]["tokens"]
+        self.num_documents: int = manifest["splits"][split]["documents"]
+        pieces = [piece for piece in manifest["pieces"] if piece["splits"][split]["tokens"]]
+        counts = [piece["splits"][split]["tokens"] for piece in pieces]
+        self._first = np.cumsum([0, *counts])  # of each shard, and the end
+        self._paths = [directory / "pieces" / f"{piece['number']:05d}.{split}" for piece in pieces]
+        self._dtype = manifest["dtype"]
+        self._tokens: list[np.ndarray | None] = [None] * len(pieces)
+        self._ends: list[np.ndarray | None] = [None] * len(pieces)
+        self._counts_path = directory / f"token_counts.{split}.npy"
+
+    def windows(self, starts_N: np.ndarray, length: int) -> np.ndarray:
+        """int32 [N, length]: the tokens from each start on, which may be any number from 0 on."""
+        out_NL = np.empty((len(starts_N), length), np.int32)
+        for row, column, shard, place, count in self._spans(starts_N, length):
+            out_NL[row, column : column + count] = self._shard_tokens(shard)[place : place + count]
+        return out_NL
+
+    def segments(self, starts_N: np.ndarray, length: int) -> np.ndarray:
+        """int32 [N, length]: the number of each token's document inside its window, from 1.
+
+        EOS belongs to the document that it ends:
+            tokens    7 8 1 5 6 9 1 4
+            segments  1 1 1 2 2 2 2 3
+        """
+        begins_NL = np.zeros((len(starts_N), length), np.int32)
+        begins_NL[:, 0] = 1
+        for row, column, shard, place, count in self._spans(starts_N, length):
+            ends = self._shard_ends(shard)
+            inside = ends[np.searchsorted(ends, place, "right") : np.searchsorted(ends, place + count, "left")]
+            begins_NL[row, column + inside - place] = 1
+            begins_NL[row, column] = 1  # the window's start or a shard's, and every shard starts a document
+        return np.cumsum(begins_NL, axis=1, dtype=np.int32)
+
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 [vocab_size]: how often each id occurs. Counted once, then kept beside the store where that is allowed."""
+        try:
+            counts = np.load(self._counts_path, allow_pickle=False)
+            if counts.shape == (vocab_size,) and counts.sum() == self.num_tokens:
+                return counts
+        except (OSError, ValueError):
+            pass  # not counted yet
+        counts = np.zeros(vocab_size, np.int64)
+        for shard in range(len(self._paths)):
+            tokens = self._shard_tokens(shard)
+            for start in range(0, len(tokens), 2**22):
+                counts += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
+        with contextlib.suppress(OSError):  # a store may be read-only
+            with written_whole(self._counts_path) as file:
+                np.save(file, counts)
+        return counts
+
+    def _spans(self, starts_N: np.ndarray, length: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """(row, column, shard, place in it, count) of the stretches that windows are made of."""
+        starts_N = np.asarray(starts_N, np.int64) % self.num_tokens
+        shards_N = np.searchsorted(self._first, starts_N, "right") - 1
+        places_N = starts_N - self._first[shards_N]
+        for row, (shard, place) in enumerate(zip(shards_N.tolist(), places_N.tolist(), strict=True)):
+            column = 0
+            while column < length:
+                count = min(length - column, self._lengths[shard] - place)
+                yield row, column, shard, place, count
+                column, place = column + count, 0
+                shard = (shard + 1) % len(self._paths)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return np.diff(self._first).tolist()
+
+    def _shard_tokens(self, shard: int) -> np.ndarray:
+        if self._tokens[shard] is None:
+            self._tokens[shard] = self._map(shard, "tokens", self._dtype)
+        return self._tokens[shard]
+
+    def _shard_ends(self, shard: int) -> np.ndarray:
+        if self._ends[shard] is None:
+            self._ends[shard] = self._map(shard, "ends", "<i8")  # uint64 below 2**63; searchsorted wants one type
+        return self._ends[shard]
+
+    def _map(self, shard: int, kind: str, dtype: str) -> np.ndarray:
+        return np.asarray(np.memmap(f"{self._paths[shard]}.{kind}", dtype, "r"))  # asarray: a memmap is slow to slice

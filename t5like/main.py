@@ -1,0 +1,173 @@
+"""The command line: reads it, settles what must be settled before JAX starts, runs one command, gives the exit code.
+
+Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each, no
+traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t5like import config as configs
+from t5like.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from t5like.config import Config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's) and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        options, overrides = parse(arguments)
+        start_devices(options.fake_devices)
+        COMMANDS[options.command](options, overrides)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"t5like: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("t5like: stopped", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("t5like: this is a bug of ours; please report it with the lines above", file=sys.stderr)
+        return 70
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Split a command line into options and config overrides, the pairs of ``--config.section.field=value``.
+
+    Raises:
+        ConfigError: it is not understood.
+    """
+    overrides, rest = [], []
+    for argument in arguments:
+        if argument.startswith("--config."):
+            name, equals, value = argument.removeprefix("--config.").partition("=")
+            if not equals:
+                raise ConfigError(f"{argument} needs a value, as in {argument}=VALUE")
+            overrides.append((name, value))
+        else:
+            rest.append(argument)
+    options = build_parser().parse_args(rest)
+    if overrides and not getattr(options, "config", None):
+        raise ConfigError(f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config")
+    return options, overrides
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse whose refusals are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    """All commands and their flags."""
+    parser = Parser(prog="t5like", description="Pretrain T5-like language models.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str) -> Parser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--fake_devices", type=int, default=0, metavar="N", help="N CPU devices in this process")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    sub = command("train", "Train a model; the same command again continues the run.")
+    sub.add_argument("--config", required=True, metavar="FILE", help="a config, such as configs/tiny.py; "
+                     "--config.SECTION.FIELD=VALUE changes a field")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory")
+
+    sub = command("prepare", "Make the tokenizer and the token store, without training.")
+    sub.add_argument("--config", required=True, metavar="FILE")
+    sub.add_argument("--workdir", type=Path, metavar="RUN", help="also put config and tokenizer into a run directory")
+
+    sub = command("evaluate", "Print and write a run's held-out metrics as JSON.")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+
+    sub = command("generate", "Continue a prompt, or fill its <extra_id_N> gaps.")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    return parser
+
+
+def start_devices(fake_devices: int) -> None:
+    """Set what JAX and the allocator read once, when they start."""
+    if fake_devices < 0:
+        raise ConfigError(f"--fake_devices={fake_devices} must be at least 1; use --fake_devices=8")
+    if fake_devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={fake_devices}"
+
+
+def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":
+    """The config of the command line."""
+    return configs.load(options.config, overrides)
+
+
+def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like train`."""
+    config = load_config(options, overrides)
+    from t5like.train import train
+
+    train(config, options.workdir.expanduser().absolute())
+
+
+def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like prepare`."""
+    config = load_config(options, overrides)
+    from t5like.data import corpus, pipeline
+
+    pipeline.spec(config)
+    prepared = corpus.prepare(config)
+    print(f"tokenizer  {prepared.tokenizer_path}")
+    for source, store in zip(config.data.source, prepared.stores, strict=True):
+        train, heldout = store.split("train"), store.split("heldout")
+        print(f"data       {source}: {train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out, in {store.directory}")
+    if options.workdir:
+        from t5like.run import keep_tokenizer, open_run_directory
+
+        open_run_directory(config, options.workdir.expanduser().absolute())
+        keep_tokenizer(prepared.tokenizer, options.workdir.expanduser().absolute())
+
+
+def evaluate(options: argparse.Namespace, _) -> None:
+    """`t5like evaluate`."""
+    from t5like import evaluate, run
+
+    workdir = options.workdir.expanduser().absolute()
+    loaded = run.load(workdir, options.step)
+    text = json.dumps(evaluate.evaluate_run(loaded, workdir / "tokenizer.model"), indent=1)
+    path = workdir / "evaluations" / f"{loaded.step}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text + "\n")
+    print(text)
+
+
+def generate(options: argparse.Namespace, _) -> None:
+    """`t5like generate`."""
+    from t5like import run
+    from t5like.generate import Generator, fill
+
+    loaded = run.load(options.workdir.expanduser().absolute(), options.step)
+    generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+    [answer] = generator([options.prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)
+    print(fill(options.prompt, answer) if "<extra_id_" in options.prompt else answer)
+
+
+COMMANDS = {"train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate}

@@ -1,0 +1,189 @@
+"""Devices as a mesh, logical axes as shardings, and rows on hosts as global arrays.
+
+Words: an *axis* belongs to the mesh, a *dim* to a tensor, a *logical axis* is the name that joins them. Parameters and
+activations name their dims; `RULES` says which mesh axes each name is split over; `jax.jit` does the rest. The model
+calls `constrain` on activations, `step` takes `state_shardings`, the loop feeds batches through `to_global`.
+
+    data     copies of the parameters, each with its own rows
+    fsdp     rows too, and every parameter split as well: it is gathered where it is used (ZeRO-3)
+    tensor   heads, MLP dim and vocabulary split inside a layer (Megatron-LM)
+    context  the length of a row split
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from t5like import tree
+from t5like.config import Config
+from t5like.errors import ConfigError
+from t5like.types import Batch, TrainState, Tree
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis -> mesh axes. Parameters above, activations below.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",  # query heads and their head_dim, joined
+    "kv_heads": "tensor",
+    "layers": None,
+    "norm": None,
+    "buckets": None,
+    "positions": None,
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "act_embed": None,
+    "act_mlp": "tensor",
+    "act_heads": "tensor",
+    "act_vocab": "tensor",
+}
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices (default: all there are) on the config's axes.
+
+    Raises:
+        ConfigError: the axes don't multiply to the number of devices, or a dim can't be split as they say.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = axis_sizes(config, len(devices))
+    if len(devices) > 1 and devices[0].platform == "tpu":
+        # Only a TPU has a physical torus to follow.
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    else:
+        grid = np.array(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
+    """Devices per axis, the free one filled in; pure arithmetic, and every refusal that it can make."""
+    sizes = dataclasses.asdict(config.mesh)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    elif free or fixed != num_devices:
+        raise ConfigError(f"mesh {wanted} does not fit {num_devices} devices: the product must be {num_devices}; "
+                          f"use --config.mesh.data=-1 and for the other axes divisors of {num_devices}: "
+                          f"{', '.join(str(d) for d in range(1, num_devices + 1) if num_devices % d == 0)}")
+    _check_divisible(config, sizes)
+    return sizes
+
+
+def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
+    model, rows = config.model, sizes["data"] * sizes["fsdp"]
+    if config.data.batch_size % (step := rows * config.train.microbatches):
+        low = config.data.batch_size // step * step
+        raise ConfigError(f"data.batch_size={config.data.batch_size} must be a multiple of {step} (data {sizes['data']} x fsdp "
+                          f"{sizes['fsdp']} x train.microbatches {config.train.microbatches}); use "
+                          + (f"{low} or {low + step}" if low else f"{step}"))
+    length = config.row_length if model.architecture == "decoder" else config.data.inputs_length
+    for field, value, axis in (
+        ("model.model_dim", model.model_dim, "fsdp"),
+        ("model.num_heads", model.num_heads, "tensor"),
+        ("model.num_kv_heads", model.num_kv_heads or model.num_heads, "tensor"),
+        ("model.mlp_dim", model.mlp_dim, "tensor"),
+        ("vocabulary rows", config.vocab_rows, "tensor"),
+        ("tokens per row", length, "context"),
+    ):
+        if value % sizes[axis]:
+            raise ConfigError(f"mesh.{axis}={sizes[axis]} must divide {field}={value}; "
+                              f"use mesh.{axis}={math.gcd(value, sizes[axis])}")
+
+
+def settle(config: Config, mesh: Mesh) -> Config:
+    """Replace every `auto` of the model by what suits the mesh's devices (which need not be this process's own)."""
+    platform = mesh.devices.flat[0].platform
+    model = config.model
+    return dataclasses.replace(config, model=dataclasses.replace(
+        model,
+        dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
+        # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
+        layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
+        attention=("cudnn" if platform in ("gpu", "cuda") else "plain") if model.attention == "auto" else model.attention,
+    ))
+
+
+def spec(logical: Sequence[str | None]) -> PartitionSpec:
+    """The partition of a tensor whose dims have these logical axes."""
+    return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Tell the compiler how an activation is split; without a mesh (`jax.set_mesh`) do nothing.
+
+    A length that `context` does not divide stays whole (T5's 114 targets beside 512 inputs, say).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    assert len(logical) == x.ndim, (logical, x.shape)
+    names = [None if name == "length" and size % mesh.shape["context"] else name
+             for name, size in zip(logical, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Rows over data and fsdp, their length over context where it divides; None stays None."""
+    context = mesh.shape["context"]
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(("batch", "length" if leaf.shape[1] % context == 0 else None))), batch)
+
+
+def state_shardings(state: TrainState, axes: Tree, mesh: Mesh) -> TrainState:
+    """A sharding for each leaf of a (possibly abstract) state.
+
+    Args:
+        state: parameters and all that mirrors them.
+        axes: logical axes of each parameter: a tree like ``state.params`` with tuples for leaves.
+        mesh: today's mesh.
+
+    Optimizer state with a parameter's name and shape is split like it (moments); what is smaller, such as Adafactor's
+    row and column statistics, is copied to every device.
+    """
+    specs = {name: spec(logical) for name, logical in _named_axes(axes).items()}
+    shapes = {name: leaf.shape for name, leaf in tree.flatten(state.params).items()}
+
+    def place(name: str, leaf) -> NamedSharding:
+        parts = name.split("/")
+        for start in range(len(parts)):
+            owner = "/".join(parts[start:])
+            if shapes.get(owner) == leaf.shape:
+                return NamedSharding(mesh, specs[owner])
+        return NamedSharding(mesh, PartitionSpec())
+
+    return tree.map_named(place, state)
+
+
+def _named_axes(axes: Tree) -> dict[str, tuple[str | None, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    return {tree.name_of(path): logical for path, logical in leaves}
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """The half-open range of a global batch's rows that this process's devices hold."""
+    sharding = NamedSharding(mesh, spec(("batch",)))
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    return min(s.start or 0 for s in slices), max(batch_size if s.stop is None else s.stop for s in slices)
+
+
+def to_global(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """Put this process's rows (those of `local_rows`) on its devices as part of one global batch."""
+    first, _ = local_rows(mesh, batch_size)
+
+    def place(sharding: NamedSharding, rows: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch_shardings(batch, mesh), batch)

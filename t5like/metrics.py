@@ -1,0 +1,370 @@
+"""What a run reports: its speed against the hardware's, the files its values go to, the progress line, the picture.
+
+Used by `train`. What the values are is up to the caller; device sums become floats in `types.host_metrics`. Names:
+``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
+``train/step_seconds``, ``train/mfu`` (a share, 0 to 1), ``eval/loss``, ``eval/accuracy``, ``baseline/uniform``,
+``baseline/unigram``.
+
+Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020
+(arXiv:2001.08361, section 2.1): matrix products only, a training step is three forward passes, and recomputation
+(remat) counts as time, not as work.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+
+from t5like.config import Config
+from t5like.errors import DataError
+
+FILE = "metrics.jsonl"  # in a run directory
+PICTURE = "loss.png"
+TENSORBOARD = "tensorboard"
+
+
+# ---- Work and speed ----
+
+
+def model_flops(config: Config) -> int:
+    """Floating-point operations of the matrix products in one training step of the whole batch.
+
+    A product of [m, k] and [k, n] is 2 m k n. Per row, with S input and L target tokens (decoder-only: L is the row):
+
+        | per encoder layer          |                                 | per decoder layer | with an encoder  |
+        |----------------------------|---------------------------------|-------------------|------------------|
+        | query and output kernels   | 2 * 2 S D N H                   | 2 * 2 L D N H     | + 2 * 2 L D N H  |
+        | key and value kernels      | 2 * 2 S D K H                   | 2 * 2 L D K H     | + 2 * 2 S D K H  |
+        | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
+        | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
+
+    and once 2 L D V for the head, V with its padding rows. The backward pass is twice the forward pass. Conventions:
+    attention counts all pairs, also those that a causal or segment mask removes; looking embeddings up is free; so are
+    norms, softmax, biases and the optimizer.
+    """
+    model, data = config.model, config.data
+    queries = model.num_heads * model.head_dim
+    keys = (model.num_kv_heads or model.num_heads) * model.head_dim
+    mlp_kernels = 3 if model.mlp.startswith("gated") else 2
+
+    def attention(num_queries: int, num_keys: int) -> int:
+        projections = num_queries * model.model_dim * queries + num_keys * model.model_dim * keys
+        return 4 * (projections + num_queries * num_keys * queries)
+
+    def layer(length: int) -> int:
+        return attention(length, length) + mlp_kernels * 2 * length * model.model_dim * model.mlp_dim
+
+    if model.architecture == "decoder":
+        targets = config.row_length
+        layers = model.num_layers * layer(targets)
+    else:
+        targets = data.targets_length
+        decoder_layer = layer(targets) + attention(targets, data.inputs_length)
+        layers = model.num_layers * layer(data.inputs_length)
+        layers += (model.num_decoder_layers or model.num_layers) * decoder_layer
+    return 3 * data.batch_size * (layers + 2 * targets * model.model_dim * config.vocab_rows)
+
+
+# FLOP/s of one JAX device, bf16 without sparsity, by words of its device_kind (the longest entry that occurs counts).
+# TPU: cloud.google.com/tpu/docs, "peak compute per chip", halved where a JAX device is half a chip (v2, v3, 7x).
+# GPU: NVIDIA's data sheets, tensor core bf16; where they give the sparse figure only, half of it.
+PEAK_FLOPS = {
+    "TPU v2": 46e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p calls itself so
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "A30": 165e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H100": 989e12,  # SXM
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "GH200": 989e12,
+    "H200": 989e12,  # SXM
+    "H200 NVL": 835e12,
+    "B200": 2250e12,  # HGX
+    "GB200": 2500e12,
+}
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """FLOP/s that the devices could do together, for the MFU; None if a kind is not in the table.
+
+    On accelerators that is their bf16 peak, whatever the dtype of the run, so that MFUs compare. CPU devices share
+    one machine, however many they are: they count once, with the float32 rate that is measured on it.
+    """
+    if all(device.platform == "cpu" for device in devices):
+        return measure_matmul_rate()
+    peaks = [_peak(device.device_kind) for device in devices]
+    return None if None in peaks else sum(peaks)
+
+
+def _peak(kind: str) -> float | None:
+    if re.search(r"\bMIG\b", kind):  # a slice of a GPU carries the name of the whole
+        return None
+    found = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", kind, re.IGNORECASE)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+@functools.cache
+def measure_matmul_rate() -> float:
+    """FLOP/s of this machine's CPU in float32 matrix products, the best of a few; takes half a second, once."""
+    size = 2048
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices(backend="cpu")[0])
+    product = jax.jit(lambda a: a @ a).lower(matrix).compile()
+    best, begin = math.inf, time.perf_counter()
+    while time.perf_counter() - begin < 0.3:
+        start = time.perf_counter()
+        product(matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Throughput:
+    """Times completed steps: tokens per second, seconds per step, MFU and the time left.
+
+    The first step compiles and is not counted. `tick` comes when a step's values have arrived on the host, so read what
+    is in flight before a `pause`.
+    """
+
+    def __init__(self, flops_per_step: float, peak: float | None, *, clock: Callable[[], float] = time.monotonic):
+        """Start with `model_flops` and `peak_flops` of the whole run, not of this process; clock: in seconds."""
+        self._flops_per_step, self._peak, self._clock = flops_per_step, peak, clock
+        self._first: float | None = None  # when the first step was done
+        self._steps = 0  # since then
+        self._interval_steps = 0  # since the last `read`, as are the next three
+        self._begin = self._tokens = self._paused = 0.0
+
+    def tick(self, tokens: float) -> None:
+        """Count one completed step with so many tokens, padding not among them, over all processes."""
+        if self._first is None:
+            self._first = self._begin = self._clock()
+            return
+        self._steps += 1
+        self._interval_steps += 1
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep what happens inside (evaluation, checkpoints) out of the speed; it does count for the time left."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            if self._first is not None:
+                self._paused += self._clock() - start
+
+    def read(self) -> dict[str, float]:
+        """The values since the last call, by metric name; none before a step has been timed."""
+        if not self._interval_steps:
+            return {}
+        now = self._clock()
+        seconds = max(now - self._begin - self._paused, 1e-9) / self._interval_steps
+        tokens = self._tokens / self._interval_steps
+        values = {"train/tokens_per_second": tokens / seconds, "train/step_seconds": seconds}
+        if self._peak is not None:
+            values["train/mfu"] = self._flops_per_step / seconds / self._peak
+        self._interval_steps, self._begin, self._tokens, self._paused = 0, now, 0.0, 0.0
+        return values
+
+    def seconds_left(self, steps_left: int) -> float | None:
+        """How long the run will take, pauses included at their share so far; None before a step has been timed."""
+        return (self._clock() - self._first) / self._steps * steps_left if self._steps else None
+
+
+# ---- Files ----
+
+
+def read(workdir: Path) -> list[dict[str, float | None]]:
+    """The lines of a run's metrics.jsonl; no file is no lines. A line that was cut off while being written is left out.
+
+    Raises:
+        DataError: another line is no JSON object with a step.
+    """
+    path = workdir / FILE
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")  # after the last line end: nothing, or half a line
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise DataError(f"{path}:{number} must be a JSON object with a step; delete that line")
+        records.append(record)
+    return records
+
+
+class Writer:
+    """Writes values to metrics.jsonl and to TensorBoard events, in the run directory, from one process.
+
+    Each line is ``{"step": 20, "train/loss": 4.81}``. A value that is not finite is null there, which JSON can say and
+    NaN is not; TensorBoard gets it as it is. On resume both forget what came after the resumed step, and a value that
+    the file already has for that very step is not written again: each name occurs once per step.
+    """
+
+    def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
+        """Open the files of a run that continues after `step` updates; unless primary, nothing is ever written."""
+        self._file = self._events = None
+        if not primary:
+            return
+        import tensorboardX  # 0.2 s, and only here
+
+        workdir.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read(workdir) if record["step"] <= step]
+        self._known = {(step, name) for record in kept if record["step"] == step for name in record}
+        self._step = step
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        path = workdir / FILE
+        if path.exists() and path.read_text() != text:
+            _replace(path, text.encode())
+        self._file = path.open("a", buffering=1)  # each line goes out whole, at once
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10,
+            filename_suffix=f".{step}")  # names have whole seconds: a quick restart must not overwrite the last file
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add one line. Steps must not go back."""
+        if self._file is None:
+            return
+        assert step >= self._step, f"step {step} after {self._step}"
+        self._step = step
+        values = {name: float(value) for name, value in values.items() if (step, name) not in self._known}
+        if not values:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both files; nothing can be written after it."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Give a file new content so that no reader, and no crash, ever finds half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ---- Screen and picture ----
+
+
+class Progress:
+    """The state of the run on standard error: a bar on a terminal, elsewhere a plain line every `log_every` steps.
+
+    step 120/600  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:32
+    """
+
+    def __init__(self, num_steps: int, *, log_every: int, step: int = 0, primary: bool = True):
+        self._num_steps, self._log_every, self._printed = num_steps, log_every, step
+        self._values: dict[str, float] = {}
+        self._primary, self._bar = primary, None
+        console = rich.console.Console(stderr=True)
+        if primary and console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.BarColumn(None), rich.progress.TextColumn("{task.description}"),
+                console=console, refresh_per_second=4, expand=True,
+                redirect_stdout=sys.stdout.isatty())  # what is piped elsewhere must arrive there
+            self._task = self._bar.add_task(f"step {step}/{num_steps}", total=num_steps, completed=step)
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, values: dict[str, float], seconds_left: float | None = None) -> None:
+        """Show a completed step; what `values` lacks keeps its last value. May be called for every step."""
+        if not self._primary:
+            return
+        self._values |= values
+        text = _line(step, self._num_steps, self._values, seconds_left)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step // self._log_every > self._printed // self._log_every or step == self._num_steps > self._printed:
+            self._printed = step
+            print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""
+        if self._primary:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _line(step: int, num_steps: int, values: dict[str, float], seconds_left: float | None) -> str:
+    parts = [f"step {step}/{num_steps}"]
+    for name, form in (("train/loss", "loss {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
+        if name in values:
+            parts.append(form.format(values[name]))
+    if "train/mfu" in values:
+        parts.append(f"mfu {100 * values['train/mfu']:.1f} %")
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts.append(f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}")
+    return "  ".join(parts)
+
+
+def draw_loss_curve(workdir: Path) -> Path:
+    """Draw metrics.jsonl as loss.png beside it: training and held-out loss, and the baselines that it has."""
+    from matplotlib.figure import Figure  # not pyplot: that keeps global state and may look for a display
+
+    records = read(workdir)
+
+    def series(name: str) -> tuple[list[float], list[float]]:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*series("train/loss"), color="tab:blue", linewidth=1, label="training")
+    axes.plot(*series("eval/loss"), color="tab:red", marker="o", markersize=4, label="held out")
+    for name, label in (("baseline/uniform", "uniform guess"), ("baseline/unigram", "unigram frequencies")):
+        if values := series(name)[1]:
+            axes.axhline(values[-1], color="gray", linestyle=":" if name.endswith("uniform") else "--", linewidth=1,
+                         label=f"{label} {values[-1]:.2f}")
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", xlim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    rates = zip(series("train/tokens_per_second")[1], series("train/step_seconds")[1], strict=True)
+    if per_step := statistics.median([rate * seconds for rate, seconds in rates] or [0]) / 1e6:
+        tokens = axes.secondary_xaxis("top", (lambda step: step * per_step, lambda millions: millions / per_step))
+        tokens.set_xlabel("million tokens")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    _replace(workdir / PICTURE, image.getvalue())
+    return workdir / PICTURE

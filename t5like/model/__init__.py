@@ -1,0 +1,1 @@
+"""The Transformer: `layers` (parts without attention), `attention`, `transformer` (blocks, stacks, the model)."""

@@ -1,0 +1,134 @@
+"""Multi-head attention: masks from segments, the attention function, the module with its key-value cache.
+
+`attend` is the one place where scores become outputs; bias and mask come separately, because fused kernels treat them
+differently. T5 does not divide scores by sqrt(H) (it folds that into the query's initialisation); configs of other
+families set `scale_attention`.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t5like.config import ModelConfig
+from t5like.mesh import constrain
+from t5like.model.layers import MASKED, Dense, dropout, project, rotate
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one attention: a decoding cache (S the longest text), or those of the encoder's output."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+
+def causal_mask(queries: int, keys: int, first_query: jax.Array | int = 0) -> jax.Array:
+    """[1, 1, L, S]: True where the key does not lie after the query."""
+    return (jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + first_query)[None, None]
+
+
+def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
+    """[B, 1, L, S]: True where query and key belong to the same document and the key is no padding (segment 0)."""
+    same = query_segments_BL[:, None, :, None] == key_segments_BS[:, None, None, :]
+    return same & (key_segments_BS != 0)[:, None, None, :]
+
+
+def attend(q_BNLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, bias_1NLS: jax.Array | None = None,
+           mask_B1LS: jax.Array | None = None) -> jax.Array:
+    """softmax(q k + bias) v with float32 scores, per head.
+
+    Args:
+        q_BNLH: queries; already scaled.
+        k_BKSH: keys. With fewer heads (K < N) each serves N / K query heads, in order (Ainslie et al. 2023).
+        v_BKSH: values.
+        bias_1NLS: added to the scores, the same for all rows.
+        mask_B1LS: bool, True where attention is allowed, first dim 1 or B. A query that may see nothing gets 0, not an
+            average of what it must not see.
+
+    Returns:
+        [B, N, L, H] in the dtype of v.
+    """
+    groups = q_BNLH.shape[1] // k_BKSH.shape[1]
+    if groups > 1:
+        k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
+    scores_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BKSH, preferred_element_type=jnp.float32)
+    if bias_1NLS is not None:
+        scores_BNLS = scores_BNLS + bias_1NLS
+    if mask_B1LS is not None:
+        scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, MASKED)
+    top_BNL1 = jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True))
+    weights_BNLS = jnp.exp(scores_BNLS - top_BNL1)
+    out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    # Dividing after the values instead of before costs H columns instead of S.
+    out_BNLH = out_BNLH / weights_BNLS.sum(-1, keepdims=True)
+    if mask_B1LS is not None:
+        out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
+    return out_BNLH.astype(v_BKSH.dtype)
+
+
+class Attention(nn.Module):
+    """Attention of x to itself or to a source, with query, key, value and out kernels of heads and head_dim joined."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        kv_heads = config.num_kv_heads or config.num_heads
+        # T5 folds 1/sqrt(H) into the query's initialisation instead of scaling the scores (Mesh TensorFlow).
+        scale = 1.0 if config.scale_attention else config.head_dim**-0.5
+        self.query = Dense(config, config.num_heads * config.head_dim, ("embed", "heads"), scale=scale)
+        self.key = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"))
+        self.value = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"))
+        self.out = Dense(config, config.model_dim, ("heads", "embed"), residual=True)
+
+    def _heads(self, x: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
+        """[B, L, heads * H] -> [B, heads, L, H], rotated where the config says so."""
+        x_BLNH = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        if positions_BL is not None:
+            x_BLNH = rotate(x_BLNH, positions_BL, self.config.rotary_base)
+        return constrain(x_BLNH.transpose(0, 2, 1, 3), "batch", "act_heads", "length", None)
+
+    def _scale(self, q: jax.Array) -> jax.Array:
+        return q * self.config.head_dim**-0.5 if self.config.scale_attention else q
+
+    def keys_values(self, source_BSD: jax.Array) -> KeyValues:
+        """Keys and values of a source, for `cross`."""
+        key, value = project(source_BSD, self.key, self.value)
+        return KeyValues(self._heads(key), self._heads(value))
+
+    def cross(self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | None, train: bool) -> jax.Array:
+        """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
+        q_BNLH = self._scale(self._heads(self.query(x_BLD)))
+        return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS), train=train)
+
+    def __call__(self, x_BLD: jax.Array, *, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None,
+                 positions_BL: jax.Array, train: bool, cache: KeyValues | None = None,
+                 first: jax.Array | int = 0) -> tuple[jax.Array, KeyValues | None]:
+        """Self-attention of x [B, L, D].
+
+        Args:
+            x_BLD: the input.
+            bias_1NLS: relative bias, or None.
+            mask_B1LS: what may be seen, or None: everything.
+            positions_BL: position of each token in its text, for rotary positions.
+            train: whether to drop out.
+            cache: keys and values of earlier tokens; this call's are written at `first` and all are attended to.
+            first: index of x's first token in the cache.
+
+        Returns:
+            the output [B, L, D] and the new cache, or None without one.
+        """
+        query, key, value = project(x_BLD, self.query, self.key, self.value)
+        rotary_BL = positions_BL if self.config.positions == "rotary" else None
+        q_BNLH = self._scale(self._heads(query, rotary_BL))
+        new = KeyValues(self._heads(key, rotary_BL), self._heads(value))
+        if cache is not None:
+            new = cache = KeyValues(*(jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=2)
+                                      for old, part in zip(cache, new, strict=True)))
+        out_BNLH = attend(q_BNLH, *new, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS)
+        return self._finish(out_BNLH, train=train), cache
+
+    def _finish(self, out_BNLH: jax.Array, *, train: bool) -> jax.Array:
+        out = out_BNLH.transpose(0, 2, 1, 3)
+        return self.out(dropout(self, out.reshape(*out.shape[:2], -1), self.config.dropout_rate, train=train))

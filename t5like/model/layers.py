@@ -1,0 +1,241 @@
+"""The parts of a Transformer other than attention: dense projections, norms, MLP, embeddings, positions.
+
+Parameters are float32 and named; each dim has a logical axis (`mesh.RULES`). Computation runs in `ModelConfig.dtype`
+except where precision counts (norms, logits). Used by `attention` and `transformer`.
+
+Numerics follow T5 (Raffel et al. 2020, and Mesh TensorFlow's initialisers), GPT-2 and Llama where the config says so.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5like.config import ModelConfig
+from t5like.mesh import constrain
+
+MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
+
+
+def normal(std: float, axes: tuple[str, ...]):
+    """An initialiser: N(0, std) in float32, its dims named."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+def kernel_init(config: ModelConfig, fan_in: int, axes: tuple[str, ...], *, residual: bool = False, scale: float = 1.0):
+    """The initialiser of a dense kernel.
+
+    Args:
+        config: `init` chooses the family.
+        fan_in: inputs of each output.
+        axes: logical axes of the two dims.
+        residual: whether the output is added to the residual stream (GPT-2 makes those smaller, by depth).
+        scale: factor on T5's standard deviation.
+    """
+    if config.init == "gpt2":
+        # GPT-2 (Radford et al. 2019, section 2.3): N(0, 0.02), residual outputs scaled by 1/sqrt(number of sublayers).
+        return normal(0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02, axes)
+    return normal(scale * fan_in**-0.5, axes)
+
+
+class Dense(nn.Module):
+    """A projection of the last dim: kernel [inputs, features] and, if the config has biases, bias [features]."""
+
+    config: ModelConfig
+    features: int
+    axes: tuple[str, str]
+    residual: bool = False
+    scale: float = 1.0
+
+    @nn.compact
+    def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel and bias in the computation's dtype."""
+        init = kernel_init(self.config, inputs, self.axes, residual=self.residual, scale=self.scale)
+        kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(self.config.dtype)
+        if not self.config.biases:
+            return kernel, None
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+        return kernel, self.param("bias", zeros, (self.features,), jnp.float32).astype(self.config.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return project(x, self)[0]
+
+
+def project(x: jax.Array, *layers: Dense) -> list[jax.Array]:
+    """Apply several projections to the same input.
+
+    One matmul over the joined kernels reads x once, and gives its gradient in one matmul too: 16-20 % of a CPU's
+    training step. Not across tensor-parallel devices, where joining split kernels would move them.
+    """
+    weights = [layer.weights(x.shape[-1]) for layer in layers]
+    mesh = jax.sharding.get_abstract_mesh()
+    if len(layers) > 1 and (mesh.empty or mesh.shape["tensor"] == 1):
+        y = x @ jnp.concatenate([kernel for kernel, _ in weights], axis=1)
+        outputs = jnp.split(y, np.cumsum([kernel.shape[1] for kernel, _ in weights])[:-1].tolist(), axis=-1)
+    else:
+        outputs = [x @ kernel for kernel, _ in weights]
+    return [y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, (_, bias) in zip(outputs, weights, strict=True)]
+
+
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich 2019; T5: no bias, no mean) or layer norm, in float32 whatever the dtype."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        config, dim = self.config, x_BLD.shape[-1]
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (dim,), jnp.float32)
+        x = x_BLD.astype(jnp.float32)
+        if config.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon) * jnp.broadcast_to(scale, x.shape)
+        if config.norm == "layer":
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (dim,), jnp.float32)
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return y.astype(config.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU, tanh approximation (Hendrycks & Gimpel 2016), written as x * sigmoid(2u): the same function, one exp."""
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": gelu, "gated_gelu": gelu, "gated_silu": jax.nn.silu}
+
+
+class Mlp(nn.Module):
+    """The position-wise network: out(act(in(x))), or out(act(gate(x)) * in(x)) (Shazeer 2020) when gated."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, *, train: bool) -> jax.Array:
+        config = self.config
+        wide = Dense(config, config.mlp_dim, ("embed", "mlp"), name="in")
+        activate = ACTIVATIONS[config.mlp]
+        if config.mlp.startswith("gated"):
+            gate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")
+            gate_BLF, h_BLF = project(x_BLD, gate, wide)
+            h_BLF = activate(gate_BLF) * h_BLF
+        else:
+            h_BLF = activate(wide(x_BLD))
+        h_BLF = dropout(self, constrain(h_BLF, "batch", "length", "act_mlp"), config.dropout_rate, train=train)
+        return Dense(config, config.model_dim, ("mlp", "embed"), residual=True, name="out")(h_BLF)
+
+
+def dropout(module: nn.Module, x: jax.Array, rate: float, *, train: bool) -> jax.Array:
+    """Dropout with the module's `dropout` random stream; x itself when evaluating or at rate 0."""
+    if not train or rate == 0:
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def embed(table_VD: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the table [V, D] for any shape of ids.
+
+    The cast comes before the look-up, so that fewer bytes move; under fsdp the table's columns are gathered first,
+    because the compiler would otherwise move the (larger) result.
+    """
+    return jnp.take(constrain(table_VD.astype(dtype), "vocab", None), ids, axis=0)
+
+
+@jax.custom_vjp
+def project_to_vocabulary(x_BLD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+    """Float32 logits from operands of any dtype; the backward matmuls run in the operands' dtype again.
+
+    Plain autodiff would multiply the float32 gradient of the logits by bfloat16 operands, at float32's cost.
+    """
+    return jnp.einsum("BLD,DV->BLV", x_BLD, kernel_DV, preferred_element_type=jnp.float32)
+
+
+def _vocabulary_forward(x_BLD, kernel_DV):
+    return project_to_vocabulary(x_BLD, kernel_DV), (x_BLD, kernel_DV)
+
+
+def _vocabulary_backward(saved, gradient_BLV):
+    x_BLD, kernel_DV = saved
+    gradient_BLV = gradient_BLV.astype(x_BLD.dtype)
+    return jnp.einsum("BLV,DV->BLD", gradient_BLV, kernel_DV), jnp.einsum("BLD,BLV->DV", x_BLD, gradient_BLV)
+
+
+project_to_vocabulary.defvjp(_vocabulary_forward, _vocabulary_backward)
+
+
+def relative_buckets(distance: np.ndarray, *, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """The bucket of each distance key - query (Raffel et al. 2020, section 2.1; Mesh TensorFlow's formula).
+
+    Half of the buckets are exact distances, the other half grow logarithmically up to `max_distance`; beyond it all
+    share the last. Bidirectional: half of all buckets for keys before the query, half for keys after it. With 32
+    buckets and 128: distances -200, -9, -1, 0, 1, 9, 200 -> 15, 8, 1, 0, 17, 24, 31.
+    """
+    first = np.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        first = np.where(distance > 0, buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # float32 and its epsilon, as upstream: at exact powers the rounding decides the bucket.
+    ratio = np.maximum(distance, 1).astype(np.float32) / exact + np.finfo(np.float32).eps
+    log = np.log(ratio) / np.float32(math.log(max_distance / exact))
+    large = np.minimum(exact + (log * (buckets - exact)).astype(np.int32), buckets - 1)
+    return (first + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    """T5's learned bias on attention scores: one number per head and bucket of relative distance."""
+
+    config: ModelConfig
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int, *, first_query: jax.Array | int = 0) -> jax.Array:
+        """The bias [1, N, L, S] for queries at first_query, first_query + 1, ... and keys at 0, 1, ...
+
+        The bias depends on key - query only, so there are L + S - 1 different columns; they are looked up once and
+        laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
+        """
+        config = self.config
+        table_RN = self.param("table", normal(config.model_dim**-0.5, ("buckets", "heads")),
+                              (config.relative_buckets, config.num_heads), jnp.float32)
+        if isinstance(first_query, int):
+            distance = np.arange(keys + queries - 1) - (queries - 1) - first_query
+            buckets = self._buckets(distance)
+        else:  # a decoding step: the distances are known only on the device, their buckets already here
+            known = self._buckets(np.arange(-(queries - 1) - (keys - 1), keys))
+            buckets = jax.lax.dynamic_slice(jnp.asarray(known), (keys - 1 - first_query,), (keys + queries - 1,))
+        diagonals_N = table_RN[buckets].T  # [N, L + S - 1]; entry i is distance i - (L - 1)
+        return shift_rows(diagonals_N, queries, keys)[None].astype(config.dtype)
+
+    def _buckets(self, distance: np.ndarray) -> np.ndarray:
+        config = self.config
+        return relative_buckets(distance, buckets=config.relative_buckets, max_distance=config.relative_max_distance,
+                                bidirectional=self.bidirectional)
+
+
+def shift_rows(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
+    """[N, rows + columns - 1] -> [N, rows, columns] with out[n, i, j] = diagonals[n, j - i + rows - 1].
+
+    For 2 rows and 3 columns, a b c d -> b c d / a b c. Repeating the vector, one longer than itself, and cutting the
+    repetition into rows shifts each row by one: only reshapes, so the gradient is cheap as well.
+    """
+    heads, width = diagonals.shape
+    padded = jnp.pad(diagonals, ((0, 0), (0, 1)))  # width + 1 entries a row
+    tiled = jnp.broadcast_to(padded[:, None], (heads, rows, width + 1)).reshape(heads, rows * (width + 1))
+    shifted = tiled[:, : rows * width].reshape(heads, rows, width)  # row i starts i entries earlier in the vector
+    return shifted[:, :, rows - 1 : rows - 1 + columns]
+
+
+def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
+    """Rotary positions (Su et al. 2021) in Llama's layout: the first and second half of H form the pairs."""
+    half = x_BLNH.shape[-1] // 2
+    frequency = base ** (-np.arange(half, dtype=np.float32) / half)
+    angle_BL1H = positions_BL[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    cos, sin = jnp.cos(angle_BL1H), jnp.sin(angle_BL1H)
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)

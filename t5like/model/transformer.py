@@ -1,0 +1,285 @@
+"""`Block`, `Stack` and `Transformer`: one model for encoder-decoder and decoder-only, chosen by the config.
+
+A stack keeps its layers' parameters stacked, with a leading dim Y, whether they are then scanned (compile time that
+does not grow with depth) or unrolled (faster on a CPU): one layout in memory, on disk and in optimizers. Scanning and
+recomputation are plain `jax.lax.scan` and `jax.checkpoint` over a pure function of one layer's parameters.
+Called by `step` (training, evaluation) and `generate` (`encode`, `prepare_cache`, `decode`).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t5like.config import Config, ModelConfig
+from t5like.mesh import constrain
+from t5like.model import layers as lay
+from t5like.model.attention import Attention, KeyValues, causal_mask, segment_mask
+from t5like.types import Batch, Tree
+
+REMAT = {  # ModelConfig.remat -> what the forward pass keeps
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Context(NamedTuple):
+    """What every layer of a stack reads besides its input; the same for all of them.
+
+    Attributes:
+        bias_1NLS: relative bias of self-attention, or None.
+        mask_B1LS: what self-attention may see, or None: everything.
+        positions_BL: position of each token in its text.
+        encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
+        cross_mask_B1LS: what cross-attention may see, or None.
+        first: index of the first token in the cache.
+    """
+
+    bias_1NLS: jax.Array | None
+    mask_B1LS: jax.Array | None
+    positions_BL: jax.Array
+    encoded_BSD: jax.Array | None = None
+    cross_mask_B1LS: jax.Array | None = None
+    first: jax.Array | int = 0
+
+
+class Cache(NamedTuple):
+    """Keys and values for decoding; in a stack with a leading dim Y, in a block without.
+
+    Attributes:
+        own: of the text decoded so far.
+        cross: of the encoder's output, computed once; None in a decoder-only model.
+    """
+
+    own: KeyValues
+    cross: KeyValues | None
+
+
+class Block(nn.Module):
+    """One layer: self-attention, cross-attention where there is an encoder to read, MLP; each a residual."""
+
+    config: ModelConfig
+    cross: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.attention, self.attention_norm = Attention(config), lay.Norm(config)
+        if self.cross:
+            self.cross_attention, self.cross_attention_norm = Attention(config), lay.Norm(config)
+        self.mlp, self.mlp_norm = lay.Mlp(config), lay.Norm(config)
+
+    def __call__(self, x_BLD: jax.Array, context: Context, cache: Cache | None = None, *,
+                 train: bool = False) -> tuple[jax.Array, Cache | None]:
+        """Map [B, L, D] to [B, L, D]; the cache comes back with this call's keys and values in it."""
+        own = None
+
+        def attend(y_BLD):
+            nonlocal own
+            y_BLD, own = self.attention(y_BLD, bias_1NLS=context.bias_1NLS, mask_B1LS=context.mask_B1LS,
+                                        positions_BL=context.positions_BL, train=train,
+                                        cache=cache and cache.own, first=context.first)
+            return y_BLD
+
+        def cross(y_BLD):
+            source = cache.cross if cache else self.cross_attention.keys_values(context.encoded_BSD)
+            return self.cross_attention.cross(y_BLD, source, mask_B1LS=context.cross_mask_B1LS, train=train)
+
+        x_BLD = self._residual(x_BLD, self.attention_norm, attend, train=train)
+        if self.cross:
+            x_BLD = self._residual(x_BLD, self.cross_attention_norm, cross, train=train)
+        x_BLD = self._residual(x_BLD, self.mlp_norm, partial(self.mlp, train=train), train=train)
+        return x_BLD, cache and Cache(own, cache.cross)
+
+    def _residual(self, x_BLD: jax.Array, norm: lay.Norm, sublayer, *, train: bool) -> jax.Array:
+        """x + sublayer(norm(x)), or norm(x + sublayer(x)) with post-norm."""
+        if self.config.norm_position == "post":
+            y_BLD = norm(x_BLD + lay.dropout(self, sublayer(x_BLD), self.config.dropout_rate, train=train))
+        else:
+            y_BLD = x_BLD + lay.dropout(self, sublayer(norm(x_BLD)), self.config.dropout_rate, train=train)
+        return constrain(y_BLD, "batch", "length", "act_embed")
+
+    def keys_values(self, encoded_BSD: jax.Array) -> KeyValues:
+        """The layer's cross-attention keys and values."""
+        return self.cross_attention.keys_values(encoded_BSD)
+
+
+class Stack(nn.Module):
+    """Y blocks with stacked parameters, the relative bias that they share, and the norm behind them."""
+
+    config: ModelConfig
+    num_layers: int
+    causal: bool
+    cross: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        if config.positions == "relative":
+            self.relative_bias = lay.RelativeBias(config, bidirectional=not self.causal)
+        if config.norm_position == "pre":
+            self.final_norm = lay.Norm(config)
+        self.layers = self.param("layers", self._init)
+
+    @property
+    def block(self) -> Block:
+        """One layer, bound to no parameters: it is applied to slices of `layers`."""
+        return Block(self.config, self.cross, parent=None)
+
+    def _init(self, key: jax.Array) -> Tree:
+        """Initialise each layer from its own key; every leaf gets a leading dim `layers`."""
+        x_BLD = jnp.zeros((1, 1, self.config.model_dim), self.config.dtype)
+        context = Context(None, None, jnp.zeros((1, 1), jnp.int32), x_BLD if self.cross else None)
+        layers = jax.vmap(lambda k: self.block.init(k, x_BLD, context)["params"])(jax.random.split(key, self.num_layers))
+        is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+        return jax.tree.map(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers, is_leaf=is_box)
+
+    def __call__(self, x_BLD: jax.Array, *, mask_B1LS: jax.Array | None, positions_BL: jax.Array,
+                 encoded_BSD: jax.Array | None = None, cross_mask_B1LS: jax.Array | None = None,
+                 cache: Cache | None = None, first: jax.Array | int = 0,
+                 train: bool = False) -> tuple[jax.Array, Cache | None]:
+        """Run all layers and the final norm on [B, L, D]; with a cache, on tokens that continue it at `first`."""
+        bias_1NLS = None
+        if self.config.positions == "relative":
+            keys = x_BLD.shape[1] if cache is None else cache.own.k_BKSH.shape[3]
+            bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=first)
+        context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
+        dropping = train and self.config.dropout_rate > 0
+        keys_Y = jax.random.split(self.make_rng("dropout"), self.num_layers) if dropping else None
+
+        def layer(x_BLD, context, params, key, cache):
+            rngs = {"dropout": key} if dropping else None
+            return self.block.apply({"params": params}, x_BLD, context, cache, train=train, rngs=rngs)
+
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=self.config.layers == "unroll")
+        if self.config.layers == "scan":
+            x_BLD, cache = jax.lax.scan(lambda x, each: layer(x, context, *each), x_BLD, (self.layers, keys_Y, cache))
+        else:
+            x_BLD, cache = self._unroll(layer, x_BLD, context, keys_Y, cache)
+        return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
+
+    def _unroll(self, layer, x_BLD, context: Context, keys_Y, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        caches = []
+        for y in range(self.num_layers):
+            each = jax.tree.map(lambda leaf: leaf[y], (self.layers, keys_Y, cache))
+            x_BLD, new = layer(x_BLD, context, *each)
+            caches.append(new)
+        return x_BLD, cache and jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+
+    def keys_values(self, encoded_BSD: jax.Array) -> KeyValues:
+        """Every layer's cross-attention keys and values, with a leading dim Y."""
+        apply = lambda params: self.block.apply({"params": params}, encoded_BSD, method="keys_values")
+        return jax.lax.map(apply, self.layers)
+
+
+class Transformer(nn.Module):
+    """The model. `hidden` maps a batch to what the output head reads, `logits` is that head."""
+
+    config: Config
+
+    def setup(self) -> None:
+        config, model = self.config, self.config.model
+        t5 = model.init == "t5"
+        table = lay.normal(1.0 if t5 else 0.02, ("vocab", "embed"))
+        self.embedding = self.param("embedding", table, (config.vocab_rows, model.model_dim), jnp.float32)
+        if model.positions == "learned":
+            learned = lay.normal(1.0 if t5 else 0.02, ("positions", "embed"))
+            self.positions = self.param("positions", learned, (model.max_length, model.model_dim), jnp.float32)
+        encodes = model.architecture == "encoder_decoder"
+        if encodes:
+            self.encoder = Stack(model, model.num_layers, causal=False)
+        decoder_layers = (model.num_decoder_layers or model.num_layers) if encodes else model.num_layers
+        self.decoder = Stack(model, decoder_layers, causal=True, cross=encodes)
+        if not model.tied_embeddings:
+            # Half of T5's standard deviation: the logits of an untrained model then have variance 1/4 and its loss is
+            # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
+            head = lay.kernel_init(model, model.model_dim, ("embed", "vocab"), scale=0.5)
+            self.head = self.param("head", head, (model.model_dim, config.vocab_rows), jnp.float32)
+
+    def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
+        """Float32 logits [B, L, V] of a batch."""
+        return self.logits(self.hidden(batch, train=train))
+
+    def hidden(self, batch: Batch, *, train: bool = False) -> jax.Array:
+        """The decoder's output [B, L, D] for a batch."""
+        encoded_BSD = None
+        if self.config.model.architecture == "encoder_decoder":
+            encoded_BSD = self.encode(batch.encoder_BS, batch.encoder_segments_BS, batch.encoder_positions_BS, train=train)
+        mask = causal_mask(*[batch.decoder_BL.shape[1]] * 2)
+        if batch.prefix_BL is not None:
+            mask = mask | batch.prefix_BL[:, None, None, :]
+        cross_mask = None
+        if batch.decoder_segments_BL is not None:
+            mask = mask & segment_mask(batch.decoder_segments_BL, batch.decoder_segments_BL)
+            if encoded_BSD is not None:
+                cross_mask = segment_mask(batch.decoder_segments_BL, batch.encoder_segments_BS)
+        positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
+        x_BLD = self._embed(batch.decoder_BL, positions_BL, train=train)
+        x_BLD, _ = self.decoder(x_BLD, mask_B1LS=mask, positions_BL=positions_BL, encoded_BSD=encoded_BSD,
+                                cross_mask_B1LS=cross_mask, train=train)
+        return lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train)
+
+    def encode(self, ids_BS: jax.Array, segments_BS: jax.Array | None = None, positions_BS: jax.Array | None = None, *,
+               train: bool = False) -> jax.Array:
+        """The encoder's output [B, S, D]."""
+        positions_BS = _positions(ids_BS, positions_BS)
+        mask = None if segments_BS is None else segment_mask(segments_BS, segments_BS)
+        x_BSD = self._embed(ids_BS, positions_BS, train=train)
+        x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
+        return lay.dropout(self, x_BSD, self.config.model.dropout_rate, train=train)
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """The output head: float32 logits [B, L, V]; vocabulary rows that are padding are masked."""
+        config, model = self.config, self.config.model
+        kernel_DV = self.embedding.T if model.tied_embeddings else self.head
+        if model.tied_embeddings and model.init == "t5":
+            # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
+            hidden_BLD = hidden_BLD * model.model_dim**-0.5
+        logits_BLV = lay.project_to_vocabulary(hidden_BLD, kernel_DV.astype(model.dtype))
+        logits_BLV = constrain(logits_BLV, "batch", "length", "act_vocab")
+        if config.vocab_rows == config.tokenizer.vocab_size:
+            return logits_BLV
+        real_V = jnp.arange(config.vocab_rows) < config.tokenizer.vocab_size
+        return jnp.where(real_V[None, None], logits_BLV, lay.MASKED)
+
+    def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None = None) -> Cache:
+        """An empty cache for `length` decoded tokens, cross-attention's keys and values computed."""
+        model, stack = self.config.model, self.decoder
+        shape = (stack.num_layers, rows, model.num_kv_heads or model.num_heads, length, model.head_dim)
+        zeros = jnp.zeros(shape, model.dtype)
+        return Cache(KeyValues(zeros, zeros), None if encoded_BSD is None else stack.keys_values(encoded_BSD))
+
+    def decode(self, ids_BL: jax.Array, cache: Cache, first: jax.Array | int, *, positions_BL: jax.Array | None = None,
+               mask_B1LS: jax.Array | None = None, cross_mask_B1LS: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """Run tokens that continue a cached text.
+
+        Args:
+            ids_BL: the tokens; their keys and values go into the cache at first, first + 1, ...
+            cache: from `prepare_cache` or an earlier call.
+            first: index of the first token.
+            positions_BL: positions in the text, where they differ from the index (rows padded on the left).
+            mask_B1LS: what may be seen of the cache; None: everything up to the token itself.
+            cross_mask_B1LS: what may be seen of the encoder's output; None: everything.
+
+        Returns:
+            float32 logits [B, L, V] and the longer cache.
+        """
+        if positions_BL is None:
+            positions_BL = _positions(ids_BL, None) + first
+        if mask_B1LS is None:
+            mask_B1LS = causal_mask(ids_BL.shape[1], cache.own.k_BKSH.shape[3], first)
+        x_BLD, cache = self.decoder(self._embed(ids_BL, positions_BL, train=False), mask_B1LS=mask_B1LS,
+                                    positions_BL=positions_BL, cross_mask_B1LS=cross_mask_B1LS, cache=cache, first=first)
+        return self.logits(x_BLD), cache
+
+    def _embed(self, ids_BL: jax.Array, positions_BL: jax.Array, *, train: bool) -> jax.Array:
+        x_BLD = lay.embed(self.embedding, ids_BL, self.config.model.dtype)
+        if self.config.model.positions == "learned":
+            x_BLD = x_BLD + lay.embed(self.positions, positions_BL, self.config.model.dtype)
+        return constrain(lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train), "batch", "length", "act_embed")
+
+
+def _positions(ids_BL: jax.Array, given_BL: jax.Array | None) -> jax.Array:
+    """Positions counted from 0 along the row, where the batch brings none."""
+    return jnp.broadcast_to(jnp.arange(ids_BL.shape[1])[None], ids_BL.shape) if given_BL is None else given_BL

@@ -1,0 +1,109 @@
+"""What a run directory holds, and how a finished or running run is opened again by another command.
+
+    config.json  tokenizer.model  checkpoints/<step>/  metrics.jsonl  tensorboard/  loss.png  samples.txt  profile/
+
+`train` writes it; `main`'s other commands read it through `load`.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from t5like import config as configs
+from t5like import mesh as meshes
+from t5like import step as steps
+from t5like.checkpoint import Checkpoints
+from t5like.config import Config, MeshConfig
+from t5like.data import pipeline
+from t5like.data.tokenizer import Tokenizer
+from t5like.errors import CheckpointError, ConfigError, DataError
+from t5like.types import Tree
+
+# What may differ when a run continues: how it runs and what it reports, not what it learns. A longer num_steps
+# stretches schedules that depend on it; the loop says so.
+MAY_CHANGE = ("mesh.", "train.num_steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
+              "train.keep_checkpoints", "train.keep_every", "train.profile_step", "train.max_bad_steps", "train.microbatches",
+              "train.loss_chunk", "data.directory", "data.num_workers", "data.prefetch", "model.layers", "model.remat", "model.attention",
+              "tokenizer.path")
+
+
+class Run(NamedTuple):
+    """A trained model with all that belongs to it."""
+
+    step: int
+    config: Config  # settled on `mesh`
+    mesh: jax.sharding.Mesh
+    params: Tree  # the moving average, where the run keeps one
+    tokenizer: Tokenizer
+
+
+def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
+    """The run's checkpoints, kept as its config says."""
+    return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_every=config.train.keep_every)
+
+
+def load(workdir: Path, step: int | None = None) -> Run:
+    """Open a run at a checkpoint (default: the latest) on this process's devices, whatever it was trained on.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    if not (workdir / "config.json").is_file():
+        raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
+    checkpoints = checkpoints_of(workdir, configs.from_json((workdir / "config.json").read_text()))
+    meta = checkpoints.meta(step)
+    tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
+    if tokenizer.hash != meta.tokenizer_hash:
+        raise DataError(f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back")
+    # Any mesh will do; the batch only has to divide among the devices here.
+    config = dataclasses.replace(meta.config, mesh=MeshConfig(data=1, fsdp=1))
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config = meshes.settle(config, mesh)
+    shape = steps.abstract_state(config, pipeline.spec(config), mesh)
+    params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
+    return Run(meta.step, config, mesh, params, tokenizer)
+
+
+def open_run_directory(config: Config, workdir: Path) -> None:
+    """Make the run directory with its config.json, or check that it holds this very run.
+
+    Raises:
+        ConfigError: it holds a run that learns something else.
+        CheckpointError: it can't be written.
+    """
+    path = workdir / "config.json"
+    try:
+        if path.exists():
+            differs = [line for line in configs.difference(configs.from_json(path.read_text()), config)
+                       if not line.startswith(MAY_CHANGE)]
+            if differs:
+                raise ConfigError(f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
+                                  + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "") + "; use another --workdir")
+        elif workdir.exists() and any(workdir.iterdir()):
+            raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(configs.to_json(config))
+            temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir") from None
+
+
+def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> Tokenizer:
+    """Put the tokenizer into the run directory; a run keeps the one that it began with.
+
+    Raises:
+        DataError: the run began with another one.
+    """
+    path = workdir / "tokenizer.model"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(tokenizer.model_bytes)
+        temporary.replace(path)
+    elif Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
+        raise DataError(f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it")
+    return tokenizer

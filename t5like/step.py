@@ -1,0 +1,168 @@
+"""The state and the one train step, as pure functions: loss, gradients over microbatches, update, evaluation.
+
+Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a new loss on the same batch is another
+`LossFn`. Nothing here does I/O or logs. `train` runs the step, `lower_train_step` compiles it without data.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5like import losses
+from t5like import mesh as meshes
+from t5like.config import Config
+from t5like.model.transformer import Transformer
+from t5like.optimizers import make_optimizer, schedule
+from t5like.types import Batch, Metrics, Sum, TrainState, Tree, add_metrics
+
+LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
+
+
+def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
+    """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation)."""
+    model = Transformer(config)
+    rngs = None if key is None else {"dropout": key}
+    hidden_BLD = model.apply({"params": params}, batch, train=key is not None, method="hidden", rngs=rngs)
+
+    def head(hidden_BLD, targets_BL, weights_BL):
+        logits_BLV = model.apply({"params": params}, hidden_BLD, method="logits")
+        return losses.cross_entropy(logits_BLV, targets_BL, weights_BL, vocab_size=config.tokenizer.vocab_size,
+                                    z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing)
+
+    if config.train.loss_chunk:
+        return losses.in_chunks(head, hidden_BLD, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
+    return head(hidden_BLD, batch.targets_BL, batch.weights_BL)
+
+
+def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
+    """Float32 parameters with their logical axes in boxes (`flax.linen.LogicallyPartitioned`)."""
+    ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+    return Transformer(config).init(key, ids)["params"]
+
+
+def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
+    """The state before the first step; `batch` gives shapes only. Call it under `jax.jit` with `out_shardings`."""
+    params = nn.meta.unbox(init_params(config, batch, key))
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params).init(params), ema)
+
+
+def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
+    key = jax.random.key(0)
+    state = jax.eval_shape(partial(init_state, config), batch, key)
+    boxed = jax.eval_shape(partial(init_params, config), batch, key)
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    axes = jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+    shardings = meshes.state_shardings(state, axes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def new_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
+    """A random state, each leaf made where it lives. The values do not depend on the mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, batch, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(partial(init_state, config), out_shardings=shardings)(batch, jax.random.key(config.seed))
+
+
+def make_train_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
+
+    An update with a non-finite gradient norm is skipped: parameters and moments stay, the step counts on, and the
+    metric `bad_steps` is 1.
+    """
+    microbatches = config.train.microbatches
+
+    def gradient(params: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Metrics]:
+        def objective(params):
+            loss = loss_fn(config, params, batch, key)
+            return loss.objective, loss.metrics
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # of dropout; nothing random is kept in the state
+        if microbatches == 1:
+            grads, metrics = gradient(state.params, batch, key)
+        else:
+            parts = split_microbatches(batch, microbatches)
+
+            def accumulate(sums, part):
+                index, rows = part
+                return jax.tree.map(jnp.add, sums, gradient(state.params, rows, jax.random.fold_in(key, index))), None
+
+            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), key)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
+        weight = jnp.maximum(metrics["loss"].weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)  # the one division: over all microbatches and devices
+
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(norm)
+        updates, opt_state = make_optimizer(config, state.params).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
+        ema = state.ema
+        if ema is not None:
+            decay = config.optimizer.ema_decay
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+        one = jnp.ones(())
+        metrics |= {
+            "grad_norm": Sum(norm, one),
+            "learning_rate": Sum(schedule(config)(state.step), one),
+            "bad_steps": Sum(1.0 - good.astype(jnp.float32), one),
+            "tokens": Sum(_real_tokens(batch), one),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def _real_tokens(batch: Batch) -> jax.Array:
+    """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
+    if batch.encoder_BS is None:
+        return jnp.sum(batch.weights_BL > 0 if batch.prefix_BL is None else jnp.ones_like(batch.weights_BL), dtype=jnp.float32)
+    return jnp.sum(batch.encoder_BS != 0, dtype=jnp.float32) + jnp.sum(batch.weights_BL > 0, dtype=jnp.float32)
+
+
+def split_microbatches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]; part m holds rows m, m + count, ...
+
+    Rows are dealt out in turn, so that each part is spread over all devices that hold the batch, and none moves.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
+
+
+def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch], Metrics]:
+    """The function (params, batch) -> metrics, without dropout."""
+
+    def eval_step(params: Tree, batch: Batch) -> Metrics:
+        return loss_fn(config, params, batch, None).metrics
+
+    return eval_step
+
+
+def jit_train_step(config: Config, batch: Batch, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
+    """The jitted train step on a mesh: state donated and split as `abstract_state` says, metrics on every device."""
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, batch, mesh))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0,
+                   in_shardings=(state, meshes.batch_shardings(batch, mesh)), out_shardings=(state, everywhere))
+
+
+def jit_eval_step(config: Config, batch: Batch, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
+    """The jitted evaluation step on a mesh."""
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, batch, mesh).params)
+    return jax.jit(make_eval_step(config, loss_fn), in_shardings=(params, meshes.batch_shardings(batch, mesh)),
+                   out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def lower_train_step(config: Config, batch: Batch, mesh: Mesh, loss_fn: LossFn = pretrain_loss) -> jax.stages.Lowered:
+    """Lower the train step from shapes alone, for the loop's own compilation and for planning."""
+    with jax.set_mesh(mesh):
+        return jit_train_step(config, batch, mesh, loss_fn).lower(abstract_state(config, batch, mesh), batch)

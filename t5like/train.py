@@ -1,0 +1,229 @@
+"""The training loop, read from top to bottom: run directory, data, devices, state, steps, what it shows at the end.
+
+It does no math and makes no choices that the config does not make. Everything that it leaves behind lies in the run
+directory: config.json, tokenizer.model, checkpoints/, metrics.jsonl, tensorboard/, loss.png, samples.txt. Starting the
+same command again continues after the last checkpoint, bitwise as if it had not stopped, or says that it is complete.
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from t5like import mesh as meshes
+from t5like import metrics, step, tree
+from t5like.config import Config
+from t5like.data import corpus, pipeline
+from t5like.data.objectives import Vocabulary
+from t5like.data.pipeline import Batches
+from t5like.errors import Diverged, Preempted
+from t5like.evaluate import Evaluator
+from t5like.generate import Generator, fill, spans
+from t5like.run import checkpoints_of, keep_tokenizer, open_run_directory
+from t5like.types import Batch, host_metrics
+
+SAMPLES = 3  # held-out passages shown at the end
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Train until `train.num_steps`, from the run directory's last checkpoint if it has one.
+
+    Raises:
+        UserError: see `errors`; nothing of an earlier run in `workdir` is lost.
+    """
+    # ---- The run directory ----
+    batch = pipeline.spec(config)
+    open_run_directory(config, workdir)
+    checkpoints = checkpoints_of(workdir, config)
+    say = print if jax.process_index() == 0 else (lambda *_: None)
+
+    # ---- Devices ----
+    mesh = meshes.make_mesh(config)
+    config = meshes.settle(config, mesh)
+    shape = step.abstract_state(config, batch, mesh)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    say(f"model      {tree.num_parameters(shape.params):,} parameters, {config.model.architecture}, {config.model.dtype}")
+    say(f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}")
+
+    # ---- Data ----
+    prepared = corpus.prepare(config)
+    tokenizer = keep_tokenizer(prepared.tokenizer, workdir)
+    vocabulary = Vocabulary(tokenizer.eos_id, tokenizer.sentinel_ids)
+    batches = Batches(config, vocabulary, [store.split("train") for store in prepared.stores])
+    heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
+    evaluator = Evaluator(config, mesh, heldout)
+    rows, size = meshes.local_rows(mesh, config.data.batch_size), config.data.batch_size
+    for source, windows, store in zip(config.data.source, batches.num_windows, prepared.stores, strict=True):
+        say(f"data       {source}: {store.split('train').num_tokens:,} tokens, {windows:,} rows an epoch")
+    say(f"           {config.train.num_steps * size / batches.num_windows.sum():.2f} epochs in {config.train.num_steps:,} steps "
+        f"of {size} rows")
+
+    # ---- State: own checkpoint, or random ----
+    if (last := checkpoints.latest()) is not None:
+        state = checkpoints.restore(shape, last)
+        say(f"resumed    after step {last:,}")
+        if last >= config.train.num_steps:
+            say(f"complete   {last:,} of {config.train.num_steps:,} steps are done; nothing is left to train in {workdir}")
+            return
+    else:
+        state, last = step.new_state(config, batch, mesh), 0
+
+    # ---- Compile ----
+    begin = time.monotonic()
+    train_step = step.lower_train_step(config, batch, mesh).compile()
+    say(f"compiled   the training step in {time.monotonic() - begin:.1f} s")
+
+    # ---- Steps ----
+    primary = jax.process_index() == 0
+    writer = metrics.Writer(workdir, step=last, primary=primary)
+    progress = metrics.Progress(config.train.num_steps, log_every=config.train.log_every, step=last, primary=primary)
+    throughput = metrics.Throughput(metrics.model_flops(config), metrics.peak_flops(mesh.devices.flatten()))
+
+    def evaluate(done: int) -> None:
+        with throughput.pause():
+            values = evaluator(state.params if state.ema is None else state.ema)
+            writer.write(done, values)
+            progress.note(f"step {done:,}: held-out loss {values['eval/loss']:.3f}, accuracy {values['eval/accuracy']:.3f}")
+
+    def save() -> None:
+        with throughput.pause():
+            checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
+
+    report = Report(config, writer, progress, throughput)
+    with preemption() as preempted, progress:
+        if last == 0:
+            baselines = evaluator.baselines()
+            writer.write(0, baselines)
+            progress.note(f"baselines: uniform {baselines['baseline/uniform']:.3f}, unigram {baselines['baseline/unigram']:.3f} nats")
+            evaluate(0)
+        pending = None  # the metrics of the step before, read while the device works on the next
+        for index, numpy_batch in enumerate(pipeline.prefetch(batches, last, config.train.num_steps, rows), start=last):
+            with profile(workdir, index + 1 - config.train.profile_step if config.train.profile_step else None):
+                state, values = train_step(state, meshes.to_global(numpy_batch, mesh, size))
+            if pending:
+                report(*pending)
+            pending, done = (index + 1, values), index + 1
+            at_end = done == config.train.num_steps
+            if at_end or preempted() or done % config.train.eval_every == 0 or done % config.train.checkpoint_every == 0:
+                report(*pending)  # before anything is saved: a diverged state must not become the newest checkpoint
+                pending = None
+            if done % config.train.eval_every == 0 or at_end:
+                evaluate(done)
+            if done % config.train.checkpoint_every == 0 or at_end or preempted():
+                save()
+            if preempted() and not at_end:
+                checkpoints.wait()
+                raise Preempted(f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues")
+        checkpoints.wait()
+    writer.close()
+
+    # ---- What came out ----
+    if primary:
+        picture = metrics.draw_loss_curve(workdir)
+        params = state.params if state.ema is None else state.ema
+        text = samples(Generator(config, params, tokenizer), heldout, mesh)
+        (workdir / "samples.txt").write_text(text)
+        say(f"\n{text}\n{summary(workdir, config)}\nloss curve  {picture}")
+
+
+class Report:
+    """Takes each step's metrics from the device, counts them, and passes them on at the right times."""
+
+    def __init__(self, config: Config, writer: metrics.Writer, progress: metrics.Progress, throughput: metrics.Throughput):
+        self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
+        self._bad_steps = 0
+
+    def __call__(self, done: int, on_device: dict) -> None:
+        """Report a completed step.
+
+        Raises:
+            Diverged: too many updates in a row had a gradient that is not finite.
+        """
+        values = {f"train/{name}": value for name, value in host_metrics(on_device).items()}
+        self._bad_steps = self._bad_steps + 1 if values["train/bad_steps"] else 0
+        self._throughput.tick(values.pop("train/tokens"))
+        if self._bad_steps:
+            self._progress.note(f"step {done:,}: the gradient is not finite, update skipped ({self._bad_steps} in a row)")
+        if done % self._train.log_every == 0 or done == self._train.num_steps or self._bad_steps:
+            values |= self._throughput.read()
+            self._writer.write(done, values)
+        self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
+        if self._bad_steps >= self._train.max_bad_steps:
+            raise Diverged(f"the gradient was not finite at {self._bad_steps} steps in a row up to step {done}; "
+                           "lower optimizer.learning_rate or raise optimizer.warmup_steps")
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator:
+    """Note SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying: yields a function that says whether one has come."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, old[signal.SIGINT])  # a second Ctrl-C stops at once
+            print("stopping after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def profile(workdir: Path, offset: int | None) -> Iterator[None]:
+    """Record steps 0, 1 and 2 after `train.profile_step` in workdir/profile, for TensorBoard or Perfetto."""
+    if offset == 0:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    yield
+    if offset == 2:
+        jax.effects_barrier()
+        jax.profiler.stop_trace()
+
+
+def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> str:
+    """Held-out passages: what the model was given, what stood there, and what it says."""
+    config, tokenizer = generator.config, generator.tokenizer
+    batch = heldout.at(0)
+    count = min(SAMPLES, int((batch.weights_BL.sum(1) > 0).sum()))
+    blocks = []
+    for index in range(count):
+        given, truth = passage(config, batch, index)
+        with jax.set_mesh(mesh):
+            said = generator.ids([given], max_new_tokens=len(truth))[0]
+        blocks.append(show(config, index + 1, *(tokenizer.decode(ids) for ids in (given, truth, said))))
+    return "\n".join(blocks)
+
+
+def passage(config: Config, batch: Batch, index: int) -> tuple[list[int], list[int]]:
+    """A row's prompt and the ids that should follow it."""
+    targets = batch.targets_BL[index][batch.weights_BL[index] > 0].tolist()
+    if batch.encoder_BS is not None:
+        return [i for i in batch.encoder_BS[index].tolist() if i], targets
+    row = [int(batch.decoder_BL[index, 0]), *batch.targets_BL[index].tolist()]
+    cut = len(row) * 3 // 4
+    return row[:cut], row[cut:]
+
+
+def show(config: Config, number: int, given: str, truth: str, said: str) -> str:
+    """One passage as text; span corruption shows each gap with the truth and the model's filling."""
+    if config.data.objective != "span_corruption":
+        return f"---- held-out passage {number} ----\n{given}\n  truth  {truth!r}\n  model  {said!r}\n"
+    filled = spans(said)
+    gaps = [f"  {gap}  truth {text!r}  model {filled.get(gap, '')!r}" for gap, text in spans(truth).items()]
+    return f"---- held-out passage {number} ----\n{given}\n" + "\n".join(gaps) + f"\n  filled  {fill(given, said)!r}\n"
+
+
+def summary(workdir: Path, config: Config) -> str:
+    """The run's result in one block, read back from its metrics file."""
+    records = metrics.read(workdir)
+    first, last = (next(r for r in order if "eval/loss" in r) for order in (records, reversed(records)))
+    base = next(r for r in records if "baseline/unigram" in r)
+    return (f"held-out loss  {first['eval/loss']:.3f} untrained, {last['eval/loss']:.3f} after {config.train.num_steps:,} steps "
+            f"(nats per target token; uniform {base['baseline/uniform']:.3f}, unigram {base['baseline/unigram']:.3f})")

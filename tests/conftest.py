@@ -1,0 +1,55 @@
+"""Eight fake CPU devices, one compilation cache, and small real things that the tests share."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import numpy as np
+import pytest
+
+from t5like import config as configs
+from t5like.config import Config
+from t5like.data import objectives
+from t5like.types import Batch
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SMALL = {
+    "tokenizer": {"vocab_size": 500, "num_sentinels": 20},
+    "data": {"batch_size": 8, "inputs_length": 32, "targets_length": 12},
+    "model": {"num_layers": 2, "model_dim": 32, "num_heads": 4, "head_dim": 8, "mlp_dim": 64},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
+    "train": {"num_steps": 20},
+}
+
+
+def small(**sections: dict) -> Config:
+    """A small float32 config; keyword arguments change fields section by section."""
+    values = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections} - {"seed"}}
+    values["model"] = {"dtype": "float32", "layers": "unroll", "attention": "plain", **values["model"]}
+    if values["model"].get("architecture") == "decoder":
+        values["data"] = {"objective": "causal_lm", **values["data"]}
+    return configs.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
+
+
+def random_batch(config: Config, seed: int = 0) -> Batch:
+    """A real objective's batch on random tokens, documents of about 9 tokens if the config minds borders."""
+    rng = np.random.default_rng(seed)
+    shape = (config.data.batch_size, objectives.window(config).length)
+    tokens_BT = rng.integers(3, config.tokenizer.vocab_size - config.tokenizer.num_sentinels, shape, dtype=np.int32)
+    segments_BT = None
+    if config.data.document_borders == "segments":
+        segments_BT = (1 + np.cumsum(rng.random(shape) < 1 / 9, axis=1)).astype(np.int32)
+    sentinels = config.tokenizer.vocab_size - 1 - np.arange(config.tokenizer.num_sentinels)
+    keys_B = rng.integers(0, 2**63, shape[0]).astype(np.uint64)
+    vocabulary = objectives.Vocabulary(1, sentinels.astype(np.int32))
+    return objectives.OBJECTIVES[config.data.objective](config, vocabulary, tokens_BT, segments_BT, keys_B)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,64 @@
+"""Cross entropy against float64 formulas, and its chunks against the whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5like import losses
+
+
+def example(rng, rows=3, length=10, vocab=17):
+    logits = rng.normal(size=(rows, length, vocab)) * 3
+    return logits, rng.integers(0, vocab, (rows, length)), rng.integers(0, 2, (rows, length)).astype(np.float32)
+
+
+def reference(logits, targets, weights, z_loss, smoothing):
+    log_z = np.log(np.exp(logits).sum(-1))
+    nats = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    smooth = (1 - smoothing) * nats + smoothing * (log_z[..., None] - logits).mean(-1)
+    return (weights * (smooth + z_loss * log_z**2)).sum(), (weights * nats).sum()
+
+
+@pytest.mark.parametrize("z_loss, smoothing", [(0, 0), (1e-2, 0), (0, 0.1), (1e-2, 0.1)])
+def test_cross_entropy_is_the_formula(rng, z_loss, smoothing):
+    logits, targets, weights = example(rng)
+    loss = losses.cross_entropy(jnp.asarray(logits, jnp.float32), targets, weights, vocab_size=17, z_loss=z_loss, label_smoothing=smoothing)
+    objective, nats = reference(logits, targets, weights, z_loss, smoothing)
+    np.testing.assert_allclose(loss.objective, objective, rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["loss"].total, nats, rtol=1e-5)
+    assert loss.metrics["loss"].weight == weights.sum()
+    accuracy = ((logits.argmax(-1) == targets) * weights).sum()
+    assert loss.metrics["accuracy"].total == accuracy
+
+
+def test_smoothing_leaves_padding_rows_alone(rng):
+    logits, targets, weights = example(rng)
+    padded = np.concatenate([logits, np.full((3, 10, 4), -1e9)], axis=-1)
+    losses_of = [losses.cross_entropy(jnp.asarray(x, jnp.float32), targets, weights, vocab_size=17, label_smoothing=0.1).objective
+                 for x in (logits, padded)]
+    np.testing.assert_allclose(*losses_of, rtol=1e-6)
+
+
+def test_large_logits_stay_finite():
+    logits = jnp.array([[[1e4, 0.0, -1e4]]])
+    loss = losses.cross_entropy(logits, np.array([[0]]), np.ones((1, 1), np.float32), vocab_size=3)
+    assert loss.metrics["loss"].total == 0 and jnp.isfinite(loss.objective)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])
+def test_chunks_equal_the_whole_with_their_gradients(rng, chunk):
+    hidden = jnp.asarray(rng.normal(size=(3, 10, 6)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(6, 17)), jnp.float32)
+    _, targets, weights = example(rng)
+
+    def loss(head, hidden, chunk):
+        def of(h, t, w):
+            return losses.cross_entropy(h @ head, t, w, vocab_size=17, z_loss=1e-2)
+
+        return losses.in_chunks(of, hidden, jnp.asarray(targets), jnp.asarray(weights), chunk) if chunk else of(hidden, targets, weights)
+
+    def with_gradient(chunk):
+        return loss(head, hidden, chunk), jax.grad(lambda h, x: loss(h, x, chunk).objective, (0, 1))(head, hidden)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), with_gradient(0), with_gradient(chunk))

@@ -1,0 +1,328 @@
+"""The model against Hugging Face's, published parameter counts, and truths that hold for every variant."""
+
+import functools
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, small
+
+from t5like import config as configs
+from t5like import mesh as meshes
+from t5like import step, tree
+from t5like.config import Config
+from t5like.data import pipeline
+from t5like.model import layers
+from t5like.model.attention import attend, causal_mask, segment_mask
+from t5like.model.transformer import Transformer
+from t5like.types import Batch
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "hf_logits.npz")
+TINY = {"model_dim": 16, "mlp_dim": 24, "num_heads": 4, "vocab_multiple": 1}
+FAMILIES = {
+    "t5_1_0": {"mlp": "relu", "tied_embeddings": True, "head_dim": 6},
+    "t5_1_1": {"num_decoder_layers": 3, "head_dim": 6},
+    "llama": {"architecture": "decoder", "num_kv_heads": 2, "head_dim": 4, "mlp": "gated_silu", "positions": "rotary",
+              "scale_attention": True, "init": "gpt2"},
+    "gpt2": {"architecture": "decoder", "head_dim": 4, "mlp_dim": 64, "mlp": "gelu", "positions": "learned", "norm": "layer",
+             "norm_epsilon": 1e-5, "biases": True, "tied_embeddings": True, "scale_attention": True, "init": "gpt2", "max_length": 64},
+}
+
+
+def init(config: Config, seed: int = 0):
+    make = functools.partial(step.init_params, config, random_batch(config))
+    return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: Config, params, batch: Batch):
+    return Transformer(config).apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(config: Config, params, batch: Batch, key=None):
+    loss = step.pretrain_loss(config, params, batch, key).metrics["loss"]
+    return loss.total / loss.weight
+
+
+# ---- Hugging Face ----
+
+
+def hf_weights(family: str) -> dict:
+    """The golden weights under our names; [out, in] kernels of torch's Linear are transposed."""
+    w = {key.split(".weights.")[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(f"{family}.weights.")}
+
+    def stack(pattern, transpose=True):
+        found = [w[pattern.format(i)] for i in range(9) if pattern.format(i) in w]
+        return np.stack([x.T if transpose and x.ndim == 2 else x for x in found])
+
+    def attention(prefix, names="qkvo"):
+        parts = zip(("query", "key", "value", "out"), names, strict=True)
+        return {ours: {"kernel": stack(f"{prefix}.{theirs}.weight")} for ours, theirs in parts}
+
+    if family.startswith("t5"):
+        def t5_stack(side, mlp_index):
+            block = f"{side}.block.{{}}.layer"
+            wi = {"gate": "wi_0", "in": "wi_1"} if f"{side}.block.0.layer.{mlp_index}.DenseReluDense.wi_0.weight" in w else {"in": "wi"}
+            made = {"attention": attention(f"{block}.0.SelfAttention"),
+                    "attention_norm": {"scale": stack(f"{block}.0.layer_norm.weight")},
+                    "mlp": {ours: {"kernel": stack(f"{block}.{mlp_index}.DenseReluDense.{theirs}.weight")}
+                            for ours, theirs in {**wi, "out": "wo"}.items()},
+                    "mlp_norm": {"scale": stack(f"{block}.{mlp_index}.layer_norm.weight")}}
+            if side == "decoder":
+                made |= {"cross_attention": attention(f"{block}.1.EncDecAttention"),
+                         "cross_attention_norm": {"scale": stack(f"{block}.1.layer_norm.weight")}}
+            bias = w[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+            return {"layers": made, "relative_bias": {"table": bias}, "final_norm": {"scale": w[f"{side}.final_layer_norm.weight"]}}
+
+        params = {"embedding": w["shared.weight"], "encoder": t5_stack("encoder", 1), "decoder": t5_stack("decoder", 2)}
+        return params | ({"head": w["lm_head.weight"].T} if family == "t5_1_1" else {})
+    if family == "llama":
+        block = "model.layers.{}"
+        return {"embedding": w["model.embed_tokens.weight"], "head": w["lm_head.weight"].T, "decoder": {
+            "final_norm": {"scale": w["model.norm.weight"]},
+            "layers": {"attention": attention(f"{block}.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+                       "attention_norm": {"scale": stack(f"{block}.input_layernorm.weight")},
+                       "mlp_norm": {"scale": stack(f"{block}.post_attention_layernorm.weight")},
+                       "mlp": {ours: {"kernel": stack(f"{block}.mlp.{theirs}_proj.weight")}
+                               for ours, theirs in {"gate": "gate", "in": "up", "out": "down"}.items()}}}}
+    block = "transformer.h.{}"
+
+    def dense(name):  # GPT-2's Conv1D keeps [in, out]
+        return {"kernel": stack(f"{block}.{name}.weight", transpose=False), "bias": stack(f"{block}.{name}.bias")}
+
+    def norm(name):
+        return {"scale": stack(f"{block}.{name}.weight"), "bias": stack(f"{block}.{name}.bias")}
+
+    joined = dense("attn.c_attn")
+    split = {key: np.split(value, 3, axis=-1) for key, value in joined.items()}
+    qkv = {ours: {key: split[key][i] for key in split} for i, ours in enumerate(("query", "key", "value"))}
+    return {"embedding": w["transformer.wte.weight"], "positions": w["transformer.wpe.weight"], "decoder": {
+        "final_norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
+        "layers": {"attention": {**qkv, "out": dense("attn.c_proj")}, "attention_norm": norm("ln_1"), "mlp_norm": norm("ln_2"),
+                   "mlp": {"in": dense("mlp.c_fc"), "out": dense("mlp.c_proj")}}}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_hugging_face(family):
+    inputs = {key.split(".inputs.")[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(f"{family}.inputs.")}
+    config = small(tokenizer={"vocab_size": 61 + 300}, model={**TINY, **FAMILIES[family]})
+    object.__setattr__(config.tokenizer, "vocab_size", 61)  # smaller than a real tokenizer may be
+    if family.startswith("t5"):
+        segments = inputs["attention_mask"].astype(np.int32)
+        decoder = inputs["decoder_input_ids"].astype(np.int32)
+        batch = Batch(decoder, decoder, np.ones(decoder.shape, np.float32), inputs["input_ids"].astype(np.int32), segments,
+                      np.ones_like(decoder))
+    else:
+        ids = inputs["input_ids"].astype(np.int32)
+        batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
+    ours = logits(config, jax.tree.map(jnp.asarray, hf_weights(family)), batch)
+    np.testing.assert_allclose(ours, GOLDEN[f"{family}.logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_buckets_equal_those_of_hugging_face(bidirectional):
+    ours = layers.relative_buckets(GOLDEN["buckets.distance"], buckets=32, max_distance=128, bidirectional=bidirectional)
+    np.testing.assert_array_equal(ours, GOLDEN[f"buckets.{bidirectional}"])
+
+
+# ---- Sizes ----
+
+
+def count(config: Config) -> int:
+    config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
+    return tree.num_parameters(jax.eval_shape(functools.partial(step.init_params, config), pipeline.spec(config), jax.random.key(0)))
+
+
+def preset(name: str, **overrides: str) -> Config:
+    path = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    return configs.load(path, [(key.replace("__", "."), value) for key, value in overrides.items()])
+
+
+@pytest.mark.parametrize("name, published", [
+    ("t5_small", 76_961_152), ("t5_base", 247_577_856), ("t5_large", 783_150_080), ("t5_xl", 2_849_757_184),
+    ("t5_xxl", 11_135_332_352), ("llama_7b", 6_738_415_616), ("llama_1b", 1_100_048_384)])
+def test_parameter_counts_are_the_published_ones(name, published):
+    assert count(preset(name)) == published
+
+
+def test_t5_1_0_base_and_gpt2_have_their_published_sizes():
+    t5 = preset("t5_base", model__mlp="relu", model__mlp_dim="3072", model__tied_embeddings="true")
+    assert count(t5) == 222_903_552
+    assert count(preset("gpt_small", model__vocab_multiple="1")) == 124_439_808
+
+
+@pytest.mark.parametrize("name", ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b"])
+def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
+    # The preset's own shapes would not fit; its scheme does: depth and width are cut, every other choice stays.
+    cut = {"model__num_layers": "3", "model__model_dim": "64", "model__mlp_dim": "128", "model__num_heads": "4", "model__head_dim": "16",
+           "tokenizer__vocab_size": "2000", "data__batch_size": "4", "model__layers": "unroll", "model__dtype": "float32",
+           "model__attention": "plain", "model__remat": "none"}
+    if preset(name).model.num_kv_heads:
+        cut["model__num_kv_heads"] = "2"
+    cut |= {"data__targets_length": "64"} if preset(name).data.inputs_length == 0 else {"data__inputs_length": "64", "data__targets_length": "14"}
+    config = preset(name, **cut)
+    assert abs(mean_loss(config, init(config), random_batch(config)) - math.log(config.tokenizer.vocab_size)) < 0.5
+
+
+# ---- Truths of every variant ----
+
+
+VARIANTS = {
+    "t5": {},
+    "causal": {"model": {"architecture": "decoder"}},
+    "llama": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 2, "scale_attention": True, "mlp": "gated_silu"}},
+    "post_norm": {"model": {"norm_position": "post", "norm": "layer", "biases": True, "positions": "learned", "mlp": "relu"}},
+    "prefix": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
+}
+
+
+@pytest.mark.parametrize("variant, change", [
+    ("t5", {"layers": "scan"}), ("t5", {"remat": "full"}), ("t5", {"layers": "scan", "remat": "dots"}),
+    ("llama", {"layers": "scan", "remat": "full"}), ("post_norm", {"layers": "scan"}), ("prefix", {"remat": "dots"})])
+def test_scan_and_remat_change_nothing(variant, change):
+    sections = VARIANTS[variant]
+    plain = small(**sections)
+    other = small(**{**sections, "model": {**sections.get("model", {}), **change}})
+    batch, params = random_batch(plain), init(plain)
+
+    def loss(config):
+        return jax.jit(jax.value_and_grad(lambda p: step.pretrain_loss(config, p, batch, None).objective))(params)
+
+    (a, grads), (b, other_grads) = loss(plain), loss(other)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), grads, other_grads)
+
+
+def influence(config: Config, batch: Batch, row: int = 0):
+    """How much decoder input j moves output i, by gradients: [L outputs, L inputs].
+
+    Each place reads another id, and the encoder none of them, so that an embedding row's gradient belongs to one place.
+    """
+    params, model = init(config), Transformer(config)
+    ids_L = 3 + np.arange(batch.decoder_BL.shape[1])
+    one = jax.tree.map(lambda x: x[row : row + 1], batch)._replace(decoder_BL=ids_L[None])
+    if one.encoder_BS is not None:
+        one = one._replace(encoder_BS=np.full_like(one.encoder_BS, 2))
+
+    @jax.jit
+    @jax.jacobian
+    def gradient(rows_LD):
+        changed = {**params, "embedding": params["embedding"].at[ids_L].set(rows_LD)}
+        return model.apply({"params": changed}, one, method="hidden")[0].sum(-1)
+
+    return np.abs(np.asarray(gradient(params["embedding"][ids_L]))).sum(-1)
+
+
+def test_no_future_token_moves_a_causal_output():
+    for model in ({}, {"architecture": "decoder"}, {"architecture": "decoder", "positions": "rotary"}):
+        config = small(model=model)
+        matrix = influence(config, random_batch(config))
+        assert (matrix[np.triu_indices(len(matrix), 1)] == 0).all()
+        assert (matrix[np.tril_indices(len(matrix))] > 0).all()
+
+
+def test_a_prefix_is_seen_by_all_and_the_rest_is_causal():
+    config = small(**VARIANTS["prefix"])
+    batch = random_batch(config)
+    matrix = influence(config, batch)
+    place = np.arange(len(matrix))
+    visible = (place[None] <= place[:, None]) | (place[None] < batch.prefix_BL[0].sum())
+    assert ((matrix > 0) == visible).all()
+
+
+@pytest.mark.parametrize("model", [{}, {"architecture": "decoder"}])
+def test_nothing_leaks_across_documents(model):
+    config = small(model=model, data={"document_borders": "segments"})
+    batch = random_batch(config)
+    segments = batch.decoder_segments_BL[0]
+    matrix = influence(config, batch)
+    assert (matrix[segments[:, None] != segments[None]] == 0).all()
+    if model:
+        return
+    # and the encoder: other documents' inputs don't reach a target
+    params = init(config)
+    place = int(np.flatnonzero(batch.encoder_segments_BS[0] == 1)[0])
+    changed = batch._replace(encoder_BS=batch.encoder_BS.copy())
+    changed.encoder_BS[0, place] += 1
+    a, b = logits(config, params, batch)[0], logits(config, params, changed)[0]
+    assert (np.abs(a - b).max(-1)[segments != 1] == 0).all() and np.abs(a - b).max(-1)[segments == 1].max() > 0
+
+
+def test_a_query_that_may_see_nothing_gets_nothing(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 3, 4)), jnp.float32) for _ in range(3))
+    mask = segment_mask(jnp.array([[1, 1, 2], [1, 1, 1]]), jnp.array([[1, 1, 1], [1, 1, 1]]))
+    out = attend(q, k, v, mask_B1LS=mask)
+    assert (out[0, 0, 2] == 0).all() and (np.abs(out[1]) > 0).all()
+
+
+def test_attend_equals_softmax_in_float64(rng):
+    q, k, v = (rng.normal(size=(2, 4, 5, 8)), rng.normal(size=(2, 2, 7, 8)), rng.normal(size=(2, 2, 7, 8)))
+    bias = rng.normal(size=(1, 4, 5, 7))
+    scores = np.einsum("bnlh,bnsh->bnls", q, k.repeat(2, 1)) + bias
+    scores = np.where(np.tril(np.ones((5, 7)), 2), scores, -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    ours = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), bias_1NLS=jnp.asarray(bias, jnp.float32),
+                  mask_B1LS=causal_mask(5, 7, 2))
+    np.testing.assert_allclose(ours, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
+
+
+def test_padding_rows_of_the_vocabulary_never_win():
+    padded, exact = small(), small(model={"vocab_multiple": 1})
+    params = init(padded)
+    cut = {**params, "embedding": params["embedding"][:500], "head": params["head"][:, :500]}
+    batch = random_batch(padded)
+    ours = logits(padded, params, batch)
+    assert ours.shape[-1] == 512 and (ours[..., 500:] < -1e8).all()
+    assert mean_loss(padded, params, batch) == pytest.approx(float(mean_loss(exact, cut, batch)), rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["t5", "causal", "llama"])
+def test_cached_decoding_equals_the_full_forward(variant):
+    config = small(**VARIANTS[variant])
+    params, batch = init(config), random_batch(config)
+    apply = jax.jit(functools.partial(Transformer(config).apply, {"params": params}), static_argnames="method")
+    full = apply(batch)
+    length = batch.decoder_BL.shape[1]
+    encoded = apply(batch.encoder_BS, method="encode") if batch.encoder_BS is not None else None
+    cache = Transformer(config).apply({"params": params}, 8, length, encoded, method="prepare_cache")
+    first, cache = apply(batch.decoder_BL[:, :5], cache, 0, method="decode")
+    np.testing.assert_allclose(first, full[:, :5], atol=2e-5, rtol=1e-4)
+    for index in range(5, length):
+        one, cache = apply(batch.decoder_BL[:, index : index + 1], cache, jnp.int32(index), method="decode")
+        np.testing.assert_allclose(one[:, 0], full[:, index], atol=2e-5, rtol=1e-4)
+
+
+def test_dropout_is_random_in_training_and_absent_in_evaluation():
+    config = small(model={"dropout_rate": 0.5})
+    params, batch = init(config), random_batch(config)
+
+    def loss(key):
+        return float(mean_loss(config, params, batch, key))
+
+    assert loss(jax.random.key(0)) == loss(jax.random.key(0)) != loss(jax.random.key(1))
+    assert loss(None) == loss(None) != loss(jax.random.key(0))
+
+
+def test_float32_is_kept_where_it_counts():
+    config = small(model={"dtype": "bfloat16"})
+    params, batch = init(config), random_batch(config)
+    jaxpr = jax.make_jaxpr(lambda p: step.pretrain_loss(config, p, batch, None))(params)
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for sub in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from equations(sub)
+
+    kinds = {"exp": "softmax and loss", "log": "loss", "rsqrt": "norm", "reduce_sum": "sums"}
+    found = {e.primitive.name for e in equations(jaxpr.jaxpr) if e.primitive.name in kinds and e.outvars[0].aval.dtype == jnp.float32}
+    assert {"exp", "log", "rsqrt"} <= found
+    wrong = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("log", "rsqrt") and e.outvars[0].aval.dtype != jnp.float32]
+    assert not wrong
+    assert logits(config, params, batch).dtype == jnp.float32

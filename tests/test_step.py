@@ -1,0 +1,181 @@
+"""One update: on any mesh, in any number of parts, traced once, planned as it is run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, small
+
+from t5like import mesh as meshes
+from t5like import step, tree
+from t5like.errors import ConfigError
+
+SHAPES = {"encoder_decoder": {}, "decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 4}}}
+
+
+def one_step(config, batch, devices):
+    """State and metrics after two steps on a mesh of that many devices."""
+    mesh = meshes.make_mesh(config, jax.devices()[:devices])
+    config = meshes.settle(config, mesh)
+    state = step.new_state(config, batch, mesh)
+    update = step.jit_train_step(config, batch, mesh)
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            state, metrics = update(state, meshes.to_global(batch, mesh, config.data.batch_size))
+    return state, metrics
+
+
+@functools.cache
+def on_one_device(shape):
+    config = small(**SHAPES[shape])
+    return jax.device_get(one_step(config, random_batch(config), 1))
+
+
+def assert_same(ours, reference):
+    """Equal to float32 tolerance: metrics, and every parameter relative to the size of its update."""
+    for name in ("loss", "grad_norm", "accuracy", "z_loss"):
+        np.testing.assert_allclose(ours[1][name].total, reference[1][name].total, rtol=2e-5, atol=1e-6)
+    # AdamW's first steps move every parameter by about the learning rate, whatever its gradient: where that is nearly
+    # 0, rounding decides the direction. So nearly all must agree closely, and none may differ by more than the steps.
+    for name, leaf in tree.flatten(ours[0].params).items():
+        error = np.abs(np.asarray(leaf) - tree.flatten(reference[0].params)[name])
+        assert np.quantile(error, 0.99) < 2e-5 and error.max() < 4.1e-3, name
+
+
+@pytest.mark.parametrize("shape, mesh", [
+    ("encoder_decoder", {"data": 8}), ("encoder_decoder", {"fsdp": 8}), ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
+    ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}), ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("decoder", {"context": 4})])
+def test_any_mesh_equals_one_device(shape, mesh):
+    config = small(**SHAPES[shape], mesh=mesh if "data" in mesh or "fsdp" not in mesh else {"data": -1, **mesh})
+    assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
+
+
+def test_parameters_and_moments_are_split_as_the_mesh_says():
+    config = small(mesh={"data": 1, "fsdp": 4, "tensor": 2})
+    mesh = meshes.make_mesh(config)
+    state = step.new_state(meshes.settle(config, mesh), random_batch(config), mesh)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
+    assert here < whole / 7  # norms and the like stay whole
+    for name, leaf in tree.flatten(state.opt_state).items():
+        owner = next((p for p in tree.flatten(state.params) if name.endswith(p)), None)
+        if owner and leaf.ndim:
+            assert leaf.sharding == tree.flatten(state.params)[owner].sharding, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
+    config = small(**SHAPES[shape])
+    batch = random_batch(config)
+    weights = batch.weights_BL * (np.arange(batch.weights_BL.shape[1]) < np.array([1, 44, 3, 9, 0, 30, 2, 7])[:, None])
+    batch = batch._replace(weights_BL=weights.astype(np.float32))
+    whole = jax.device_get(one_step(config, batch, 1))
+    for count in (2, 4):
+        parts = small(**SHAPES[shape], train={"microbatches": count})
+        assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
+
+
+def test_microbatches_of_a_split_batch_stay_where_they_are():
+    config = small(train={"microbatches": 2}, data={"batch_size": 16})
+    batch = random_batch(config)
+    state, metrics = one_step(config, batch, 8)
+    whole = one_step(small(data={"batch_size": 16}), batch, 1)
+    assert_same(jax.device_get((state, metrics)), jax.device_get(whole))
+
+
+def test_the_step_is_traced_once():
+    config = small()
+    batch = random_batch(config)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    traces = []
+
+    def counting(*args):
+        traces.append(1)
+        return step.pretrain_loss(*args)
+
+    update = step.jit_train_step(config, batch, mesh, counting)
+    state = step.new_state(config, batch, mesh)
+    with jax.set_mesh(mesh):
+        for seed in range(3):
+            state, _ = update(state, meshes.to_global(random_batch(config, seed), mesh, 8))
+    assert len(traces) == 1 and int(state.step) == 3
+
+
+def test_the_state_is_donated():
+    config = small()
+    batch = random_batch(config)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    memory = step.lower_train_step(config, batch, mesh).compile().memory_analysis()
+    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.abstract_state(config, batch, mesh)))
+    assert memory.alias_size_in_bytes >= bytes_of_state
+
+
+def test_a_chunked_loss_changes_nothing():
+    config = small()
+    batch = random_batch(config)
+    assert_same(jax.device_get(one_step(small(train={"loss_chunk": 5}), batch, 1)), on_one_device("encoder_decoder"))
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    config = small(optimizer={"ema_decay": 0.9})
+    batch = random_batch(config)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    state = step.new_state(config, batch, mesh)
+    before = jax.device_get(state)
+    poisoned = batch._replace(weights_BL=np.full_like(batch.weights_BL, np.nan))
+    with jax.set_mesh(mesh):
+        state, metrics = step.jit_train_step(config, batch, mesh)(state, meshes.to_global(poisoned, mesh, 8))
+    assert metrics["bad_steps"].total == 1 and state.step == 1
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
+
+
+def test_the_moving_average_follows_its_formula():
+    config = small(optimizer={"ema_decay": 0.9})
+    batch = random_batch(config)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    state = step.new_state(config, batch, mesh)
+    first = jax.device_get(state.params)
+    jax.tree.map(np.testing.assert_array_equal, first, state.ema)
+    with jax.set_mesh(mesh):
+        state, _ = step.jit_train_step(config, batch, mesh)(state, meshes.to_global(batch, mesh, 8))
+    jax.tree.map(lambda ema, old, new: np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
+                 state.ema, first, state.params)
+
+
+def test_the_loss_falls_when_the_same_batch_is_learned():
+    config = small(optimizer={"learning_rate": 1e-2})
+    batch = random_batch(config)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    state = step.new_state(config, batch, mesh)
+    update, losses = step.jit_train_step(config, batch, mesh), []
+    with jax.set_mesh(mesh):
+        for _ in range(30):
+            state, metrics = update(state, meshes.to_global(batch, mesh, 8))
+            losses.append(metrics["loss"].total / metrics["loss"].weight)
+    assert losses[-1] < losses[0] - 2
+
+
+@pytest.mark.parametrize("sections, devices, message", [
+    ({"mesh": {"data": 3}}, 8, "does not fit 8 devices.*1, 2, 4, 8"),
+    ({"mesh": {"tensor": 3}}, 8, "does not fit 8 devices"),
+    ({"mesh": {"data": 1, "tensor": 8}}, 8, "mesh.tensor=8 must divide model.num_heads=4; use mesh.tensor=4"),
+    ({"data": {"batch_size": 12}}, 8, "data.batch_size=12 must be a multiple of 8 .*; use 8 or 16"),
+    ({"data": {"batch_size": 4}}, 8, "data.batch_size=4 must be a multiple of 8 .*; use 8"),
+    ({"mesh": {"context": 8}, "data": {"inputs_length": 36}}, 8, "mesh.context=8 must divide tokens per row=36"),
+])
+def test_an_impossible_mesh_is_refused_with_a_way_out(sections, devices, message):
+    with pytest.raises(ConfigError, match=message):
+        meshes.make_mesh(small(**sections), jax.devices()[:devices])
+
+
+def test_a_length_that_context_does_not_divide_stays_whole():
+    config = small(data={"targets_length": 13}, mesh={"data": 4, "context": 2})
+    batch = random_batch(config)
+    _, metrics = one_step(config, batch, 8)
+    _, alone = one_step(small(data={"targets_length": 13}), batch, 1)
+    np.testing.assert_allclose(metrics["loss"].total, alone["loss"].total, rtol=1e-5)
+    assert jnp.isfinite(metrics["grad_norm"].total)
