@@ -82,7 +82,6 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
     layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: scan on accelerators, unroll on a CPU
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matmuls, all
-    attention: Literal["auto", "plain", "cudnn"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

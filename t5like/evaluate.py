@@ -26,19 +26,17 @@ class Evaluator:
     """Evaluates parameters on the first `train.eval_batches` held-out batches (all, if there are fewer)."""
 
     def __init__(self, config: Config, mesh: Mesh, heldout: Batches):
-        """`config` is settled on `mesh`. The evaluation step is compiled at the first call."""
+        """`config` is settled on `mesh`."""
         self.config, self.mesh, self.heldout = config, mesh, heldout
         self.num_batches = min(config.train.eval_batches, heldout.num_batches)
         self._rows = meshes.local_rows(mesh, config.data.batch_size)
-        self._step = None
+        self._step = steps.jit_eval_step(config, mesh)
 
     def __call__(self, params: Tree) -> dict[str, float]:
         """Mean values per target token: ``eval/loss`` in nats, ``eval/accuracy``, and how many tokens they rest on."""
         total: Metrics | None = None
         for index in range(self.num_batches):
             rows = self.heldout.at(index, self._rows)
-            if self._step is None:
-                self._step = steps.jit_eval_step(self.config, rows, self.mesh)
             with jax.set_mesh(self.mesh):
                 metrics = self._step(params, meshes.to_global(rows, self.mesh, self.config.data.batch_size))
             total = metrics if total is None else add_metrics(total, metrics)

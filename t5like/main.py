@@ -5,9 +5,11 @@ traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
 """
 
 import argparse
-import ctypes
+import contextlib
+import hashlib
 import json
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
@@ -113,6 +115,15 @@ def start_devices(fake_devices: int) -> None:
     if fake_devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={fake_devices}"
+    # Compiled programs are kept, so that the second start of the same run is quick. They are code, and made for this
+    # kind of processor: the folder is the user's own, and one per processor.
+    processor = hashlib.sha256(Path("/proc/cpuinfo").read_bytes().split(b"flags", 1)[-1].split(b"\n", 1)[0]).hexdigest()[:8] \
+        if Path("/proc/cpuinfo").exists() else platform.machine()
+    cache = Path("~/.cache/t5like/compiled").expanduser() / processor
+    with contextlib.suppress(OSError):  # a home that can't be written only costs time
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":

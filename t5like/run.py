@@ -26,8 +26,7 @@ from t5like.types import Tree
 # stretches schedules that depend on it; the loop says so.
 MAY_CHANGE = ("mesh.", "train.num_steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
               "train.keep_checkpoints", "train.keep_every", "train.profile_step", "train.max_bad_steps", "train.microbatches",
-              "train.loss_chunk", "data.directory", "data.num_workers", "data.prefetch", "model.layers", "model.remat", "model.attention",
-              "tokenizer.path")
+              "train.loss_chunk", "data.directory", "data.num_workers", "data.prefetch", "model.layers", "model.remat", "tokenizer.path")
 
 
 class Run(NamedTuple):

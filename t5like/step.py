@@ -63,11 +63,11 @@ def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def new_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
-    """A random state, each leaf made where it lives. The values do not depend on the mesh."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, batch, mesh))
-    with jax.set_mesh(mesh):
-        return jax.jit(partial(init_state, config), out_shardings=shardings)(batch, jax.random.key(config.seed))
+def new_state(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
+    """A random state, each leaf made where `abstract` says it lives. The values do not depend on the mesh."""
+    with jax.set_mesh(_mesh_of(abstract)):
+        make = jax.jit(partial(init_state, config), out_shardings=_shardings(abstract))
+        return make(batch, jax.random.key(config.seed))
 
 
 def make_train_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -147,22 +147,28 @@ def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[
     return eval_step
 
 
-def jit_train_step(config: Config, batch: Batch, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
-    """The jitted train step on a mesh: state donated and split as `abstract_state` says, metrics on every device."""
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, batch, mesh))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0,
-                   in_shardings=(state, meshes.batch_shardings(batch, mesh)), out_shardings=(state, everywhere))
+def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
+    """The jitted train step: state donated and split as `abstract_state` says, metrics whole on every device."""
+    out = (_shardings(abstract), NamedSharding(_mesh_of(abstract), PartitionSpec()))
+    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out)
 
 
-def jit_eval_step(config: Config, batch: Batch, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
-    """The jitted evaluation step on a mesh."""
-    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, batch, mesh).params)
-    return jax.jit(make_eval_step(config, loss_fn), in_shardings=(params, meshes.batch_shardings(batch, mesh)),
-                   out_shardings=NamedSharding(mesh, PartitionSpec()))
+def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
+    """The jitted evaluation step; parameters and batch are taken as they are split."""
+    return jax.jit(make_eval_step(config, loss_fn), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def lower_train_step(config: Config, batch: Batch, mesh: Mesh, loss_fn: LossFn = pretrain_loss) -> jax.stages.Lowered:
+def lower_train_step(config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss) -> jax.stages.Lowered:
     """Lower the train step from shapes alone, for the loop's own compilation and for planning."""
+    mesh = _mesh_of(abstract)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh))
     with jax.set_mesh(mesh):
-        return jit_train_step(config, batch, mesh, loss_fn).lower(abstract_state(config, batch, mesh), batch)
+        return jit_train_step(config, abstract, loss_fn).lower(abstract, shapes)
+
+
+def _shardings(abstract: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _mesh_of(abstract: TrainState) -> Mesh:
+    return abstract.step.sharding.mesh

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -44,9 +45,9 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Devices ----
     mesh = meshes.make_mesh(config)
     config = meshes.settle(config, mesh)
-    shape = step.abstract_state(config, batch, mesh)
+    abstract = step.abstract_state(config, batch, mesh)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    say(f"model      {tree.num_parameters(shape.params):,} parameters, {config.model.architecture}, {config.model.dtype}")
+    say(f"model      {tree.num_parameters(abstract.params):,} parameters, {config.model.architecture}, {config.model.dtype}")
     say(f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}")
 
     # ---- Data ----
@@ -62,20 +63,17 @@ def train(config: Config, workdir: Path) -> None:
     say(f"           {config.train.num_steps * size / batches.num_windows.sum():.2f} epochs in {config.train.num_steps:,} steps "
         f"of {size} rows")
 
-    # ---- State: own checkpoint, or random ----
-    if (last := checkpoints.latest()) is not None:
-        state = checkpoints.restore(shape, last)
-        say(f"resumed    after step {last:,}")
+    # ---- State: own checkpoint, or random; the step compiles meanwhile ----
+    with ThreadPoolExecutor(1) as pool:
+        last = checkpoints.latest() or 0
         if last >= config.train.num_steps:
             say(f"complete   {last:,} of {config.train.num_steps:,} steps are done; nothing is left to train in {workdir}")
             return
-    else:
-        state, last = step.new_state(config, batch, mesh), 0
-
-    # ---- Compile ----
-    begin = time.monotonic()
-    train_step = step.lower_train_step(config, batch, mesh).compile()
-    say(f"compiled   the training step in {time.monotonic() - begin:.1f} s")
+        begin = time.monotonic()
+        compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
+        state = checkpoints.restore(abstract, last) if last else step.new_state(config, batch, abstract)
+        train_step = compiling.result()
+        say(f"start      {f'after step {last:,}' if last else 'from random parameters'}, compiled in {time.monotonic() - begin:.1f} s")
 
     # ---- Steps ----
     primary = jax.process_index() == 0
@@ -94,6 +92,7 @@ def train(config: Config, workdir: Path) -> None:
             checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
 
     report = Report(config, writer, progress, throughput)
+    profiler = Profiler(workdir / "profile", config.train.profile_step)
     with preemption() as preempted, progress:
         if last == 0:
             baselines = evaluator.baselines()
@@ -102,8 +101,8 @@ def train(config: Config, workdir: Path) -> None:
             evaluate(0)
         pending = None  # the metrics of the step before, read while the device works on the next
         for index, numpy_batch in enumerate(pipeline.prefetch(batches, last, config.train.num_steps, rows), start=last):
-            with profile(workdir, index + 1 - config.train.profile_step if config.train.profile_step else None):
-                state, values = train_step(state, meshes.to_global(numpy_batch, mesh, size))
+            profiler.before(index + 1)
+            state, values = train_step(state, meshes.to_global(numpy_batch, mesh, size))
             if pending:
                 report(*pending)
             pending, done = (index + 1, values), index + 1
@@ -119,6 +118,7 @@ def train(config: Config, workdir: Path) -> None:
                 checkpoints.wait()
                 raise Preempted(f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues")
         checkpoints.wait()
+    profiler.stop()
     writer.close()
 
     # ---- What came out ----
@@ -176,32 +176,42 @@ def preemption() -> Iterator:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def profile(workdir: Path, offset: int | None) -> Iterator[None]:
-    """Record steps 0, 1 and 2 after `train.profile_step` in workdir/profile, for TensorBoard or Perfetto."""
-    if offset == 0:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    yield
-    if offset == 2:
-        jax.effects_barrier()
-        jax.profiler.stop_trace()
+class Profiler:
+    """Records three steps of the run, from `first` on, for TensorBoard or Perfetto; never, if `first` is 0."""
+
+    def __init__(self, directory: Path, first: int):
+        self._directory, self._first, self._running = directory, first, False
+
+    def before(self, step: int) -> None:
+        """Call before each step. The metrics are read a step late, so four steps on the three are surely done."""
+        if self._first and step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif step == self._first + 4:
+            self.stop()
+
+    def stop(self) -> None:
+        """Write what was recorded."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> str:
-    """Held-out passages: what the model was given, what stood there, and what it says."""
+    """Passages from all over the held-out text: what the model was given, what stood there, and what it says."""
     config, tokenizer = generator.config, generator.tokenizer
-    batch = heldout.at(0)
-    count = min(SAMPLES, int((batch.weights_BL.sum(1) > 0).sum()))
+    count = min(SAMPLES, int(heldout.num_windows.sum()))
     blocks = []
-    for index in range(count):
-        given, truth = passage(config, batch, index)
+    for number in range(count):
+        batch, row = divmod(number * int(heldout.num_windows.sum()) // count, config.data.batch_size)
+        given, truth = passage(heldout.at(batch), row)
         with jax.set_mesh(mesh):
             said = generator.ids([given], max_new_tokens=len(truth))[0]
-        blocks.append(show(config, index + 1, *(tokenizer.decode(ids) for ids in (given, truth, said))))
+        blocks.append(show(config, number + 1, *(tokenizer.decode(ids) for ids in (given, truth, said))))
     return "\n".join(blocks)
 
 
-def passage(config: Config, batch: Batch, index: int) -> tuple[list[int], list[int]]:
+def passage(batch: Batch, index: int) -> tuple[list[int], list[int]]:
     """A row's prompt and the ids that should follow it."""
     targets = batch.targets_BL[index][batch.weights_BL[index] > 0].tolist()
     if batch.encoder_BS is not None:

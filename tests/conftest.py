@@ -30,7 +30,7 @@ SMALL = {
 def small(**sections: dict) -> Config:
     """A small float32 config; keyword arguments change fields section by section."""
     values = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections} - {"seed"}}
-    values["model"] = {"dtype": "float32", "layers": "unroll", "attention": "plain", **values["model"]}
+    values["model"] = {"dtype": "float32", "layers": "unroll", **values["model"]}
     if values["model"].get("architecture") == "decoder":
         values["data"] = {"objective": "causal_lm", **values["data"]}
     return configs.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})

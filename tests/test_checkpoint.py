@@ -1,7 +1,6 @@
 """Checkpoints: exact on any mesh, refused when they do not fit or are damaged, never lost to a kill or a full disk."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -88,12 +87,6 @@ def test_the_average_is_optional_and_read_alone(tmp_path):
     checkpoints.close()
     assert_bitwise(checkpoints.restore_params(on_mesh(ema, data=1), ema=True), ema)
     assert_bitwise(checkpoints.restore_params(on_mesh(ema, data=1)), state.params)
-
-
-def test_params_alone_are_read_without_the_optimizer_state(tmp_path):
-    checkpoints = saved(tmp_path, 1, data=8)
-    params = checkpoints.restore_params(on_mesh(new_state(1).params, data=1))
-    assert_bitwise(params, new_state(1).params)
 
 
 def test_the_rest_comes_back_as_it_was(tmp_path):
@@ -254,7 +247,7 @@ def test_a_relative_path_stays_where_it_was_made(tmp_path, monkeypatch):
     assert (tmp_path / "run/checkpoints/1" / checkpoint.COMMITTED).exists()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, capfd):
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     checkpoints = saved(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     state = new_state(rows=1 << 14)
@@ -270,8 +263,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, capfd):
     checkpoints.save(new_state(4), **REST)
     checkpoints.close()
     assert checkpoints.steps() == [1, 4]
-    time.sleep(0.2)
-    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_directory_that_can_not_be_made_is_told(tmp_path):
@@ -280,20 +271,34 @@ def test_a_directory_that_can_not_be_made_is_told(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints", keep=1).save(new_state(1), **REST)
 
 
+def run(program: str, directory: Path) -> subprocess.Popen:
+    """Start a program that has this file's names, in a process that may be killed or limited."""
+    header = "import sys\nsys.path[:0] = ['.', 'tests']\nfrom test_checkpoint import *\n"
+    header += "checkpoints = saved(sys.argv[1])\n"
+    return subprocess.Popen([sys.executable, "-c", header + textwrap.dedent(program), str(directory)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+
+
+def test_a_failed_save_prints_nothing_but_its_error(tmp_path):
+    output, noise = run("""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        checkpoints.save(new_state(1, rows=1 << 14), **REST)
+        try:
+            checkpoints.close()
+        except CheckpointError as error:
+            print(error)
+    """, tmp_path).communicate(timeout=60)
+    assert "could not be written" in output and output.count("\n") == 1 and noise == ""
+
+
 def test_a_killed_save_costs_nothing_but_itself(tmp_path):
-    program = textwrap.dedent("""
-        import sys
-        sys.path[:0] = ["tests"]
-        from test_checkpoint import Checkpoints, REST, new_state
-        checkpoints = Checkpoints(sys.argv[1], keep=2)
-        for step in range(1 + (checkpoints.latest() or 0), 10_000):
-            checkpoints.save(new_state(step, rows=1 << 14), **REST)
-            print(step, flush=True)  # of which the one before is complete
-    """)
     rng = np.random.default_rng(0)
     for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": "."}) as process:
+        with run("""
+            for step in range(1 + (checkpoints.latest() or 0), 10_000):
+                checkpoints.save(new_state(step, rows=1 << 14), **REST)
+                print(step, flush=True)  # of which the one before is complete
+        """, tmp_path) as process:
             begun = [int(process.stdout.readline()) for _ in range(3)]
             time.sleep(rng.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)

@@ -162,7 +162,7 @@ def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
     # The preset's own shapes would not fit; its scheme does: depth and width are cut, every other choice stays.
     cut = {"model__num_layers": "3", "model__model_dim": "64", "model__mlp_dim": "128", "model__num_heads": "4", "model__head_dim": "16",
            "tokenizer__vocab_size": "2000", "data__batch_size": "4", "model__layers": "unroll", "model__dtype": "float32",
-           "model__attention": "plain", "model__remat": "none"}
+           "model__remat": "none"}
     if preset(name).model.num_kv_heads:
         cut["model__num_kv_heads"] = "2"
     cut |= {"data__targets_length": "64"} if preset(name).data.inputs_length == 0 else {"data__inputs_length": "64", "data__targets_length": "14"}

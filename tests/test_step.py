@@ -19,8 +19,8 @@ def one_step(config, batch, devices):
     """State and metrics after two steps on a mesh of that many devices."""
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = meshes.settle(config, mesh)
-    state = step.new_state(config, batch, mesh)
-    update = step.jit_train_step(config, batch, mesh)
+    abstract = step.abstract_state(config, batch, mesh)
+    state, update = step.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
     with jax.set_mesh(mesh):
         for _ in range(2):
             state, metrics = update(state, meshes.to_global(batch, mesh, config.data.batch_size))
@@ -56,7 +56,8 @@ def test_any_mesh_equals_one_device(shape, mesh):
 def test_parameters_and_moments_are_split_as_the_mesh_says():
     config = small(mesh={"data": 1, "fsdp": 4, "tensor": 2})
     mesh = meshes.make_mesh(config)
-    state = step.new_state(meshes.settle(config, mesh), random_batch(config), mesh)
+    batch = random_batch(config)
+    state = step.new_state(config, batch, step.abstract_state(config, batch, mesh))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
     assert here < whole / 7  # norms and the like stay whole
@@ -96,8 +97,8 @@ def test_the_step_is_traced_once():
         traces.append(1)
         return step.pretrain_loss(*args)
 
-    update = step.jit_train_step(config, batch, mesh, counting)
-    state = step.new_state(config, batch, mesh)
+    abstract = step.abstract_state(config, batch, mesh)
+    update, state = step.jit_train_step(config, abstract, counting), step.new_state(config, batch, abstract)
     with jax.set_mesh(mesh):
         for seed in range(3):
             state, _ = update(state, meshes.to_global(random_batch(config, seed), mesh, 8))
@@ -108,8 +109,9 @@ def test_the_state_is_donated():
     config = small()
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    memory = step.lower_train_step(config, batch, mesh).compile().memory_analysis()
-    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.abstract_state(config, batch, mesh)))
+    abstract = step.abstract_state(config, batch, mesh)
+    memory = step.lower_train_step(config, batch, abstract).compile().memory_analysis()
+    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     assert memory.alias_size_in_bytes >= bytes_of_state
 
 
@@ -123,11 +125,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     config = small(optimizer={"ema_decay": 0.9})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    state = step.new_state(config, batch, mesh)
+    abstract = step.abstract_state(config, batch, mesh)
+    state = step.new_state(config, batch, abstract)
     before = jax.device_get(state)
     poisoned = batch._replace(weights_BL=np.full_like(batch.weights_BL, np.nan))
     with jax.set_mesh(mesh):
-        state, metrics = step.jit_train_step(config, batch, mesh)(state, meshes.to_global(poisoned, mesh, 8))
+        state, metrics = step.jit_train_step(config, abstract)(state, meshes.to_global(poisoned, mesh, 8))
     assert metrics["bad_steps"].total == 1 and state.step == 1
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
@@ -137,11 +140,12 @@ def test_the_moving_average_follows_its_formula():
     config = small(optimizer={"ema_decay": 0.9})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    state = step.new_state(config, batch, mesh)
+    abstract = step.abstract_state(config, batch, mesh)
+    state = step.new_state(config, batch, abstract)
     first = jax.device_get(state.params)
     jax.tree.map(np.testing.assert_array_equal, first, state.ema)
     with jax.set_mesh(mesh):
-        state, _ = step.jit_train_step(config, batch, mesh)(state, meshes.to_global(batch, mesh, 8))
+        state, _ = step.jit_train_step(config, abstract)(state, meshes.to_global(batch, mesh, 8))
     jax.tree.map(lambda ema, old, new: np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
                  state.ema, first, state.params)
 
@@ -150,8 +154,9 @@ def test_the_loss_falls_when_the_same_batch_is_learned():
     config = small(optimizer={"learning_rate": 1e-2})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    state = step.new_state(config, batch, mesh)
-    update, losses = step.jit_train_step(config, batch, mesh), []
+    abstract = step.abstract_state(config, batch, mesh)
+    state = step.new_state(config, batch, abstract)
+    update, losses = step.jit_train_step(config, abstract), []
     with jax.set_mesh(mesh):
         for _ in range(30):
             state, metrics = update(state, meshes.to_global(batch, mesh, 8))
