@@ -52,6 +52,8 @@ def train(config: Config, workdir: Path) -> None:
 
     # ---- Data ----
     prepared = corpus.prepare(config)
+    for note in prepared.notes:
+        say(note)
     tokenizer = keep_tokenizer(prepared.tokenizer, workdir)
     vocabulary = Vocabulary(tokenizer.eos_id, tokenizer.sentinel_ids)
     batches = Batches(config, vocabulary, [store.split("train") for store in prepared.stores])

@@ -53,3 +53,38 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+# ---- Text, and the smallest run on it ----
+
+WORDS = ("the a one this every old small green river stone house child road winter light bird horse garden letter "
+         "sees keeps finds breaks carries follows remembers behind under near without after and but while").split()
+
+
+def write_text(path: Path, lines: int = 600, seed: int = 0) -> None:
+    """A file of random sentences that a tiny model can learn something from."""
+    rng = np.random.default_rng(seed)
+    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(6, 20))) + ".\n" for _ in range(lines)))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a.txt and b.txt, a line a document."""
+    directory = tmp_path_factory.mktemp("texts")
+    write_text(directory / "a.txt", seed=1)
+    write_text(directory / "b.txt", lines=300, seed=2)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def flags(texts: Path) -> list[str]:
+    """Flags of `t5like train` for the smallest run on a.txt; later flags win over these."""
+    values = {
+        "tokenizer.vocab_size": 400, "tokenizer.num_sentinels": 20,
+        "data.source": f"text:{texts}/a.txt", "data.text_documents": "line", "data.heldout_fraction": 0.1,
+        "data.directory": texts / "prepared", "data.batch_size": 8, "data.inputs_length": 32, "data.targets_length": 12,
+        "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2, "model.head_dim": 16, "model.mlp_dim": 64,
+        "optimizer.name": "adamw", "optimizer.learning_rate": 0.01, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
+        "train.num_steps": 12, "train.log_every": 1, "train.eval_every": 100, "train.checkpoint_every": 100,
+    }
+    return ["--config=configs/tiny.py", *(f"--config.{name}={value}" for name, value in values.items())]

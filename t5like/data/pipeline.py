@@ -17,8 +17,8 @@ import numpy as np
 
 from t5like.config import Config
 from t5like.data import objectives
-from t5like.data.corpus import Stream
 from t5like.data.objectives import OBJECTIVES, Vocabulary, random_bits
+from t5like.data.token_store import Stream
 from t5like.errors import DataError
 from t5like.types import Batch
 
