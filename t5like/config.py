@@ -81,6 +81,7 @@ class ModelConfig:
     vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
     layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: scan on accelerators, unroll on a CPU
+    kernels: Literal["auto", "plain", "cpu"] = "auto"  # cpu: backward passes written for XLA:CPU, see model/cpu.py
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matmuls, all
 
 
@@ -174,8 +175,8 @@ def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> 
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"--config={path} failed: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever it is, it is the file's
+        raise ConfigError(f"--config={path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
     finally:
         sys.path.pop(0)
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
@@ -192,8 +193,10 @@ def override(values: dict, name: str, text: str) -> None:
     *parents, leaf = name.split(".")
     for parent in parents:
         inner = _types(cls).get(parent)
-        if not dataclasses.is_dataclass(inner):
+        if inner is None:
             raise ConfigError(_unknown(f"--config.{name}", parent, cls))
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(f"--config.{name}: {parent!r} is a field and has none of its own; use --config.{name.rpartition('.')[0]}=VALUE")
         section, cls = section.setdefault(parent, {}), inner
     wanted = _types(cls).get(leaf)
     if wanted is None:
@@ -217,7 +220,12 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """Read what `to_json` wrote; as strict as `resolve`."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError("this is not a saved config: it must be a JSON object")
     if (written := values.pop("format", None)) != FORMAT:
         raise ConfigError(f"config format={written} is not the format {FORMAT} that this version reads")
     return resolve(values)

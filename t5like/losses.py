@@ -5,6 +5,7 @@ Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with;
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -38,23 +39,51 @@ def cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: jax.
         label_smoothing: share of the probability that is spread evenly over the real rows.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
-    top_BL = jax.lax.stop_gradient(logits_BLV.max(-1))
+    objective_BL, nats_BL, log_z_BL, correct_BL = _per_token(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size)
+    weight = weights_BL.sum()
+    metrics = {
+        "loss": Sum((nats_BL * weights_BL).sum(), weight),
+        "z_loss": Sum((z_loss * jnp.square(log_z_BL) * weights_BL).sum(), weight),
+        "accuracy": Sum((correct_BL * weights_BL).sum(), weight),
+    }
+    return Loss((objective_BL * weights_BL).sum(), metrics)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _per_token(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size):
+    """Objective, nats, log Z and whether the target is the likeliest, each [B, L]; only the objective has a gradient.
+
+    That is written by hand: one pass over the logits, where autodiff would scatter into a second array of their size.
+    """
+    return _per_token_forward(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size)[0]
+
+
+def _per_token_forward(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size):
+    top_BL = logits_BLV.max(-1)
     log_z_BL = top_BL + jnp.log(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1))
     true_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    nats_BL = log_z_BL - true_BL
-    objective_BL = nats_BL
+    nats_BL = objective_BL = log_z_BL - true_BL
     if label_smoothing:
         even_BL = log_z_BL - logits_BLV[..., :vocab_size].mean(-1)
         objective_BL = (1 - label_smoothing) * nats_BL + label_smoothing * even_BL
-    z_BL = z_loss * jnp.square(log_z_BL)
-    weight = weights_BL.sum()
+    objective_BL = objective_BL + z_loss * jnp.square(log_z_BL)
     # true == top is argmax == target but for exact ties, and needs no second pass over the vocabulary.
-    metrics = {
-        "loss": Sum((nats_BL * weights_BL).sum(), weight),
-        "z_loss": Sum((z_BL * weights_BL).sum(), weight),
-        "accuracy": Sum(((true_BL >= top_BL) * weights_BL).sum(), weight),
-    }
-    return Loss(((objective_BL + z_BL) * weights_BL).sum(), metrics)
+    return (objective_BL, nats_BL, log_z_BL, true_BL >= top_BL), (logits_BLV, targets_BL, log_z_BL)
+
+
+def _per_token_backward(z_loss, label_smoothing, vocab_size, saved, gradients):
+    logits_BLV, targets_BL, log_z_BL = saved
+    gradient_BL1 = gradients[0][..., None]
+    row_V = jnp.arange(logits_BLV.shape[-1])[None, None]
+    # d objective / d logit = (1 + 2 z log Z) p - (1 - s) [target] - s / V [real row]
+    share_BLV = jnp.exp(logits_BLV - log_z_BL[..., None]) * ((1 + 2 * z_loss * log_z_BL[..., None]) * gradient_BL1)
+    if label_smoothing:
+        share_BLV = share_BLV - jnp.where(row_V < vocab_size, label_smoothing / vocab_size, 0.0) * gradient_BL1
+    hit_BLV = row_V == targets_BL[..., None]
+    return jnp.where(hit_BLV, share_BLV - (1 - label_smoothing) * gradient_BL1, share_BLV), None
+
+
+_per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
 def in_chunks(loss: Callable[[jax.Array, jax.Array, jax.Array], Loss], hidden_BLD: jax.Array, targets_BL: jax.Array,

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t5like import config as configs
-from t5like.errors import ConfigError, UserError
+from t5like.errors import CheckpointError, ConfigError, UserError
 
 if TYPE_CHECKING:
     from t5like.config import Config
@@ -81,7 +82,7 @@ def build_parser() -> Parser:
 
     def command(name: str, text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--fake_devices", type=int, default=0, metavar="N", help="N CPU devices in this process")
+        sub.add_argument("--fake_devices", type=int, metavar="N", help="N CPU devices in this process")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
@@ -108,9 +109,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def start_devices(fake_devices: int) -> None:
+def start_devices(fake_devices: int | None) -> None:
     """Set what JAX and the allocator read once, when they start."""
-    if fake_devices < 0:
+    if fake_devices is not None and fake_devices < 1:
         raise ConfigError(f"--fake_devices={fake_devices} must be at least 1; use --fake_devices=8")
     if fake_devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -145,16 +146,19 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     from t5like.data import corpus, pipeline
 
     pipeline.spec(config)
+    if options.workdir:
+        from t5like.run import check_run_directory, open_run_directory
+
+        check_run_directory(config, workdir := options.workdir.expanduser().absolute())
     prepared = corpus.prepare(config)
+    for note in prepared.notes:
+        print(note)
     print(f"tokenizer  {prepared.tokenizer_path}")
     for source, store in zip(config.data.source, prepared.stores, strict=True):
         train, heldout = store.split("train"), store.split("heldout")
         print(f"data       {source}: {train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out, in {store.directory}")
     if options.workdir:
-        from t5like.run import keep_tokenizer, open_run_directory
-
-        open_run_directory(config, options.workdir.expanduser().absolute())
-        keep_tokenizer(prepared.tokenizer, options.workdir.expanduser().absolute())
+        open_run_directory(config, prepared.tokenizer, workdir)
 
 
 def evaluate(options: argparse.Namespace, _) -> None:
@@ -165,9 +169,12 @@ def evaluate(options: argparse.Namespace, _) -> None:
     loaded = run.load(workdir, options.step)
     text = json.dumps(evaluate.evaluate_run(loaded, workdir / "tokenizer.model"), indent=1)
     path = workdir / "evaluations" / f"{loaded.step}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text + "\n")
     print(text)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error.strerror}; the metrics are above") from None
 
 
 def generate(options: argparse.Namespace, _) -> None:
@@ -175,6 +182,12 @@ def generate(options: argparse.Namespace, _) -> None:
     from t5like import run
     from t5like.generate import Generator, fill
 
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens={options.max_new_tokens} must be at least 1; use --max_new_tokens=64")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature={options.temperature:g} must be at least 0; use --temperature=0.8")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigError(f"--seed={options.seed} must be at least 0 and less than 2**32; use --seed=0")
     loaded = run.load(options.workdir.expanduser().absolute(), options.step)
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     [answer] = generator([options.prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)

@@ -26,7 +26,7 @@ from t5like.types import Tree
 # stretches schedules that depend on it; the loop says so.
 MAY_CHANGE = ("mesh.", "train.num_steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
               "train.keep_checkpoints", "train.keep_every", "train.profile_step", "train.max_bad_steps", "train.microbatches",
-              "train.loss_chunk", "data.directory", "data.num_workers", "data.prefetch", "model.layers", "model.remat", "tokenizer.path")
+              "train.loss_chunk", "data.directory", "data.num_workers", "data.prefetch", "model.layers", "model.remat", "model.kernels", "tokenizer.path")
 
 
 class Run(NamedTuple):
@@ -52,7 +52,7 @@ def load(workdir: Path, step: int | None = None) -> Run:
     """
     if not (workdir / "config.json").is_file():
         raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
-    checkpoints = checkpoints_of(workdir, configs.from_json((workdir / "config.json").read_text()))
+    checkpoints = checkpoints_of(workdir, saved_config(workdir))
     meta = checkpoints.meta(step)
     tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
     if tokenizer.hash != meta.tokenizer_hash:
@@ -66,43 +66,59 @@ def load(workdir: Path, step: int | None = None) -> Run:
     return Run(meta.step, config, mesh, params, tokenizer)
 
 
-def open_run_directory(config: Config, workdir: Path) -> None:
-    """Make the run directory with its config.json, or check that it holds this very run.
+def check_run_directory(config: Config, workdir: Path) -> None:
+    """Refuse a directory that could not take this run. Changes nothing, so that a run that can't begin leaves no trace.
 
     Raises:
-        ConfigError: it holds a run that learns something else.
-        CheckpointError: it can't be written.
+        ConfigError: it holds a run that learns something else, or a stranger's files.
+        CheckpointError: it can't be written, or its config.json is damaged.
     """
-    path = workdir / "config.json"
     try:
-        if path.exists():
-            differs = [line for line in configs.difference(configs.from_json(path.read_text()), config)
-                       if not line.startswith(MAY_CHANGE)]
+        if (workdir / "config.json").exists():
+            differs = [line for line in configs.difference(saved_config(workdir), config) if not line.startswith(MAY_CHANGE)]
             if differs:
                 raise ConfigError(f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
                                   + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "") + "; use another --workdir")
-        elif workdir.exists() and any(workdir.iterdir()):
+        elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")
+        parent = next(path for path in (workdir, *workdir.parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise CheckpointError(f"--workdir={workdir} can't be written: {parent} "
+                                  f"{'may not be written to' if parent.is_dir() else 'is a file'}; use another --workdir")
+    except OSError as error:
+        raise CheckpointError(f"--workdir={workdir} can't be used: {error.strerror}; use another --workdir") from None
+
+
+def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Make the run directory with its config.json and tokenizer, or check that it holds this very run.
+
+    Raises:
+        DataError: the run began with another tokenizer.
+        ConfigError, CheckpointError: see `check_run_directory`.
+    """
+    check_run_directory(config, workdir)
+    path = workdir / "tokenizer.model"
+    if path.exists() and Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
+        raise DataError(f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it")
+    if jax.process_index() != 0:
+        return
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(configs.to_json(config))
-            temporary.replace(path)
+        for name, content in (("config.json", configs.to_json(config).encode()), ("tokenizer.model", tokenizer.model_bytes)):
+            temporary = workdir / f".{name}.{os.getpid()}"
+            temporary.write_bytes(content)
+            temporary.replace(workdir / name)
     except OSError as error:
         raise CheckpointError(f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir") from None
 
 
-def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> Tokenizer:
-    """Put the tokenizer into the run directory; a run keeps the one that it began with.
+def saved_config(workdir: Path) -> Config:
+    """The config of the run in a directory.
 
     Raises:
-        DataError: the run began with another one.
+        CheckpointError: its config.json is damaged, or of another version.
     """
-    path = workdir / "tokenizer.model"
-    if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(tokenizer.model_bytes)
-        temporary.replace(path)
-    elif Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
-        raise DataError(f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it")
-    return tokenizer
+    try:
+        return configs.from_json((workdir / "config.json").read_text())
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{workdir / 'config.json'} can't be read: {error}; each checkpoint below has a copy of it") from None

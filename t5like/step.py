@@ -102,7 +102,7 @@ def make_train_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable
         weight = jnp.maximum(metrics["loss"].weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)  # the one division: over all microbatches and devices
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm)
         updates, opt_state = make_optimizer(config, state.params).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

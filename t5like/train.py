@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from t5like.data.pipeline import Batches
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, fill, spans
-from t5like.run import checkpoints_of, keep_tokenizer, open_run_directory
+from t5like.run import check_run_directory, checkpoints_of, open_run_directory
 from t5like.types import Batch, host_metrics
 
 SAMPLES = 3  # held-out passages shown at the end
@@ -38,13 +39,12 @@ def train(config: Config, workdir: Path) -> None:
     """
     # ---- The run directory ----
     batch = pipeline.spec(config)
-    open_run_directory(config, workdir)
-    checkpoints = checkpoints_of(workdir, config)
-    say = print if jax.process_index() == 0 else (lambda *_: None)
+    check_run_directory(config, workdir)
+    say = partial(print, flush=True) if jax.process_index() == 0 else (lambda *_: None)  # a log file shows it at once
 
     # ---- Devices ----
     mesh = meshes.make_mesh(config)
-    config = meshes.settle(config, mesh)
+    asked, config = config, meshes.settle(config, mesh)
     abstract = step.abstract_state(config, batch, mesh)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     say(f"model      {tree.num_parameters(abstract.params):,} parameters, {config.model.architecture}, {config.model.dtype}")
@@ -54,7 +54,7 @@ def train(config: Config, workdir: Path) -> None:
     prepared = corpus.prepare(config)
     for note in prepared.notes:
         say(note)
-    tokenizer = keep_tokenizer(prepared.tokenizer, workdir)
+    tokenizer = prepared.tokenizer
     vocabulary = Vocabulary(tokenizer.eos_id, tokenizer.sentinel_ids)
     batches = Batches(config, vocabulary, [store.split("train") for store in prepared.stores])
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
@@ -64,6 +64,10 @@ def train(config: Config, workdir: Path) -> None:
         say(f"data       {source}: {store.split('train').num_tokens:,} tokens, {windows:,} rows an epoch")
     say(f"           {config.train.num_steps * size / batches.num_windows.sum():.2f} epochs in {config.train.num_steps:,} steps "
         f"of {size} rows")
+
+    # ---- Nothing was written until here: a run that can't begin leaves no trace ----
+    open_run_directory(asked, tokenizer, workdir)
+    checkpoints = checkpoints_of(workdir, config)
 
     # ---- State: own checkpoint, or random; the step compiles meanwhile ----
     with ThreadPoolExecutor(1) as pool:

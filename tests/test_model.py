@@ -184,8 +184,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant, change", [
     ("t5", {"layers": "scan"}), ("t5", {"remat": "full"}), ("t5", {"layers": "scan", "remat": "dots"}),
-    ("llama", {"layers": "scan", "remat": "full"}), ("post_norm", {"layers": "scan"}), ("prefix", {"remat": "dots"})])
-def test_scan_and_remat_change_nothing(variant, change):
+    ("llama", {"layers": "scan", "remat": "full"}), ("post_norm", {"layers": "scan"}), ("prefix", {"remat": "dots"}),
+    ("t5", {"kernels": "cpu"}), ("llama", {"kernels": "cpu"}), ("post_norm", {"kernels": "cpu"})])
+def test_scan_remat_and_kernels_change_nothing(variant, change):
     sections = VARIANTS[variant]
     plain = small(**sections)
     other = small(**{**sections, "model": {**sections.get("model", {}), **change}})

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from t5like.config import ModelConfig
 from t5like.mesh import constrain
+from t5like.model import cpu
 from t5like.model.layers import MASKED, Dense, dropout, project, rotate
 
 
@@ -35,7 +36,7 @@ def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> ja
 
 
 def attend(q_BNLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, bias_1NLS: jax.Array | None = None,
-           mask_B1LS: jax.Array | None = None) -> jax.Array:
+           mask_B1LS: jax.Array | None = None, kernels: str = "plain") -> jax.Array:
     """softmax(q k + bias) v with float32 scores, per head.
 
     Args:
@@ -45,6 +46,7 @@ def attend(q_BNLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, bias_1NLS
         bias_1NLS: added to the scores, the same for all rows.
         mask_B1LS: bool, True where attention is allowed, first dim 1 or B. A query that may see nothing gets 0, not an
             average of what it must not see.
+        kernels: as in `ModelConfig`.
 
     Returns:
         [B, N, L, H] in the dtype of v.
@@ -52,19 +54,25 @@ def attend(q_BNLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, bias_1NLS
     groups = q_BNLH.shape[1] // k_BKSH.shape[1]
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
-    scores_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BKSH, preferred_element_type=jnp.float32)
+    if kernels == "cpu":
+        out_BNLH = cpu.attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS)
+    else:
+        out_BNLH = _attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS)
+    if mask_B1LS is not None:
+        out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
+    return out_BNLH.astype(v_BKSH.dtype)
+
+
+def _attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS) -> jax.Array:
+    scores_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BNSH, preferred_element_type=jnp.float32)
     if bias_1NLS is not None:
         scores_BNLS = scores_BNLS + bias_1NLS
     if mask_B1LS is not None:
         scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, MASKED)
-    top_BNL1 = jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True))
-    weights_BNLS = jnp.exp(scores_BNLS - top_BNL1)
-    out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    weights_BNLS = jnp.exp(scores_BNLS - jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True)))
+    out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=jnp.float32)
     # Dividing after the values instead of before costs H columns instead of S.
-    out_BNLH = out_BNLH / weights_BNLS.sum(-1, keepdims=True)
-    if mask_B1LS is not None:
-        out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
-    return out_BNLH.astype(v_BKSH.dtype)
+    return out_BNLH / weights_BNLS.sum(-1, keepdims=True)
 
 
 class Attention(nn.Module):
@@ -100,7 +108,7 @@ class Attention(nn.Module):
     def cross(self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | None, train: bool) -> jax.Array:
         """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
         q_BNLH = self._scale(self._heads(self.query(x_BLD)))
-        return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS), train=train)
+        return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
 
     def __call__(self, x_BLD: jax.Array, *, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None,
                  positions_BL: jax.Array, train: bool, cache: KeyValues | None = None,
@@ -126,7 +134,8 @@ class Attention(nn.Module):
         if cache is not None:
             new = cache = KeyValues(*(jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=2)
                                       for old, part in zip(cache, new, strict=True)))
-        out_BNLH = attend(q_BNLH, *new, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS)
+        out_BNLH = attend(q_BNLH, *new, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS,
+                          kernels=self.config.kernels)
         return self._finish(out_BNLH, train=train), cache
 
     def _finish(self, out_BNLH: jax.Array, *, train: bool) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from t5like.config import ModelConfig
 from t5like.mesh import constrain
+from t5like.model import cpu
 
 MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
 
@@ -70,12 +71,13 @@ def project(x: jax.Array, *layers: Dense) -> list[jax.Array]:
     training step. Not across tensor-parallel devices, where joining split kernels would move them.
     """
     weights = [layer.weights(x.shape[-1]) for layer in layers]
+    matmul = cpu.matmul if layers[0].config.kernels == "cpu" else jnp.matmul
     mesh = jax.sharding.get_abstract_mesh()
     if len(layers) > 1 and (mesh.empty or mesh.shape["tensor"] == 1):
-        y = x @ jnp.concatenate([kernel for kernel, _ in weights], axis=1)
+        y = matmul(x, jnp.concatenate([kernel for kernel, _ in weights], axis=1))
         outputs = jnp.split(y, np.cumsum([kernel.shape[1] for kernel, _ in weights])[:-1].tolist(), axis=-1)
     else:
-        outputs = [x @ kernel for kernel, _ in weights]
+        outputs = [matmul(x, kernel) for kernel, _ in weights]
     return [y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, (_, bias) in zip(outputs, weights, strict=True)]
 
 

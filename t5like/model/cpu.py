@@ -1,0 +1,69 @@
+"""Matrix products and attention as XLA:CPU runs them fastest: the same numbers, backward passes written by hand.
+
+XLA:CPU has a fast path for products of operands as they lie, and a slow one for products with a transposition folded in,
+which autodiff makes for every weight. Here the smaller operand is transposed by itself, behind a barrier that keeps the
+compiler from folding it in again. On accelerators this would only be in the way: `ModelConfig.kernels` says which
+formulation is used, and `mesh.settle` chooses by the mesh's devices. Used by `layers` and `attention`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+
+
+def _weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array) -> jax.Array:
+    """x.T @ gradient, with the smaller operand transposed."""
+    if x_MD.shape[1] <= gradient_MF.shape[1]:
+        return _transposed(x_MD) @ gradient_MF
+    return jax.lax.optimization_barrier(_transposed(gradient_MF) @ x_MD).T
+
+
+@jax.custom_vjp
+def _product(x_MD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    return x_MD @ kernel_DF
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)),
+                lambda saved, g: (g @ saved[1].T, _weight_gradient(saved[0], g)))
+
+
+def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """x [..., D] @ kernel, as one product of two dims."""
+    return _product(x.reshape(-1, x.shape[-1]), kernel_DF).reshape(*x.shape[:-1], kernel_DF.shape[1])
+
+
+@jax.custom_vjp
+def attend(q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None,
+           mask_B1LS: jax.Array | None) -> jax.Array:
+    """softmax(q k + bias, where mask allows it) v; a query that may see nothing gets the mean of v."""
+    return _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS)[0]
+
+
+def _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS):
+    scores_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BNSH)
+    if bias_1NLS is not None:
+        scores_BNLS = scores_BNLS + bias_1NLS
+    if mask_B1LS is not None:
+        scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, -1e9)
+    weights_BNLS = jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
+    scale_BNL1 = 1 / weights_BNLS.sum(-1, keepdims=True)  # applied to H columns instead of S
+    out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS, v_BNSH) * scale_BNL1
+    return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, bias_1NLS, weights_BNLS, scale_BNL1, out_BNLH)
+
+
+def _attend_backward(saved, gradient_BNLH):
+    q_BNLH, k_BNSH, v_BNSH, bias_1NLS, weights_BNLS, scale_BNL1, out_BNLH = saved
+    gradient_BNLH = gradient_BNLH * scale_BNL1
+    mean_BNL1 = (gradient_BNLH * out_BNLH).sum(-1, keepdims=True)
+    d_scores_BNLS = weights_BNLS * (jnp.einsum("BNLH,BNSH->BNLS", gradient_BNLH, v_BNSH) - mean_BNL1)
+    d_q_BNLH = jnp.einsum("BNLS,BNSH->BNLH", d_scores_BNLS, k_BNSH)
+    d_k_BNSH = jnp.einsum("BNHL,BNLS->BNHS", _transposed(q_BNLH), d_scores_BNLS).swapaxes(2, 3)
+    d_v_BNSH = jnp.einsum("BNHL,BNLS->BNHS", _transposed(gradient_BNLH), weights_BNLS).swapaxes(2, 3)
+    d_bias_1NLS = None if bias_1NLS is None else d_scores_BNLS.sum(0, keepdims=True)
+    return d_q_BNLH, d_k_BNSH, d_v_BNSH, d_bias_1NLS, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
