@@ -40,9 +40,11 @@ class DataConfig:
     rates: tuple[float, ...] = ()  # how often each source is drawn from; empty: in proportion to its tokens
     split: str = "train"  # of TFDS and Hugging Face data sets
     text_field: str = "text"  # of TFDS, JSONL, Parquet and Hugging Face data sets
-    text_documents: Literal["file", "line"] = "file"  # what one document is in text files
+    # What one document is in text files: a file, a line, or a passage of about 16 KiB that ends with a line. auto: a file
+    # if there are at least 100 of them, else a passage, so that a part of a few large files can be held out.
+    text_documents: Literal["auto", "file", "line", "passage"] = "auto"
     directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
-    heldout_fraction: float = 0.01  # of the documents, chosen by a hash of their text, never trained on
+    heldout_fraction: float = 0.01  # of the documents (at least one), chosen by a hash of their text, never trained on
     num_workers: int = 0  # processes that tokenize; 0: one per core
     objective: Literal["span_corruption", "prefix_lm", "causal_lm"] = "span_corruption"
     batch_size: int = 128  # rows per step, over all devices and microbatches

@@ -5,6 +5,7 @@ held-out row counts once, and rows that only fill the last batch weigh nothing.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from t5like.data import corpus
 from t5like.data.objectives import Vocabulary
 from t5like.data.pipeline import Batches
 from t5like.run import Run
-from t5like.types import Metrics, Tree, add_metrics, host_metrics
+from t5like.types import Tree, add_metrics, host_metrics
 
 
 class Evaluator:
@@ -34,12 +35,12 @@ class Evaluator:
 
     def __call__(self, params: Tree) -> dict[str, float]:
         """Mean values per target token: ``eval/loss`` in nats, ``eval/accuracy``, and how many tokens they rest on."""
-        total: Metrics | None = None
-        for index in range(self.num_batches):
-            rows = self.heldout.at(index, self._rows)
-            with jax.set_mesh(self.mesh):
-                metrics = self._step(params, meshes.to_global(rows, self.mesh, self.config.data.batch_size))
-            total = metrics if total is None else add_metrics(total, metrics)
+        size, found = self.config.data.batch_size, []
+        with jax.set_mesh(self.mesh):
+            for index in range(self.num_batches):
+                rows = self.heldout.at(index, self._rows)
+                found.append(self._step(params, meshes.to_global(rows, self.mesh, size)))
+        total = functools.reduce(add_metrics, jax.device_get(found))
         values = host_metrics(total)
         return {"eval/loss": values["loss"], "eval/accuracy": values["accuracy"], "eval/tokens": float(total["loss"].weight)}
 

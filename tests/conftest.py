@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # as --fake_devices does
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
@@ -14,6 +15,7 @@ import pytest
 from t5like import config as configs
 from t5like.config import Config
 from t5like.data import objectives
+from t5like.main import main
 from t5like.types import Batch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -57,14 +59,15 @@ def rng() -> np.random.Generator:
 
 # ---- Text, and the smallest run on it ----
 
-WORDS = ("the a one this every old small green river stone house child road winter light bird horse garden letter "
-         "sees keeps finds breaks carries follows remembers behind under near without after and but while").split()
+SYLLABLES = "ba de fi go hu ka le mi no pu ra se ti vo wu xa ye zi cho tre sla qui ven dor mal pis".split()
 
 
 def write_text(path: Path, lines: int = 600, seed: int = 0) -> None:
-    """A file of random sentences that a tiny model can learn something from."""
+    """A file of sentences of 100 random words, some of them frequent: a tiny model can learn something from it."""
     rng = np.random.default_rng(seed)
-    path.write_text("".join(" ".join(rng.choice(WORDS, rng.integers(6, 20))) + ".\n" for _ in range(lines)))
+    words = ["".join(rng.choice(SYLLABLES, rng.integers(1, 4))) for _ in range(100)]
+    places = lambda: np.minimum(rng.exponential(20, rng.integers(6, 20)), 99).astype(int)
+    path.write_text("".join(" ".join(words[place] for place in places()) + ".\n" for _ in range(lines)))
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +91,28 @@ def flags(texts: Path) -> list[str]:
         "train.num_steps": 12, "train.log_every": 1, "train.eval_every": 100, "train.checkpoint_every": 100,
     }
     return ["--config=configs/tiny.py", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """Run a command line in this process: its exit code, and what it wrote to stdout and stderr."""
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):  # --fake_devices sets them for its process, which this one is not
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+    def run(*arguments) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(flags, tmp_path_factory) -> Path:
+    """A finished run of 2 steps with checkpoints at 1 and 2. Read it, copy it, but leave it as it is."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", *flags, f"--workdir={workdir}", "--config.train.num_steps=2", "--config.train.checkpoint_every=1"]) == 0
+    return workdir
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}

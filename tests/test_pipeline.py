@@ -31,11 +31,11 @@ class Places:
 
 
 def causal(num_tokens: int | tuple[int, ...] = 1000, *, heldout: bool = False, seed: int = 0, **data) -> Batches:
-    """Rows of 10 tokens, 8 a step, of one or more texts; source k's tokens begin at 10,000 k."""
+    """Rows of 10 tokens, 8 a step, of one or more texts; source k's tokens begin at 100,000 k."""
     sizes = num_tokens if isinstance(num_tokens, tuple) else (num_tokens,)
     config = small(seed=seed, model={"architecture": "decoder"}, data={
         "batch_size": 8, "inputs_length": 0, "targets_length": 10, "source": tuple(f"text:{k}" for k in range(len(sizes))), **data})
-    return Batches(config, VOCABULARY, [Places(size, 10_000 * k) for k, size in enumerate(sizes)], heldout=heldout)
+    return Batches(config, VOCABULARY, [Places(size, 100_000 * k) for k, size in enumerate(sizes)], heldout=heldout)
 
 
 def first_tokens(batches: Batches, steps: range) -> np.ndarray:
@@ -116,12 +116,12 @@ def test_seeds_differ_in_order_and_in_masked_places():
 
 
 def test_a_mixture_reads_every_window_of_each_source_once_an_epoch():
-    batches = causal((1001, 501), rates=(3, 1))  # 100 and 50 windows
-    starts = first_tokens(batches, range(100))
-    for source, windows in enumerate((100, 50)):
-        mine = starts[starts // 10_000 == source]
-        for epoch in range(len(mine) // windows):
-            assert len(set(mine[epoch * windows : (epoch + 1) * windows])) == windows, (source, epoch)
+    batches = causal((30_721, 5_121), rates=(3, 1), batch_size=512)  # 3072 and 512 windows: 1 and 2 epochs in 4096 rows
+    for block in range(2):
+        starts = first_tokens(batches, range(8 * block, 8 * block + 8))
+        first, second = starts[starts < 100_000], starts[starts >= 100_000]
+        assert len(first) == len(set(first)) == 3072
+        assert len(second) == 1024 and len(set(second)) == 2 * 512  # two epochs, each with its own borders
 
 
 @pytest.mark.parametrize("rates, counts", [((3, 1), (3072, 1024)), ((), (2731, 1365)), ((1, 0), (4096, 0)), ((1, 1e-9), (4095, 1))])
@@ -129,7 +129,7 @@ def test_rates_hold_exactly_in_every_4096_rows(rates, counts):
     batches = causal((10_001, 5_001), rates=rates, batch_size=512)
     for block in range(2):
         sources = np.concatenate([batches.source_of(step) for step in range(8 * block, 8 * block + 8)])
-        read = np.concatenate([batches.at(step).decoder_BL[:, 0] // 10_000 for step in range(8 * block, 8 * block + 8)])
+        read = np.concatenate([batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(8 * block, 8 * block + 8)])
         assert tuple(np.bincount(sources, minlength=2)) == counts
         np.testing.assert_array_equal(sources, read)
         assert len(set(np.flatnonzero(sources == 1) // 512)) == min(8, counts[1])  # spread over the steps
@@ -161,7 +161,7 @@ def test_heldout_rows_are_each_once_in_order_and_padding_rows_weigh_nothing():
     real = np.concatenate([batch.weights_BL.sum(1) > 0 for batch in every])
     assert real.sum() == 110 and real[:110].all()
     starts = np.concatenate([batch.decoder_BL[:, 0] for batch in every])[real]
-    np.testing.assert_array_equal(starts, [*range(0, 1000, 10), *range(10_000, 10_100, 10)])
+    np.testing.assert_array_equal(starts, [*range(0, 1000, 10), *range(100_000, 100_100, 10)])
 
 
 def test_heldout_masks_are_not_those_of_training_rows():

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -151,20 +152,20 @@ def _train(config: Config, opened: Sequence[_Opened], path: Path, progress: bool
     for source in opened:
         if source.gone:
             raise source.gone
-        _check_splits(config.data, source)
+    thresholds = [_threshold(config.data, source) for source in opened]
     with _status("training a tokenizer", progress):
-        train_tokenizer(_sample(config, [source.source for source in opened]), config.tokenizer, path)
+        train_tokenizer(_sample(config, [source.source for source in opened], thresholds), config.tokenizer, path)
 
 
-def _sample(config: Config, sources: Sequence[Source]) -> Iterator[str]:
+def _sample(config: Config, sources: Sequence[Source], thresholds: Sequence[float]) -> Iterator[str]:
     """About `tokenizer.sample_characters` (in fact bytes) of training documents, from each source by its rate."""
     shares = config.data.rates or [source.size_hint for source in sources]
-    for source, share in zip(sources, shares, strict=True):
+    for source, share, threshold in zip(sources, shares, thresholds, strict=True):
         kept = config.tokenizer.sample_characters * share / sum(shares) / max(source.size_hint, 1)
         for number in range(len(source)):
             text = _document(source, number)
             heldout, draw = _draws(text)
-            if heldout >= config.data.heldout_fraction and draw < kept:
+            if heldout >= threshold and draw < kept:
                 yield text
 
 
@@ -180,23 +181,26 @@ def _document(source: Source, number: int) -> str:
     return text
 
 
-def _check_splits(data: DataConfig, source: _Opened) -> None:
-    """Refuse a source that would leave a split without documents. Reads only until it has seen both kinds."""
-    draws = []
+def _threshold(data: DataConfig, source: _Opened) -> float:
+    """The hash below which a document is held out: `heldout_fraction`, or just above the smallest if none is below it.
+
+    Reads only until it has seen a document of each kind.
+
+    Raises:
+        DataError: there is nothing to train on, or nothing else to hold out.
+    """
+    draws = set()
     for number in range(len(source.source)):
-        draws.append(_draws(_document(source.source, number))[0])
-        if min(draws[-1], draws[0]) < data.heldout_fraction <= max(draws[-1], draws[0]):
-            return
-    missing, rule = ("heldout", min(draws)) if draws[0] >= data.heldout_fraction else ("train", max(draws))
-    lines = source.spec.startswith("text:") and data.text_documents == "file"
-    if len(set(draws)) < 2:
-        fix = "use more text"
-    else:
-        fix = f"use data.heldout_fraction={rule * 1.001 if missing == 'heldout' else rule * 0.999:.4g}, or more text"
-    raise DataError(
-        f"data.heldout_fraction={data.heldout_fraction:g} leaves no document of the {len(draws)} in data.source="
-        f"{source.spec} for the {missing} split; {'use data.text_documents=line, or ' * lines}{fix}"
-    )
+        draws.add(_draws(_document(source.source, number))[0])
+        if min(draws) < data.heldout_fraction <= max(draws):
+            return data.heldout_fraction
+    if len(draws) < 2:
+        raise DataError(f"data.source={source.spec} has only one document (or copies of one), and one has to be held out; "
+                        "use more text, or data.text_documents=line for a text file")
+    if max(draws) < data.heldout_fraction:
+        raise DataError(f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} documents in "
+                        f"data.source={source.spec} to train on; use data.heldout_fraction=0.1")
+    return math.nextafter(min(draws), 1.0)
 
 
 def _changed(spec: str, since: str, directory: Path) -> DataError:
@@ -232,7 +236,7 @@ class _Job:
     source: Source
     fingerprint: str
     tokenizer: Tokenizer
-    heldout_fraction: float
+    heldout_below: float
     documents_per_piece: int
 
     def documents(self, number: int) -> range:
@@ -243,7 +247,6 @@ class _Job:
 def _build_store(data: DataConfig, opened: _Opened, tokenizer: Tokenizer, progress: bool) -> TokenStore:
     if opened.gone:
         raise opened.gone
-    _check_splits(data, opened)
     source = opened.source
     directory = _store_directory(data, opened.spec, tokenizer)
     pieces = directory / "pieces"
@@ -251,7 +254,7 @@ def _build_store(data: DataConfig, opened: _Opened, tokenizer: Tokenizer, progre
     size = max(source.size_hint, 1)
     piece_bytes = min(max(size // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
     per_piece = max(1, -(-len(source) * piece_bytes // size))
-    job = _Job(pieces, source, opened.fingerprint, tokenizer, data.heldout_fraction, per_piece)
+    job = _Job(pieces, source, opened.fingerprint, tokenizer, _threshold(data, opened), per_piece)
     numbers = range(-(-len(source) // per_piece))
     records = {number: record for number in numbers if (record := _finished_piece(job, number))}
     missing = [number for number in numbers if number not in records]
@@ -345,7 +348,7 @@ def _batches(job: _Job, number: int) -> Iterator[tuple[list[str], list[bool]]]:
     for document in job.documents(number):
         text = _document(job.source, document)
         texts.append(text)
-        heldout.append(_draws(text)[0] < job.heldout_fraction)
+        heldout.append(_draws(text)[0] < job.heldout_below)
         size += len(text)
         if size >= BATCH:
             yield texts, heldout

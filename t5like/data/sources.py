@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import json
+import mmap
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ from t5like.errors import ConfigError, DataError
 
 LARGEST_DOCUMENT = 64 * 2**20  # bytes
 KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, hf:NAME"
+MANY_FILES = 100  # text files that are documents as they stand; fewer are cut into passages
+PASSAGE = 2**14  # bytes
 _SAMPLED, _BLOCKS, _BLOCK = 2**20, 64, 4096  # a file above 1 MiB is fingerprinted by 64 blocks of 4 KiB
 _STRIDE = 1024  # lines between two remembered places in a file
 _ROWS = 1024  # rows of a Hugging Face data set in memory at a time
@@ -79,7 +82,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
         case "tfds" if rest:
             return _open_tfds(spec, rest, data)
         case "text" if rest:
-            return TextFiles(spec, _paths(spec, rest)) if data.text_documents == "file" else Lines(spec, _paths(spec, rest))
+            return _text_source(spec, _paths(spec, rest), data.text_documents)
         case "jsonl" if rest:
             return Lines(spec, _paths(spec, rest), data.text_field)
         case "parquet" if rest:
@@ -130,6 +133,12 @@ def _fingerprint(paths: list[str], *more: str) -> str:
     return digest.hexdigest()
 
 
+def _text_source(spec: str, paths: list[str], documents: str) -> Source:
+    if documents == "auto":
+        documents = "file" if len(paths) >= MANY_FILES else "passage"
+    return {"file": TextFiles, "line": Lines, "passage": Passages}[documents](spec, paths)
+
+
 class TextFiles:
     """Each file is one document, without its byte-order mark if it has one."""
 
@@ -151,8 +160,57 @@ class TextFiles:
         with _open(path) as file:
             raw = file.read(LARGEST_DOCUMENT + 1)
         if len(raw) > LARGEST_DOCUMENT:
-            raise DataError(f"{path} is more than the 64 MiB of one document; use data.text_documents=line, or split it")
+            raise DataError(f"{path} is more than the 64 MiB of one document; use data.text_documents=passage")
         return _utf8(raw.removeprefix(b"\xef\xbb\xbf"), path)
+
+
+class Passages:
+    """Files cut behind the first line end after every 16 KiB; together the passages of a file are the file.
+
+    A line that goes on for another 48 KiB is cut inside, between two characters.
+    """
+
+    def __init__(self, name: str, paths: list[str]) -> None:
+        self.name, self.paths = name, paths
+
+    @property
+    def size_hint(self) -> int:
+        return sum(map(os.path.getsize, self.paths))
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.paths)
+
+    def __len__(self) -> int:
+        return int(self._index[0][-1])
+
+    def __getitem__(self, number: int) -> str:
+        firsts, borders = self._index
+        file = int(np.searchsorted(firsts, number, "right")) - 1
+        begin, end = borders[file][number - firsts[file] :][:2].tolist()
+        with _open(self.paths[file]) as opened:
+            opened.seek(begin)
+            raw = opened.read(end - begin)
+        if len(raw) < end - begin:
+            raise DataError(f"{self.paths[file]} has become shorter while it was read; prepare again")
+        return _utf8(raw.removeprefix(b"\xef\xbb\xbf") if begin == 0 else raw, self.paths[file])
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """First passage of each file (and their number), and each file's borders, 0 and its size among them."""
+        borders = [_cut(path) for path in self.paths]
+        return np.cumsum([0, *(len(b) - 1 for b in borders)]), borders
+
+
+def _cut(path: str) -> np.ndarray:
+    borders = [0]
+    with _open(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        while len(text) - borders[-1] > PASSAGE:
+            least, most = borders[-1] + PASSAGE, min(borders[-1] + 4 * PASSAGE, len(text))
+            border = text.find(b"\n", least - 1, most) + 1 or most
+            while border < len(text) and text[border] & 0xC0 == 0x80:  # inside a character
+                border -= 1
+            borders.append(border)
+        return np.array([*borders, len(text)] if borders[-1] < len(text) else borders, np.int64)
 
 
 class Lines:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from t5like.config import ModelConfig
 from t5like.mesh import constrain
 from t5like.model import cpu
-from t5like.model.layers import MASKED, Dense, dropout, project, rotate
+from t5like.model.layers import MASKED, Dense, dropout, rotate
 
 
 class KeyValues(NamedTuple):
@@ -102,8 +102,7 @@ class Attention(nn.Module):
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValues:
         """Keys and values of a source, for `cross`."""
-        key, value = project(source_BSD, self.key, self.value)
-        return KeyValues(self._heads(key), self._heads(value))
+        return KeyValues(self._heads(self.key(source_BSD)), self._heads(self.value(source_BSD)))
 
     def cross(self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | None, train: bool) -> jax.Array:
         """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
@@ -127,10 +126,9 @@ class Attention(nn.Module):
         Returns:
             the output [B, L, D] and the new cache, or None without one.
         """
-        query, key, value = project(x_BLD, self.query, self.key, self.value)
         rotary_BL = positions_BL if self.config.positions == "rotary" else None
-        q_BNLH = self._scale(self._heads(query, rotary_BL))
-        new = KeyValues(self._heads(key, rotary_BL), self._heads(value))
+        q_BNLH = self._scale(self._heads(self.query(x_BLD), rotary_BL))
+        new = KeyValues(self._heads(self.key(x_BLD), rotary_BL), self._heads(self.value(x_BLD)))
         if cache is not None:
             new = cache = KeyValues(*(jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=2)
                                       for old, part in zip(cache, new, strict=True)))

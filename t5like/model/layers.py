@@ -17,6 +17,7 @@ from t5like.config import ModelConfig
 from t5like.mesh import constrain
 from t5like.model import cpu
 
+MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
 MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
 
 
@@ -51,34 +52,15 @@ class Dense(nn.Module):
     scale: float = 1.0
 
     @nn.compact
-    def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel and bias in the computation's dtype."""
-        init = kernel_init(self.config, inputs, self.axes, residual=self.residual, scale=self.scale)
-        kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(self.config.dtype)
-        if not self.config.biases:
-            return kernel, None
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-        return kernel, self.param("bias", zeros, (self.features,), jnp.float32).astype(self.config.dtype)
-
     def __call__(self, x: jax.Array) -> jax.Array:
-        return project(x, self)[0]
-
-
-def project(x: jax.Array, *layers: Dense) -> list[jax.Array]:
-    """Apply several projections to the same input.
-
-    One matmul over the joined kernels reads x once, and gives its gradient in one matmul too: 16-20 % of a CPU's
-    training step. Not across tensor-parallel devices, where joining split kernels would move them.
-    """
-    weights = [layer.weights(x.shape[-1]) for layer in layers]
-    matmul = cpu.matmul if layers[0].config.kernels == "cpu" else jnp.matmul
-    mesh = jax.sharding.get_abstract_mesh()
-    if len(layers) > 1 and (mesh.empty or mesh.shape["tensor"] == 1):
-        y = matmul(x, jnp.concatenate([kernel for kernel, _ in weights], axis=1))
-        outputs = jnp.split(y, np.cumsum([kernel.shape[1] for kernel, _ in weights])[:-1].tolist(), axis=-1)
-    else:
-        outputs = [matmul(x, kernel) for kernel, _ in weights]
-    return [y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, (_, bias) in zip(outputs, weights, strict=True)]
+        config, inputs = self.config, x.shape[-1]
+        init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
+        kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(config.dtype)
+        y = MATMUL[config.kernels](x, kernel)
+        if config.biases:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + jnp.broadcast_to(self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype), y.shape)
+        return y
 
 
 class Norm(nn.Module):
@@ -100,12 +82,7 @@ class Norm(nn.Module):
         return y.astype(config.dtype)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU, tanh approximation (Hendrycks & Gimpel 2016), written as x * sigmoid(2u): the same function, one exp."""
-    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
-
-
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": gelu, "gated_gelu": gelu, "gated_silu": jax.nn.silu}
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "gated_gelu": jax.nn.gelu, "gated_silu": jax.nn.silu}
 
 
 class Mlp(nn.Module):
@@ -120,8 +97,7 @@ class Mlp(nn.Module):
         activate = ACTIVATIONS[config.mlp]
         if config.mlp.startswith("gated"):
             gate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")
-            gate_BLF, h_BLF = project(x_BLD, gate, wide)
-            h_BLF = activate(gate_BLF) * h_BLF
+            h_BLF = activate(gate(x_BLD)) * wide(x_BLD)
         else:
             h_BLF = activate(wide(x_BLD))
         h_BLF = dropout(self, constrain(h_BLF, "batch", "length", "act_mlp"), config.dropout_rate, train=train)

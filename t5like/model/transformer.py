@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from t5like.config import Config, ModelConfig
 from t5like.mesh import constrain
+from t5like.model import cpu
 from t5like.model import layers as lay
 from t5like.model.attention import Attention, KeyValues, causal_mask, segment_mask
 from t5like.types import Batch, Tree
@@ -236,7 +237,8 @@ class Transformer(nn.Module):
         if model.tied_embeddings and model.init == "t5":
             # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
             hidden_BLD = hidden_BLD * model.model_dim**-0.5
-        logits_BLV = lay.project_to_vocabulary(hidden_BLD, kernel_DV.astype(model.dtype))
+        multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else lay.project_to_vocabulary
+        logits_BLV = multiply(hidden_BLD, kernel_DV.astype(model.dtype))
         logits_BLV = constrain(logits_BLV, "batch", "length", "act_vocab")
         if config.vocab_rows == config.tokenizer.vocab_size:
             return logits_BLV

@@ -1,0 +1,105 @@
+"""What the benchmarks measure about a process and its machine, and the protocol in which `peers` asks for steps.
+
+Standard library only, Linux: the side that runs PyTorch has nothing else of ours. A served process prints JSON lines:
+first what its start cost, then, for each line "N" that it reads, the times of N steps, and its memory when input ends.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take the pairs of ``--config.section.field=value`` out of a command line."""
+    rest, pairs = [], []
+    for argument in arguments:
+        if argument.startswith("--config.") and "=" in argument:
+            pairs.append(argument.removeprefix("--config.").partition("=")[::2])
+        else:
+            rest.append(argument)
+    return rest, pairs
+
+
+def emit(**values: object) -> None:
+    """Print one JSON line at once; floats get four significant digits."""
+    print(json.dumps({name: short(value) for name, value in values.items()}), flush=True)
+
+
+def short(value: object) -> object:
+    """A float with four significant digits (whole from 1000 on), lists of them; anything else as it is."""
+    match value:
+        case list():
+            return [short(item) for item in value]
+        case float():
+            return round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
+    return value
+
+
+def since_start() -> float:
+    """Seconds since this process was started, in hundredths; an exec in between does not set it back."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has held (VmHWM, in MB of 2**20 bytes); children are not counted."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+
+
+def machine(*packages: str) -> dict[str, object]:
+    """CPU model, cores that this process may use, load of the last minute, date, versions of Python and packages."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    versions = {"python": sys.version.split()[0], **{package: metadata.version(package) for package in packages}}
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        **versions,
+    }
+
+
+def time_steps(run: Callable[[int], list[float]], count: int) -> dict[str, list[float] | float]:
+    """Run `count` steps with a function that returns their seconds: milliseconds of each, CPU milliseconds of one."""
+    begin = time.process_time()
+    seconds = run(count)
+    return {"step_ms": [1e3 * s for s in seconds], "cpu_ms": 1e3 * (time.process_time() - begin) / count}
+
+
+def serve(run: Callable[[int], list[float]]) -> None:
+    """Answer each line "N" of standard input with the times of N steps, until it ends."""
+    for line in sys.stdin:
+        emit(**time_steps(run, int(line)))
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """A Markdown table whose columns are the keys of the first row; numbers to the right, None as nothing."""
+    columns = list(rows[0])
+    cells = [["" if row[column] is None else _cell(row[column]) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    right = [all(isinstance(row[column], int | float | None) for row in rows) for column in columns]
+
+    def line(values: list[str]) -> str:
+        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right, strict=True)) + "|"
+    return "\n".join([line(columns), rule, *(line(values) for values in cells)])
+
+
+def _cell(value: object) -> str:
+    value = short(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def summary(step_ms: list[float], tokens: float) -> dict[str, float]:
+    """Median and least step, and tokens per second at the median."""
+    median = statistics.median(step_ms)
+    return {"tokens_per_second": 1e3 * tokens / median, "step_ms": median, "step_ms_min": min(step_ms)}

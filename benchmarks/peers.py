@@ -1,0 +1,232 @@
+"""The same training step in t5like and in PyTorch `transformers`, side by side in one call.
+
+    python benchmarks/peers.py [--shapes=tiny,small,dec] [--peers=eager,compiled] [--rounds=10] [--torch_python=PYTHON]
+
+For each shape every peer gets a process of its own, so that its thread pool and allocator are as in real use. They are
+started one after the other, with empty compilation caches, then asked for one step each in turn, with short pauses:
+what else the machine does meets them all, and the ratio of two steps of one round is worth more than the steps
+themselves. Both sides do forward, backward and update of the same number of parameters (refused otherwise) in the same
+dtype, without dropout, clipping, z-loss or recomputation; tokens are positions, encoder's and decoder's. The work is
+`metrics.model_flops` for all. What PyTorch itself counts in an eager step, `counted_flops`, stands beside it, and is
+less by exactly the attention products that it fuses and does not count: T5's cross-attention, Llama's self-attention.
+Each side also measures the matrix products of its own library: how fast they are depends on the processor, and a gap
+there is no merit or fault of the model's code.
+
+Prints a JSON line per peer and shape, and at the end, on standard error, a table in Markdown. Standard library only.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import measurement
+
+HERE = Path(__file__).resolve().parent
+PEERS = {"eager": [], "compiled": ["--compile"]}  # of PyTorch; t5like is always there
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and a batch; `inputs` 0 makes it decoder-only, with rows of `targets` tokens."""
+
+    model_dim: int
+    layers: int  # of the encoder and of the decoder each
+    heads: int  # of 64
+    mlp_dim: int
+    vocabulary: int
+    inputs: int
+    targets: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a batch."""
+        return self.rows * (self.inputs + self.targets)
+
+
+SHAPES = {
+    "tiny": Shape(256, 4, 4, 1024, 4096, 256, 64, 16),
+    "small": Shape(512, 8, 6, 1024, 32_128, 512, 114, 4),  # T5 1.1 small
+    "dec": Shape(512, 8, 8, 2048, 32_000, 0, 512, 4),  # Llama's layer
+}
+
+
+def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
+    """The command line of `train_step.py` for a shape."""
+    fields = {
+        "tokenizer.vocab_size": shape.vocabulary,
+        "tokenizer.num_sentinels": 100 if shape.inputs else 0,
+        "data.batch_size": shape.rows,
+        "data.inputs_length": shape.inputs,
+        "data.targets_length": shape.targets,
+        "model.model_dim": shape.model_dim,
+        "model.num_layers": shape.layers,
+        "model.num_heads": shape.heads,
+        "model.num_kv_heads": shape.heads,
+        "model.head_dim": 64,
+        "model.mlp_dim": shape.mlp_dim,
+        "model.dtype": options.dtype,
+        "model.remat": "none",
+        "optimizer.name": options.optimizer,
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.clip_norm": 0,
+        "train.z_loss": 0,
+    }
+    config = HERE.parent / "configs" / ("t5_small.py" if shape.inputs else "llama_7b.py")
+    return [
+        sys.executable,
+        str(HERE / "train_step.py"),
+        "--serve",
+        f"--config={config}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+
+
+class Peer:
+    """A process that makes training steps on request."""
+
+    def __init__(self, name: str, command: list[str]):
+        """Start it and wait until its first step is done, which `start` describes."""
+        # Idle OpenMP threads must sleep while others are measured; compiling is measured, so nothing may be kept of it.
+        environment = os.environ | {
+            "OMP_WAIT_POLICY": "passive",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self.name, self.rounds = name, []
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=environment, **pipes)
+        self.machine, self.start = self._read(), self._read()
+
+    def step(self) -> None:
+        """Time one step."""
+        self._process.stdin.write("1\n")
+        self._process.stdin.flush()
+        self.rounds.append(self._read())
+
+    def stop(self) -> dict:
+        """End the process; what it says at its end."""
+        self._process.stdin.close()
+        last = self._read()
+        self._process.wait()
+        return last
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+
+    def _read(self) -> dict:
+        for line in self._process.stdout:
+            if line.startswith("{"):  # libraries print, too
+                return json.loads(line)
+        raise SystemExit(f"peers.py: {self.name} ended with exit code {self._process.wait()}; its messages are above")
+
+
+def compare(name: str, options: argparse.Namespace) -> list[dict]:
+    """Run all peers on a shape and return a result for each."""
+    shape, peers = SHAPES[name], []
+    try:
+        peers.append(Peer("t5like", t5like_command(shape, options)))
+        for peer in options.peers:
+            settings = [f"--shape={name}", f"--optimizer={options.optimizer}", f"--dtype={options.dtype}", *PEERS[peer]]
+            peers.append(Peer(f"torch {peer}", [options.torch_python, str(HERE / "torch_peer.py"), *settings]))
+            ours, theirs = peers[0].start["params"], peers[-1].start["params"]
+            if ours != theirs:
+                raise SystemExit(f"peers.py: {name}: t5like has {ours:,} parameters, {peers[-1].name} {theirs:,}")
+        for _ in range(options.warmup + options.rounds):
+            for peer in peers:
+                time.sleep(options.pause)
+                peer.step()
+        return [result(name, peer, peers[0], options) for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
+
+
+def result(name: str, peer: Peer, ours: Peer, options: argparse.Namespace) -> dict:
+    """What came out for one peer; ratios are t5like's time over the peer's, medians over rounds."""
+
+    def steps(peer: Peer, what: str) -> list[float]:
+        values = [round_[what] for round_ in peer.rounds[options.warmup :]]
+        return [value[0] if isinstance(value, list) else value for value in values]
+
+    def ratio(what: str) -> float:
+        return statistics.median(a / b for a, b in zip(steps(ours, what), steps(peer, what), strict=True))
+
+    speed = measurement.summary(steps(peer, "step_ms"), SHAPES[name].tokens)
+    flops = ours.start["flops_per_step"]
+    return {
+        "shape": name,
+        "peer": peer.name,
+        "dtype": options.dtype,
+        "optimizer": options.optimizer,
+        "rounds": options.rounds,
+        "params": peer.start["params"],
+        "flops_per_step": flops,
+        **speed,
+        "cpu_ms": statistics.median(steps(peer, "cpu_ms")),
+        "gflops": flops / speed["step_ms"] / 1e6,
+        "t5like_time_ratio": ratio("step_ms"),
+        "t5like_cpu_ratio": ratio("cpu_ms"),
+        **{key: peer.start.get(key) for key in ("start_to_first_step_s", "compile_s", "loss")},
+        **peer.stop(),
+        **peer.machine,
+    }
+
+
+def row(r: dict) -> dict:
+    """The columns of the table."""
+    return {
+        "shape": r["shape"],
+        "peer": r["peer"],
+        "parameters": r["params"],
+        "tokens/s": r["tokens_per_second"],
+        "step ms": r["step_ms"],
+        "least ms": r["step_ms_min"],
+        "CPU ms": r["cpu_ms"],
+        "GFLOP/s": r["gflops"],
+        "of matmul rate": r["matmul_gflops"] and r["gflops"] / r["matmul_gflops"],
+        "t5like time / peer": r["t5like_time_ratio"],
+        "CPU time / peer": r["t5like_cpu_ratio"],
+        "start to first step s": r["start_to_first_step_s"],
+        "compile s": r["compile_s"],
+        "peak MB": r["peak_rss_mb"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare t5like with PyTorch transformers.")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of those in the default")
+    parser.add_argument("--peers", default=",".join(PEERS), help="PyTorch's modes; may be empty")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each peer")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
+    parser.add_argument("--pause", type=float, default=0.3, help="seconds before each step")
+    parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and transformers")
+    options = parser.parse_args()
+    for field, known in (("shapes", SHAPES), ("peers", PEERS)):
+        names = [name for name in getattr(options, field).split(",") if name]
+        if unknown := set(names) - set(known):
+            parser.error(f"--{field}: {', '.join(unknown)} must be of {', '.join(known)}")
+        setattr(options, field, names)
+    rows = []
+    for name in options.shapes:
+        for values in compare(name, options):
+            measurement.emit(**values)
+            rows.append(row(values))
+    print(f"\n{measurement.table(rows)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

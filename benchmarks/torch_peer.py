@@ -1,0 +1,135 @@
+"""PyTorch's side of `peers.py`: `transformers`' T5 or Llama in one training step after the other, on request.
+
+Needs torch and transformers and nothing of t5like's dependencies. Random weights and tokens, fused AdamW, autocast for
+bfloat16; everything else as the library comes. `serve` in `measurement` is the protocol.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import measurement
+import torch
+from peers import SHAPES, Shape
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+
+def t5(shape: Shape) -> torch.nn.Module:
+    """T5 1.1: gated GELU, a head of its own."""
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=shape.vocabulary,
+            d_model=shape.model_dim,
+            d_kv=64,
+            d_ff=shape.mlp_dim,
+            num_layers=shape.layers,
+            num_heads=shape.heads,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            use_cache=False,
+        )
+    )
+    # transformers 5 takes tie_word_embeddings=False to mean unscaled logits, and ties the head all the same.
+    model.lm_head = torch.nn.Linear(shape.model_dim, shape.vocabulary, bias=False)
+    return model
+
+
+def llama(shape: Shape) -> torch.nn.Module:
+    """Llama: rotary positions, gated SiLU, RMS norm, a head of its own."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.model_dim,
+            intermediate_size=shape.mlp_dim,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=shape.targets,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
+
+
+class Trainer:
+    """A model, its optimizer and one batch."""
+
+    def __init__(self, options: argparse.Namespace):
+        shape = SHAPES[options.shape]
+        torch.manual_seed(0)
+        self.model = (t5 if shape.inputs else llama)(shape).train()
+        if options.optimizer == "adamw":
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+        else:
+            self._optimizer = torch.optim.Adafactor(self.model.parameters(), lr=1e-4)
+        self._bfloat16 = options.dtype == "bfloat16"
+        self._forward = torch.compile(self.model) if options.compile else self.model
+        targets = torch.randint(3, shape.vocabulary, (shape.rows, shape.targets))
+        reads = torch.randint(3, shape.vocabulary, (shape.rows, shape.inputs)) if shape.inputs else targets
+        self._batch = {"input_ids": reads, "labels": targets}
+
+    def step(self) -> float:
+        """One update; the loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
+            loss = self._forward(**self._batch).loss
+        loss.backward()
+        self._optimizer.step()
+        return loss.item()
+
+    def run(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps."""
+        return [timed(self.step)[0] for _ in range(count)]
+
+
+def timed(function: Callable[[], float]) -> tuple[float, float]:
+    """Seconds, and the result."""
+    begin = time.perf_counter()
+    result = function()
+    return time.perf_counter() - begin, result
+
+
+def matmul_gflops() -> float:
+    """The rate of float32 matrix products here, measured as `metrics.measure_matmul_rate` does for JAX."""
+    size = 2048
+    matrix = torch.ones(size, size)
+    return 2e-9 * size**3 / min(timed(lambda: matrix @ matrix)[0] for _ in range(20))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="PyTorch's side of peers.py.")
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    trainer = Trainer(options)
+    first, loss = timed(trainer.step)
+    start_to_first_step = measurement.since_start()
+    measurement.emit(
+        **measurement.machine("torch", "transformers"),
+        threads=torch.get_num_threads(),
+        attention=trainer.model.config._attn_implementation,
+    )
+    again, _ = timed(trainer.step)
+    measurement.emit(
+        start_to_first_step_s=start_to_first_step,
+        compile_s=first - again if options.compile else None,
+        params=sum(p.numel() for p in trainer.model.parameters()),
+        loss=loss,
+    )
+    measurement.serve(trainer.run)
+    memory, counted = measurement.peak_memory_mb(), None
+    if not options.compile:  # a compiled graph is not counted
+        with FlopCounterMode(display=False) as counter:
+            trainer.step()
+        counted = counter.get_total_flops()
+    measurement.emit(peak_rss_mb=memory, counted_flops=counted, matmul_gflops=matmul_gflops())
+
+
+if __name__ == "__main__":
+    main()

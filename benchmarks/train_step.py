@@ -1,0 +1,161 @@
+"""Speed of the full training step of any config on this machine's devices; opens no data.
+
+    python benchmarks/train_step.py --config=configs/tiny.py [--config.SECTION.FIELD=VALUE ...] [--steps=20]
+
+The step is the trainer's own (`t5like.step`), started as the trainer starts it; tokens are random and go through the
+config's objective. Prints three JSON lines: the machine; what the start cost (process start to first finished step,
+tracing, compilation: the latter two run beside the making of the state, as in `train`); the speed (tokens/s as the
+trainer counts them, MFU against `metrics.peak_flops`, peak memory).
+
+Compiled programs are kept, so the first start and the later ones differ: JAX_ENABLE_COMPILATION_CACHE=false keeps this
+process from using them. `peers.py` runs this file with --serve (see `measurement`).
+"""
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import measurement
+
+from t5like import config as configs
+from t5like.errors import UserError
+from t5like.main import Parser, start_devices
+
+if TYPE_CHECKING:
+    from t5like.config import Config
+    from t5like.types import Batch
+
+
+def random_batch(config: "Config") -> "Batch":
+    """A batch of the config's objective on random ids, in documents of 300 tokens or so."""
+    import numpy as np
+
+    from t5like.data import objectives
+
+    rng = np.random.default_rng(0)
+    shape = (config.data.batch_size, objectives.window(config).length)
+    first_sentinel = config.tokenizer.vocab_size - config.tokenizer.num_sentinels
+    tokens_BT = rng.integers(3, first_sentinel, shape, dtype=np.int32)
+    segments_BT = None
+    if config.data.document_borders == "segments":
+        segments_BT = 1 + np.cumsum(rng.random(shape) < 1 / 300, axis=1, dtype=np.int32)
+    sentinels = np.arange(config.tokenizer.vocab_size - 1, first_sentinel - 1, -1, dtype=np.int32)
+    keys_B = rng.integers(0, 2**63, shape[0]).astype(np.uint64)
+    return objectives.OBJECTIVES[config.data.objective](
+        config, objectives.Vocabulary(1, sentinels), tokens_BT, segments_BT, keys_B
+    )
+
+
+class Trainer:
+    """A model in training: made as `train` makes it, run as `train` runs it."""
+
+    def __init__(self, config: "Config"):
+        """Make the state and compile the step; `start` keeps what that took."""
+        import jax
+
+        from t5like import mesh as meshes
+        from t5like import metrics, step, tree
+        from t5like.data import pipeline
+
+        self._block, self._to_global = jax.block_until_ready, meshes.to_global
+        self.mesh = meshes.make_mesh(config)
+        self.config = config = meshes.settle(config, self.mesh)
+        self.batch, shape = random_batch(config), pipeline.spec(config)
+        abstract = step.abstract_state(config, shape, self.mesh)
+        self.flops, self.start = metrics.model_flops(config), {"imports_s": measurement.since_start()}
+
+        def compile_step():
+            begin = time.perf_counter()
+            lowered = step.lower_train_step(config, shape, abstract)
+            middle = time.perf_counter()
+            compiled = lowered.compile()
+            self.start |= {"lower_s": middle - begin, "compile_s": time.perf_counter() - middle}
+            return compiled
+
+        with ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(compile_step)
+            self._state = step.new_state(config, shape, abstract)
+            self._step = compiling.result()
+        self.start["params"] = tree.num_parameters(abstract.params)
+
+    def run(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps. As in `train`, a step is sent off before the last one's values are read."""
+        seconds, pending, begin = [], None, time.perf_counter()
+        for index in range(count + 1):
+            values = None
+            if index < count:
+                rows = self._to_global(self.batch, self.mesh, self.config.data.batch_size)
+                self._state, values = self._step(self._state, rows)
+            if pending is not None:
+                self.metrics = self._block(pending)
+                now = time.perf_counter()
+                seconds.append(now - begin)
+                begin = now
+            pending = values
+        self._block(self._state)
+        return seconds
+
+
+def main() -> None:
+    parser = Parser(prog="train_step.py", description="Measure the training step of a config.", allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="--config.SECTION.FIELD=VALUE changes a field")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, after 2 that are not")
+    parser.add_argument("--fake_devices", type=int, default=None, metavar="N", help="N CPU devices in this process")
+    parser.add_argument("--serve", action="store_true", help="time as many steps as each line of standard input says")
+    arguments, overrides = measurement.split(sys.argv[1:])
+    options = parser.parse_args(arguments)
+    config = configs.load(options.config, overrides)
+    start_devices(options.fake_devices)
+    trainer = Trainer(config)
+    [first] = trainer.run(1)
+    start_to_first_step = measurement.since_start()
+    import jax
+
+    from t5like import metrics
+
+    values = {name: float(value.mean()) for name, value in trainer.metrics.items()}
+    measurement.emit(
+        **measurement.machine("jax", "jaxlib", "numpy"),
+        devices=len(jax.devices()),
+        device=jax.devices()[0].device_kind,
+        dtype=trainer.config.model.dtype,
+    )
+    measurement.emit(
+        peer="t5like",
+        first_step_s=first,
+        start_to_first_step_s=start_to_first_step,
+        **trainer.start,
+        flops_per_step=trainer.flops,
+        tokens_per_step=values["tokens"],
+        loss=values["loss"],
+    )
+    if options.serve:
+        measurement.serve(trainer.run)
+        memory = measurement.peak_memory_mb()
+        peak = metrics.peak_flops(trainer.mesh.devices.flatten())
+        measurement.emit(peak_rss_mb=memory, matmul_gflops=peak and peak / 1e9)
+        return
+    trainer.run(2)
+    times = measurement.time_steps(trainer.run, options.steps)
+    speed = measurement.summary(times["step_ms"], values["tokens"])
+    memory = measurement.peak_memory_mb()  # before the matmul rate is measured
+    peak = metrics.peak_flops(trainer.mesh.devices.flatten())
+    achieved = trainer.flops / speed["step_ms"] * 1e3
+    device_bytes = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in trainer.mesh.local_devices]
+    measurement.emit(
+        **speed,
+        cpu_ms=times["cpu_ms"],
+        flops_per_second=achieved,
+        peak_flops=peak,
+        mfu=peak and achieved / peak,
+        peak_rss_mb=memory,
+        peak_device_mb=max(device_bytes) // 2**20 or None,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"train_step.py: {error}")

@@ -1,0 +1,166 @@
+"""What a user does, through flags alone: train on own text, resume, evaluate, generate. In this process, on 8 devices."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import contents
+
+from t5like.checkpoint import Checkpoints
+from t5like.main import main
+
+
+@pytest.fixture
+def train(command, flags, tmp_path):
+    """Run `t5like train` with more flags in tmp_path/NAME; it must succeed. Gives the run directory and stdout."""
+
+    def run(name: str, *more: str, **values) -> tuple[Path, str]:
+        settings = [f"--config.{field.replace('__', '.')}={value}" for field, value in values.items()]
+        code, out, err = command("train", *flags, f"--workdir={tmp_path}/{name}", *settings, *more)
+        assert code == 0, err
+        return tmp_path / name, out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(flags, tmp_path_factory) -> Path:
+    """A run of 12 steps without a stop, which others are compared with."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    assert main(["train", *flags, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def records(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(workdir: Path, name: str) -> list[float]:
+    return [record[name] for record in records(workdir) if name in record]
+
+
+def leaves(workdir: Path, step: int) -> dict:
+    """Shape, dtype and digest of every leaf of the saved state: equal only if the states are, bit by bit."""
+    return Checkpoints(workdir / "checkpoints", keep=1).meta(step).leaves
+
+
+# ---- Own text ----
+
+
+def test_own_text_becomes_a_model_that_has_learned_something(train, command, tmp_path, texts):
+    with gzip.open(tmp_path / "own.jsonl.gz", "wt") as file:
+        for line in (texts / "a.txt").read_text().splitlines():
+            file.write(json.dumps({"body": line}) + "\n")
+    workdir, out = train("run", data__source=f"jsonl:{tmp_path}/*.jsonl.gz", data__text_field="body", train__num_steps=60,
+                         train__eval_every=30)
+    losses = series(workdir, "eval/loss")
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0] and losses[2] < series(workdir, "baseline/unigram")[0]
+    assert abs(losses[0] - np.log(400)) < 0.5
+    assert np.mean(series(workdir, "train/loss")[-5:]) < np.mean(series(workdir, "train/loss")[:5]) - 1
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json", "tokenizer.model", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt"}
+    assert out.count("---- held-out passage") == 3 and "held-out loss" in out and (workdir / "samples.txt").read_text() in out
+
+    code, out, err = command("evaluate", f"--workdir={workdir}")
+    assert code == 0 and err == ""
+    values = json.loads(out)
+    assert values == json.loads((workdir / "evaluations" / "60.json").read_text())
+    assert values["step"] == 60 and values["eval/loss"] == pytest.approx(losses[2], rel=1e-5)
+    assert values["baseline/unigram"] == pytest.approx(series(workdir, "baseline/unigram")[0])
+
+    code, out, err = command("generate", f"--workdir={workdir}", "--prompt=ba <extra_id_0> de", "--max_new_tokens=8")
+    assert code == 0 and err == "" and out.startswith("ba ") and out.endswith(" de\n") and "<extra_id_" not in out
+
+
+def test_generate_repeats_itself_exactly(command, trained):
+    def say(*options) -> str:
+        code, out, err = command("generate", f"--workdir={trained}", "--prompt=ba de", "--max_new_tokens=8", *options)
+        assert code == 0 and err == ""
+        return out
+
+    greedy = say()
+    assert say() == greedy == say("--seed=5")
+    sampled = say("--temperature=1", "--seed=1")
+    assert say("--temperature=1", "--seed=1") == sampled != say("--temperature=1", "--seed=2")
+    assert say("--step=2") == greedy
+
+
+# ---- Other shapes and choices, through flags ----
+
+CASES = {
+    "causal": {"model__architecture": "decoder", "data__objective": "causal_lm", "model__positions": "rotary"},
+    "prefix": {"model__architecture": "decoder", "data__objective": "prefix_lm"},
+    "prefix T5": {"data__objective": "prefix_lm"},
+    "segments": {"data__document_borders": "segments"},
+    "ema": {"optimizer__ema_decay": 0.9},
+    "mixture": {"data__rates": "3,1"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_variant_trains_and_is_evaluated_as_the_run_did(case, train, command, texts):
+    values = dict(CASES[case])
+    if case == "mixture":
+        values["data__source"] = f"text:{texts}/a.txt,text:{texts}/b.txt"
+    workdir, _ = train("run", train__num_steps=30, train__eval_batches=100, **values)
+    first, last = series(workdir, "eval/loss")
+    assert last < first - 0.3
+    code, out, err = command("evaluate", f"--workdir={workdir}")
+    assert code == 0 and json.loads(out)["eval/loss"] == pytest.approx(last, rel=1e-5), err
+    code, out, err = command("generate", f"--workdir={workdir}", "--prompt=ba de", "--max_new_tokens=4")
+    assert code == 0 and err == ""
+
+
+def test_a_moving_average_is_what_is_evaluated(train, straight):
+    averaged, _ = train("averaged", optimizer__ema_decay=0.99)
+    assert series(straight, "train/loss") == series(averaged, "train/loss")
+    slow, fast = series(averaged, "eval/loss")[-1], series(straight, "eval/loss")[-1]
+    assert slow > fast + 0.1  # after 12 steps most of the average is still the random beginning
+
+
+# ---- Runs ----
+
+
+def test_saving_and_evaluating_often_changes_nothing_of_the_training(train, straight):
+    often, _ = train("often", train__checkpoint_every=5, train__eval_every=3, train__log_every=4, data__prefetch=1)
+    assert leaves(often, 12) == leaves(straight, 12)
+    assert sorted(int(path.name) for path in (often / "checkpoints").iterdir()) == [5, 10, 12]
+    assert [record["step"] for record in records(often) if "eval/loss" in record] == [0, 3, 6, 9, 12]
+    assert [record["step"] for record in records(often) if "train/loss" in record] == [4, 8, 12]
+
+
+def test_another_seed_is_another_run(train, straight):
+    workdir, _ = train("run", train__num_steps=1, seed=1)
+    assert series(workdir, "train/loss")[0] != series(straight, "train/loss")[0]
+
+
+def test_a_complete_run_says_so_and_changes_nothing(train):
+    workdir, _ = train("run", train__num_steps=2)
+    before = contents(workdir)
+    _, out = train("run", train__num_steps=2)
+    assert f"complete   2 of 2 steps are done; nothing is left to train in {workdir}" in out
+    assert contents(workdir) == before
+
+
+def test_a_complete_run_goes_on_when_more_steps_are_asked_for(train, straight):
+    workdir, _ = train("run", train__num_steps=5)
+    train("run")
+    assert leaves(workdir, 12) == leaves(straight, 12)
+    assert series(workdir, "train/loss") == series(straight, "train/loss")
+
+
+def test_a_run_goes_on_another_mesh_with_the_same_loss(train, straight):
+    workdir, _ = train("run", train__num_steps=6)
+    _, out = train("run", "--fake_devices=8", mesh__fsdp=2, mesh__tensor=2)
+    assert "after step 6" in out and "data 2 x fsdp 2 x tensor 2" in out
+    np.testing.assert_allclose(series(workdir, "train/loss"), series(straight, "train/loss"), rtol=1e-4)
+    assert series(workdir, "eval/loss")[-1] == pytest.approx(series(straight, "eval/loss")[-1], rel=1e-4)
+
+
+def test_a_run_that_diverges_stops_with_its_own_exit_code_and_saves_nothing_bad(command, flags, tmp_path):
+    code, _, err = command("train", *flags, f"--workdir={tmp_path}/run", "--config.optimizer.learning_rate=1e38",
+                           "--config.train.checkpoint_every=3", "--config.train.max_bad_steps=2")
+    assert code == 5 and err.splitlines()[-1].startswith("t5like: the gradient was not finite at 2 steps in a row up to step ")
+    assert [record["train/bad_steps"] for record in records(tmp_path / "run") if "train/loss" in record][-2:] == [1, 1]

@@ -1,0 +1,139 @@
+"""Decoding from the cache, token by token, against the whole forward pass; stopping, sampling, filling gaps."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, small
+
+from t5like import mesh as meshes
+from t5like import step
+from t5like.data.tokenizer import Tokenizer, train_tokenizer
+from t5like.errors import ConfigError
+from t5like.generate import Generator, fill, generate, spans
+from t5like.model.transformer import Transformer
+from t5like.types import Batch
+
+NEW = 6  # tokens
+SHAPES = {
+    "encoder_decoder": {},
+    "relative decoder": {"model": {"architecture": "decoder"}},
+    "rotary decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 2}},
+    "learned decoder": {"model": {"architecture": "decoder", "positions": "learned"}},
+    "prefix decoder": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
+}
+
+
+def model_of(**sections):
+    """A settled config and random parameters; a large head, so that no two tokens are about equally likely."""
+    config = small(**sections)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config, batch = meshes.settle(config, mesh), random_batch(config)
+    params = jax.jit(lambda key: step.init_state(config, batch, key))(jax.random.key(1)).params
+    return config, {**params, "head": params["head"] * 10}
+
+
+def prompts_of(config, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Random prompts as `generate` wants them, and one by one."""
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(3, 480, length).astype(np.int32) for length in lengths]
+    left = config.model.architecture == "decoder"
+    return np.stack([np.pad(row, (16 - len(row), 0) if left else (0, 16 - len(row))) for row in rows]), rows
+
+
+def decode(config, params, lengths, *, seed=0, eos=1, **options):
+    prompt_BP, rows = prompts_of(config, lengths)
+    ids = generate(config, params, prompt_BP, np.array(lengths, np.int32), jax.random.key(seed), max_new_tokens=NEW, eos=eos, **options)
+    return np.asarray(ids), rows
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(config, params, batch):
+    return Transformer(config).apply({"params": params}, batch)
+
+
+def whole_logits(config, params, prompt, answer):
+    """Logits [tokens of the answer, V] of one unpadded row in one forward pass, as in training."""
+    if config.model.architecture == "encoder_decoder":
+        decoder = np.array([0, *answer[:-1]], np.int32)
+        batch = Batch(decoder[None], decoder[None], np.ones((1, len(decoder)), np.float32), prompt[None])
+        return forward(config, params, batch)[0]
+    row = np.array([*prompt, *answer[:-1]], np.int32)
+    prefix = None if config.data.objective == "causal_lm" else (np.arange(len(row)) < len(prompt))[None]
+    batch = Batch(row[None], row[None], np.ones((1, len(row)), np.float32), prefix_BL=prefix)
+    return forward(config, params, batch)[0, len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
+    config, params = model_of(**SHAPES[shape])
+    answers, prompts = decode(config, params, [3, 16, 9], eos=499)
+    assert len(np.unique(answers)) > 5
+    for prompt, answer in zip(prompts, answers, strict=True):
+        np.testing.assert_array_equal(whole_logits(config, params, prompt, answer).argmax(-1), answer)
+
+
+@pytest.mark.parametrize("shape", ["encoder_decoder", "rotary decoder"])
+def test_a_row_ends_with_eos_and_the_others_go_on(shape):
+    config, params = model_of(**SHAPES[shape])
+    free, _ = decode(config, params, [3, 16], eos=499)
+    eos = int(free[0, 2])
+    assert eos not in free[0, :2] and eos not in free[1]
+    answers, _ = decode(config, params, [3, 16], eos=eos)
+    np.testing.assert_array_equal(answers, [[*free[0, :3], 0, 0, 0], free[1]])
+
+
+def test_sampling_depends_on_the_seed_alone():
+    config, params = model_of()
+    once, again, other = (decode(config, params, [3, 16], seed=seed, temperature=1.0)[0] for seed in (3, 3, 4))
+    np.testing.assert_array_equal(once, again)
+    assert (once != other).any(1).all()
+    np.testing.assert_array_equal(decode(config, params, [3, 16], temperature=1e-4)[0], decode(config, params, [3, 16], seed=9)[0])
+
+
+def test_samples_are_distributed_as_the_softmax_at_the_temperature():
+    config, params = model_of()
+    prompt_BP, rows = prompts_of(config, [9])
+    many = np.repeat(prompt_BP, 4000, axis=0)
+    drawn = generate(config, params, many, np.full(4000, 9, np.int32), jax.random.key(0), max_new_tokens=1, eos=1, temperature=0.7)[:, 0]
+    log_p = jax.nn.log_softmax(whole_logits(config, params, rows[0], [0])[0] / 0.7)
+    wanted = float(jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -50, log_p, 0)))
+    assert abs(float(log_p[drawn].mean()) - wanted) < 4 * float(log_p[drawn].std()) / 4000**0.5
+    assert len(np.unique(drawn)) > 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts, tmp_path_factory):
+    config = small(tokenizer={"vocab_size": 400, "num_sentinels": 20})
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer((texts / "a.txt").read_text().splitlines(), config.tokenizer, path)
+    return Tokenizer.load(path, num_sentinels=20)
+
+
+def test_a_prompt_is_answered_the_same_alone_and_among_others(tokenizer):
+    for shape in ("encoder_decoder", "relative decoder"):
+        config, params = model_of(**SHAPES[shape], tokenizer={"vocab_size": 400, "num_sentinels": 20})
+        generator = Generator(config, params, tokenizer)
+        prompts = ["the <extra_id_0> b", "", "a much longer prompt that fills more than one bucket of 32 tokens " * 2]
+        together = generator(prompts, max_new_tokens=NEW)
+        assert together == [generator([prompt], max_new_tokens=NEW)[0] for prompt in prompts]
+        assert len(set(together)) > 1
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused(tokenizer):
+    config, params = model_of(model={"architecture": "decoder", "positions": "learned", "max_length": 48})
+    generator = Generator(config, params, tokenizer)
+    with pytest.raises(ConfigError, match=r"a text of 52 tokens does not fit model.max_length=48"):
+        generator(["a"], max_new_tokens=20)
+    assert generator.ids([[3, 4]], max_new_tokens=16).shape == (1, 16)
+
+
+def test_the_gaps_of_a_prompt_are_filled_with_the_spans_of_the_answer():
+    answer = "<extra_id_0> b c<extra_id_1>\n<extra_id_0>again<extra_id_2>"
+    assert spans(answer) == {"<extra_id_0>": " b c", "<extra_id_1>": "\n", "<extra_id_2>": ""}
+    assert fill("a<extra_id_0> d<extra_id_1>e", answer) == "a b c d\ne"
+    assert fill("a <extra_id_7> \\1 b", answer) == "a <extra_id_7> \\1 b"
+    assert fill("a <extra_id_0>", r"<extra_id_0>\g<0>") == r"a \g<0>"
+    assert fill("plain", "") == "plain" and spans("no sentinel") == {}

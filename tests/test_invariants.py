@@ -1,0 +1,132 @@
+"""A run that is killed or stopped and started again is the run that was not, bit by bit. In real processes, one device."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from t5like.checkpoint import Checkpoints
+from t5like.metrics import read
+
+ROOT = Path(__file__).parent.parent
+SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
+
+# `t5like ...` that sends itself a signal when a step has been reported, after a checkpoint is complete.
+INTERRUPTED = """
+import os, sys, time
+from t5like import main, metrics
+
+step, number, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+show = metrics.Progress.update
+
+def update(self, done, *rest):
+    show(self, done, *rest)
+    if done == step:
+        while not os.path.exists(checkpoint + "/commit_success.txt"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+metrics.Progress.update = update
+sys.exit(main.main(sys.argv[4:]))
+"""
+
+
+def start(*arguments, interrupted: tuple[int, int, Path] | None = None) -> subprocess.CompletedProcess:
+    """Run `t5like` in a process of its own with the machine's own devices: one CPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    program = ["-m", "t5like"] if interrupted is None else ["-c", INTERRUPTED, *map(str, interrupted)]
+    return subprocess.run([sys.executable, *program, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=120)
+
+
+@pytest.fixture(scope="module")
+def arguments(flags) -> list[str]:
+    """A run of 12 steps with checkpoints at 5 and 10, and evaluations at 4, 8 and 12."""
+    return ["train", *flags, "--config.train.checkpoint_every=5", "--config.train.eval_every=4", "--config.model.dropout_rate=0.1"]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run without a stop, and the process that was it."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    process = start(*arguments, f"--workdir={workdir}")
+    assert process.returncode == 0, process.stderr
+    return workdir, process
+
+
+@pytest.fixture(scope="module")
+def straight(finished) -> Path:
+    return finished[0]
+
+
+def leaves(workdir: Path, step: int = 12) -> dict:
+    return Checkpoints(workdir / "checkpoints", keep=1).meta(step).leaves
+
+
+def learned(workdir: Path) -> list[dict]:
+    """The metrics but for the speed, which is never the same."""
+    return [{name: value for name, value in record.items() if name not in SPEED} for record in read(workdir)]
+
+
+def test_a_killed_run_that_is_started_again_ends_as_if_it_had_not_been_killed(arguments, straight, tmp_path):
+    workdir = tmp_path / "run"
+    killed = start(*arguments, f"--workdir={workdir}", interrupted=(8, signal.SIGKILL, workdir / "checkpoints" / "5"))
+    assert killed.returncode == -signal.SIGKILL
+    assert read(workdir)[-1]["step"] >= 8 and Checkpoints(workdir / "checkpoints", keep=1).steps() == [5]
+    again = start(*arguments, f"--workdir={workdir}")
+    assert again.returncode == 0 and "after step 5" in again.stdout, again.stderr
+    assert leaves(workdir) == leaves(straight)
+    assert learned(workdir) == learned(straight)
+    names = [(record["step"], name) for record in learned(workdir) for name in record if name != "step"]
+    assert len(names) == len(set(names)) and {step for step, name in names if name == "train/loss"} == set(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(number, arguments, straight, tmp_path):
+    workdir = tmp_path / "run"
+    stopped = start(*arguments, f"--workdir={workdir}", interrupted=(7, number, workdir / "checkpoints" / "5"))
+    assert stopped.returncode == 75, stopped.stderr
+    last = max(record["step"] for record in read(workdir))
+    assert 7 <= last <= 8 and Checkpoints(workdir / "checkpoints", keep=1).steps() == [5, last]
+    assert stopped.stderr.splitlines()[-1] == (
+        f"t5like: stopped by a signal after step {last}; saved in {workdir}; the same command continues")
+    again = start(*arguments, f"--workdir={workdir}")
+    assert again.returncode == 0 and f"after step {last}" in again.stdout, again.stderr
+    assert leaves(workdir) == leaves(straight)
+    assert learned(workdir) == learned(straight)
+
+
+def test_an_interrupt_from_outside_stops_a_run_between_two_steps(arguments, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "t5like", *arguments, f"--workdir={tmp_path}/run", "--config.train.num_steps=1_000_000",
+               "--config.train.eval_every=1_000_000", "--config.train.checkpoint_every=1_000_000"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        until = time.monotonic() + 60
+        while not any("train/loss" in record for record in read(tmp_path / "run")) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    [step] = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).steps()
+    assert step == read(tmp_path / "run")[-1]["step"] and f"after step {step:,}; saved" in err
+
+
+def test_a_fresh_run_says_what_it_does_and_nothing_else(finished):
+    _, process = finished
+    beginnings = [line.split()[0] for line in process.stdout.split("\n\n")[0].splitlines()]
+    assert beginnings == ["model", "devices", "data", beginnings[3], "start"]
+    shown = [line.split()[0] for line in process.stderr.splitlines()]
+    assert [word for word in shown if word != "tokenizing"] == ["baselines:", *["step"] * (12 + 4)]
+
+
+def test_fake_devices_make_a_mesh_and_a_complete_run_says_that_it_is_complete(arguments, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    process = start(*arguments, f"--workdir={tmp_path}/run", "--fake_devices=8", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    assert process.returncode == 0 and process.stderr == ""
+    assert "8 x cpu, data 2 x fsdp 2 x tensor 2" in process.stdout and process.stdout.splitlines()[-1].startswith("complete   12 of 12 steps")
+    assert leaves(tmp_path / "run") == leaves(straight) and read(tmp_path / "run") == read(straight)
