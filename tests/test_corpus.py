@@ -29,7 +29,7 @@ def lines(count, seed=0):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(lines(500), configs.TokenizerConfig(vocab_size=420, num_sentinels=20), path)
+    train_tokenizer(lines(500), configs.TokenizerConfig(vocab_size=370, num_sentinels=20), path)
     return path
 
 
@@ -38,7 +38,7 @@ def own(tmp_path, model):
     """A config of the test's own: 6000 lines of text, 1 MiB, so 5 pieces; with a tokenizer that is there."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines(6000)), "utf-8")
     return configs.resolve({
-        "tokenizer": {"path": str(model), "vocab_size": 420, "num_sentinels": 20},
+        "tokenizer": {"path": str(model), "vocab_size": 370, "num_sentinels": 20},
         "data": {"source": [f"jsonl:{tmp_path}/a.jsonl"], "directory": str(tmp_path / "prepared"), "num_workers": 1,
                  "heldout_fraction": 0.1}})
 
@@ -104,7 +104,7 @@ def test_a_trained_tokenizer_sees_training_documents_only_and_is_kept(own, tmp_p
 
 
 def test_large_vocabularies_take_four_bytes_a_token(own):
-    config = dataclasses.replace(own, tokenizer=dataclasses.replace(own.tokenizer, vocab_size=70_400, num_sentinels=70_000))
+    config = dataclasses.replace(own, tokenizer=dataclasses.replace(own.tokenizer, vocab_size=70_350, num_sentinels=70_000))
     wide, narrow = ready(config), ready(own)
     assert wide.manifest["dtype"] == "<u4"
     starts = np.arange(0, 50_000, 999)
@@ -294,7 +294,7 @@ def store(tmp_path_factory, model):
     directory = tmp_path_factory.mktemp("store")
     (directory / "a.jsonl").write_text("".join(json.dumps({"text": "x" * 60_000 if i % 9 == 4 else f"text {i}"}) + "\n" for i in range(45)))
     config = configs.resolve({
-        "tokenizer": {"path": str(model), "vocab_size": 420, "num_sentinels": 20},
+        "tokenizer": {"path": str(model), "vocab_size": 370, "num_sentinels": 20},
         "data": {"source": [f"jsonl:{directory}/a.jsonl"], "directory": str(directory / "prepared"), "heldout_fraction": 0.2}})
     prepared = prepare(config, progress=False)
     return prepared.stores[0], prepared.tokenizer
@@ -318,5 +318,5 @@ def test_windows_and_segments_equal_a_plain_concatenation(store, split):
             np.testing.assert_array_equal(window, expected)
             ended = np.concatenate([[0], np.cumsum(expected == tokenizer.eos_id)[:-1]])
             np.testing.assert_array_equal(segment, 1 + ended)
-    np.testing.assert_array_equal(stream.token_counts(420), np.bincount(whole, minlength=420))
-    np.testing.assert_array_equal(TokenStore.open(store.directory).split(split).token_counts(420), np.bincount(whole, minlength=420))
+    np.testing.assert_array_equal(stream.token_counts(370), np.bincount(whole, minlength=370))
+    np.testing.assert_array_equal(TokenStore.open(store.directory).split(split).token_counts(370), np.bincount(whole, minlength=370))

@@ -1,1 +1,1 @@
-"""From documents to batches: tokenizer, sources, token store, objectives, packing, pipeline. Nothing here imports JAX."""
+"""From documents to batches: tokenizer, sources, token store, objectives, pipeline. Nothing here imports JAX."""

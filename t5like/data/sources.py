@@ -279,7 +279,7 @@ class Lines:
 
 
 class _Cursor:
-    """A place in a file of lines. `document` counts the lines that are not blank, `line` all of them, both read so far."""
+    """A place in a file of lines: `document` lines that are not blank lie before it, `line` lines in all."""
 
     def __init__(self, path: str) -> None:
         self.path, self.document, self.line, self.offset = path, 0, 0, 0
@@ -423,7 +423,7 @@ class Tfds:
         except ValueError as error:
             raise DataError(f"data.split={split!r} is not a split of data.source={name}: {_one_line(error)}") from None
         if field not in info.features:
-            raise DataError(_no_field(f"data.source={name}", field, info.features))
+            raise DataError(_no_field(f"data.source={name}", field, sorted(info.features)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
@@ -440,7 +440,8 @@ class Tfds:
         try:
             record = self._records[number]
         except (RuntimeError, ValueError, OSError) as error:
-            raise DataError(f"{where} in {self.directory} can't be read: {_one_line(error) or 'damaged file'}") from None
+            reason = _one_line(error) or "damaged file"  # for a truncated file the library has no words
+            raise DataError(f"{where} in {self.directory} can't be read: {reason}") from None
         text = record[self.field]
         if not isinstance(text, bytes):
             raise DataError(f"{where}: {self.field!r} is a {type(text).__name__}, not a text; set data.text_field")
@@ -458,8 +459,8 @@ class Tfds:
             return self._builder.as_data_source(split=self.split)
         except NotImplementedError:
             raise DataError(
-                f"data.source={self.name}: {self.directory} is in a format without random access; prepare it again with "
-                "tfds build --file_format=array_record"
+                f"data.source={self.name}: {self.directory} is in a format without random access; prepare it again "
+                "with tfds build --file_format=array_record"
             ) from None
 
 
@@ -488,7 +489,8 @@ def _open_stdlib(spec: str, directory: Path) -> Tfds:
     if not builder.is_prepared():
         tfds.disable_progress_bar()
         try:
-            builder.download_and_prepare()
+            with contextlib.redirect_stdout(None):  # TFDS announces itself there
+                builder.download_and_prepare()
         except OSError as error:
             if not PythonStdlib(data_dir=directory, file_format="array_record").is_prepared():  # nor by another process
                 raise DataError(f"data.directory={directory.parent} can't be written: {_one_line(error)}") from None
@@ -565,7 +567,8 @@ def _string(text: Any, field: str, where: str) -> str:
 
 
 def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    return f"{where}: there is no field {field!r}; set data.text_field to one of {', '.join(map(repr, fields)) or '(none)'}"
+    names = ", ".join(map(repr, fields)) or "(none)"
+    return f"{where}: there is no field {field!r}; set data.text_field to one of {names}"
 
 
 def _one_line(error: Exception) -> str:

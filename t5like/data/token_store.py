@@ -1,9 +1,9 @@
 """Tokens on disk, and windows of them by arithmetic: what `data.corpus` writes and `data.pipeline` reads.
 
-A store is a directory: ``manifest.json``, written last, and ``pieces/``. Piece 7 holds a range of the source's documents
-in these files, for each split (train, heldout): ``00007.train.tokens`` (little-endian uint16, or uint32 for vocabularies
-above 65,536; every document ends in EOS) and ``00007.train.ends`` (uint64, the place after each document's EOS);
-``00007.json`` says what is in them and marks the piece as whole. The pieces of a split, in order, are one `Stream`.
+A store is a directory: ``manifest.json``, written last, and ``pieces/``. Piece 7 holds a range of the source's
+documents in these files, for each split (train, heldout): ``00007.train.tokens`` (little-endian uint16, or uint32 for
+vocabularies above 65,536; every document ends in EOS) and ``00007.train.ends`` (uint64, the place after each document's
+EOS); ``00007.json`` says what is in them and marks the piece as whole. The pieces of a split, in order, are a `Stream`.
 """
 
 import contextlib
@@ -48,8 +48,18 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what killed processes of this machine had begun with `written_whole`."""
     for path in directory.glob(f".*.{socket.gethostname()}-*"):
         pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+        if pid.isdigit() and not _alive(int(pid)):
             path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def file_digest(path: Path) -> str:
@@ -77,17 +87,18 @@ class TokenStore:
         try:
             manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
             if manifest["format"] != FORMAT:
-                raise DataError(f"{directory} has the format {manifest['format']}, not {FORMAT}; remove it to prepare it again")
+                raise DataError(f"{directory} has format {manifest['format']}, not {FORMAT}; remove it to prepare it again")
             store = cls(directory, manifest)
             for name, expected in store._files():
                 size = (directory / "pieces" / name).stat().st_size
                 if size != expected["bytes"]:
                     raise DataError(
-                        f"{directory}/pieces/{name} has {size} bytes instead of {expected['bytes']}; remove {directory} to "
-                        "prepare it again"
+                        f"{directory}/pieces/{name} has {size} bytes instead of {expected['bytes']}; remove {directory} "
+                        "to prepare it again"
                     )
         except OSError as error:
-            raise DataError(f"{error.filename} can't be read: {error.strerror}; remove {directory} to prepare it again") from None
+            reason = f"{error.filename} can't be read: {error.strerror}"
+            raise DataError(f"{reason}; remove {directory} to prepare it again") from None
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{directory}/manifest.json is damaged; remove {directory} to prepare it again") from None
         return store
@@ -99,10 +110,9 @@ class TokenStore:
             DataError: a file has other bytes than were written; names it.
         """
         for name, expected in self._files():
-            if file_digest(self.directory / "pieces" / name) != expected["sha256"]:
-                raise DataError(
-                    f"{self.directory}/pieces/{name} is damaged (sha256 differs); remove {self.directory} to prepare it again"
-                )
+            path = self.directory / "pieces" / name
+            if file_digest(path) != expected["sha256"]:
+                raise DataError(f"{path} is damaged (sha256 differs); remove {self.directory} to prepare it again")
 
     def split(self, name: str) -> "Stream":
         """The stream of "train" or "heldout"."""
@@ -152,7 +162,7 @@ class Stream:
         return np.cumsum(begins_NL, axis=1, dtype=np.int32)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """int64 [vocab_size]: how often each id occurs. Counted once, then kept beside the store where that is allowed."""
+        """int64 [vocab_size]: how often each id occurs. Counted once, then kept in the store if it can be written."""
         try:
             counts = np.load(self._counts_path, allow_pickle=False)
             if counts.shape == (vocab_size,) and counts.sum() == self.num_tokens:
@@ -164,9 +174,8 @@ class Stream:
             tokens = self._shard_tokens(shard)
             for start in range(0, len(tokens), 2**22):
                 counts += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
-        with contextlib.suppress(OSError):  # a store may be read-only
-            with written_whole(self._counts_path) as file:
-                np.save(file, counts)
+        with contextlib.suppress(OSError), written_whole(self._counts_path) as file:  # a store may be read-only
+            np.save(file, counts)
         return counts
 
     def _spans(self, starts_N: np.ndarray, length: int) -> Iterator[tuple[int, int, int, int, int]]:

@@ -33,8 +33,8 @@ _TRAINING_LINE = 16_384  # characters; longer lines are cut for training, Senten
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -> None:
     """Train a SentencePiece model on the texts and write it, whole or not at all.
 
-    The same texts in the same order give the same file: the number of threads, which decides the order of floating-point
-    sums, is fixed whatever the machine has.
+    The same texts in the same order give the same file: the number of threads, which decides the order of
+    floating-point sums, is fixed whatever the machine has.
 
     Raises:
         DataError: there is too little text for `config.vocab_size`, or too many different characters.
@@ -116,7 +116,8 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes or b"empty")
         except (RuntimeError, TypeError):
-            raise DataError(f"{origin} is not a SentencePiece model, or is truncated ({len(model_bytes)} bytes)") from None
+            size = len(model_bytes)
+            raise DataError(f"{origin} is not a SentencePiece model, or is truncated ({size} bytes)") from None
         self.model_bytes = model_bytes
         self.num_sentinels = num_sentinels
         self.hash = hashlib.sha256(model_bytes + b"sentinels %d" % num_sentinels).hexdigest()
@@ -165,7 +166,7 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with neither end nor beginning added. Nothing in it is special: ``</s>`` is four characters.
+        """Token ids of a text, without beginning or end. Nothing in it is special: ``</s>`` is four characters.
 
         Raises:
             DataError: the text has a lone surrogate, which is no character.
@@ -222,7 +223,7 @@ class Tokenizer:
         parts = [part for part in self._cut.split(text) if part]
         encoded = self._encode_plain(parts)
         if self._spells_bytes:
-            encoded = [self._space_bytes if part == SPACE else token_ids for part, token_ids in zip(parts, encoded)]
+            encoded = [self._space_bytes if part == SPACE else ids for part, ids in zip(parts, encoded, strict=True)]
         return np.concatenate(encoded)
 
     def _check_special_ids(self) -> None:
@@ -230,7 +231,7 @@ class Tokenizer:
         if model.eos_id() < 0:
             raise DataError(f"{self._origin} has no end-of-sequence piece; train it with eos_id=1")
         if model.pad_id() != 0 and (self.num_sentinels or model.pad_id() > 0):
-            raise DataError(f"{self._origin} has pad id {model.pad_id()}, but padding must be id 0; train it with pad_id=0")
+            raise DataError(f"{self._origin} has pad id {model.pad_id()}, but that must be 0; train it with pad_id=0")
 
     def _sentinel_pieces(self) -> list[int]:
         """Ids of the <extra_id_N> pieces inside the model, by N; checked."""
@@ -241,11 +242,11 @@ class Tokenizer:
         token_ids = [found[number] for number in sorted(found)]
         if found and len(found) != self.num_sentinels:
             raise DataError(
-                f"tokenizer.num_sentinels={self.num_sentinels}, but {self._origin} has {len(found)} <extra_id_N> pieces; "
-                f"use tokenizer.num_sentinels={len(found)}"
+                f"tokenizer.num_sentinels={self.num_sentinels}, but {self._origin} has {len(found)} <extra_id_N> "
+                f"pieces; use tokenizer.num_sentinels={len(found)}"
             )
         if found and token_ids != list(range(token_ids[0], token_ids[0] - len(found), -1)):
-            raise DataError(f"{self._origin}: the <extra_id_N> pieces must count down from <extra_id_0>, the highest id")
+            raise DataError(f"{self._origin}: the <extra_id_N> pieces must count down from <extra_id_0>")
         return token_ids
 
 
