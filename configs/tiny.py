@@ -11,7 +11,7 @@ from t5like import config as schema
 def get_config() -> ml_collections.ConfigDict:
     config = schema.default()
     config.tokenizer.vocab_size = 4096
-    config.data.batch_size = 16
+    config.data.batch_size = 32
     config.data.inputs_length = 128
     config.data.targets_length = 29
     config.model.num_layers = 2
@@ -20,10 +20,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.head_dim = 32
     config.model.mlp_dim = 256
     config.optimizer.name = "adamw_rms"
-    config.optimizer.learning_rate = 0.02
+    config.optimizer.learning_rate = 0.1
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
-    config.train.num_steps = 600
-    config.train.eval_every = 200
-    config.train.checkpoint_every = 200
+    config.train.num_steps = 1200
+    config.train.eval_every = 300
+    config.train.checkpoint_every = 300
     return config
