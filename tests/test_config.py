@@ -40,7 +40,10 @@ def test_a_config_of_ours_says_its_command_hardware_and_time(path):
 
 def test_t5_small_has_the_published_row_lengths():
     config = configs.load(Path(__file__).parent.parent / "configs" / "t5_small.py")
-    assert pipeline.spec(config).encoder_BS.shape == (2048, 512) and pipeline.spec(config).targets_BL.shape == (2048, 114)
+    assert pipeline.spec(config).encoder_BS.shape == (2048, 512) and pipeline.spec(config).targets_BL.shape == (
+        2048,
+        114,
+    )
     assert objectives.window(config).length == 568 and config.vocab_rows == 32_128
 
 
@@ -48,45 +51,69 @@ def test_t5_small_has_the_published_row_lengths():
 
 
 def test_every_choice_of_the_schema_is_one_that_the_code_has():
-    choices = lambda cls, field: set(get_args(get_type_hints(cls)[field]))
+    def choices(cls: type, field: str) -> set[str]:
+        return set(get_args(get_type_hints(cls)[field]))
+
     assert choices(DataConfig, "objective") == set(objectives.OBJECTIVES)
     assert choices(ModelConfig, "mlp") == set(layers.ACTIVATIONS)
     assert choices(ModelConfig, "remat") == {"none", *transformer.REMAT}
     for name in choices(OptimizerConfig, "schedule"):
-        config = configs.resolve({"optimizer": {"schedule": name, "decay_steps": 5, "warmup_steps": 2}, "train": {"num_steps": 20}})
+        config = configs.resolve(
+            {"optimizer": {"schedule": name, "decay_steps": 5, "warmup_steps": 2}, "train": {"num_steps": 20}}
+        )
         assert all(math.isfinite(schedule(config)(step)) for step in range(20)), name
     for name in choices(OptimizerConfig, "name"):
-        assert make_optimizer(configs.resolve({"optimizer": {"name": name}}), {"layers": {"mlp": {"kernel": np.ones((1, 4, 4)), "bias": np.ones((1, 4))}}}), name
+        assert make_optimizer(
+            configs.resolve({"optimizer": {"name": name}}),
+            {"layers": {"mlp": {"kernel": np.ones((1, 4, 4)), "bias": np.ones((1, 4))}}},
+        ), name
 
 
 # ---- Strict ----
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"train": {"num_step": 1}}, "train.num_step: there is no field 'num_step'; did you mean 'num_steps'?"),
-    ({"trian": {}}, "trian: there is no field 'trian'; did you mean 'train'?"),
-    ({"zzz": 1}, "zzz: there is no field 'zzz'; there are seed, tokenizer, data, model, optimizer, train, mesh"),
-    ({"train": 3}, "train=3 must be a section with the fields num_steps, "),
-    ({"train": {"num_steps": "10"}}, "train.num_steps='10' must be a whole number"),
-    ({"train": {"num_steps": 10.0}}, "train.num_steps=10.0 must be a whole number"),
-    ({"train": {"num_steps": True}}, "train.num_steps=True must be a whole number"),
-    ({"model": {"biases": 1}}, "model.biases=1 must be true or false"),
-    ({"data": {"source": [1]}}, "data.source=1 must be a string"),
-    ({"data": {"source": None}}, "data.source=None must be a list of strings"),
-    ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate=nan must be a finite number"),
-    ({"optimizer": {"name": "adam"}}, "optimizer.name='adam' must be one of adafactor, adamw, adamw_rms, lion, muon; did you mean 'adamw'?"),
-    ({"data": {"batch_size": 0}}, "data.batch_size=0 must be at least 1"),
-    ({"data": {"noise_density": 1.0}}, "data.noise_density=1.0 must lie between 0 and 1; use 0.15"),
-    ({"data": {"rates": (1, 2)}}, "data.rates=(1.0, 2.0) must have one rate for each of the 1 in data.source, or be empty"),
-    ({"data": {"objective": "causal_lm"}}, "data.objective='causal_lm' needs model.architecture=decoder, not encoder_decoder"),
-    ({"model": {"num_heads": 6, "num_kv_heads": 4}}, "model.num_kv_heads=4 must divide model.num_heads=6; use 2"),
-    ({"model": {"positions": "learned", "max_length": 100}}, "model.max_length=100 must be at least the longest row, 512, with learned "
-     "positions; use 512"),
-    ({"train": {"microbatches": 3}}, "data.batch_size=128 must be a multiple of train.microbatches=3; use 129"),
-    ({"tokenizer": {"vocab_size": 300}}, "tokenizer.vocab_size=300 must be more than 359 (3 special ids, 256 bytes, 100 sentinels); use 1359"),
-    ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can take what is left; use mesh.fsdp=1"),
-    ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for what is left"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"train": {"num_step": 1}}, "train.num_step: there is no field 'num_step'; did you mean 'num_steps'?"),
+        ({"trian": {}}, "trian: there is no field 'trian'; did you mean 'train'?"),
+        ({"zzz": 1}, "zzz: there is no field 'zzz'; there are seed, tokenizer, data, model, optimizer, train, mesh"),
+        ({"train": 3}, "train=3 must be a section with the fields num_steps, "),
+        ({"train": {"num_steps": "10"}}, "train.num_steps='10' must be a whole number"),
+        ({"train": {"num_steps": 10.0}}, "train.num_steps=10.0 must be a whole number"),
+        ({"train": {"num_steps": True}}, "train.num_steps=True must be a whole number"),
+        ({"model": {"biases": 1}}, "model.biases=1 must be true or false"),
+        ({"data": {"source": [1]}}, "data.source=1 must be a string"),
+        ({"data": {"source": None}}, "data.source=None must be a list of strings"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate=nan must be a finite number"),
+        (
+            {"optimizer": {"name": "adam"}},
+            "optimizer.name='adam' must be one of adafactor, adamw, adamw_rms, lion, muon; did you mean 'adamw'?",
+        ),
+        ({"data": {"batch_size": 0}}, "data.batch_size=0 must be at least 1"),
+        ({"data": {"noise_density": 1.0}}, "data.noise_density=1.0 must lie between 0 and 1; use 0.15"),
+        (
+            {"data": {"rates": (1, 2)}},
+            "data.rates=(1.0, 2.0) must have one rate for each of the 1 in data.source, or be empty",
+        ),
+        (
+            {"data": {"objective": "causal_lm"}},
+            "data.objective='causal_lm' needs model.architecture=decoder, not encoder_decoder",
+        ),
+        ({"model": {"num_heads": 6, "num_kv_heads": 4}}, "model.num_kv_heads=4 must divide model.num_heads=6; use 2"),
+        (
+            {"model": {"positions": "learned", "max_length": 100}},
+            "model.max_length=100 must be at least the longest row, 512, with learned positions; use 512",
+        ),
+        ({"train": {"microbatches": 3}}, "data.batch_size=128 must be a multiple of train.microbatches=3; use 129"),
+        (
+            {"tokenizer": {"vocab_size": 300}},
+            "tokenizer.vocab_size=300 must be more than 359 (3 special ids, 256 bytes, 100 sentinels); use 1359",
+        ),
+        ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can take what is left; use mesh.fsdp=1"),
+        ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for what is left"),
+    ],
+)
 def test_a_wrong_config_is_refused_with_field_value_and_rule(values, message):
     with pytest.raises(ConfigError) as refusal:
         configs.resolve(values)
@@ -95,18 +122,23 @@ def test_a_wrong_config_is_refused_with_field_value_and_rule(values, message):
 
 def test_an_unknown_name_in_a_config_file_is_refused_where_it_is_set(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from t5like import config\ndef get_config():\n    c = config.default()\n    c.train.num_step = 3\n    return c\n")
+    path.write_text(
+        "from t5like import config\ndef get_config():\n    c = config.default()\n    c.train.num_step = 3\n"
+    )
     with pytest.raises(ConfigError, match="num_steps"):
         configs.load(path)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("def get_config(:\n", "invalid syntax"),
-    ("import nosuchmodule\n", "nosuchmodule"),
-    ("x = 1\n", "get_config"),
-    ("def get_config():\n    return 3\n", "must return a ConfigDict, not int"),
-    ("def get_config():\n    return 1 / 0\n", "division by zero"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def get_config(:\n", "invalid syntax"),
+        ("import nosuchmodule\n", "nosuchmodule"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    return 3\n", "must return a ConfigDict, not int"),
+        ("def get_config():\n    return 1 / 0\n", "division by zero"),
+    ],
+)
 def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text)
@@ -118,13 +150,27 @@ def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message
 # ---- Flags ----
 
 
-@pytest.mark.parametrize("name, text, value", [
-    ("train.num_steps", "12", 12), ("train.num_steps", "1_000", 1000), ("train.num_steps", "1e6", 1_000_000),
-    ("mesh.data", "-1", -1), ("optimizer.learning_rate", "1e-3", 1e-3), ("optimizer.learning_rate", "1", 1.0),
-    ("model.biases", "true", True), ("model.biases", "False", False), ("model.biases", "1", True),
-    ("data.source", "text:a,text:b", ("text:a", "text:b")), ("data.rates", "1,2.5", (1.0, 2.5)), ("data.rates", "", ()),
-    ("optimizer.no_decay", ".*bias", (".*bias",)), ("data.directory", "", ""), ("seed", "7", 7), ("model.mlp", "relu", "relu"),
-])
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("train.num_steps", "12", 12),
+        ("train.num_steps", "1_000", 1000),
+        ("train.num_steps", "1e6", 1_000_000),
+        ("mesh.data", "-1", -1),
+        ("optimizer.learning_rate", "1e-3", 1e-3),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("model.biases", "true", True),
+        ("model.biases", "False", False),
+        ("model.biases", "1", True),
+        ("data.source", "text:a,text:b", ("text:a", "text:b")),
+        ("data.rates", "1,2.5", (1.0, 2.5)),
+        ("data.rates", "", ()),
+        ("optimizer.no_decay", ".*bias", (".*bias",)),
+        ("data.directory", "", ""),
+        ("seed", "7", 7),
+        ("model.mlp", "relu", "relu"),
+    ],
+)
 def test_a_flag_is_read_as_its_field_says(name, text, value):
     values = {}
     configs.override(values, name, text)
@@ -133,19 +179,22 @@ def test_a_flag_is_read_as_its_field_says(name, text, value):
     assert read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("train.num_steps", "1.5", "train.num_steps='1.5' must be a whole number"),
-    ("train.num_steps", "1.5e0", "train.num_steps='1.5e0' must be a whole number"),
-    ("train.num_steps", "1e999", "train.num_steps='1e999' must be a whole number"),
-    ("train.num_steps", "", "train.num_steps='' must be a whole number"),
-    ("model.biases", "maybe", "model.biases='maybe' must be true or false"),
-    ("optimizer.learning_rate", "fast", "optimizer.learning_rate='fast' must be a finite number"),
-    ("data.rates", "1,x", "data.rates='x' must be a finite number"),
-    ("train.numsteps", "1", "--config.train.numsteps: there is no field 'numsteps'; did you mean 'num_steps'?"),
-    ("tain.num_steps", "1", "--config.tain.num_steps: there is no field 'tain'; did you mean 'train'?"),
-    ("train", "1", "--config.train is a section; set one of its fields: num_steps, "),
-    ("seed.x", "1", "--config.seed.x: 'seed' is a field and has none of its own; use --config.seed=VALUE"),
-])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("train.num_steps", "1.5", "train.num_steps='1.5' must be a whole number"),
+        ("train.num_steps", "1.5e0", "train.num_steps='1.5e0' must be a whole number"),
+        ("train.num_steps", "1e999", "train.num_steps='1e999' must be a whole number"),
+        ("train.num_steps", "", "train.num_steps='' must be a whole number"),
+        ("model.biases", "maybe", "model.biases='maybe' must be true or false"),
+        ("optimizer.learning_rate", "fast", "optimizer.learning_rate='fast' must be a finite number"),
+        ("data.rates", "1,x", "data.rates='x' must be a finite number"),
+        ("train.numsteps", "1", "--config.train.numsteps: there is no field 'numsteps'; did you mean 'num_steps'?"),
+        ("tain.num_steps", "1", "--config.tain.num_steps: there is no field 'tain'; did you mean 'train'?"),
+        ("train", "1", "--config.train is a section; set one of its fields: num_steps, "),
+        ("seed.x", "1", "--config.seed.x: 'seed' is a field and has none of its own; use --config.seed=VALUE"),
+    ],
+)
 def test_a_flag_that_does_not_fit_is_refused(name, text, message):
     with pytest.raises(ConfigError) as refusal:
         configs.override({}, name, text)

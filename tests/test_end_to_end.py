@@ -1,4 +1,4 @@
-"""What a user does, through flags alone: train on own text, resume, evaluate, generate. In this process, on 8 devices."""
+"""What a user does, through flags alone: train on own text, resume, evaluate, generate; in this process, 8 devices."""
 
 import gzip
 import json
@@ -53,15 +53,31 @@ def test_own_text_becomes_a_model_that_has_learned_something(train, command, tmp
     with gzip.open(tmp_path / "own.jsonl.gz", "wt") as file:
         for line in (texts / "a.txt").read_text().splitlines():
             file.write(json.dumps({"body": line}) + "\n")
-    workdir, out = train("run", data__source=f"jsonl:{tmp_path}/*.jsonl.gz", data__text_field="body", train__num_steps=60,
-                         train__eval_every=30)
+    workdir, out = train(
+        "run",
+        data__source=f"jsonl:{tmp_path}/*.jsonl.gz",
+        data__text_field="body",
+        train__num_steps=60,
+        train__eval_every=30,
+    )
     losses = series(workdir, "eval/loss")
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0] and losses[2] < series(workdir, "baseline/unigram")[0]
     assert abs(losses[0] - np.log(400)) < 0.5
     assert np.mean(series(workdir, "train/loss")[-5:]) < np.mean(series(workdir, "train/loss")[:5]) - 1
     assert {path.name for path in workdir.iterdir()} == {
-        "config.json", "tokenizer.model", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt"}
-    assert out.count("---- held-out passage") == 3 and "held-out loss" in out and (workdir / "samples.txt").read_text() in out
+        "config.json",
+        "tokenizer.model",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "loss.png",
+        "samples.txt",
+    }
+    assert (
+        out.count("---- held-out passage") == 3
+        and "held-out loss" in out
+        and (workdir / "samples.txt").read_text() in out
+    )
 
     code, out, err = command("evaluate", f"--workdir={workdir}")
     assert code == 0 and err == ""
@@ -160,7 +176,15 @@ def test_a_run_goes_on_another_mesh_with_the_same_loss(train, straight):
 
 
 def test_a_run_that_diverges_stops_with_its_own_exit_code_and_saves_nothing_bad(command, flags, tmp_path):
-    code, _, err = command("train", *flags, f"--workdir={tmp_path}/run", "--config.optimizer.learning_rate=1e38",
-                           "--config.train.checkpoint_every=3", "--config.train.max_bad_steps=2")
-    assert code == 5 and err.splitlines()[-1].startswith("t5like: the gradient was not finite at 2 steps in a row up to step ")
+    code, _, err = command(
+        "train",
+        *flags,
+        f"--workdir={tmp_path}/run",
+        "--config.optimizer.learning_rate=1e38",
+        "--config.train.checkpoint_every=3",
+        "--config.train.max_bad_steps=2",
+    )
+    assert code == 5 and err.splitlines()[-1].startswith(
+        "t5like: the gradient was not finite at 2 steps in a row up to step "
+    )
     assert [record["train/bad_steps"] for record in records(tmp_path / "run") if "train/loss" in record][-2:] == [1, 1]

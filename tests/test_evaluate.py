@@ -19,9 +19,18 @@ EVERYTHING = 10**6
 
 def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), mesh=(), **data):
     """An evaluator of held-out text, and a function that makes the same random parameters on its mesh."""
-    config = small(tokenizer={"vocab_size": 400, "num_sentinels": 20}, train={"eval_batches": eval_batches}, mesh=dict(mesh), data={
-        "source": tuple(f"text:{texts}/{name}.txt" for name in sources), "text_documents": "line", "heldout_fraction": 0.1,
-        "directory": str(texts / "prepared"), **data})
+    config = small(
+        tokenizer={"vocab_size": 400, "num_sentinels": 20},
+        train={"eval_batches": eval_batches},
+        mesh=dict(mesh),
+        data={
+            "source": tuple(f"text:{texts}/{name}.txt" for name in sources),
+            "text_documents": "line",
+            "heldout_fraction": 0.1,
+            "directory": str(texts / "prepared"),
+            **data,
+        },
+    )
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = meshes.settle(config, mesh)
     prepared = corpus.prepare(config)

@@ -45,7 +45,16 @@ def prompts_of(config, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]
 
 def decode(config, params, lengths, *, seed=0, eos=1, **options):
     prompt_BP, rows = prompts_of(config, lengths)
-    ids = generate(config, params, prompt_BP, np.array(lengths, np.int32), jax.random.key(seed), max_new_tokens=NEW, eos=eos, **options)
+    ids = generate(
+        config,
+        params,
+        prompt_BP,
+        np.array(lengths, np.int32),
+        jax.random.key(seed),
+        max_new_tokens=NEW,
+        eos=eos,
+        **options,
+    )
     return np.asarray(ids), rows
 
 
@@ -90,14 +99,18 @@ def test_sampling_depends_on_the_seed_alone():
     once, again, other = (decode(config, params, [3, 16], seed=seed, temperature=1.0)[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(once, again)
     assert (once != other).any(1).all()
-    np.testing.assert_array_equal(decode(config, params, [3, 16], temperature=1e-4)[0], decode(config, params, [3, 16], seed=9)[0])
+    np.testing.assert_array_equal(
+        decode(config, params, [3, 16], temperature=1e-4)[0], decode(config, params, [3, 16], seed=9)[0]
+    )
 
 
 def test_samples_are_distributed_as_the_softmax_at_the_temperature():
     config, params = model_of()
     prompt_BP, rows = prompts_of(config, [9])
     many = np.repeat(prompt_BP, 4000, axis=0)
-    drawn = generate(config, params, many, np.full(4000, 9, np.int32), jax.random.key(0), max_new_tokens=1, eos=1, temperature=0.7)[:, 0]
+    drawn = generate(
+        config, params, many, np.full(4000, 9, np.int32), jax.random.key(0), max_new_tokens=1, eos=1, temperature=0.7
+    )[:, 0]
     log_p = jax.nn.log_softmax(whole_logits(config, params, rows[0], [0])[0] / 0.7)
     wanted = float(jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -50, log_p, 0)))
     assert abs(float(log_p[drawn].mean()) - wanted) < 4 * float(log_p[drawn].std()) / 4000**0.5

@@ -1,4 +1,4 @@
-"""A run that is killed or stopped and started again is the run that was not, bit by bit. In real processes, one device."""
+"""A run that is killed or stopped and started again is the run that was not, bit by bit: real processes, one device."""
 
 import os
 import shutil
@@ -40,14 +40,26 @@ def start(*arguments, interrupted: tuple[int, int, Path] | None = None) -> subpr
     """Run `t5like` in a process of its own with the machine's own devices: one CPU."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     program = ["-m", "t5like"] if interrupted is None else ["-c", INTERRUPTED, *map(str, interrupted)]
-    return subprocess.run([sys.executable, *program, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run(
+        [sys.executable, *program, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
 def arguments(flags) -> list[str]:
     """A run of 12 steps with checkpoints at 5 and 10, and evaluations at 4, 8 and 12."""
-    return ["train", *flags, "--config.train.checkpoint_every=5", "--config.train.eval_every=4", "--config.model.dropout_rate=0.1"]
+    return [
+        "train",
+        *flags,
+        "--config.train.checkpoint_every=5",
+        "--config.train.eval_every=4",
+        "--config.model.dropout_rate=0.1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +106,8 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(number, a
     last = max(record["step"] for record in read(workdir))
     assert 7 <= last <= 8 and Checkpoints(workdir / "checkpoints", keep=1).steps() == [5, last]
     assert stopped.stderr.splitlines()[-1] == (
-        f"t5like: stopped by a signal after step {last}; saved in {workdir}; the same command continues")
+        f"t5like: stopped by a signal after step {last}; saved in {workdir}; the same command continues"
+    )
     again = start(*arguments, f"--workdir={workdir}")
     assert again.returncode == 0 and f"after step {last}" in again.stdout, again.stderr
     assert leaves(workdir) == leaves(straight)
@@ -103,14 +116,27 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(number, a
 
 def test_an_interrupt_from_outside_stops_a_run_between_two_steps(arguments, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "t5like", *arguments, f"--workdir={tmp_path}/run", "--config.train.num_steps=1_000_000",
-               "--config.train.eval_every=1_000_000", "--config.train.checkpoint_every=1_000_000"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "t5like",
+        *arguments,
+        f"--workdir={tmp_path}/run",
+        "--config.train.num_steps=1_000_000",
+        "--config.train.eval_every=1_000_000",
+        "--config.train.checkpoint_every=1_000_000",
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         until = time.monotonic() + 60
         while not any("train/loss" in record for record in read(tmp_path / "run")) and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 75, err
     [step] = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).steps()
     assert step == read(tmp_path / "run")[-1]["step"] and f"after step {step:,}; saved" in err
@@ -126,7 +152,11 @@ def test_a_fresh_run_says_what_it_does_and_nothing_else(finished):
 
 def test_fake_devices_make_a_mesh_and_a_complete_run_says_that_it_is_complete(arguments, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
-    process = start(*arguments, f"--workdir={tmp_path}/run", "--fake_devices=8", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    process = start(
+        *arguments, f"--workdir={tmp_path}/run", "--fake_devices=8", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
+    )
     assert process.returncode == 0 and process.stderr == ""
-    assert "8 x cpu, data 2 x fsdp 2 x tensor 2" in process.stdout and process.stdout.splitlines()[-1].startswith("complete   12 of 12 steps")
+    assert "8 x cpu, data 2 x fsdp 2 x tensor 2" in process.stdout and process.stdout.splitlines()[-1].startswith(
+        "complete   12 of 12 steps"
+    )
     assert leaves(tmp_path / "run") == leaves(straight) and read(tmp_path / "run") == read(straight)

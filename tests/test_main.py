@@ -28,30 +28,66 @@ def refused(command):
 # ---- The command line itself ----
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "the following arguments are required: COMMAND; see t5like --help"),
-    (["tarin"], "argument COMMAND: invalid choice: 'tarin'"),
-    (["train"], "the following arguments are required: --config, --workdir; see t5like train --help"),
-    (["train", "--config=configs/tiny.py", "--workdir=/nowhere", "--stesp=3"], "unrecognized arguments: --stesp=3"),
-    (["train", "--config=configs/tiny.py", "--workdir=/nowhere", "--config.seed"], "--config.seed needs a value, as in --config.seed=VALUE"),
-    (["train", "--config=configs/tiny.py", "--workdir=/nowhere", "--fake_devices=x"], "argument --fake_devices: invalid int value: 'x'"),
-    (["train", "--config=configs/tiny.py", "--workdir=/nowhere", "--fake_devices=0"], "--fake_devices=0 must be at least 1"),
-    (["train", "--config=configs/tiny.py", "--workdir=/nowhere", "--fake_devices=-1"], "--fake_devices=-1 must be at least 1"),
-    (["evaluate", "--workdir=/nowhere", "--config.seed=1"], "--config.seed can't be set for evaluate: it takes the run's own config"),
-    (["evaluate", "--workdir=/nowhere", "--step=x"], "argument --step: invalid int value: 'x'"),
-    (["generate", "--workdir=/nowhere"], "the following arguments are required: --prompt; see t5like generate --help"),
-    (["generate", "--workdir=/nowhere", "--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0 must be at least 1"),
-    (["generate", "--workdir=/nowhere", "--prompt=a", "--temperature=-1"], "--temperature=-1 must be at least 0"),
-    (["generate", "--workdir=/nowhere", "--prompt=a", "--temperature=nan"], "--temperature=nan must be at least 0"),
-    (["generate", "--workdir=/nowhere", "--prompt=a", "--seed=-1"], "--seed=-1 must be at least 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: COMMAND; see t5like --help"),
+        (["tarin"], "argument COMMAND: invalid choice: 'tarin'"),
+        (["train"], "the following arguments are required: --config, --workdir; see t5like train --help"),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--stesp=3"],
+            "unrecognized arguments: --stesp=3",
+        ),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--config.seed"],
+            "--config.seed needs a value, as in --config.seed=VALUE",
+        ),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--fake_devices=x"],
+            "argument --fake_devices: invalid int value: 'x'",
+        ),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--fake_devices=0"],
+            "--fake_devices=0 must be at least 1",
+        ),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--fake_devices=-1"],
+            "--fake_devices=-1 must be at least 1",
+        ),
+        (
+            ["evaluate", "--workdir=/proc/nowhere", "--config.seed=1"],
+            "--config.seed can't be set for evaluate: it takes the run's own config",
+        ),
+        (["evaluate", "--workdir=/proc/nowhere", "--step=x"], "argument --step: invalid int value: 'x'"),
+        (
+            ["generate", "--workdir=/proc/nowhere"],
+            "the following arguments are required: --prompt; see t5like generate --help",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--max_new_tokens=0"],
+            "--max_new_tokens=0 must be at least 1",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--temperature=-1"],
+            "--temperature=-1 must be at least 0",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--temperature=nan"],
+            "--temperature=nan must be at least 0",
+        ),
+        (["generate", "--workdir=/proc/nowhere", "--prompt=a", "--seed=-1"], "--seed=-1 must be at least 0"),
+    ],
+)
 def test_a_command_line_that_is_not_understood_is_refused(arguments, message, refused):
     code, said = refused(*arguments)
     assert code == 2 and said.startswith(message)
 
 
 def test_help_shows_each_command_and_its_flags(capsys):
-    for arguments, words in (["--help"], ("train", "prepare", "evaluate", "generate")), (["train", "--help"], ("--config", "--workdir", "--debug")):
+    for arguments, words in (
+        (["--help"], ("train", "prepare", "evaluate", "generate")),
+        (["train", "--help"], ("--config", "--workdir", "--debug")),
+    ):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         text = capsys.readouterr().out
@@ -59,23 +95,45 @@ def test_help_shows_each_command_and_its_flags(capsys):
 
 
 def test_debug_shows_the_traceback_of_an_error(command):
-    code, _, err = command("train", "--config=nowhere.py", "--workdir=/nowhere", "--debug")
-    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("t5like: --config=nowhere.py: no such file")
+    code, _, err = command("train", "--config=nowhere.py", "--workdir=/proc/nowhere", "--debug")
+    assert (
+        code == 2
+        and "Traceback" in err
+        and err.splitlines()[-1].startswith("t5like: --config=nowhere.py: no such file")
+    )
 
 
 # ---- A run that can't begin says why, and leaves nothing behind ----
 
 
 CONFIGS = {
-    "unknown key": ("--config.train.num_step=3", "--config.train.num_step: there is no field 'num_step'; did you mean 'num_steps'?"),
-    "unknown section": ("--config.trian.num_steps=3", "--config.trian.num_steps: there is no field 'trian'; did you mean 'train'?"),
+    "unknown key": (
+        "--config.train.num_step=3",
+        "--config.train.num_step: there is no field 'num_step'; did you mean 'num_steps'?",
+    ),
+    "unknown section": (
+        "--config.trian.num_steps=3",
+        "--config.trian.num_steps: there is no field 'trian'; did you mean 'train'?",
+    ),
     "wrong type": ("--config.train.num_steps=many", "train.num_steps='many' must be a whole number"),
-    "unknown choice": ("--config.model.mlp=rely", "model.mlp='rely' must be one of relu, gelu, gated_gelu, gated_silu; did you mean 'relu'?"),
+    "unknown choice": (
+        "--config.model.mlp=rely",
+        "model.mlp='rely' must be one of relu, gelu, gated_gelu, gated_silu; did you mean 'relu'?",
+    ),
     "mesh": ("--config.mesh.fsdp=3", "mesh data -1 x fsdp 3 x tensor 1 x context 1 does not fit 8 devices"),
-    "rows": ("--config.data.batch_size=12", "data.batch_size=12 must be a multiple of 8 (data 8 x fsdp 1 x train.microbatches 1); use 8 or 16"),
+    "rows": (
+        "--config.data.batch_size=12",
+        "data.batch_size=12 must be a multiple of 8 (data 8 x fsdp 1 x train.microbatches 1); use 8 or 16",
+    ),
     "heads": ("--config.mesh.tensor=4", "mesh.tensor=4 must divide model.num_heads=2; use mesh.tensor=2"),
-    "objective": ("--config.model.architecture=decoder", "data.objective='span_corruption' needs model.architecture=encoder_decoder, not decoder"),
-    "sentinels": ("--config.tokenizer.num_sentinels=1", "tokenizer.num_sentinels=1 must be at least 2, one for each masked span of a row; use 2"),
+    "objective": (
+        "--config.model.architecture=decoder",
+        "data.objective='span_corruption' needs model.architecture=encoder_decoder, not decoder",
+    ),
+    "sentinels": (
+        "--config.tokenizer.num_sentinels=1",
+        "tokenizer.num_sentinels=1 must be at least 2, one for each masked span of a row; use 2",
+    ),
     "targets": ("--config.data.targets_length=5", "data.targets_length=5 must be at least "),
     "source": ("--config.data.source=txt:a", "data.source='txt:a' must be one of python_stdlib, tfds:NAME, text:GLOB"),
     "no file": ("--config=nowhere.py", "--config=nowhere.py: no such file; try --config=configs/tiny.py"),
@@ -90,7 +148,7 @@ def test_a_config_that_can_not_run_is_refused(flag, message, refused, flags, tmp
 
 
 def write_lines(path: Path, *lines: str) -> Path:
-    with (gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")) as file:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
         file.writelines(line + "\n" for line in lines)
     return path
 
@@ -105,7 +163,9 @@ def empty_file(tmp_path):
 
 
 def bad_json_line(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl.gz", *['{"text": "a good line"}'] * 40, "", '{"text": "half', '{"text": "c"}')
+    path = write_lines(
+        tmp_path / "a.jsonl.gz", *['{"text": "a good line"}'] * 40, "", '{"text": "half', '{"text": "c"}'
+    )
     return {"data.source": f"jsonl:{path}"}, f"{path}:42: not valid JSON ("
 
 
@@ -116,53 +176,92 @@ def no_text_field(tmp_path):
 
 def too_little_text(tmp_path):
     write_text(tmp_path / "a.txt", lines=300)
-    return ({"data.source": f"text:{tmp_path}/a.txt", "data.inputs_length": 20_000, "data.targets_length": 5_000,
-             "tokenizer.num_sentinels": 3, "data.mean_span_length": 3_000},
-            f"data.source=text:{tmp_path}/a.txt has ")
+    return (
+        {
+            "data.source": f"text:{tmp_path}/a.txt",
+            "data.inputs_length": 20_000,
+            "data.targets_length": 5_000,
+            "tokenizer.num_sentinels": 3,
+            "data.mean_span_length": 3_000,
+        },
+        f"data.source=text:{tmp_path}/a.txt has ",
+    )
 
 
 def too_little_text_for_a_tokenizer(tmp_path):
     write_text(tmp_path / "a.txt", lines=300)
-    return {"data.source": f"text:{tmp_path}/a.txt", "tokenizer.vocab_size": 8000}, "tokenizer.vocab_size=8000 is too large for so little text"
+    return {
+        "data.source": f"text:{tmp_path}/a.txt",
+        "tokenizer.vocab_size": 8000,
+    }, "tokenizer.vocab_size=8000 is too large for so little text"
 
 
 def no_heldout_text(tmp_path):
     path = write_lines(tmp_path / "a.txt", "one", "two", "three")
-    return ({"data.source": f"text:{path}", "data.text_documents": "line"},
-            "data.heldout_fraction=0.1 leaves no document of the 3 in data.source=")
+    return (
+        {"data.source": f"text:{path}", "data.text_documents": "line"},
+        "data.heldout_fraction=0.1 leaves no document of the 3 in data.source=",
+    )
 
 
 def no_sentencepiece_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model at all")
-    return {"tokenizer.path": tmp_path / "tokenizer.model"}, f"tokenizer.path={tmp_path}/tokenizer.model is not a SentencePiece model"
+    return {
+        "tokenizer.path": tmp_path / "tokenizer.model"
+    }, f"tokenizer.path={tmp_path}/tokenizer.model is not a SentencePiece model"
 
 
 def missing_tokenizer(tmp_path):
-    return {"tokenizer.path": tmp_path / "tokenizer.model"}, f"tokenizer.path={tmp_path}/tokenizer.model can't be read: No such file"
+    return {
+        "tokenizer.path": tmp_path / "tokenizer.model"
+    }, f"tokenizer.path={tmp_path}/tokenizer.model can't be read: No such file"
 
 
-@pytest.mark.parametrize("problem", [missing_file, empty_file, bad_json_line, no_text_field, too_little_text, no_heldout_text,
-                                     too_little_text_for_a_tokenizer, no_sentencepiece_model, missing_tokenizer],
-                         ids=lambda problem: problem.__name__)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        missing_file,
+        empty_file,
+        bad_json_line,
+        no_text_field,
+        too_little_text,
+        no_heldout_text,
+        too_little_text_for_a_tokenizer,
+        no_sentencepiece_model,
+        missing_tokenizer,
+    ],
+    ids=lambda problem: problem.__name__,
+)
 def test_data_that_do_not_suffice_are_refused(problem, refused, flags, tmp_path):
     values, message = problem(tmp_path)
     values = {"data.directory": tmp_path / "prepared", **values}
-    code, said = refused("train", *flags, *(f"--config.{name}={value}" for name, value in values.items()), f"--workdir={tmp_path}/run")
+    code, said = refused(
+        "train", *flags, *(f"--config.{name}={value}" for name, value in values.items()), f"--workdir={tmp_path}/run"
+    )
     assert code == 3 and said.startswith(message), said
     assert not (tmp_path / "run").exists() and not list((tmp_path / "prepared").rglob(".*"))
 
 
 def test_a_tokenizer_of_another_size_is_refused(refused, flags, trained, tmp_path):
-    code, said = refused("train", *flags, f"--config.tokenizer.path={trained}/tokenizer.model", "--config.tokenizer.vocab_size=500",
-                         f"--workdir={tmp_path}/run")
-    assert code == 3 and said == (f"tokenizer.vocab_size=500, but tokenizer.path={trained}/tokenizer.model has 400 ids (sentinels "
-                                  "included); use tokenizer.vocab_size=400")
+    code, said = refused(
+        "train",
+        *flags,
+        f"--config.tokenizer.path={trained}/tokenizer.model",
+        "--config.tokenizer.vocab_size=500",
+        f"--workdir={tmp_path}/run",
+    )
+    assert code == 3 and said == (
+        f"tokenizer.vocab_size=500, but tokenizer.path={trained}/tokenizer.model has 400 ids (sentinels "
+        "included); use tokenizer.vocab_size=400"
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_data_directory_that_can_not_be_written_is_refused(refused, flags, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    code, said = refused("train", *flags, f"--config.data.directory={tmp_path}/file/prepared", f"--workdir={tmp_path}/run")
+    code, said = refused(
+        "train", *flags, f"--config.data.directory={tmp_path}/file/prepared", f"--workdir={tmp_path}/run"
+    )
     assert code == 4 and said.startswith(f"data.directory={tmp_path}/file/prepared can't be used: Not a directory")
     assert contents(tmp_path) == {"file": b"in the way"}
 
@@ -187,8 +286,14 @@ def test_a_directory_of_somebody_else_is_refused(refused, flags, tmp_path):
 
 def test_the_directory_of_another_run_is_refused_by_field_and_both_values(refused, flags, trained):
     before = contents(trained)
-    code, said = refused("train", *flags, f"--workdir={trained}", "--config.optimizer.learning_rate=0.5", "--config.train.num_steps=9")
-    assert code == 2 and said == f"--workdir={trained} holds another run: optimizer.learning_rate: 0.01 -> 0.5; use another --workdir"
+    code, said = refused(
+        "train", *flags, f"--workdir={trained}", "--config.optimizer.learning_rate=0.5", "--config.train.num_steps=9"
+    )
+    assert (
+        code == 2
+        and said
+        == f"--workdir={trained} holds another run: optimizer.learning_rate: 0.01 -> 0.5; use another --workdir"
+    )
     assert contents(trained) == before
 
 
@@ -223,7 +328,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_earlier_one_named(refused, comm
         code, said = refused(*arguments, f"--workdir={tmp_path}/run")
         assert code == 4 and said.startswith(f"{tmp_path}/run/checkpoints/2"), said
     after = contents(tmp_path)
-    assert {name for name in before if before[name] != after.get(name)} <= {"run/config.json"}  # which has the new num_steps
+    assert {name for name in before if before[name] != after.get(name)} <= {
+        "run/config.json"
+    }  # which has the new num_steps
     assert command("evaluate", f"--workdir={tmp_path}/run", "--step=1")[0] == 0
 
 
@@ -231,4 +338,8 @@ def test_metrics_that_can_not_be_written_are_still_printed(command, trained, tmp
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "evaluations").write_text("in the way")
     code, out, err = command("evaluate", f"--workdir={tmp_path}/run")
-    assert code == 4 and json.loads(out)["step"] == 2 and err.startswith(f"t5like: {tmp_path}/run/evaluations/2.json can't be written")
+    assert (
+        code == 4
+        and json.loads(out)["step"] == 2
+        and err.startswith(f"t5like: {tmp_path}/run/evaluations/2.json can't be written")
+    )

@@ -33,8 +33,17 @@ class Places:
 def causal(num_tokens: int | tuple[int, ...] = 1000, *, heldout: bool = False, seed: int = 0, **data) -> Batches:
     """Rows of 10 tokens, 8 a step, of one or more texts; source k's tokens begin at 100,000 k."""
     sizes = num_tokens if isinstance(num_tokens, tuple) else (num_tokens,)
-    config = small(seed=seed, model={"architecture": "decoder"}, data={
-        "batch_size": 8, "inputs_length": 0, "targets_length": 10, "source": tuple(f"text:{k}" for k in range(len(sizes))), **data})
+    config = small(
+        seed=seed,
+        model={"architecture": "decoder"},
+        data={
+            "batch_size": 8,
+            "inputs_length": 0,
+            "targets_length": 10,
+            "source": tuple(f"text:{k}" for k in range(len(sizes))),
+            **data,
+        },
+    )
     return Batches(config, VOCABULARY, [Places(size, 100_000 * k) for k, size in enumerate(sizes)], heldout=heldout)
 
 
@@ -43,7 +52,9 @@ def first_tokens(batches: Batches, steps: range) -> np.ndarray:
 
 
 def digest(batch) -> str:
-    return hashlib.sha256(b"".join(b"-" if x is None else str((x.shape, x.dtype)).encode() + x.tobytes() for x in batch)).hexdigest()
+    return hashlib.sha256(
+        b"".join(b"-" if x is None else str((x.shape, x.dtype)).encode() + x.tobytes() for x in batch)
+    ).hexdigest()
 
 
 def corrupted(**data) -> Batches:
@@ -65,7 +76,9 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
 def test_a_batch_is_the_same_in_a_fresh_process():
     code = "from test_pipeline import corrupted, digest; print(digest(corrupted().at(7)))"
     path = {"PYTHONPATH": "tests:.", "PYTHONHASHSEED": "99", "PATH": ""}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, check=True).stdout.strip()
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=path, check=True
+    ).stdout.strip()
     assert other == digest(corrupted().at(7))
 
 
@@ -73,7 +86,9 @@ def test_a_batch_is_the_same_in_a_fresh_process():
 def test_the_rows_of_all_processes_together_are_the_whole_batch(processes):
     batches, size = corrupted(), 8 // processes
     parts = [batches.at(3, (size * p, size * p + size)) for p in range(processes)]
-    together = [None if parts[0][i] is None else np.concatenate([part[i] for part in parts]) for i in range(len(parts[0]))]
+    together = [
+        None if parts[0][i] is None else np.concatenate([part[i] for part in parts]) for i in range(len(parts[0]))
+    ]
     assert digest(together) == digest(batches.at(3))
 
 
@@ -86,7 +101,9 @@ def test_prefetching_gives_the_batches_of_at():
     batches = corrupted()
     ahead = list(pipeline.prefetch(batches, 3, 9))
     assert [digest(batch) for batch in ahead] == [digest(batches.at(step)) for step in range(3, 9)]
-    assert [digest(batch) for batch in pipeline.prefetch(batches, 3, 5, (2, 6))] == [digest(batches.at(s, (2, 6))) for s in (3, 4)]
+    assert [digest(batch) for batch in pipeline.prefetch(batches, 3, 5, (2, 6))] == [
+        digest(batches.at(s, (2, 6))) for s in (3, 4)
+    ]
 
 
 # ---- Shuffled epochs ----
@@ -124,12 +141,16 @@ def test_a_mixture_reads_every_window_of_each_source_once_an_epoch():
         assert len(second) == 1024 and len(set(second)) == 2 * 512  # two epochs, each with its own borders
 
 
-@pytest.mark.parametrize("rates, counts", [((3, 1), (3072, 1024)), ((), (2731, 1365)), ((1, 0), (4096, 0)), ((1, 1e-9), (4095, 1))])
+@pytest.mark.parametrize(
+    "rates, counts", [((3, 1), (3072, 1024)), ((), (2731, 1365)), ((1, 0), (4096, 0)), ((1, 1e-9), (4095, 1))]
+)
 def test_rates_hold_exactly_in_every_4096_rows(rates, counts):
     batches = causal((10_001, 5_001), rates=rates, batch_size=512)
     for block in range(2):
         sources = np.concatenate([batches.source_of(step) for step in range(8 * block, 8 * block + 8)])
-        read = np.concatenate([batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(8 * block, 8 * block + 8)])
+        read = np.concatenate(
+            [batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(8 * block, 8 * block + 8)]
+        )
         assert tuple(np.bincount(sources, minlength=2)) == counts
         np.testing.assert_array_equal(sources, read)
         assert len(set(np.flatnonzero(sources == 1) // 512)) == min(8, counts[1])  # spread over the steps
@@ -145,7 +166,10 @@ def test_permute_is_a_permutation_of_every_size():
 
 def test_permute_scatters_neighbours_and_differs_by_key():
     place = np.arange(10_000, dtype=np.uint64)
-    a, b = (permute(place, np.full(10_000, 10_000, np.uint64), np.full(10_000, key, np.uint64)).astype(int) for key in (1, 2))
+    a, b = (
+        permute(place, np.full(10_000, 10_000, np.uint64), np.full(10_000, key, np.uint64)).astype(int)
+        for key in (1, 2)
+    )
     assert (a == b).mean() < 0.01
     assert abs(np.corrcoef(a, np.arange(10_000))[0, 1]) < 0.05
     assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.05
@@ -168,20 +192,32 @@ def test_heldout_masks_are_not_those_of_training_rows():
     config = small()
     length = objectives.window(config).length
     train, heldout = (Batches(config, VOCABULARY, [Places(length)], heldout=heldout) for heldout in (False, True))
-    place = lambda batch: np.isin(batch.encoder_BS, VOCABULARY.sentinels)
-    assert (place(train.at(0))[0] != place(heldout.at(0))[0]).any()
+    masked = [np.isin(batches.at(0).encoder_BS[0], VOCABULARY.sentinels) for batches in (train, heldout)]
+    assert (masked[0] != masked[1]).any()
 
 
 # ---- Shapes, and what is refused ----
 
 
 @pytest.mark.parametrize("borders", ["concatenate", "segments"])
-@pytest.mark.parametrize("objective, architecture", [
-    ("span_corruption", "encoder_decoder"), ("prefix_lm", "encoder_decoder"), ("prefix_lm", "decoder"), ("causal_lm", "decoder")])
+@pytest.mark.parametrize(
+    "objective, architecture",
+    [
+        ("span_corruption", "encoder_decoder"),
+        ("prefix_lm", "encoder_decoder"),
+        ("prefix_lm", "decoder"),
+        ("causal_lm", "decoder"),
+    ],
+)
 def test_spec_has_the_shapes_and_dtypes_of_real_batches_without_data(objective, architecture, borders):
-    config = small(data={"objective": objective, "document_borders": borders, "source": ("text:/nowhere/*.txt",)},
-                   model={"architecture": architecture})
-    describe = lambda batch: [None if x is None else (x.shape, x.dtype) for x in batch]
+    config = small(
+        data={"objective": objective, "document_borders": borders, "source": ("text:/nowhere/*.txt",)},
+        model={"architecture": architecture},
+    )
+
+    def describe(batch):
+        return [None if x is None else (x.shape, x.dtype) for x in batch]
+
     for heldout in (False, True):
         real = Batches(config, VOCABULARY, [Places(400, first=3)], heldout=heldout).at(0)
         assert describe(pipeline.spec(config)) == describe(real)
@@ -195,7 +231,9 @@ def test_spec_of_a_large_batch_takes_no_memory():
 def test_a_source_smaller_than_one_window_is_refused():
     assert causal(11).at(0).decoder_BL.shape == (8, 10)
     for heldout, split in ((False, "training"), (True, "held-out")):
-        with pytest.raises(DataError, match=f"data.source=text:0 has 10 tokens of {split} text, less than one window of 11"):
+        with pytest.raises(
+            DataError, match=f"data.source=text:0 has 10 tokens of {split} text, less than one window of 11"
+        ):
             causal(10, heldout=heldout)
 
 

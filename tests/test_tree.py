@@ -29,7 +29,9 @@ def test_a_pattern_must_match_the_whole_name():
 
 
 def test_a_pattern_that_matches_nothing_or_is_none_is_refused():
-    with pytest.raises(ConfigError, match="optimizer.frozen='heads' matches no parameter; there are encoder/layers/mlp/bias, "):
+    with pytest.raises(
+        ConfigError, match="optimizer.frozen='heads' matches no parameter; there are encoder/layers/mlp/bias, "
+    ):
         tree.mask(PARAMS, ["head", "heads"], field="optimizer.frozen")
     with pytest.raises(ConfigError, match=r"optimizer.frozen='\(' is not a regular expression: "):
         tree.mask(PARAMS, ["("], field="optimizer.frozen")

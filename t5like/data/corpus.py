@@ -76,8 +76,8 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
         tokenizer, tokenizer_path = _tokenizer(config, opened, progress)
         stores, notes = [], []
         for source in opened:
-            store = _finished_store(config.data, source, tokenizer) or _build_store(config.data, source, tokenizer, progress)
-            stores.append(store)
+            store = _finished_store(config.data, source, tokenizer)
+            stores.append(store := store or _build_store(config.data, source, tokenizer, progress))
             if source.gone:
                 notes.append(f"{source.gone}; going on with what was prepared of it, {store.directory}")
     except OSError as error:
@@ -195,8 +195,8 @@ def _threshold(data: DataConfig, source: _Opened) -> float:
         if min(draws) < data.heldout_fraction <= max(draws):
             return data.heldout_fraction
     if len(draws) < 2:
-        raise DataError(f"data.source={source.spec} has only one document (or copies of one), and one has to be held out; "
-                        "use more text, or data.text_documents=line for a text file")
+        raise DataError(f"data.source={source.spec} has only one document (or copies of one), and one has to be held "
+                        "out; use more text, or data.text_documents=line for a text file")
     if max(draws) < data.heldout_fraction:
         raise DataError(f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} documents in "
                         f"data.source={source.spec} to train on; use data.heldout_fraction=0.1")
@@ -360,7 +360,7 @@ def _batches(job: _Job, number: int) -> Iterator[tuple[list[str], list[bool]]]:
 def _write_pieces(job: _Job, missing: Sequence[int], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Write pieces in this process or in several; yields (number, record) as they come.
 
-    Everyone starts somewhere else and skips what is there by then, so that machines that share a directory share the work.
+    Everyone starts somewhere else and skips what is there by then: machines that share a directory share the work.
     """
     start = random.randrange(len(missing)) if missing else 0
     queue = iter([*missing[start:], *missing[:start]])
@@ -396,7 +396,8 @@ def _answer(connection: multiprocessing.connection.Connection) -> tuple[int, dic
     try:
         answer = connection.recv()
     except (EOFError, ConnectionResetError):
-        raise DataError("a tokenizing process was killed, perhaps for its memory; use a smaller data.num_workers") from None
+        fix = "use a smaller data.num_workers"
+        raise DataError(f"a tokenizing process was killed, perhaps for its memory; {fix}") from None
     if isinstance(answer, BaseException):
         raise answer
     return answer

@@ -86,15 +86,15 @@ class TokenStore:
         directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-            if manifest["format"] != FORMAT:
-                raise DataError(f"{directory} has format {manifest['format']}, not {FORMAT}; remove it to prepare it again")
+            if (found := manifest["format"]) != FORMAT:
+                raise DataError(f"{directory} has the format {found}, not {FORMAT}; remove it to prepare it again")
             store = cls(directory, manifest)
             for name, expected in store._files():
                 size = (directory / "pieces" / name).stat().st_size
                 if size != expected["bytes"]:
                     raise DataError(
-                        f"{directory}/pieces/{name} has {size} bytes instead of {expected['bytes']}; remove {directory} "
-                        "to prepare it again"
+                        f"{directory}/pieces/{name} has {size} bytes instead of {expected['bytes']}; "
+                        f"remove {directory} to prepare it again"
                     )
         except OSError as error:
             reason = f"{error.filename} can't be read: {error.strerror}"
@@ -153,7 +153,6 @@ class Stream:
             segments  1 1 1 2 2 2 2 3
         """
         begins_NL = np.zeros((len(starts_N), length), np.int32)
-        begins_NL[:, 0] = 1
         for row, column, shard, place, count in self._spans(starts_N, length):
             ends = self._shard_ends(shard)
             inside = ends[np.searchsorted(ends, place, "right") : np.searchsorted(ends, place + count, "left")]

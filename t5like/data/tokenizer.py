@@ -13,6 +13,7 @@ Called by `data.corpus` (bulk), `generate` and `inspect` (single texts) and `che
 
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -175,11 +176,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` many texts on one thread, at the speed of SentencePiece itself; int32 arrays, to be read only."""
-        token_ids = self._encode_plain(texts)
-        for position, text in enumerate(texts):
-            if any(sign in text for sign in self._signs):
-                token_ids[position] = self._encode_cut(text)
-        return token_ids
+        if not any(sign in text for text in texts for sign in self._signs):
+            return self._encode_plain(texts)
+        parts = [[part for part in self._cut.split(text) if part] or [""] for text in texts]
+        encoded = iter(self._encode_plain(list(itertools.chain.from_iterable(parts))))
+        spelled = {SPACE: self._space_bytes} if self._spells_bytes else {}
+        return [np.concatenate([spelled.get(part, ids) for part, ids in zip(row, encoded, strict=False)])
+                for row in parts]  # each row takes its own from `encoded`
 
     def encode_with_sentinels(self, text: str) -> list[int]:
         """Like `encode`, but ``<extra_id_N>`` in the text becomes that sentinel: for prompts."""
@@ -218,13 +221,6 @@ class Tokenizer:
         except TypeError:  # what SentencePiece says of a string that has no UTF-8 form
             refuse_surrogates(texts)
             raise
-
-    def _encode_cut(self, text: str) -> np.ndarray:
-        parts = [part for part in self._cut.split(text) if part]
-        encoded = self._encode_plain(parts)
-        if self._spells_bytes:
-            encoded = [self._space_bytes if part == SPACE else ids for part, ids in zip(parts, encoded, strict=True)]
-        return np.concatenate(encoded)
 
     def _check_special_ids(self) -> None:
         model = self._model

@@ -1,0 +1,113 @@
+"""Speed of making and of reading the token store, next to bare SentencePiece on the same texts.
+
+    python benchmarks/token_store.py [--config=configs/tiny.py] [--config.SECTION.FIELD=VALUE ...] [--rounds=5]
+
+Prepares the config's data if that is not done yet. Then, in one process and in turns: SentencePiece's `encode` of the
+training texts in memory, one call for all of them and one thread; and `prepare` of a new store with the same tokenizer
+and one worker, which reads the documents, hashes, splits, encodes, writes, checksums and syncs. That once from the
+config's own source, and once from JSON lines with the same texts eight times over, whose pieces are less tiny. The
+ratio of their tokens per CPU second is what the store costs beyond tokenizing. Reading: random windows of the finished
+store, and the document numbers of their tokens, in one thread; the page cache holds the store.
+
+Prints a JSON line per measurement. Times are CPU seconds, since the cores may be shared; a pass over the texts is one
+round, and the median over rounds is what counts.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import measurement
+import numpy as np
+import sentencepiece
+
+from t5like import config as configs
+from t5like.data import corpus
+from t5like.data.sources import open_source
+from t5like.errors import UserError
+
+COPIES = 8  # of the texts, as JSON lines
+ROWS, LENGTH = 1024, 568  # windows a call, and tokens a window: what span corruption makes 512 of
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    """CPU seconds of a call in this process."""
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
+
+
+def measure_making(config: configs.Config, prepared: corpus.Prepared, rounds: int) -> Iterator[dict[str, float | str]]:
+    """Tokens per CPU second of bare SentencePiece and of `prepare` from two kinds of source, in turns."""
+    sources = [open_source(spec, config.data) for spec in config.data.source]
+    texts = [source[number] for source in sources for number in range(len(source))]
+    bare = sentencepiece.SentencePieceProcessor(model_proto=prepared.tokenizer.model_bytes)
+    tokens = sum(map(len, bare.encode(texts, num_threads=1)))
+    tokenizer = dataclasses.replace(config.tokenizer, path=str(prepared.tokenizer_path))
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = Path(scratch) / "texts.jsonl"
+        lines.write_text(COPIES * "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+        cases = {name: dataclasses.replace(config.data, source=source, directory=f"{scratch}/{name}", num_workers=1)
+                 for name, source in (("own", config.data.source), ("jsonl", (f"jsonl:{lines}",)))}
+        bare_seconds, seconds = [], {name: [] for name in cases}
+        for _ in range(rounds):
+            bare_seconds.append(cpu_seconds(lambda: bare.encode(texts, num_threads=1)))
+            for name, data in cases.items():
+                (directory := Path(data.directory)).mkdir()
+                (directory / "tfds").symlink_to(Path(config.data.directory).expanduser() / "tfds")
+                again = dataclasses.replace(config, tokenizer=tokenizer, data=data)
+                seconds[name].append(cpu_seconds(lambda config=again: corpus.prepare(config, progress=False)))
+                shutil.rmtree(directory)
+    for name, copies in (("own", 1), ("jsonl", COPIES)):
+        yield {
+            "measure": "making",
+            "source": config.data.source[0] if name == "own" else "jsonl",
+            "documents": copies * len(texts),
+            "tokens": copies * tokens,
+            "sentencepiece_tokens_per_second": tokens / statistics.median(bare_seconds),
+            "prepare_tokens_per_second": copies * tokens / statistics.median(seconds[name]),
+            "ratio": statistics.median(copies * b / s for b, s in zip(bare_seconds, seconds[name], strict=True)),
+        }
+
+
+def measure_reading(prepared: corpus.Prepared, rounds: int) -> dict[str, float | int]:
+    """Tokens per CPU second of random windows from the largest store."""
+    stream = max((store.split("train") for store in prepared.stores), key=lambda stream: stream.num_tokens)
+    starts_N = np.random.default_rng(0).integers(0, stream.num_tokens, ROWS)
+    windows = [cpu_seconds(lambda: stream.windows(starts_N, LENGTH)) for _ in range(10 * rounds)]
+    segments = [cpu_seconds(lambda: stream.segments(starts_N, LENGTH)) for _ in range(10 * rounds)]
+    return {
+        "measure": "reading",
+        "stored_tokens": stream.num_tokens,
+        "window_tokens": LENGTH,
+        "windows_tokens_per_second": ROWS * LENGTH / statistics.median(windows),
+        "segments_tokens_per_second": ROWS * LENGTH / statistics.median(segments),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="token_store.py", description="Measure the token store.", allow_abbrev=False)
+    parser.add_argument("--config", default="configs/tiny.py", metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    arguments, overrides = measurement.split(sys.argv[1:])
+    options = parser.parse_args(arguments)
+    config = configs.load(options.config, overrides)
+    prepared = corpus.prepare(config)
+    measurement.emit(**measurement.machine("numpy", "sentencepiece"))
+    measurement.emit(**measure_reading(prepared, options.rounds))
+    for values in measure_making(config, prepared, options.rounds):
+        measurement.emit(**values)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"token_store.py: {error}")
