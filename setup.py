@@ -43,13 +43,12 @@ setup(
         "sentencepiece>=0.2.1,<0.3",
         "tensorboardX>=2.6.2,<3",
         "tensorflow-datasets>=4.9.9,<5",
-        "zstandard>=0.23,<0.26",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda12]>=0.10,<0.11"],
         "hf": ["datasets>=4,<6", "transformers>=5,<6"],
-        "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18"],
+        "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18", "zstandard>=0.23,<0.26"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
     },
 )

@@ -54,8 +54,10 @@ def measure_making(config: configs.Config, prepared: corpus.Prepared, rounds: in
     with tempfile.TemporaryDirectory() as scratch:
         lines = Path(scratch) / "texts.jsonl"
         lines.write_text(COPIES * "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-        cases = {name: dataclasses.replace(config.data, source=source, directory=f"{scratch}/{name}", num_workers=1)
-                 for name, source in (("own", config.data.source), ("jsonl", (f"jsonl:{lines}",)))}
+        cases = {
+            name: dataclasses.replace(config.data, source=source, directory=f"{scratch}/{name}", num_workers=1)
+            for name, source in (("own", config.data.source), ("jsonl", (f"jsonl:{lines}",)))
+        }
         bare_seconds, seconds = [], {name: [] for name in cases}
         for _ in range(rounds):
             bare_seconds.append(cpu_seconds(lambda: bare.encode(texts, num_threads=1)))

@@ -19,11 +19,31 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.source = ("tfds:c4/en:3.1.0",)
     config.data.heldout_fraction = 0.001
     config.model.update(
-        architecture="decoder", num_layers=12, model_dim=768, num_heads=12, head_dim=64, mlp_dim=3072, mlp="gelu",
-        positions="learned", max_length=1024, norm="layer", norm_epsilon=1e-5, biases=True, tied_embeddings=True,
-        scale_attention=True, init="gpt2")
-    config.optimizer.update(name="adamw", learning_rate=6e-4, schedule="cosine", final_fraction=0.1, warmup_steps=2_000, b2=0.95,
-                            weight_decay=0.1)
+        architecture="decoder",
+        num_layers=12,
+        model_dim=768,
+        num_heads=12,
+        head_dim=64,
+        mlp_dim=3072,
+        mlp="gelu",
+        positions="learned",
+        max_length=1024,
+        norm="layer",
+        norm_epsilon=1e-5,
+        biases=True,
+        tied_embeddings=True,
+        scale_attention=True,
+        init="gpt2",
+    )
+    config.optimizer.update(
+        name="adamw",
+        learning_rate=6e-4,
+        schedule="cosine",
+        final_fraction=0.1,
+        warmup_steps=2_000,
+        b2=0.95,
+        weight_decay=0.1,
+    )
     config.train.update(num_steps=600_000, z_loss=0.0, log_every=100, eval_every=5_000, checkpoint_every=5_000)
     config.mesh.update(data=1, fsdp=-1)
     return config

@@ -1,4 +1,4 @@
-"""A 1.1 billion parameter Llama (1,100,048,384: TinyLlama's shape), a causal model of 2,048-token rows; recipe of `llama_7b`.
+"""A 1.1 billion parameter Llama (1,100,048,384: TinyLlama's shape), rows of 2,048 tokens; the recipe of `llama_7b`.
 
     t5like train --config=configs/llama_1b.py --workdir=RUN --config.data.source='jsonl:my_texts/*.jsonl.zst'
 

@@ -2,8 +2,8 @@
 
     t5like train --config=configs/llama_7b.py --workdir=RUN --config.data.source='jsonl:my_texts/*.jsonl.zst'
 
-Recipe: Touvron et al. 2023 (Llama 2), section 2.2: AdamW, cosine to a tenth, 4 million tokens a step, 2 trillion tokens.
-Hardware: 256 TPU v5e or 64 H100 and up. Time and expected loss: not yet run.
+Recipe: Touvron et al. 2023 (Llama 2), section 2.2: AdamW, cosine to a tenth, 4 million tokens a step, 2 trillion in
+all. Hardware: 256 TPU v5e or 64 H100 and up. Time and expected loss: not yet run.
 """
 
 import ml_collections
@@ -18,10 +18,30 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.source = ("tfds:c4/en:3.1.0",)
     config.data.heldout_fraction = 0.001
     config.model.update(
-        architecture="decoder", num_layers=32, model_dim=4096, num_heads=32, head_dim=128, mlp_dim=11_008, mlp="gated_silu",
-        positions="rotary", norm="rms", norm_epsilon=1e-5, scale_attention=True, init="gpt2", remat="full")
-    config.optimizer.update(name="adamw", learning_rate=3e-4, schedule="cosine", final_fraction=0.1, warmup_steps=2_000, b2=0.95,
-                            epsilon=1e-5, weight_decay=0.1)
+        architecture="decoder",
+        num_layers=32,
+        model_dim=4096,
+        num_heads=32,
+        head_dim=128,
+        mlp_dim=11_008,
+        mlp="gated_silu",
+        positions="rotary",
+        norm="rms",
+        norm_epsilon=1e-5,
+        scale_attention=True,
+        init="gpt2",
+        remat="full",
+    )
+    config.optimizer.update(
+        name="adamw",
+        learning_rate=3e-4,
+        schedule="cosine",
+        final_fraction=0.1,
+        warmup_steps=2_000,
+        b2=0.95,
+        epsilon=1e-5,
+        weight_decay=0.1,
+    )
     config.train.update(num_steps=500_000, log_every=10, eval_every=2_000, checkpoint_every=1_000)
     config.mesh.update(data=1, fsdp=-1)
     return config

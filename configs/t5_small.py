@@ -4,7 +4,8 @@
 
 Recipe: Raffel et al. 2020 and T5X's `t5_1_1` pretraining: Adafactor, inverse square root schedule, 2,048 rows of 512
 tokens, no dropout. Hardware: one accelerator with 16 GB or more; set data.batch_size to what it takes.
-Time and expected loss: not yet run by us. nanoT5 (Nawrot 2023) reports 1.95 to 2.04 nats for base after 2^16 steps of 128 rows.
+Time and expected loss: not yet run by us. For base, nanoT5 (Nawrot 2023) reports 1.95 to 2.04 nats after 2^16 steps of
+128 rows.
 """
 
 import ml_collections

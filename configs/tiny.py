@@ -1,6 +1,6 @@
 """A small T5 1.1 on the running Python's standard library: a few minutes on two CPU cores. What `make train` runs.
 
-    t5like train --config=configs/tiny.py --workdir=runs/tiny
+t5like train --config=configs/tiny.py --workdir=runs/tiny
 """
 
 import ml_collections

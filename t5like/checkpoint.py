@@ -169,15 +169,19 @@ class Checkpoints:
         if found := differences(stored, wanted):
             raise CheckpointError(f"{path} does not fit: {_some(found)}; use the config it was saved with")
         assert all(leaf.sharding is not None for leaf in wanted.values()), "else Orbax takes the mesh of the save"
-        arguments = {name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-                     for name, leaf in wanted.items()}
+        arguments = {
+            name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+            for name, leaf in wanted.items()
+        }
         request = ocp.args.PyTreeRestore(_nested(wanted), _nested(arguments), partial_restore=bool(prefix))
         with _one_line(path / "state", "can't be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             restored = traverse_util.flatten_dict(reader.restore(path / "state", args=request), sep="/")
         damaged = [name for name, leaf in describe(restored).items() if leaf != stored[name]]
         if damaged:
-            raise CheckpointError(f"{path} is damaged: what was read is not what was saved in {_some(damaged)}; "
-                                  f"move it away to go on from an earlier one{_among(self.steps(), but=step)}")
+            raise CheckpointError(
+                f"{path} is damaged: what was read is not what was saved in {_some(damaged)}; "
+                f"move it away to go on from an earlier one{_among(self.steps(), but=step)}"
+            )
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
     def _numbered(self) -> list[tuple[int, epath.Path]]:
@@ -200,11 +204,15 @@ class Checkpoints:
             if not isinstance(meta, dict) or not isinstance(meta.get("format"), int):
                 raise ValueError("not the metadata of a t5like checkpoint")
         if meta["format"] > FORMAT:
-            raise CheckpointError(f"{path}: format={meta['format']} is newer than {FORMAT}, which t5like "
-                                  f"{t5like.__version__} reads; install a newer t5like")
+            raise CheckpointError(
+                f"{path}: format={meta['format']} is newer than {FORMAT}, which t5like "
+                f"{t5like.__version__} reads; install a newer t5like"
+            )
         if _sha256(meta.get("body")) != meta.get("sha256"):
-            raise CheckpointError(f"{path} is damaged: its checksum does not match; move {path.parent.parent} away to "
-                                  f"go on from an earlier one{_among(self.steps(), but=step)}")
+            raise CheckpointError(
+                f"{path} is damaged: its checksum does not match; move {path.parent.parent} away to "
+                f"go on from an earlier one{_among(self.steps(), but=step)}"
+            )
         return meta["body"]
 
     @contextlib.contextmanager
@@ -226,7 +234,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         steps = self.steps()
-        kept = {*steps[-self._keep:], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
+        kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
         for step, path in self._numbered():
             with _one_line(path, "can't be deleted"):
                 if step in steps and step not in kept:
@@ -238,8 +246,10 @@ class Checkpoints:
 def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
     """Shape, dtype and digest of each array; one transfer from the devices for all."""
     digests = jax.device_get({name: digest(leaf) for name, leaf in leaves.items()})
-    return {name: Leaf(tuple(leaf.shape), str(leaf.dtype), tuple(int(lane) for lane in digests[name]))
-            for name, leaf in leaves.items()}
+    return {
+        name: Leaf(tuple(leaf.shape), str(leaf.dtype), tuple(int(lane) for lane in digests[name]))
+        for name, leaf in leaves.items()
+    }
 
 
 @jax.jit
@@ -249,8 +259,13 @@ def digest(x: Array) -> tuple[Array, Array]:
     Each lane is the wrapping sum of ``mix(bits ^ key(index))``, where mix is MurmurHash3's 32-bit finalizer. That is a
     bijection, so one changed element always shows. Nothing of the array's size is kept: it fuses into the reduction.
     """
-    bits = (x.astype(jnp.uint32) if x.dtype == bool else jax.lax.bitcast_convert_type(
-        x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32))
+    bits = (
+        x.astype(jnp.uint32)
+        if x.dtype == bool
+        else jax.lax.bitcast_convert_type(
+            x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+        ).astype(jnp.uint32)
+    )
     index = jnp.zeros(bits.shape, jnp.uint32)
     for dim, size in enumerate(bits.shape):
         index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
@@ -269,8 +284,10 @@ def differences(stored: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeS
     found = [f"{name} is missing" for name in wanted if name not in stored]
     found += [f"{name} is not in this model" for name in stored if name not in wanted]
     return found + [
-        f"{name} is {stored[name]}, not {leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()
-        if name in stored and (stored[name].shape, stored[name].dtype) != (tuple(leaf.shape), str(leaf.dtype))]
+        f"{name} is {stored[name]}, not {leaf.dtype}{list(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in stored and (stored[name].shape, stored[name].dtype) != (tuple(leaf.shape), str(leaf.dtype))
+    ]
 
 
 def _leaves(state: TrainState) -> dict[str, Array]:
@@ -278,8 +295,10 @@ def _leaves(state: TrainState) -> dict[str, Array]:
     paths = [[tree.name_of([key]) for key in path] for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     bad = ["/".join(path) for path in paths if not all(part and not set(part) & {"/", "."} for part in path)]
     if bad:
-        raise CheckpointError(f"the state has leaves that could not be told apart on disk: {_some(bad)}; "
-                              "no part of a name may be empty or hold a slash or a dot")
+        raise CheckpointError(
+            f"the state has leaves that could not be told apart on disk: {_some(bad)}; "
+            "no part of a name may be empty or hold a slash or a dot"
+        )
     return tree.flatten(state)
 
 
@@ -289,8 +308,9 @@ def _nested(leaves: Mapping[str, Any]) -> Tree:
 
 
 def _stored(body: Mapping[str, Any]) -> dict[str, Leaf]:
-    return {name: Leaf(tuple(leaf["shape"]), leaf["dtype"], tuple(leaf["digest"]))
-            for name, leaf in body["leaves"].items()}
+    return {
+        name: Leaf(tuple(leaf["shape"]), leaf["dtype"], tuple(leaf["digest"])) for name, leaf in body["leaves"].items()
+    }
 
 
 def _sha256(body: Any) -> str:
@@ -300,8 +320,11 @@ def _sha256(body: Any) -> str:
 @functools.cache
 def _versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"t5like": t5like.__version__, "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in names}}
+    return {
+        "t5like": t5like.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
 
 
 def _writer() -> ocp.AsyncCheckpointer:

@@ -36,12 +36,13 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: tuple[str, ...] = ("python_stdlib",)  # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME
+    # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME, one or several
+    source: tuple[str, ...] = ("python_stdlib",)
     rates: tuple[float, ...] = ()  # how often each source is drawn from; empty: in proportion to its tokens
     split: str = "train"  # of TFDS and Hugging Face data sets
     text_field: str = "text"  # of TFDS, JSONL, Parquet and Hugging Face data sets
-    # What one document is in text files: a file, a line, or a passage of about 16 KiB that ends with a line. auto: a file
-    # if there are at least 100 of them, else a passage, so that a part of a few large files can be held out.
+    # What one document is in text files: a file, a line, or a passage of about 16 KiB that ends with a line. auto: a
+    # file if there are at least 100 of them, else a passage, so that a part of a few large files can be held out.
     text_documents: Literal["auto", "file", "line", "passage"] = "auto"
     directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
     heldout_fraction: float = 0.01  # of the documents (at least one), chosen by a hash of their text, never trained on
@@ -78,7 +79,9 @@ class ModelConfig:
     biases: bool = False  # on every dense layer
     tied_embeddings: bool = False
     scale_attention: bool = False  # multiply q k by head_dim**-0.5; T5 does not, it folds that into the init
-    init: Literal["t5", "gpt2"] = "t5"  # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks
+    init: Literal["t5", "gpt2"] = (
+        "t5"  # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks
+    )
     dropout_rate: float = 0.0
     vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
@@ -153,7 +156,7 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """A config file's starting point: every field at its default. Unknown names are refused when they are set."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
@@ -198,7 +201,10 @@ def override(values: dict, name: str, text: str) -> None:
         if inner is None:
             raise ConfigError(_unknown(f"--config.{name}", parent, cls))
         if not dataclasses.is_dataclass(inner):
-            raise ConfigError(f"--config.{name}: {parent!r} is a field and has none of its own; use --config.{name.rpartition('.')[0]}=VALUE")
+            raise ConfigError(
+                f"--config.{name}: {parent!r} is a field and has none of its own; "
+                f"use --config.{name.rpartition('.')[0]}=VALUE"
+            )
         section, cls = section.setdefault(parent, {}), inner
     wanted = _types(cls).get(leaf)
     if wanted is None:
@@ -246,7 +252,12 @@ def check(config: Config) -> None:
         ConfigError: with field, value, rule, and a value that would work.
     """
     tokenizer, data, model, optimizer, train = (
-        config.tokenizer, config.data, config.model, config.optimizer, config.train)
+        config.tokenizer,
+        config.data,
+        config.model,
+        config.optimizer,
+        config.train,
+    )
 
     def require(holds: bool, field: str, rule: str) -> None:
         if not holds:
@@ -255,65 +266,145 @@ def check(config: Config) -> None:
                 value = getattr(value, part)
             raise ConfigError(f"{field}={value!r} {rule}")
 
-    for field in ("data.batch_size", "data.targets_length", "data.prefetch", "model.num_layers", "model.model_dim",
-                  "model.num_heads", "model.head_dim", "model.mlp_dim", "model.vocab_multiple", "model.max_length",
-                  "model.relative_buckets", "train.num_steps", "train.microbatches", "train.log_every", "train.eval_every",
-                  "train.eval_batches", "train.checkpoint_every", "train.keep_checkpoints", "train.max_bad_steps",
-                  "tokenizer.sample_characters"):
+    for field in (
+        "data.batch_size",
+        "data.targets_length",
+        "data.prefetch",
+        "model.num_layers",
+        "model.model_dim",
+        "model.num_heads",
+        "model.head_dim",
+        "model.mlp_dim",
+        "model.vocab_multiple",
+        "model.max_length",
+        "model.relative_buckets",
+        "train.num_steps",
+        "train.microbatches",
+        "train.log_every",
+        "train.eval_every",
+        "train.eval_batches",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.max_bad_steps",
+        "tokenizer.sample_characters",
+    ):
         require(_get(config, field) >= 1, field, "must be at least 1")
-    for field in ("seed", "data.inputs_length", "data.num_workers", "model.num_decoder_layers", "model.num_kv_heads",
-                  "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay", "optimizer.clip_norm",
-                  "train.z_loss", "train.loss_chunk", "train.keep_every", "train.profile_step",
-                  "tokenizer.num_sentinels"):
+    for field in (
+        "seed",
+        "data.inputs_length",
+        "data.num_workers",
+        "model.num_decoder_layers",
+        "model.num_kv_heads",
+        "optimizer.warmup_steps",
+        "optimizer.decay_steps",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+        "train.z_loss",
+        "train.loss_chunk",
+        "train.keep_every",
+        "train.profile_step",
+        "tokenizer.num_sentinels",
+    ):
         require(_get(config, field) >= 0, field, "must be at least 0")
     for field in ("optimizer.learning_rate", "optimizer.epsilon", "model.norm_epsilon", "model.rotary_base"):
         require(_get(config, field) > 0, field, "must be more than 0")
-    for field in ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay", "model.dropout_rate", "train.label_smoothing",
-                  "optimizer.final_fraction"):
+    for field in (
+        "optimizer.b1",
+        "optimizer.b2",
+        "optimizer.ema_decay",
+        "model.dropout_rate",
+        "train.label_smoothing",
+        "optimizer.final_fraction",
+    ):
         require(0 <= _get(config, field) < 1, field, "must be at least 0 and less than 1")
     require(config.seed < 2**32, "seed", "must be less than 2**32")
-    require(0 < tokenizer.character_coverage <= 1, "tokenizer.character_coverage", "must be above 0 and at most 1; use 0.9995")
+    require(
+        0 < tokenizer.character_coverage <= 1,
+        "tokenizer.character_coverage",
+        "must be above 0 and at most 1; use 0.9995",
+    )
     smallest = 3 + 256 + tokenizer.num_sentinels
-    require(tokenizer.vocab_size > smallest, "tokenizer.vocab_size",
-            f"must be more than {smallest} (3 special ids, 256 bytes, {tokenizer.num_sentinels} sentinels); use {smallest + 1000}")
+    require(
+        tokenizer.vocab_size > smallest,
+        "tokenizer.vocab_size",
+        f"must be more than {smallest} (3 special ids, 256 bytes, {tokenizer.num_sentinels} sentinels); "
+        f"use {smallest + 1000}",
+    )
 
     require(len(data.source) >= 1, "data.source", "must name a source, such as python_stdlib or text:my_texts/*.txt")
-    require(len(data.rates) in (0, len(data.source)), "data.rates",
-            f"must have one rate for each of the {len(data.source)} in data.source, or be empty")
-    require(all(r >= 0 for r in data.rates) and (not data.rates or sum(data.rates) > 0), "data.rates",
-            "must not be negative and must not sum to 0; use " + ",".join("1" for _ in data.source))
+    require(
+        len(data.rates) in (0, len(data.source)),
+        "data.rates",
+        f"must have one rate for each of the {len(data.source)} in data.source, or be empty",
+    )
+    require(
+        all(r >= 0 for r in data.rates) and (not data.rates or sum(data.rates) > 0),
+        "data.rates",
+        "must not be negative and must not sum to 0; use " + ",".join("1" for _ in data.source),
+    )
     require(0 < data.heldout_fraction < 1, "data.heldout_fraction", "must lie between 0 and 1; use 0.01")
     require(0 < data.noise_density < 1, "data.noise_density", "must lie between 0 and 1; use 0.15")
     require(data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
-    pairs = {"span_corruption": ("encoder_decoder",), "prefix_lm": ("encoder_decoder", "decoder"), "causal_lm": ("decoder",)}
-    require(model.architecture in pairs[data.objective], "data.objective",
-            f"needs model.architecture={' or '.join(pairs[data.objective])}, not {model.architecture}")
-    require(data.objective == "causal_lm" or data.inputs_length >= 1, "data.inputs_length", f"must be at least 1 for {data.objective}")
+    pairs = {
+        "span_corruption": ("encoder_decoder",),
+        "prefix_lm": ("encoder_decoder", "decoder"),
+        "causal_lm": ("decoder",),
+    }
+    require(
+        model.architecture in pairs[data.objective],
+        "data.objective",
+        f"needs model.architecture={' or '.join(pairs[data.objective])}, not {model.architecture}",
+    )
+    require(
+        data.objective == "causal_lm" or data.inputs_length >= 1,
+        "data.inputs_length",
+        f"must be at least 1 for {data.objective}",
+    )
 
     heads = model.num_kv_heads or model.num_heads
-    require(model.num_heads % heads == 0, "model.num_kv_heads",
-            f"must divide model.num_heads={model.num_heads}; use {math.gcd(heads, model.num_heads)}")
-    require(model.positions != "rotary" or model.head_dim % 2 == 0, "model.head_dim",
-            f"must be even for rotary positions; use {model.head_dim + 1}")
+    require(
+        model.num_heads % heads == 0,
+        "model.num_kv_heads",
+        f"must divide model.num_heads={model.num_heads}; use {math.gcd(heads, model.num_heads)}",
+    )
+    require(
+        model.positions != "rotary" or model.head_dim % 2 == 0,
+        "model.head_dim",
+        f"must be even for rotary positions; use {model.head_dim + 1}",
+    )
     require(model.relative_buckets % 4 == 0, "model.relative_buckets", "must be a multiple of 4; use 32")
-    require(model.relative_max_distance > model.relative_buckets // 2, "model.relative_max_distance",
-            f"must be more than half of model.relative_buckets={model.relative_buckets}; use {4 * model.relative_buckets}")
+    require(
+        model.relative_max_distance > model.relative_buckets // 2,
+        "model.relative_max_distance",
+        f"must be more than half of model.relative_buckets={model.relative_buckets}; use {4 * model.relative_buckets}",
+    )
     longest = config.row_length if model.architecture == "decoder" else max(data.inputs_length, data.targets_length)
-    require(model.positions != "learned" or model.max_length >= longest, "model.max_length",
-            f"must be at least the longest row, {longest}, with learned positions; use {longest}")
+    require(
+        model.positions != "learned" or model.max_length >= longest,
+        "model.max_length",
+        f"must be at least the longest row, {longest}, with learned positions; use {longest}",
+    )
 
-    require(data.batch_size % train.microbatches == 0, "data.batch_size",
-            f"must be a multiple of train.microbatches={train.microbatches}; use "
-            f"{-(-data.batch_size // train.microbatches) * train.microbatches}")
-    require(optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
-            "optimizer.decay_steps", "must be at least 1 and fit between the warm-up and train.num_steps="
-            f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}")
+    require(
+        data.batch_size % train.microbatches == 0,
+        "data.batch_size",
+        f"must be a multiple of train.microbatches={train.microbatches}; use "
+        f"{-(-data.batch_size // train.microbatches) * train.microbatches}",
+    )
+    require(
+        optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
+        "optimizer.decay_steps",
+        "must be at least 1 and fit between the warm-up and train.num_steps="
+        f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}",
+    )
 
     axes = dataclasses.asdict(config.mesh)
     for axis, size in axes.items():
         require(size == -1 or size >= 1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
     if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
-        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1")
+        raise ConfigError(
+            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1"
+        )
 
 
 def _types(cls: type) -> dict[str, Any]:
@@ -326,14 +417,19 @@ def _get(config: Config, field: str) -> Any:
 
 
 def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
-    return [pair for key, value in values.items() for pair in
-            (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)])]
+    return [
+        pair
+        for key, value in values.items()
+        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)])
+    ]
 
 
 def _unknown(where: str, key: str, cls: type) -> str:
     names = list(_types(cls))
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"{where}: there is no field {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}")
+    return f"{where}: there is no field {key!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+    )
 
 
 def _build(cls: type, values: Mapping, prefix: str):
@@ -343,8 +439,14 @@ def _build(cls: type, values: Mapping, prefix: str):
     for key in values:
         if key not in types:
             raise ConfigError(_unknown(f"{prefix}{key}", key, cls))
-    return cls(**{key: _build(types[key], value, f"{prefix}{key}.") if dataclasses.is_dataclass(types[key])
-                  else _convert(prefix + key, value, types[key]) for key, value in values.items()})
+    return cls(
+        **{
+            key: _build(types[key], value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(types[key])
+            else _convert(prefix + key, value, types[key])
+            for key, value in values.items()
+        }
+    )
 
 
 def _wanted(kind: Any) -> str:
@@ -361,7 +463,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if value in typing.get_args(kind):
             return value
         near = difflib.get_close_matches(str(value), typing.get_args(kind), n=1)
-        raise ConfigError(f"{name}={value!r} must be {_wanted(kind)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ConfigError(
+            f"{name}={value!r} must be {_wanted(kind)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     if typing.get_origin(kind) is tuple:
         items = (value,) if isinstance(value, str | int | float) else value
         if isinstance(items, list | tuple):

@@ -42,7 +42,11 @@ class Evaluator:
                 found.append(self._step(params, meshes.to_global(rows, self.mesh, size)))
         total = functools.reduce(add_metrics, jax.device_get(found))
         values = host_metrics(total)
-        return {"eval/loss": values["loss"], "eval/accuracy": values["accuracy"], "eval/tokens": float(total["loss"].weight)}
+        return {
+            "eval/loss": values["loss"],
+            "eval/accuracy": values["accuracy"],
+            "eval/tokens": float(total["loss"].weight),
+        }
 
     def baselines(self) -> dict[str, float]:
         """Nats per target token of predictors that read nothing, on the same rows.
@@ -55,8 +59,10 @@ class Evaluator:
             batch = self.heldout.at(index)
             counts_V += np.bincount(batch.targets_BL.reshape(-1), batch.weights_BL.reshape(-1), self.config.vocab_rows)
         share = counts_V[counts_V > 0] / counts_V.sum()
-        return {"baseline/uniform": math.log(self.config.tokenizer.vocab_size),
-                "baseline/unigram": float(-(share * np.log(share)).sum())}
+        return {
+            "baseline/uniform": math.log(self.config.tokenizer.vocab_size),
+            "baseline/unigram": float(-(share * np.log(share)).sum()),
+        }
 
 
 def evaluate_run(run: Run, tokenizer_path: Path) -> dict[str, float]:
@@ -64,8 +70,11 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> dict[str, float]:
     config = dataclasses.replace(
         run.config,
         tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
-        train=dataclasses.replace(run.config.train, eval_batches=2**31))
+        train=dataclasses.replace(run.config.train, eval_batches=2**31),
+    )
     stores = corpus.prepare(config).stores
     vocabulary = Vocabulary(run.tokenizer.eos_id, run.tokenizer.sentinel_ids)
-    evaluator = Evaluator(config, run.mesh, Batches(config, vocabulary, [s.split("heldout") for s in stores], heldout=True))
+    evaluator = Evaluator(
+        config, run.mesh, Batches(config, vocabulary, [s.split("heldout") for s in stores], heldout=True)
+    )
     return {"step": run.step, **evaluator(run.params), **evaluator.baselines()}

@@ -24,8 +24,17 @@ BUCKET = 32  # prompt lengths are padded up to a multiple, so that few shapes ar
 
 
 @partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
-def generate(config: Config, params: Tree, prompt_BP: jax.Array, lengths_B: jax.Array, key: jax.Array, *,
-             max_new_tokens: int, eos: int, temperature: jax.Array | float = 0.0) -> jax.Array:
+def generate(
+    config: Config,
+    params: Tree,
+    prompt_BP: jax.Array,
+    lengths_B: jax.Array,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos: int,
+    temperature: jax.Array | float = 0.0,
+) -> jax.Array:
     """Continue each prompt until EOS or for `max_new_tokens`.
 
     Args:
@@ -61,7 +70,9 @@ def generate(config: Config, params: Tree, prompt_BP: jax.Array, lengths_B: jax.
         if config.data.objective == "prefix_lm":  # a prompt is a prefix: seen in both directions, as in training
             visible_B1LS = ((key_1S < width) & (key_1S >= offset_B[:, None]))[:, None, None]
         positions_BP = jnp.maximum(place_1P - offset_B[:, None], 0)
-        logits_BPV, cache = apply(prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, method="decode")
+        logits_BPV, cache = apply(
+            prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, method="decode"
+        )
         logits_B1V = logits_BPV[:, -1:]
 
     def choose(logits_B1V, step):
@@ -79,8 +90,15 @@ def generate(config: Config, params: Tree, prompt_BP: jax.Array, lengths_B: jax.
         ids_BL = jax.lax.dynamic_update_index_in_dim(ids_BL, next_B, step, axis=1)
         index = first + 1 + step
         mask = (jnp.arange(length)[None] <= index) & (jnp.arange(length)[None] >= offset_B[:, None])
-        logits_B1V, cache = apply(next_B[:, None], cache, index, positions_BL=(index - offset_B)[:, None],
-                                  mask_B1LS=mask[:, None, None], cross_mask_B1LS=cross_mask, method="decode")
+        logits_B1V, cache = apply(
+            next_B[:, None],
+            cache,
+            index,
+            positions_BL=(index - offset_B)[:, None],
+            mask_B1LS=mask[:, None, None],
+            cross_mask_B1LS=cross_mask,
+            method="decode",
+        )
         return step + 1, ids_BL, done_B | (next_B == eos), logits_B1V, cache
 
     start = (0, jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros((rows,), bool), logits_B1V, cache)
@@ -94,7 +112,9 @@ class Generator:
         """`config` is settled; `params` may be sharded."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
 
-    def __call__(self, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def __call__(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
         """What the model says to each prompt. A model trained on span corruption reads <extra_id_N> as a gap to fill.
 
         Raises:
@@ -106,16 +126,23 @@ class Generator:
             rows = [row or [tokenizer.eos_id] for row in rows]  # EOS stands between documents: it begins a new one
         elif self.config.data.objective == "span_corruption":
             rows = [[*row, tokenizer.eos_id] for row in rows]
-        return [tokenizer.decode(ids) for ids in self.ids(rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)]
+        return [
+            tokenizer.decode(ids)
+            for ids in self.ids(rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        ]
 
-    def ids(self, rows: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> np.ndarray:
+    def ids(
+        self, rows: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
         """The same on ids: int32 [len(rows), max_new_tokens], 0 after EOS."""
         width = -(-max(max(map(len, rows)), 1) // BUCKET) * BUCKET
         model = self.config.model
         longest = width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens)
         if model.positions == "learned" and longest > model.max_length:
-            raise ConfigError(f"a text of {longest} tokens does not fit model.max_length={model.max_length}; "
-                              "use a shorter prompt or a smaller --max_new_tokens")
+            raise ConfigError(
+                f"a text of {longest} tokens does not fit model.max_length={model.max_length}; "
+                "use a shorter prompt or a smaller --max_new_tokens"
+            )
         prompt_BP = np.zeros((len(rows), width), np.int32)
         for index, row in enumerate(rows):
             if model.architecture == "decoder":
@@ -123,8 +150,16 @@ class Generator:
             else:
                 prompt_BP[index, : len(row)] = row
         lengths_B = np.array([len(row) for row in rows], np.int32)
-        ids = generate(self.config, self.params, prompt_BP, lengths_B, jax.random.key(seed), max_new_tokens=max_new_tokens,
-                       eos=self.tokenizer.eos_id, temperature=np.float32(temperature))
+        ids = generate(
+            self.config,
+            self.params,
+            prompt_BP,
+            lengths_B,
+            jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            eos=self.tokenizer.eos_id,
+            temperature=np.float32(temperature),
+        )
         return np.asarray(ids)
 
 

@@ -26,8 +26,15 @@ class Loss(NamedTuple):
     metrics: Metrics
 
 
-def cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, *,
-                  vocab_size: int, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Loss:
+def cross_entropy(
+    logits_BLV: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    *,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Loss:
     """Cross entropy of the logits with the targets.
 
     Args:
@@ -39,7 +46,9 @@ def cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: jax.
         label_smoothing: share of the probability that is spread evenly over the real rows.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
-    objective_BL, nats_BL, log_z_BL, correct_BL = _per_token(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size)
+    objective_BL, nats_BL, log_z_BL, correct_BL = _per_token(
+        logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size
+    )
     weight = weights_BL.sum()
     metrics = {
         "loss": Sum((nats_BL * weights_BL).sum(), weight),
@@ -86,8 +95,13 @@ def _per_token_backward(z_loss, label_smoothing, vocab_size, saved, gradients):
 _per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
-def in_chunks(loss: Callable[[jax.Array, jax.Array, jax.Array], Loss], hidden_BLD: jax.Array, targets_BL: jax.Array,
-              weights_BL: jax.Array, chunk: int) -> Loss:
+def in_chunks(
+    loss: Callable[[jax.Array, jax.Array, jax.Array], Loss],
+    hidden_BLD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    chunk: int,
+) -> Loss:
     """Sum `loss` over chunks of the length, so that the float32 logits of the whole batch never exist.
 
     Args:
@@ -107,5 +121,7 @@ def in_chunks(loss: Callable[[jax.Array, jax.Array, jax.Array], Loss], hidden_BL
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
 
-    parts = jax.lax.map(jax.checkpoint(lambda args: loss(*args)), (split(hidden_BLD), split(targets_BL), split(weights_BL)))
+    parts = jax.lax.map(
+        jax.checkpoint(lambda args: loss(*args)), (split(hidden_BLD), split(targets_BL), split(weights_BL))
+    )
     return jax.tree.map(lambda x: x.sum(0), parts)

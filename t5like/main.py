@@ -1,7 +1,7 @@
 """The command line: reads it, settles what must be settled before JAX starts, runs one command, gives the exit code.
 
-Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each, no
-traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
+Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each,
+no traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
             rest.append(argument)
     options = build_parser().parse_args(rest)
     if overrides and not getattr(options, "config", None):
-        raise ConfigError(f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config")
+        raise ConfigError(
+            f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
+        )
     return options, overrides
 
 
@@ -88,8 +90,12 @@ def build_parser() -> Parser:
         return sub
 
     sub = command("train", "Train a model; the same command again continues the run.")
-    sub.add_argument("--config", required=True, metavar="FILE", help="a config, such as configs/tiny.py; "
-                     "--config.SECTION.FIELD=VALUE changes a field")
+    sub.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a config, such as configs/tiny.py; --config.SECTION.FIELD=VALUE changes a field",
+    )
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory")
 
     sub = command("prepare", "Make the tokenizer and the token store, without training.")
@@ -118,12 +124,17 @@ def start_devices(fake_devices: int | None) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Several programs in flight, each on all fake devices, can wait for each other's threads for ever.
         os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={fake_devices}"
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={fake_devices}"
+        )
     keep_freed_memory()
     # Compiled programs are kept, so that the second start of the same run is quick. They are code, and made for this
     # kind of processor: the folder is the user's own, and one per processor.
-    processor = hashlib.sha256(Path("/proc/cpuinfo").read_bytes().split(b"flags", 1)[-1].split(b"\n", 1)[0]).hexdigest()[:8] \
-        if Path("/proc/cpuinfo").exists() else platform.machine()
+    processor = (
+        hashlib.sha256(Path("/proc/cpuinfo").read_bytes().split(b"flags", 1)[-1].split(b"\n", 1)[0]).hexdigest()[:8]
+        if Path("/proc/cpuinfo").exists()
+        else platform.machine()
+    )
     cache = Path("~/.cache/t5like/compiled").expanduser() / processor
     with contextlib.suppress(OSError):  # a home that can't be written only costs time
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -177,7 +188,10 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     print(f"tokenizer  {prepared.tokenizer_path}")
     for source, store in zip(config.data.source, prepared.stores, strict=True):
         train, heldout = store.split("train"), store.split("heldout")
-        print(f"data       {source}: {train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out, in {store.directory}")
+        print(
+            f"data       {source}: {train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out, "
+            f"in {store.directory}"
+        )
     if options.workdir:
         open_run_directory(config, prepared.tokenizer, workdir)
 
@@ -211,7 +225,9 @@ def generate(options: argparse.Namespace, _) -> None:
         raise ConfigError(f"--seed={options.seed} must be at least 0 and less than 2**32; use --seed=0")
     loaded = run.load(options.workdir.expanduser().absolute(), options.step)
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
-    [answer] = generator([options.prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)
+    [answer] = generator(
+        [options.prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
     print(fill(options.prompt, answer) if "<extra_id_" in options.prompt else answer)
 
 

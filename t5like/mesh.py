@@ -72,9 +72,11 @@ def axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     elif free or fixed != num_devices:
-        raise ConfigError(f"mesh {wanted} does not fit {num_devices} devices: the product must be {num_devices}; "
-                          f"use --config.mesh.data=-1 and for the other axes divisors of {num_devices}: "
-                          f"{', '.join(str(d) for d in range(1, num_devices + 1) if num_devices % d == 0)}")
+        raise ConfigError(
+            f"mesh {wanted} does not fit {num_devices} devices: the product must be {num_devices}; "
+            f"use --config.mesh.data=-1 and for the other axes divisors of {num_devices}: "
+            f"{', '.join(str(d) for d in range(1, num_devices + 1) if num_devices % d == 0)}"
+        )
     _check_divisible(config, sizes)
     return sizes
 
@@ -83,9 +85,11 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     model, rows = config.model, sizes["data"] * sizes["fsdp"]
     if config.data.batch_size % (step := rows * config.train.microbatches):
         low = config.data.batch_size // step * step
-        raise ConfigError(f"data.batch_size={config.data.batch_size} must be a multiple of {step} (data {sizes['data']} x fsdp "
-                          f"{sizes['fsdp']} x train.microbatches {config.train.microbatches}); use "
-                          + (f"{low} or {low + step}" if low else f"{step}"))
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of {step} (data {sizes['data']} x fsdp "
+            f"{sizes['fsdp']} x train.microbatches {config.train.microbatches}); use "
+            + (f"{low} or {low + step}" if low else f"{step}")
+        )
     length = config.row_length if model.architecture == "decoder" else config.data.inputs_length
     for field, value, axis in (
         ("model.model_dim", model.model_dim, "fsdp"),
@@ -96,21 +100,25 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
         ("tokens per row", length, "context"),
     ):
         if value % sizes[axis]:
-            raise ConfigError(f"mesh.{axis}={sizes[axis]} must divide {field}={value}; "
-                              f"use mesh.{axis}={math.gcd(value, sizes[axis])}")
+            raise ConfigError(
+                f"mesh.{axis}={sizes[axis]} must divide {field}={value}; use mesh.{axis}={math.gcd(value, sizes[axis])}"
+            )
 
 
 def settle(config: Config, mesh: Mesh) -> Config:
     """Replace every `auto` of the model by what suits the mesh's devices (which need not be this process's own)."""
     platform = mesh.devices.flat[0].platform
     model = config.model
-    return dataclasses.replace(config, model=dataclasses.replace(
-        model,
-        dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
-        # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
-        layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
-        kernels=("cpu" if platform == "cpu" else "plain") if model.kernels == "auto" else model.kernels,
-    ))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
+            # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
+            layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
+            kernels=("cpu" if platform == "cpu" else "plain") if model.kernels == "auto" else model.kernels,
+        ),
+    )
 
 
 def spec(logical: Sequence[str | None]) -> PartitionSpec:
@@ -127,15 +135,19 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     assert len(logical) == x.ndim, (logical, x.shape)
-    names = [None if name == "length" and size % mesh.shape["context"] else name
-             for name, size in zip(logical, x.shape, strict=True)]
+    names = [
+        None if name == "length" and size % mesh.shape["context"] else name
+        for name, size in zip(logical, x.shape, strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Rows over data and fsdp, their length over context where it divides; None stays None."""
     context = mesh.shape["context"]
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(("batch", "length" if leaf.shape[1] % context == 0 else None))), batch)
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, spec(("batch", "length" if leaf.shape[1] % context == 0 else None))), batch
+    )
 
 
 def state_shardings(state: TrainState, axes: Tree, mesh: Mesh) -> TrainState:

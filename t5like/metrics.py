@@ -242,8 +242,8 @@ class Writer:
             _replace(path, text.encode())
         self._file = path.open("a", buffering=1)  # each line goes out whole, at once
         self._events = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10,
-            filename_suffix=f".{step}")  # names have whole seconds: a quick restart must not overwrite the last file
+            str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
+        )  # names have whole seconds: a quick restart must not overwrite the last file
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add one line. Steps must not go back."""
@@ -292,9 +292,13 @@ class Progress:
         console = rich.console.Console(stderr=True)
         if primary and console.is_terminal:
             self._bar = rich.progress.Progress(
-                rich.progress.BarColumn(None), rich.progress.TextColumn("{task.description}"),
-                console=console, refresh_per_second=4, expand=True,
-                redirect_stdout=sys.stdout.isatty())  # what is piped elsewhere must arrive there
+                rich.progress.BarColumn(None),
+                rich.progress.TextColumn("{task.description}"),
+                console=console,
+                refresh_per_second=4,
+                expand=True,
+                redirect_stdout=sys.stdout.isatty(),
+            )  # what is piped elsewhere must arrive there
             self._task = self._bar.add_task(f"step {step}/{num_steps}", total=num_steps, completed=step)
 
     def __enter__(self) -> "Progress":
@@ -354,8 +358,13 @@ def draw_loss_curve(workdir: Path) -> Path:
     axes.plot(*series("eval/loss"), color="tab:red", marker="o", markersize=4, label="held out")
     for name, label in (("baseline/uniform", "uniform guess"), ("baseline/unigram", "unigram frequencies")):
         if values := series(name)[1]:
-            axes.axhline(values[-1], color="gray", linestyle=":" if name.endswith("uniform") else "--", linewidth=1,
-                         label=f"{label} {values[-1]:.2f}")
+            axes.axhline(
+                values[-1],
+                color="gray",
+                linestyle=":" if name.endswith("uniform") else "--",
+                linewidth=1,
+                label=f"{label} {values[-1]:.2f}",
+            )
     axes.set(xlabel="step", ylabel="loss (nats per target token)", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     rates = zip(series("train/tokens_per_second")[1], series("train/step_seconds")[1], strict=True)

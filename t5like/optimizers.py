@@ -81,8 +81,12 @@ def make_optimizer(config: Config, params: Tree) -> optax.GradientTransformation
     chain.append(_direction(optimizer))
     if optimizer.weight_decay:
         # a function, because the tree it sees lacks the frozen leaves
-        chain.append(optax.add_decayed_weights(optimizer.weight_decay, lambda params: tree.map_named(
-            lambda name, _: not tree.matches(name, optimizer.no_decay), params)))
+        chain.append(
+            optax.add_decayed_weights(
+                optimizer.weight_decay,
+                lambda params: tree.map_named(lambda name, _: not tree.matches(name, optimizer.no_decay), params),
+            )
+        )
     chain.append(optax.scale_by_learning_rate(schedule(config)))
     return optax.selective_transform(optax.chain(*chain), freeze_mask=frozen)
 
@@ -101,8 +105,12 @@ def _direction(optimizer: OptimizerConfig) -> optax.GradientTransformation:
             return optax.scale_by_lion(optimizer.b1, optimizer.b2)
         case "muon":
             # Its authors keep it to the matrices of the hidden layers: embeddings, head, tables and vectors go by Adam.
-            return optax.partition({"muon": scale_by_muon(), "adam": adam}, lambda params: tree.map_named(
-                lambda name, leaf: "muon" if _is_layer_kernel(name, leaf) else "adam", params))
+            return optax.partition(
+                {"muon": scale_by_muon(), "adam": adam},
+                lambda params: tree.map_named(
+                    lambda name, leaf: "muon" if _is_layer_kernel(name, leaf) else "adam", params
+                ),
+            )
     raise AssertionError(optimizer.name)
 
 
@@ -160,8 +168,9 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
 def scale_by_parameter_rms() -> optax.GradientTransformation:
     """Multiply each matrix's step by the parameter's RMS, so that it changes by a share of itself, as in Adafactor."""
-    return optax.stateless(lambda updates, params: tree.map_named(
-        lambda name, step, param: step * _scale(name, param), updates, params))
+    return optax.stateless(
+        lambda updates, params: tree.map_named(lambda name, step, param: step * _scale(name, param), updates, params)
+    )
 
 
 def scale_by_muon() -> optax.GradientTransformation:
@@ -169,6 +178,7 @@ def scale_by_muon() -> optax.GradientTransformation:
 
     That size, 0.2, lets Muon and the Adam of the other parameters share one learning rate and weight decay.
     """
+
     def each_layer(updates: Tree) -> Tree:
         return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
 

@@ -24,9 +24,27 @@ from t5like.types import Tree
 
 # What may differ when a run continues: how it runs and what it reports, not what it learns. A longer num_steps
 # stretches schedules that depend on it; the loop says so.
-MAY_CHANGE = ("mesh.", "train.num_steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
-              "train.keep_checkpoints", "train.keep_every", "train.profile_step", "train.max_bad_steps", "train.microbatches",
-              "train.loss_chunk", "data.directory", "data.num_workers", "data.prefetch", "model.layers", "model.remat", "model.kernels", "tokenizer.path")
+MAY_CHANGE = (
+    "mesh.",
+    "train.num_steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.profile_step",
+    "train.max_bad_steps",
+    "train.microbatches",
+    "train.loss_chunk",
+    "data.directory",
+    "data.num_workers",
+    "data.prefetch",
+    "model.layers",
+    "model.remat",
+    "model.kernels",
+    "tokenizer.path",
+)
 
 
 class Run(NamedTuple):
@@ -56,7 +74,9 @@ def load(workdir: Path, step: int | None = None) -> Run:
     meta = checkpoints.meta(step)
     tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
     if tokenizer.hash != meta.tokenizer_hash:
-        raise DataError(f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back")
+        raise DataError(
+            f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
+        )
     # Any mesh will do; the batch only has to divide among the devices here.
     config = dataclasses.replace(meta.config, mesh=MeshConfig(data=1, fsdp=1))
     mesh = meshes.make_mesh(config, jax.devices()[:1])
@@ -75,16 +95,23 @@ def check_run_directory(config: Config, workdir: Path) -> None:
     """
     try:
         if (workdir / "config.json").exists():
-            differs = [line for line in configs.difference(saved_config(workdir), config) if not line.startswith(MAY_CHANGE)]
+            differs = [
+                line for line in configs.difference(saved_config(workdir), config) if not line.startswith(MAY_CHANGE)
+            ]
             if differs:
-                raise ConfigError(f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
-                                  + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "") + "; use another --workdir")
+                raise ConfigError(
+                    f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
+                    + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "")
+                    + "; use another --workdir"
+                )
         elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")
         parent = next(path for path in (workdir, *workdir.parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise CheckpointError(f"--workdir={workdir} can't be written: {parent} "
-                                  f"{'may not be written to' if parent.is_dir() else 'is a file'}; use another --workdir")
+            raise CheckpointError(
+                f"--workdir={workdir} can't be written: {parent} "
+                f"{'may not be written to' if parent.is_dir() else 'is a file'}; use another --workdir"
+            )
     except OSError as error:
         raise CheckpointError(f"--workdir={workdir} can't be used: {error.strerror}; use another --workdir") from None
 
@@ -99,17 +126,24 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
     check_run_directory(config, workdir)
     path = workdir / "tokenizer.model"
     if path.exists() and Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
-        raise DataError(f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it")
+        raise DataError(
+            f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it"
+        )
     if jax.process_index() != 0:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        for name, content in (("config.json", configs.to_json(config).encode()), ("tokenizer.model", tokenizer.model_bytes)):
+        for name, content in (
+            ("config.json", configs.to_json(config).encode()),
+            ("tokenizer.model", tokenizer.model_bytes),
+        ):
             temporary = workdir / f".{name}.{os.getpid()}"
             temporary.write_bytes(content)
             temporary.replace(workdir / name)
     except OSError as error:
-        raise CheckpointError(f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir") from None
+        raise CheckpointError(
+            f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir"
+        ) from None
 
 
 def saved_config(workdir: Path) -> Config:
@@ -121,4 +155,6 @@ def saved_config(workdir: Path) -> Config:
     try:
         return configs.from_json((workdir / "config.json").read_text())
     except (ConfigError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{workdir / 'config.json'} can't be read: {error}; each checkpoint below has a copy of it") from None
+        raise CheckpointError(
+            f"{workdir / 'config.json'} can't be read: {error}; each checkpoint below has a copy of it"
+        ) from None

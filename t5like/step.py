@@ -18,7 +18,7 @@ from t5like import mesh as meshes
 from t5like.config import Config
 from t5like.model.transformer import Transformer
 from t5like.optimizers import make_optimizer, schedule
-from t5like.types import Batch, Metrics, Sum, TrainState, Tree, add_metrics
+from t5like.types import Batch, Metrics, Sum, TrainState, Tree
 
 LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
 
@@ -31,8 +31,14 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
 
     def head(hidden_BLD, targets_BL, weights_BL):
         logits_BLV = model.apply({"params": params}, hidden_BLD, method="logits")
-        return losses.cross_entropy(logits_BLV, targets_BL, weights_BL, vocab_size=config.tokenizer.vocab_size,
-                                    z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing)
+        return losses.cross_entropy(
+            logits_BLV,
+            targets_BL,
+            weights_BL,
+            vocab_size=config.tokenizer.vocab_size,
+            z_loss=config.train.z_loss,
+            label_smoothing=config.train.label_smoothing,
+        )
 
     if config.train.loss_chunk:
         return losses.in_chunks(head, hidden_BLD, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
@@ -70,7 +76,9 @@ def new_state(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
         return make(batch, jax.random.key(config.seed))
 
 
-def make_train_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+    config: Config, loss_fn: LossFn = pretrain_loss
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
 
     An update with a non-finite gradient norm is skipped: parameters and moments stay, the step counts on, and the
@@ -86,7 +94,9 @@ def make_train_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable
         return jax.grad(objective, has_aux=True)(params)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # of dropout; nothing random is kept in the state
+        key = jax.random.fold_in(
+            jax.random.key(config.seed), state.step
+        )  # of dropout; nothing random is kept in the state
         if microbatches == 1:
             grads, metrics = gradient(state.params, batch, key)
         else:
@@ -126,7 +136,9 @@ def make_train_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable
 def _real_tokens(batch: Batch) -> jax.Array:
     """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
     if batch.encoder_BS is None:
-        return jnp.sum(batch.weights_BL > 0 if batch.prefix_BL is None else jnp.ones_like(batch.weights_BL), dtype=jnp.float32)
+        return jnp.sum(
+            batch.weights_BL > 0 if batch.prefix_BL is None else jnp.ones_like(batch.weights_BL), dtype=jnp.float32
+        )
     return jnp.sum(batch.encoder_BS != 0, dtype=jnp.float32) + jnp.sum(batch.weights_BL > 0, dtype=jnp.float32)
 
 
@@ -158,10 +170,14 @@ def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
     return jax.jit(make_eval_step(config, loss_fn), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def lower_train_step(config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss) -> jax.stages.Lowered:
+def lower_train_step(
+    config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss
+) -> jax.stages.Lowered:
     """Lower the train step from shapes alone, for the loop's own compilation and for planning."""
     mesh = _mesh_of(abstract)
-    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh))
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh)
+    )
     with jax.set_mesh(mesh):
         return jit_train_step(config, abstract, loss_fn).lower(abstract, shapes)
 

@@ -47,7 +47,8 @@ def train(config: Config, workdir: Path) -> None:
     asked, config = config, meshes.settle(config, mesh)
     abstract = step.abstract_state(config, batch, mesh)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    say(f"model      {tree.num_parameters(abstract.params):,} parameters, {config.model.architecture}, {config.model.dtype}")
+    size = f"{tree.num_parameters(abstract.params):,} parameters"
+    say(f"model      {size}, {config.model.architecture}, {config.model.dtype}")
     say(f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}")
 
     # ---- Data ----
@@ -62,8 +63,8 @@ def train(config: Config, workdir: Path) -> None:
     rows, size = meshes.local_rows(mesh, config.data.batch_size), config.data.batch_size
     for source, windows, store in zip(config.data.source, batches.num_windows, prepared.stores, strict=True):
         say(f"data       {source}: {store.split('train').num_tokens:,} tokens, {windows:,} rows an epoch")
-    say(f"           {config.train.num_steps * size / batches.num_windows.sum():.2f} epochs in {config.train.num_steps:,} steps "
-        f"of {size} rows")
+    epochs = config.train.num_steps * size / batches.num_windows.sum()
+    say(f"           {epochs:.2f} epochs in {config.train.num_steps:,} steps of {size} rows")
 
     # ---- Nothing was written until here: a run that can't begin leaves no trace ----
     open_run_directory(asked, tokenizer, workdir)
@@ -73,13 +74,15 @@ def train(config: Config, workdir: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         last = checkpoints.latest() or 0
         if last >= config.train.num_steps:
-            say(f"complete   {last:,} of {config.train.num_steps:,} steps are done; nothing is left to train in {workdir}")
+            done = f"{last:,} of {config.train.num_steps:,} steps"
+            say(f"complete   {done} are done; nothing is left to train in {workdir}")
             return
         begin = time.monotonic()
         compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
         state = checkpoints.restore(abstract, last) if last else step.new_state(config, batch, abstract)
         train_step = compiling.result()
-        say(f"start      {f'after step {last:,}' if last else 'from random parameters'}, compiled in {time.monotonic() - begin:.1f} s")
+        birth = f"after step {last:,}" if last else "from random parameters"
+        say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 
     # ---- Steps ----
     primary = jax.process_index() == 0
@@ -91,7 +94,9 @@ def train(config: Config, workdir: Path) -> None:
         with throughput.pause():
             values = evaluator(state.params if state.ema is None else state.ema)
             writer.write(done, values)
-            progress.note(f"step {done:,}: held-out loss {values['eval/loss']:.3f}, accuracy {values['eval/accuracy']:.3f}")
+            progress.note(
+                f"step {done:,}: held-out loss {values['eval/loss']:.3f}, accuracy {values['eval/accuracy']:.3f}"
+            )
 
     def save() -> None:
         with throughput.pause():
@@ -103,7 +108,8 @@ def train(config: Config, workdir: Path) -> None:
         if last == 0:
             baselines = evaluator.baselines()
             writer.write(0, baselines)
-            progress.note(f"baselines: uniform {baselines['baseline/uniform']:.3f}, unigram {baselines['baseline/unigram']:.3f} nats")
+            uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
+            progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
             evaluate(0)
         pending = None  # the metrics of the step before, read while the device works on the next
         for index, numpy_batch in enumerate(pipeline.prefetch(batches, last, config.train.num_steps, rows), start=last):
@@ -113,7 +119,12 @@ def train(config: Config, workdir: Path) -> None:
                 report(*pending)
             pending, done = (index + 1, values), index + 1
             at_end = done == config.train.num_steps
-            if at_end or preempted() or done % config.train.eval_every == 0 or done % config.train.checkpoint_every == 0:
+            if (
+                at_end
+                or preempted()
+                or done % config.train.eval_every == 0
+                or done % config.train.checkpoint_every == 0
+            ):
                 report(*pending)  # before anything is saved: a diverged state must not become the newest checkpoint
                 pending = None
             if done % config.train.eval_every == 0 or at_end:
@@ -122,7 +133,9 @@ def train(config: Config, workdir: Path) -> None:
                 save()
             if preempted() and not at_end:
                 checkpoints.wait()
-                raise Preempted(f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues")
+                raise Preempted(
+                    f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues"
+                )
         checkpoints.wait()
     profiler.stop()
     writer.close()
@@ -139,7 +152,9 @@ def train(config: Config, workdir: Path) -> None:
 class Report:
     """Takes each step's metrics from the device, counts them, and passes them on at the right times."""
 
-    def __init__(self, config: Config, writer: metrics.Writer, progress: metrics.Progress, throughput: metrics.Throughput):
+    def __init__(
+        self, config: Config, writer: metrics.Writer, progress: metrics.Progress, throughput: metrics.Throughput
+    ):
         self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
         self._bad_steps = 0
 
@@ -153,14 +168,18 @@ class Report:
         self._bad_steps = self._bad_steps + 1 if values["train/bad_steps"] else 0
         self._throughput.tick(values.pop("train/tokens"))
         if self._bad_steps:
-            self._progress.note(f"step {done:,}: the gradient is not finite, update skipped ({self._bad_steps} in a row)")
+            self._progress.note(
+                f"step {done:,}: the gradient is not finite, update skipped ({self._bad_steps} in a row)"
+            )
         if done % self._train.log_every == 0 or done == self._train.num_steps or self._bad_steps:
             values |= self._throughput.read()
             self._writer.write(done, values)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
         if self._bad_steps >= self._train.max_bad_steps:
-            raise Diverged(f"the gradient was not finite at {self._bad_steps} steps in a row up to step {done}; "
-                           "lower optimizer.learning_rate or raise optimizer.warmup_steps")
+            raise Diverged(
+                f"the gradient was not finite at {self._bad_steps} steps in a row up to step {done}; "
+                "lower optimizer.learning_rate or raise optimizer.warmup_steps"
+            )
 
 
 @contextlib.contextmanager
@@ -241,5 +260,7 @@ def summary(workdir: Path, config: Config) -> str:
     records = metrics.read(workdir)
     first, last = (next(r for r in order if "eval/loss" in r) for order in (records, reversed(records)))
     base = next(r for r in records if "baseline/unigram" in r)
-    return (f"held-out loss  {first['eval/loss']:.3f} untrained, {last['eval/loss']:.3f} after {config.train.num_steps:,} steps "
-            f"(nats per target token; uniform {base['baseline/uniform']:.3f}, unigram {base['baseline/unigram']:.3f})")
+    return (
+        f"held-out loss  {first['eval/loss']:.3f} untrained, {last['eval/loss']:.3f} after {config.train.num_steps:,} "
+        f"steps (nats per target token; uniform {base['baseline/uniform']:.3f}, unigram {base['baseline/unigram']:.3f})"
+    )

@@ -14,7 +14,8 @@ import zstandard
 
 from t5like.config import DataConfig
 from t5like.data.python_stdlib import documents
-from t5like.data.sources import LARGEST_DOCUMENT, SourceGone, canonical, open_source
+from t5like.data.files import LARGEST_DOCUMENT, SourceGone
+from t5like.data.sources import canonical, open_source
 from t5like.errors import ConfigError, DataError
 
 TEXTS = [f"Document {i}: {'é' * (i % 7)}\n\tsecond line\u2028 " + "x" * (i * 37 % 900) for i in range(3000)]

@@ -29,7 +29,8 @@ import numpy as np
 
 from t5like import __version__
 from t5like.config import Config, DataConfig
-from t5like.data.sources import Source, SourceGone, canonical, open_source
+from t5like.data.files import SourceGone
+from t5like.data.sources import Source, canonical, open_source
 from t5like.data.token_store import (
     FORMAT,
     SPLITS,
@@ -195,11 +196,15 @@ def _threshold(data: DataConfig, source: _Opened) -> float:
         if min(draws) < data.heldout_fraction <= max(draws):
             return data.heldout_fraction
     if len(draws) < 2:
-        raise DataError(f"data.source={source.spec} has only one document (or copies of one), and one has to be held "
-                        "out; use more text, or data.text_documents=line for a text file")
+        raise DataError(
+            f"data.source={source.spec} has only one document (or copies of one), and one has to be held "
+            "out; use more text, or data.text_documents=line for a text file"
+        )
     if max(draws) < data.heldout_fraction:
-        raise DataError(f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} documents in "
-                        f"data.source={source.spec} to train on; use data.heldout_fraction=0.1")
+        raise DataError(
+            f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} documents in "
+            f"data.source={source.spec} to train on; use data.heldout_fraction=0.1"
+        )
     return math.nextafter(min(draws), 1.0)
 
 
@@ -439,8 +444,15 @@ def _bar(name: str, total: int, done: int, show: bool) -> Iterator[Callable[[int
     from rich import progress
     from rich.console import Console
 
-    columns = ["{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), "pieces,",
-               "{task.fields[rate]:.2f} M tokens/s,", progress.TimeRemainingColumn(), "left"]
+    columns = [
+        "{task.description}",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        "pieces,",
+        "{task.fields[rate]:.2f} M tokens/s,",
+        progress.TimeRemainingColumn(),
+        "left",
+    ]
     tokens, began = 0, time.monotonic()
     with progress.Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task(f"tokenizing {name}", total=total, completed=done, rate=0.0)

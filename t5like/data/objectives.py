@@ -59,8 +59,10 @@ def span_lengths(inputs_length: int, noise_density: float, mean_span_length: flo
         window += 1
     noise, spans, used = lengths(window)
     if used != inputs_length:
-        raise ConfigError(f"data.inputs_length={inputs_length} can't be met by span corruption at data.noise_density="
-                          f"{noise_density:g} and data.mean_span_length={mean_span_length:g}; use {used}")
+        raise ConfigError(
+            f"data.inputs_length={inputs_length} can't be met by span corruption at data.noise_density="
+            f"{noise_density:g} and data.mean_span_length={mean_span_length:g}; use {used}"
+        )
     return SpanLengths(window, noise, spans, noise + spans + 1)
 
 
@@ -72,7 +74,9 @@ def window(config: Config) -> Window:
     """
     data = config.data
     if config.model.architecture == "decoder":
-        return Window(config.row_length + 1, config.row_length)  # the last token is only predicted, then read by the next row
+        return Window(
+            config.row_length + 1, config.row_length
+        )  # the last token is only predicted, then read by the next row
     if data.objective == "prefix_lm":
         return Window(config.row_length, config.row_length)
     lengths = span_lengths(data.inputs_length, data.noise_density, data.mean_span_length)
@@ -80,10 +84,13 @@ def window(config: Config) -> Window:
         raise ConfigError(
             f"data.targets_length={data.targets_length} must be at least {lengths.targets} for span corruption of "
             f"data.inputs_length={data.inputs_length} at noise_density {data.noise_density:g} and mean_span_length "
-            f"{data.mean_span_length:g}; use {lengths.targets}")
+            f"{data.mean_span_length:g}; use {lengths.targets}"
+        )
     if lengths.spans > config.tokenizer.num_sentinels:
-        raise ConfigError(f"tokenizer.num_sentinels={config.tokenizer.num_sentinels} must be at least {lengths.spans}, one for "
-                          f"each masked span of a row; use {lengths.spans}, or a shorter data.inputs_length")
+        raise ConfigError(
+            f"tokenizer.num_sentinels={config.tokenizer.num_sentinels} must be at least {lengths.spans}, one for "
+            f"each masked span of a row; use {lengths.spans}, or a shorter data.inputs_length"
+        )
     return Window(lengths.window, lengths.window)
 
 
@@ -106,22 +113,29 @@ def random_parts(bits_BN: np.ndarray, parts: int) -> np.ndarray:
     The parts - 1 smallest of N random numbers say after which items to cut (T5's `_random_segmentation`).
     """
     rows, gaps = bits_BN.shape
-    cuts = np.sort(np.argpartition(bits_BN, max(parts - 2, 0), axis=1)[:, : parts - 1], axis=1) if parts > 1 else np.empty((rows, 0), int)
+    cuts = (
+        np.sort(np.argpartition(bits_BN, max(parts - 2, 0), axis=1)[:, : parts - 1], axis=1)
+        if parts > 1
+        else np.empty((rows, 0), int)
+    )
     borders = np.concatenate([np.full((rows, 1), -1), cuts, np.full((rows, 1), gaps)], axis=1)
     return np.diff(borders, axis=1)
 
 
 def noise_mask(keys_B: np.ndarray, lengths: SpanLengths) -> np.ndarray:
     """bool [B, T]: which tokens are masked; exactly `noise` of them in exactly `spans` runs, text first, noise last."""
-    text, noise = lengths.window - lengths.noise, lengths.noise
+    text = lengths.window - lengths.noise
     bits = random_bits(keys_B, lengths.window - 2)
-    runs = np.stack([random_parts(bits[:, : text - 1], lengths.spans), random_parts(bits[:, text - 1 :], lengths.spans)], axis=2)
+    runs = np.stack(
+        [random_parts(bits[:, : text - 1], lengths.spans), random_parts(bits[:, text - 1 :], lengths.spans)], axis=2
+    )
     pattern = np.tile(np.array([False, True]), len(keys_B) * lengths.spans)
     return np.repeat(pattern, runs.reshape(-1)).reshape(len(keys_B), lengths.window)
 
 
-def span_corruption(config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, segments_BT: np.ndarray | None,
-                    keys_B: np.ndarray) -> Batch:
+def span_corruption(
+    config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, segments_BT: np.ndarray | None, keys_B: np.ndarray
+) -> Batch:
     """Replace spans by sentinels in the encoder's text; the decoder says what stood there (encoder-decoder).
 
     With <0>, <1> for the sentinels, </s> for EOS, and the masked tokens in brackets:
@@ -155,11 +169,14 @@ def span_corruption(config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarra
         segments_BL = np.where(sentinel_BL, np.roll(segments_BL, -1, axis=1), segments_BL)
     weights_BL = np.zeros(targets_BL.shape, np.float32)
     weights_BL[:, : lengths.targets] = 1
-    return Batch(_shift_right(targets_BL, segments_BL), targets_BL, weights_BL, encoder_BS, encoder_segments_BS, segments_BL)
+    return Batch(
+        _shift_right(targets_BL, segments_BL), targets_BL, weights_BL, encoder_BS, encoder_segments_BS, segments_BL
+    )
 
 
-def prefix_lm(config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, segments_BT: np.ndarray | None,
-              keys_B: np.ndarray) -> Batch:
+def prefix_lm(
+    config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, segments_BT: np.ndarray | None, keys_B: np.ndarray
+) -> Batch:
     """Continue a text. Encoder-decoder: the encoder reads the first `inputs_length` tokens, the decoder says the rest.
 
         tokens    A B C D E F        (inputs_length 4)
@@ -189,8 +206,9 @@ def prefix_lm(config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, seg
     return batch._replace(weights_BL=weights_BL.astype(np.float32), prefix_BL=place_1L < prefix_B1)
 
 
-def causal_lm(config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, segments_BT: np.ndarray | None,
-              keys_B: np.ndarray) -> Batch:
+def causal_lm(
+    config: Config, vocabulary: Vocabulary, tokens_BT: np.ndarray, segments_BT: np.ndarray | None, keys_B: np.ndarray
+) -> Batch:
     """Predict each token from those before it (decoder-only).
 
         tokens    A B C D E

@@ -1,4 +1,4 @@
-"""The batch of step s as a pure function of (config, s): rows by arithmetic, windows from the token stores, an objective.
+"""The batch of step s as a pure function of (config, s): rows by arithmetic, windows from token stores, an objective.
 
 Nothing here has a state, so nothing has to be saved: after a restart, on other hosts or devices, step s has the same
 rows. Global row r of a stream of training rows is found like this:
@@ -39,7 +39,12 @@ def spec(config: Config) -> Batch:
     segments_BT = tokens_BT if config.data.document_borders == "segments" else None
     vocabulary = Vocabulary(1, np.arange(config.tokenizer.num_sentinels) + 3)
     row = OBJECTIVES[config.data.objective](config, vocabulary, tokens_BT, segments_BT, np.zeros(1, np.uint64))
-    return Batch(*(None if x is None else np.broadcast_to(np.zeros((), x.dtype), (config.data.batch_size, *x.shape[1:])) for x in row))
+    return Batch(
+        *(
+            None if x is None else np.broadcast_to(np.zeros((), x.dtype), (config.data.batch_size, *x.shape[1:]))
+            for x in row
+        )
+    )
 
 
 class Batches:
@@ -63,9 +68,11 @@ class Batches:
         for source, stream, count in zip(config.data.source, streams, self.num_windows, strict=True):
             if count < 1:
                 split = "held-out" if heldout else "training"
-                raise DataError(f"data.source={source} has {stream.num_tokens} tokens of {split} text, less than one window of "
-                                f"{self.window.length}; use more text, a smaller data.inputs_length"
-                                + (", or a larger data.heldout_fraction" if heldout else ""))
+                raise DataError(
+                    f"data.source={source} has {stream.num_tokens} tokens of {split} text, less than one window of "
+                    f"{self.window.length}; use more text, a smaller data.inputs_length"
+                    + (", or a larger data.heldout_fraction" if heldout else "")
+                )
         self._counts = _block_counts(config.data.rates or self.num_windows.tolist())
 
     @property
@@ -162,7 +169,9 @@ def permute(place_B: np.ndarray, size_B: np.ndarray, key_B: np.ndarray) -> np.nd
     A Feistel network on the least even number of bits that holds `size`, walked until it lands below `size` (Black &
     Rogaway 2002): any place of any permutation without storing one. Places of equal (size, key) never collide.
     """
-    half_B = (np.frexp(np.maximum(size_B.astype(np.float64) - 1, 1))[1].astype(np.uint64) + np.uint64(1)) // np.uint64(2)
+    half_B = (np.frexp(np.maximum(size_B.astype(np.float64) - 1, 1))[1].astype(np.uint64) + np.uint64(1)) // np.uint64(
+        2
+    )
     mask_B = (np.uint64(1) << half_B) - np.uint64(1)
     value_B, left = place_B.copy(), np.arange(len(place_B))
     while len(left):

@@ -1,41 +1,37 @@
 """Documents by number: one class per kind of source, all with the same few methods (`Source`).
 
 `open_source` turns a word of `data.source` into one; `data.corpus` reads it, in several processes: a source pickles as
-its names and its index, never as open files. Reading in order is cheap and takes constant memory; jumping about is
-allowed but may cost a read from the start of the file (.gz, .zst) or of a row group (Parquet). Packages that a source
-needs are imported where it starts to use them. What is wrong with the data is a `DataError` that names file and line.
+its names and its index, never as open files. Sources that are files are in `data.files`; here are the data sets of
+libraries. Packages that a source needs are imported where it starts to use them. What is wrong with the data is a
+`DataError` in one line.
 """
 
 import contextlib
-import glob
-import hashlib
-import io
-import json
-import mmap
 import os
 import platform
-from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from t5like.config import DataConfig
+from t5like.data.files import (
+    Lines,
+    ParquetFiles,
+    Passages,
+    SourceGone,
+    TextFiles,
+    checked_text,
+    decode_utf8,
+    fingerprint_files,
+    matching_files,
+    no_field,
+    one_line,
+)
 from t5like.errors import ConfigError, DataError
 
-LARGEST_DOCUMENT = 64 * 2**20  # bytes
 KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, hf:NAME"
 MANY_FILES = 100  # text files that are documents as they stand; fewer are cut into passages
-PASSAGE = 2**14  # bytes
-_SAMPLED, _BLOCKS, _BLOCK = 2**20, 64, 4096  # a file above 1 MiB is fingerprinted by 64 blocks of 4 KiB
-_STRIDE = 1024  # lines between two remembered places in a file
 _ROWS = 1024  # rows of a Hugging Face data set in memory at a time
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}
-
-
-class SourceGone(DataError):
-    """The data are not there (any more); a token store made of them may still be."""
 
 
 class Source(Protocol):
@@ -54,7 +50,7 @@ class Source(Protocol):
     def __getitem__(self, number: int) -> str: ...
 
     def fingerprint(self) -> str:
-        """Hex digest that changes when the data do. Does not read everything: see `_fingerprint`."""
+        """Hex digest that changes when the data do. Does not read everything: see `fingerprint_files`."""
 
 
 def canonical(spec: str) -> str:
@@ -82,334 +78,20 @@ def open_source(spec: str, data: DataConfig) -> Source:
         case "tfds" if rest:
             return _open_tfds(spec, rest, data)
         case "text" if rest:
-            return _text_source(spec, _paths(spec, rest), data.text_documents)
+            return _text_source(spec, matching_files(spec, rest), data.text_documents)
         case "jsonl" if rest:
-            return Lines(spec, _paths(spec, rest), data.text_field)
+            return Lines(spec, matching_files(spec, rest), data.text_field)
         case "parquet" if rest:
-            return ParquetFiles(spec, _paths(spec, rest), data.text_field)
+            return ParquetFiles(spec, matching_files(spec, rest), data.text_field)
         case "hf" if rest:
             return HuggingFace(spec, rest, data.split, data.text_field)
     raise ConfigError(f"data.source={spec!r} must be one of {KINDS}, such as text:my_texts/*.txt")
-
-
-def _paths(spec: str, pattern: str) -> list[str]:
-    """The files of a glob, sorted; directories are passed over, empty files refused."""
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-    paths = sorted(os.path.abspath(path) for path in matches if not os.path.isdir(path))
-    if not paths:
-        raise SourceGone(f"data.source={spec}: no file matches; check the path, and quote the * in the shell")
-    for path in paths:
-        with _open(path) as file:
-            if not file.read(1):
-                raise DataError(f"{path} is empty; remove it, or narrow data.source={spec}")
-    return paths
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from None
-
-
-def _fingerprint(paths: list[str], *more: str) -> str:
-    """Digest of names, sizes and contents, and of `more`.
-
-    Files above 1 MiB are sampled in 64 blocks of 4 KiB from first to last, so an edit that keeps the size and misses
-    every block goes unseen. Directories are left out: data may move.
-    """
-    digest = hashlib.sha256(json.dumps(more).encode())
-    for path in paths:
-        with _open(path) as file:
-            size = file.seek(0, io.SEEK_END)
-            digest.update(json.dumps([os.path.basename(path), size]).encode())
-            if size <= _SAMPLED:
-                file.seek(0)
-                digest.update(file.read())
-            else:
-                for block in range(_BLOCKS):
-                    file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-                    digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def _text_source(spec: str, paths: list[str], documents: str) -> Source:
     if documents == "auto":
         documents = "file" if len(paths) >= MANY_FILES else "passage"
     return {"file": TextFiles, "line": Lines, "passage": Passages}[documents](spec, paths)
-
-
-class TextFiles:
-    """Each file is one document, without its byte-order mark if it has one."""
-
-    def __init__(self, name: str, paths: list[str]) -> None:
-        self.name, self.paths = name, paths
-
-    @property
-    def size_hint(self) -> int:
-        return sum(map(os.path.getsize, self.paths))
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, number: int) -> str:
-        path = self.paths[number]
-        with _open(path) as file:
-            raw = file.read(LARGEST_DOCUMENT + 1)
-        if len(raw) > LARGEST_DOCUMENT:
-            raise DataError(f"{path} is more than the 64 MiB of one document; use data.text_documents=passage")
-        return _utf8(raw.removeprefix(b"\xef\xbb\xbf"), path)
-
-
-class Passages:
-    """Files cut behind the first line end after every 16 KiB; together the passages of a file are the file.
-
-    A line that goes on for another 48 KiB is cut inside, between two characters.
-    """
-
-    def __init__(self, name: str, paths: list[str]) -> None:
-        self.name, self.paths = name, paths
-
-    @property
-    def size_hint(self) -> int:
-        return sum(map(os.path.getsize, self.paths))
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
-
-    def __len__(self) -> int:
-        return int(self._index[0][-1])
-
-    def __getitem__(self, number: int) -> str:
-        firsts, borders = self._index
-        file = int(np.searchsorted(firsts, number, "right")) - 1
-        begin, end = borders[file][number - firsts[file] :][:2].tolist()
-        with _open(self.paths[file]) as opened:
-            opened.seek(begin)
-            raw = opened.read(end - begin)
-        if len(raw) < end - begin:
-            raise DataError(f"{self.paths[file]} has become shorter while it was read; prepare again")
-        return _utf8(raw.removeprefix(b"\xef\xbb\xbf") if begin == 0 else raw, self.paths[file])
-
-    @cached_property
-    def _index(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """First passage of each file (and their number), and each file's borders, 0 and its size among them."""
-        borders = [_cut(path) for path in self.paths]
-        return np.cumsum([0, *(len(b) - 1 for b in borders)]), borders
-
-
-def _cut(path: str) -> np.ndarray:
-    borders = [0]
-    with _open(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        while len(text) - borders[-1] > PASSAGE:
-            least, most = borders[-1] + PASSAGE, min(borders[-1] + 4 * PASSAGE, len(text))
-            border = text.find(b"\n", least - 1, most) + 1 or most
-            while border < len(text) and text[border] & 0xC0 == 0x80:  # inside a character
-                border -= 1
-            borders.append(border)
-        return np.array([*borders, len(text)] if borders[-1] < len(text) else borders, np.int64)
-
-
-class Lines:
-    """Each line that is not blank is one document: as it stands, or as a JSON object with the text in `field`.
-
-    Files may be compressed with gzip or Zstandard, which is told by their content, not their name. One scan finds every
-    1024th line; between those, and in compressed files from the start, lines are read over.
-    """
-
-    def __init__(self, name: str, paths: list[str], field: str | None = None) -> None:
-        self.name, self.paths, self.field = name, paths, field
-        self._cursor: _Cursor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cursor": None}
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
-
-    @property
-    def size_hint(self) -> int:
-        return self._index[2]
-
-    def __len__(self) -> int:
-        return int(self._index[0][-1])
-
-    def __getitem__(self, number: int) -> str:
-        firsts, marks, _ = self._index
-        file = int(np.searchsorted(firsts, number, "right")) - 1
-        wanted = number - int(firsts[file])
-        cursor = self._cursor
-        nearest = 0 if cursor is None or cursor.compressed else wanted // _STRIDE * _STRIDE
-        if cursor is None or cursor.path != self.paths[file] or not nearest <= cursor.document <= wanted:
-            if cursor:
-                cursor.close()
-            cursor = self._cursor = _Cursor(self.paths[file])
-            cursor.seek(wanted // _STRIDE * _STRIDE, *marks[file][wanted // _STRIDE].tolist())
-        while cursor.document <= wanted:
-            if (raw := cursor.next()) is None:
-                raise DataError(f"{cursor.path} has become shorter while it was read; prepare again")
-        return self._text(raw, f"{cursor.path}:{cursor.line}")
-
-    @cached_property
-    def _index(self) -> tuple[np.ndarray, list[np.ndarray], int]:
-        """First document of each file (and their number), places in each file, bytes; see `_scan`."""
-        counts, marks, size = [0], [], 0
-        for path in self.paths:
-            count, places, length = _scan(path)
-            counts.append(count)
-            marks.append(places)
-            size += length
-        if not sum(counts):
-            raise DataError(f"data.source={self.name}: there are only blank lines")
-        return np.cumsum(counts), marks, size
-
-    def _text(self, raw: bytes, where: str) -> str:
-        if self.field is None:
-            return _utf8(raw.removesuffix(b"\n").removesuffix(b"\r"), where)
-        try:
-            record = json.loads(_utf8(raw, where))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a JSON {type(record).__name__}, but every line must be one JSON object")
-        return _field(record, self.field, where)
-
-
-class _Cursor:
-    """A place in a file of lines: `document` lines that are not blank lie before it, `line` lines in all."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.document, self.line, self.offset = path, 0, 0, 0
-        file = _open(path)
-        method = _MAGIC.get(file.read(2))
-        file.seek(0)
-        self.compressed = method is not None
-        if method:
-            import pyarrow  # notices truncated and damaged files, for both methods
-
-            file = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), method), 2**20)
-        self._file = file
-        self._skip_mark()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def seek(self, document: int, offset: int, line: int) -> None:
-        """Go to a remembered place; a compressed file stays at its start, and is read from there."""
-        if not self.compressed and document:
-            self._file.seek(offset)
-            self.document, self.offset, self.line = document, offset, line
-
-    def next(self) -> bytes | None:
-        """The next line that is not blank, or None at the end."""
-        while True:
-            try:
-                raw = self._file.readline(LARGEST_DOCUMENT + 1)
-            except OSError as error:
-                raise DataError(f"{self.path} can't be read after line {self.line}: {error}") from None
-            if not raw:
-                return None
-            self.line += 1
-            self.offset += len(raw)
-            if len(raw) > LARGEST_DOCUMENT:
-                raise DataError(f"{self.path}:{self.line}: more than the 64 MiB of one document; split the line")
-            if not raw.isspace():
-                self.document += 1
-                return raw
-
-    def _skip_mark(self) -> None:
-        """Pass over a byte-order mark."""
-        try:
-            if self._file.peek(3)[:3] == b"\xef\xbb\xbf":
-                self.offset = len(self._file.read(3))
-        except OSError as error:
-            raise DataError(f"{self.path} can't be read: {error}") from None
-
-
-def _scan(path: str) -> tuple[int, np.ndarray, int]:
-    """Count a file's documents; (count, int64 [count / 1024, 2] offset and line before every 1024th, bytes of text)."""
-    cursor, marks = _Cursor(path), []
-    try:
-        while True:
-            if cursor.document % _STRIDE == 0:
-                marks.append((cursor.offset, cursor.line))
-            if cursor.next() is None:
-                return cursor.document, np.array(marks, np.int64), cursor.offset
-    finally:
-        cursor.close()
-
-
-class ParquetFiles:
-    """Each row is one document, its text in the column `field`. One row group is in memory at a time."""
-
-    def __init__(self, name: str, paths: list[str], field: str) -> None:
-        self.name, self.paths, self.field = name, paths, field
-        self._group: tuple[int, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None}
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
-
-    @property
-    def size_hint(self) -> int:
-        return self._index[2]
-
-    def __len__(self) -> int:
-        return int(self._index[0][-1])
-
-    def __getitem__(self, number: int) -> str:
-        firsts, places, _ = self._index
-        group = int(np.searchsorted(firsts, number, "right")) - 1
-        path, inner = places[group]
-        where = f"{path}: row {number - int(firsts[group])} of row group {inner}"
-        if self._group is None or self._group[0] != group:
-            self._group = None  # before the next one is read
-            with _parquet(path) as file:
-                self._group = group, file.read_row_group(inner, columns=[self.field]).column(0)
-        try:
-            text = self._group[1][number - int(firsts[group])].as_py()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the text") from None
-        return _string(text, self.field, where)
-
-    @cached_property
-    def _index(self) -> tuple[np.ndarray, list[tuple[str, int]], int]:
-        """First row of each row group (and the number of rows), file and number in it of each, bytes of text."""
-        counts, places, size = [0], [], 0
-        for path in self.paths:
-            with _parquet(path) as file:
-                names = file.schema_arrow.names
-                if self.field not in names:
-                    raise DataError(_no_field(path, self.field, names))
-                for group in range(file.num_row_groups):
-                    columns = file.metadata.row_group(group)
-                    sizes = {columns.column(c).path_in_schema: columns.column(c).total_uncompressed_size
-                             for c in range(columns.num_columns)}
-                    if columns.num_rows:
-                        counts.append(columns.num_rows)
-                        places.append((path, group))
-                        size += sizes.get(self.field, 0)
-        if not places:
-            raise DataError(f"data.source={self.name}: there are no rows")
-        return np.cumsum(counts), places, size
-
-
-@contextlib.contextmanager
-def _parquet(path: str) -> Iterator[Any]:
-    """An open Parquet file; failures while it is open become a DataError that names it."""
-    import pyarrow.parquet
-
-    with _open(path) as raw:
-        try:
-            with pyarrow.parquet.ParquetFile(raw) as file:
-                yield file
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a Parquet file that can be read: {_one_line(error)}") from None
 
 
 class Tfds:
@@ -421,16 +103,16 @@ class Tfds:
             info = self._builder.info
             self.size_hint = int(info.splits[split].num_bytes or info.dataset_size)
         except ValueError as error:
-            raise DataError(f"data.split={split!r} is not a split of data.source={name}: {_one_line(error)}") from None
+            raise DataError(f"data.split={split!r} is not a split of data.source={name}: {one_line(error)}") from None
         if field not in info.features:
-            raise DataError(_no_field(f"data.source={name}", field, sorted(info.features)))
+            raise DataError(no_field(f"data.source={name}", field, sorted(info.features)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
     def fingerprint(self) -> str:
         files = sorted(str(path) for path in Path(self.directory).iterdir() if path.is_file())
-        return _fingerprint(files, self.split)
+        return fingerprint_files(files, self.split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -440,12 +122,12 @@ class Tfds:
         try:
             record = self._records[number]
         except (RuntimeError, ValueError, OSError) as error:
-            reason = _one_line(error) or "damaged file"  # for a truncated file the library has no words
+            reason = one_line(error) or "damaged file"  # for a truncated file the library has no words
             raise DataError(f"{where} in {self.directory} can't be read: {reason}") from None
         text = record[self.field]
         if not isinstance(text, bytes):
             raise DataError(f"{where}: {self.field!r} is a {type(text).__name__}, not a text; set data.text_field")
-        return _utf8(text, where)
+        return decode_utf8(text, where)
 
     @cached_property
     def _builder(self) -> Any:
@@ -493,7 +175,7 @@ def _open_stdlib(spec: str, directory: Path) -> Tfds:
                 builder.download_and_prepare()
         except OSError as error:
             if not PythonStdlib(data_dir=directory, file_format="array_record").is_prepared():  # nor by another process
-                raise DataError(f"data.directory={directory.parent} can't be written: {_one_line(error)}") from None
+                raise DataError(f"data.directory={directory.parent} can't be written: {one_line(error)}") from None
     return Tfds(spec, str(builder.data_dir), "train", "text")
 
 
@@ -505,14 +187,14 @@ class HuggingFace:
         self.name, self.path, self.split, self.field = name, path, split, field
         rows = self._rows
         if field not in rows.column_names:
-            raise DataError(_no_field(f"data.source={name}", field, rows.column_names))
+            raise DataError(no_field(f"data.source={name}", field, rows.column_names))
         self.size_hint = int(rows.data.nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
     def fingerprint(self) -> str:
-        return _fingerprint([row["filename"] for row in self._rows.cache_files], self.split, str(len(self._rows)))
+        return fingerprint_files([row["filename"] for row in self._rows.cache_files], self.split, str(len(self._rows)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -521,7 +203,7 @@ class HuggingFace:
         block, inner = divmod(number, _ROWS)
         if self._block[0] != block:
             self._block = block, self._rows[block * _ROWS : (block + 1) * _ROWS][self.field]
-        return _string(self._block[1][inner], self.field, f"data.source={self.name}: row {number}")
+        return checked_text(self._block[1][inner], self.field, f"data.source={self.name}: row {number}")
 
     @cached_property
     def _block(self) -> tuple[int, list[Any]]:
@@ -543,33 +225,5 @@ class HuggingFace:
                 owner, name, config = [*self.path.split("/", 2), None, None][:3]
                 found = datasets.load_dataset(f"{owner}/{name}" if name else owner, config, split=self.split)
         except (OSError, ValueError, KeyError) as error:
-            raise SourceGone(f"data.source={self.name}, data.split={self.split}: {_one_line(error)}") from None
+            raise SourceGone(f"data.source={self.name}, data.split={self.split}: {one_line(error)}") from None
         return found.select_columns([self.field]) if self.field in found.column_names else found
-
-
-def _utf8(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start} ({error.reason}); convert the file") from None
-
-
-def _field(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise DataError(_no_field(where, field, record))
-    return _string(record[field], field, where)
-
-
-def _string(text: Any, field: str, where: str) -> str:
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {field!r} is a {type(text).__name__}, not a text; remove it, or set data.text_field")
-    return text
-
-
-def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    names = ", ".join(map(repr, fields)) or "(none)"
-    return f"{where}: there is no field {field!r}; set data.text_field to one of {names}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -181,8 +181,9 @@ class Tokenizer:
         parts = [[part for part in self._cut.split(text) if part] or [""] for text in texts]
         encoded = iter(self._encode_plain(list(itertools.chain.from_iterable(parts))))
         spelled = {SPACE: self._space_bytes} if self._spells_bytes else {}
-        return [np.concatenate([spelled.get(part, ids) for part, ids in zip(row, encoded, strict=False)])
-                for row in parts]  # each row takes its own from `encoded`
+        return [
+            np.concatenate([spelled.get(part, ids) for part, ids in zip(row, encoded, strict=False)]) for row in parts
+        ]  # each row takes its own from `encoded`
 
     def encode_with_sentinels(self, text: str) -> list[int]:
         """Like `encode`, but ``<extra_id_N>`` in the text becomes that sentinel: for prompts."""

@@ -35,8 +35,15 @@ def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> ja
     return same & (key_segments_BS != 0)[:, None, None, :]
 
 
-def attend(q_BNLH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, bias_1NLS: jax.Array | None = None,
-           mask_B1LS: jax.Array | None = None, kernels: str = "plain") -> jax.Array:
+def attend(
+    q_BNLH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    bias_1NLS: jax.Array | None = None,
+    mask_B1LS: jax.Array | None = None,
+    kernels: str = "plain",
+) -> jax.Array:
     """softmax(q k + bias) v with float32 scores, per head.
 
     Args:
@@ -70,7 +77,9 @@ def _attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS) -> jax.Array:
     if mask_B1LS is not None:
         scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, MASKED)
     weights_BNLS = jnp.exp(scores_BNLS - jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True)))
-    out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=jnp.float32)
+    out_BNLH = jnp.einsum(
+        "BNLS,BNSH->BNLH", weights_BNLS.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=jnp.float32
+    )
     # Dividing after the values instead of before costs H columns instead of S.
     return out_BNLH / weights_BNLS.sum(-1, keepdims=True)
 
@@ -109,9 +118,17 @@ class Attention(nn.Module):
         q_BNLH = self._scale(self._heads(self.query(x_BLD)))
         return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
 
-    def __call__(self, x_BLD: jax.Array, *, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None,
-                 positions_BL: jax.Array, train: bool, cache: KeyValues | None = None,
-                 first: jax.Array | int = 0) -> tuple[jax.Array, KeyValues | None]:
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        *,
+        bias_1NLS: jax.Array | None,
+        mask_B1LS: jax.Array | None,
+        positions_BL: jax.Array,
+        train: bool,
+        cache: KeyValues | None = None,
+        first: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValues | None]:
         """Self-attention of x [B, L, D].
 
         Args:
@@ -130,10 +147,13 @@ class Attention(nn.Module):
         q_BNLH = self._scale(self._heads(self.query(x_BLD), rotary_BL))
         new = KeyValues(self._heads(self.key(x_BLD), rotary_BL), self._heads(self.value(x_BLD)))
         if cache is not None:
-            new = cache = KeyValues(*(jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=2)
-                                      for old, part in zip(cache, new, strict=True)))
-        out_BNLH = attend(q_BNLH, *new, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS,
-                          kernels=self.config.kernels)
+            new = cache = KeyValues(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=2)
+                    for old, part in zip(cache, new, strict=True)
+                )
+            )
+        out_BNLH = attend(q_BNLH, *new, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS, kernels=self.config.kernels)
         return self._finish(out_BNLH, train=train), cache
 
     def _finish(self, out_BNLH: jax.Array, *, train: bool) -> jax.Array:

@@ -1,8 +1,8 @@
 """Matrix products and attention as XLA:CPU runs them fastest: the same numbers, backward passes written by hand.
 
-XLA:CPU has a fast path for products of operands as they lie, and a slow one for products with a transposition folded in,
-which autodiff makes for every weight. Here the smaller operand is transposed by itself, behind a barrier that keeps the
-compiler from folding it in again. On accelerators this would only be in the way: `ModelConfig.kernels` says which
+XLA:CPU has a fast path for products of operands as they lie, and a slow one for products with a transposition folded
+in, which autodiff makes for every weight. Here the smaller operand is transposed by itself, behind a barrier that keeps
+the compiler from folding it in again. On accelerators this would only be in the way: `ModelConfig.kernels` says which
 formulation is used, and `mesh.settle` chooses by the mesh's devices. Used by `layers` and `attention`.
 """
 
@@ -26,8 +26,9 @@ def _product(x_MD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     return x_MD @ kernel_DF
 
 
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)),
-                lambda saved, g: (g @ saved[1].T, _weight_gradient(saved[0], g)))
+_product.defvjp(
+    lambda x, kernel: (x @ kernel, (x, kernel)), lambda saved, g: (g @ saved[1].T, _weight_gradient(saved[0], g))
+)
 
 
 def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
@@ -36,8 +37,9 @@ def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def attend(q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None,
-           mask_B1LS: jax.Array | None) -> jax.Array:
+def attend(
+    q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None
+) -> jax.Array:
     """softmax(q k + bias, where mask allows it) v; a query that may see nothing gets the mean of v."""
     return _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS)[0]
 

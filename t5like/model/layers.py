@@ -59,7 +59,9 @@ class Dense(nn.Module):
         y = MATMUL[config.kernels](x, kernel)
         if config.biases:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            y = y + jnp.broadcast_to(self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype), y.shape)
+            y = y + jnp.broadcast_to(
+                self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype), y.shape
+            )
         return y
 
 
@@ -75,9 +77,15 @@ class Norm(nn.Module):
         x = x_BLD.astype(jnp.float32)
         if config.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon) * jnp.broadcast_to(scale, x.shape)
+        y = (
+            x
+            * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+            * jnp.broadcast_to(scale, x.shape)
+        )
         if config.norm == "layer":
-            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (dim,), jnp.float32)
+            bias = self.param(
+                "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (dim,), jnp.float32
+            )
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(config.dtype)
 
@@ -179,8 +187,12 @@ class RelativeBias(nn.Module):
         laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
         """
         config = self.config
-        table_RN = self.param("table", normal(config.model_dim**-0.5, ("buckets", "heads")),
-                              (config.relative_buckets, config.num_heads), jnp.float32)
+        table_RN = self.param(
+            "table",
+            normal(config.model_dim**-0.5, ("buckets", "heads")),
+            (config.relative_buckets, config.num_heads),
+            jnp.float32,
+        )
         if isinstance(first_query, int):
             distance = np.arange(keys + queries - 1) - (queries - 1) - first_query
             buckets = self._buckets(distance)
@@ -192,8 +204,12 @@ class RelativeBias(nn.Module):
 
     def _buckets(self, distance: np.ndarray) -> np.ndarray:
         config = self.config
-        return relative_buckets(distance, buckets=config.relative_buckets, max_distance=config.relative_max_distance,
-                                bidirectional=self.bidirectional)
+        return relative_buckets(
+            distance,
+            buckets=config.relative_buckets,
+            max_distance=config.relative_max_distance,
+            bidirectional=self.bidirectional,
+        )
 
 
 def shift_rows(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -7,6 +7,7 @@ Called by `step` (training, evaluation) and `generate` (`encode`, `prepare_cache
 """
 
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -71,16 +72,23 @@ class Block(nn.Module):
             self.cross_attention, self.cross_attention_norm = Attention(config), lay.Norm(config)
         self.mlp, self.mlp_norm = lay.Mlp(config), lay.Norm(config)
 
-    def __call__(self, x_BLD: jax.Array, context: Context, cache: Cache | None = None, *,
-                 train: bool = False) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x_BLD: jax.Array, context: Context, cache: Cache | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, Cache | None]:
         """Map [B, L, D] to [B, L, D]; the cache comes back with this call's keys and values in it."""
         own = None
 
         def attend(y_BLD):
             nonlocal own
-            y_BLD, own = self.attention(y_BLD, bias_1NLS=context.bias_1NLS, mask_B1LS=context.mask_B1LS,
-                                        positions_BL=context.positions_BL, train=train,
-                                        cache=cache and cache.own, first=context.first)
+            y_BLD, own = self.attention(
+                y_BLD,
+                bias_1NLS=context.bias_1NLS,
+                mask_B1LS=context.mask_B1LS,
+                positions_BL=context.positions_BL,
+                train=train,
+                cache=cache and cache.own,
+                first=context.first,
+            )
             return y_BLD
 
         def cross(y_BLD):
@@ -131,14 +139,24 @@ class Stack(nn.Module):
         """Initialise each layer from its own key; every leaf gets a leading dim `layers`."""
         x_BLD = jnp.zeros((1, 1, self.config.model_dim), self.config.dtype)
         context = Context(None, None, jnp.zeros((1, 1), jnp.int32), x_BLD if self.cross else None)
-        layers = jax.vmap(lambda k: self.block.init(k, x_BLD, context)["params"])(jax.random.split(key, self.num_layers))
+        layers = jax.vmap(lambda k: self.block.init(k, x_BLD, context)["params"])(
+            jax.random.split(key, self.num_layers)
+        )
         is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
         return jax.tree.map(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers, is_leaf=is_box)
 
-    def __call__(self, x_BLD: jax.Array, *, mask_B1LS: jax.Array | None, positions_BL: jax.Array,
-                 encoded_BSD: jax.Array | None = None, cross_mask_B1LS: jax.Array | None = None,
-                 cache: Cache | None = None, first: jax.Array | int = 0,
-                 train: bool = False) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        *,
+        mask_B1LS: jax.Array | None,
+        positions_BL: jax.Array,
+        encoded_BSD: jax.Array | None = None,
+        cross_mask_B1LS: jax.Array | None = None,
+        cache: Cache | None = None,
+        first: jax.Array | int = 0,
+        train: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
         """Run all layers and the final norm on [B, L, D]; with a cache, on tokens that continue it at `first`."""
         bias_1NLS = None
         if self.config.positions == "relative":
@@ -163,7 +181,7 @@ class Stack(nn.Module):
     def _unroll(self, layer, x_BLD, context: Context, keys_Y, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         caches = []
         for y in range(self.num_layers):
-            each = jax.tree.map(lambda leaf: leaf[y], (self.layers, keys_Y, cache))
+            each = jax.tree.map(itemgetter(y), (self.layers, keys_Y, cache))
             x_BLD, new = layer(x_BLD, context, *each)
             caches.append(new)
         return x_BLD, cache and jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
@@ -206,7 +224,9 @@ class Transformer(nn.Module):
         """The decoder's output [B, L, D] for a batch."""
         encoded_BSD = None
         if self.config.model.architecture == "encoder_decoder":
-            encoded_BSD = self.encode(batch.encoder_BS, batch.encoder_segments_BS, batch.encoder_positions_BS, train=train)
+            encoded_BSD = self.encode(
+                batch.encoder_BS, batch.encoder_segments_BS, batch.encoder_positions_BS, train=train
+            )
         mask = causal_mask(*[batch.decoder_BL.shape[1]] * 2)
         if batch.prefix_BL is not None:
             mask = mask | batch.prefix_BL[:, None, None, :]
@@ -217,12 +237,24 @@ class Transformer(nn.Module):
                 cross_mask = segment_mask(batch.decoder_segments_BL, batch.encoder_segments_BS)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD = self._embed(batch.decoder_BL, positions_BL, train=train)
-        x_BLD, _ = self.decoder(x_BLD, mask_B1LS=mask, positions_BL=positions_BL, encoded_BSD=encoded_BSD,
-                                cross_mask_B1LS=cross_mask, train=train)
+        x_BLD, _ = self.decoder(
+            x_BLD,
+            mask_B1LS=mask,
+            positions_BL=positions_BL,
+            encoded_BSD=encoded_BSD,
+            cross_mask_B1LS=cross_mask,
+            train=train,
+        )
         return lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train)
 
-    def encode(self, ids_BS: jax.Array, segments_BS: jax.Array | None = None, positions_BS: jax.Array | None = None, *,
-               train: bool = False) -> jax.Array:
+    def encode(
+        self,
+        ids_BS: jax.Array,
+        segments_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
         """The encoder's output [B, S, D]."""
         positions_BS = _positions(ids_BS, positions_BS)
         mask = None if segments_BS is None else segment_mask(segments_BS, segments_BS)
@@ -252,8 +284,16 @@ class Transformer(nn.Module):
         zeros = jnp.zeros(shape, model.dtype)
         return Cache(KeyValues(zeros, zeros), None if encoded_BSD is None else stack.keys_values(encoded_BSD))
 
-    def decode(self, ids_BL: jax.Array, cache: Cache, first: jax.Array | int, *, positions_BL: jax.Array | None = None,
-               mask_B1LS: jax.Array | None = None, cross_mask_B1LS: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+    def decode(
+        self,
+        ids_BL: jax.Array,
+        cache: Cache,
+        first: jax.Array | int,
+        *,
+        positions_BL: jax.Array | None = None,
+        mask_B1LS: jax.Array | None = None,
+        cross_mask_B1LS: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Run tokens that continue a cached text.
 
         Args:
@@ -271,15 +311,23 @@ class Transformer(nn.Module):
             positions_BL = _positions(ids_BL, None) + first
         if mask_B1LS is None:
             mask_B1LS = causal_mask(ids_BL.shape[1], cache.own.k_BKSH.shape[3], first)
-        x_BLD, cache = self.decoder(self._embed(ids_BL, positions_BL, train=False), mask_B1LS=mask_B1LS,
-                                    positions_BL=positions_BL, cross_mask_B1LS=cross_mask_B1LS, cache=cache, first=first)
+        x_BLD, cache = self.decoder(
+            self._embed(ids_BL, positions_BL, train=False),
+            mask_B1LS=mask_B1LS,
+            positions_BL=positions_BL,
+            cross_mask_B1LS=cross_mask_B1LS,
+            cache=cache,
+            first=first,
+        )
         return self.logits(x_BLD), cache
 
     def _embed(self, ids_BL: jax.Array, positions_BL: jax.Array, *, train: bool) -> jax.Array:
         x_BLD = lay.embed(self.embedding, ids_BL, self.config.model.dtype)
         if self.config.model.positions == "learned":
             x_BLD = x_BLD + lay.embed(self.positions, positions_BL, self.config.model.dtype)
-        return constrain(lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train), "batch", "length", "act_embed")
+        return constrain(
+            lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train), "batch", "length", "act_embed"
+        )
 
 
 def _positions(ids_BL: jax.Array, given_BL: jax.Array | None) -> jax.Array:
