@@ -11,6 +11,7 @@ from t5like import config as schema
 def get_config() -> ml_collections.ConfigDict:
     config = schema.default()
     config.tokenizer.vocab_size = 4096
+    config.data.heldout_fraction = 0.03
     config.data.batch_size = 32
     config.data.inputs_length = 128
     config.data.targets_length = 29

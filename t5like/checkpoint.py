@@ -245,11 +245,17 @@ class Checkpoints:
 
 def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
     """Shape, dtype and digest of each array; one transfer from the devices for all."""
-    digests = jax.device_get({name: digest(leaf) for name, leaf in leaves.items()})
+    digests = jax.device_get(_digests(dict(leaves)))
     return {
         name: Leaf(tuple(leaf.shape), str(leaf.dtype), tuple(int(lane) for lane in digests[name]))
         for name, leaf in leaves.items()
     }
+
+
+@jax.jit
+def _digests(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """One program for all leaves: on many CPU devices, programs in flight together can block each other."""
+    return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
 @jax.jit

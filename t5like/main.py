@@ -122,8 +122,6 @@ def start_devices(fake_devices: int | None) -> None:
         raise ConfigError(f"--fake_devices={fake_devices} must be at least 1; use --fake_devices=8")
     if fake_devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # Several programs in flight, each on all fake devices, can wait for each other's threads for ever.
-        os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={fake_devices}"
         )

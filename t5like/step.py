@@ -150,11 +150,11 @@ def split_microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
 
 
-def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch], Metrics]:
-    """The function (params, batch) -> metrics, without dropout."""
+def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
+    """The function (params, batch, sums so far) -> sums with this batch, without dropout."""
 
-    def eval_step(params: Tree, batch: Batch) -> Metrics:
-        return loss_fn(config, params, batch, None).metrics
+    def eval_step(params: Tree, batch: Batch, total: Metrics) -> Metrics:
+        return jax.tree.map(jnp.add, total, loss_fn(config, params, batch, None).metrics)
 
     return eval_step
 

@@ -72,14 +72,15 @@ def train(config: Config, workdir: Path) -> None:
 
     # ---- State: own checkpoint, or random; the step compiles meanwhile ----
     with ThreadPoolExecutor(1) as pool:
-        last = checkpoints.latest() or 0
+        saved = checkpoints.latest()
+        last = saved or 0
         if last >= config.train.num_steps:
             done = f"{last:,} of {config.train.num_steps:,} steps"
             say(f"complete   {done} are done; nothing is left to train in {workdir}")
             return
         begin = time.monotonic()
         compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
-        state = checkpoints.restore(abstract, last) if last else step.new_state(config, batch, abstract)
+        state = step.new_state(config, batch, abstract) if saved is None else checkpoints.restore(abstract, saved)
         train_step = compiling.result()
         birth = f"after step {last:,}" if last else "from random parameters"
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")

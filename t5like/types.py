@@ -78,11 +78,6 @@ class TrainState(NamedTuple):
 Metrics = dict[str, Sum]
 
 
-def add_metrics(a: Metrics, b: Metrics) -> Metrics:
-    """Add two metric dicts with the same keys, sum by sum."""
-    return {name: Sum(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a}
-
-
 def host_metrics(metrics: Metrics) -> dict[str, float]:
     """Divide: the value of each metric as a Python float."""
     return {name: Sum(np.asarray(value.total), np.asarray(value.weight)).mean() for name, value in metrics.items()}

@@ -120,10 +120,11 @@ def test_a_wrong_config_is_refused_with_field_value_and_rule(values, message):
     assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
 
 
-def test_an_unknown_name_in_a_config_file_is_refused_where_it_is_set(tmp_path):
+def test_an_unknown_name_in_a_config_file_is_refused(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from t5like import config\ndef get_config():\n    c = config.default()\n    c.train.num_step = 3\n"
+        "from t5like import config\n\ndef get_config():\n    c = config.default()\n"
+        "    c.train.num_step = 3\n    return c\n"
     )
     with pytest.raises(ConfigError, match="num_steps"):
         configs.load(path)

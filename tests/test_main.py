@@ -196,11 +196,11 @@ def too_little_text_for_a_tokenizer(tmp_path):
     }, "tokenizer.vocab_size=8000 is too large for so little text"
 
 
-def no_heldout_text(tmp_path):
-    path = write_lines(tmp_path / "a.txt", "one", "two", "three")
+def nothing_left_to_hold_out(tmp_path):
+    path = write_lines(tmp_path / "a.txt", "the same", "the same", "the same")
     return (
         {"data.source": f"text:{path}", "data.text_documents": "line"},
-        "data.heldout_fraction=0.1 leaves no document of the 3 in data.source=",
+        f"data.source=text:{path} has only one document (or copies of one), and one has to be held out",
     )
 
 
@@ -225,7 +225,7 @@ def missing_tokenizer(tmp_path):
         bad_json_line,
         no_text_field,
         too_little_text,
-        no_heldout_text,
+        nothing_left_to_hold_out,
         too_little_text_for_a_tokenizer,
         no_sentencepiece_model,
         missing_tokenizer,

@@ -124,9 +124,10 @@ class Batches:
         return source_B, ((window_B * np.uint64(self.window.stride) + offset_B) % total_B).astype(np.int64)
 
     def _mix(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each row, and how many rows of that source came before it.
+        """Source of each row, and its number among that source's rows.
 
-        Each block of 4096 rows holds the sources in exact proportion, shuffled by a permutation of the block.
+        Each block of 4096 rows holds the sources in exact proportion, shuffled by a permutation of the block: inside a
+        block a source's numbers come in that order, from block to block they go on.
         """
         if len(self.streams) == 1:
             return np.zeros(len(row_B), np.int64), row_B
