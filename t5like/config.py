@@ -23,6 +23,17 @@ from t5like.errors import ConfigError
 
 FORMAT = 1  # of a saved config; a later version upgrades older numbers and refuses newer ones
 
+Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
+ARCHITECTURES: dict[str, tuple[str, ...]] = {  # which models can learn from an objective's rows
+    "span_corruption": ("encoder_decoder", "decoder"),
+    "mlm": ("encoder",),
+    "mlm_nsp": ("encoder",),
+    "prefix_lm": ("encoder_decoder", "decoder"),
+    "causal_lm": ("encoder_decoder", "decoder"),
+    "ul2": ("encoder_decoder", "decoder"),
+    "supervised": ("encoder_decoder", "decoder"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -36,9 +47,10 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME, one or several
+    # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME, one or several; with the objective
+    # supervised also tsv:GLOB and task:NAME
     source: tuple[str, ...] = ("python_stdlib",)
-    rates: tuple[float, ...] = ()  # how often each source is drawn from; empty: in proportion to its tokens
+    rates: tuple[float, ...] = ()  # how often each source is drawn from; empty: in proportion to its rows an epoch
     split: str = "train"  # of TFDS and Hugging Face data sets
     text_field: str = "text"  # of TFDS, JSONL, Parquet and Hugging Face data sets
     # What one document is in text files: a file, a line, or a passage of about 16 KiB that ends with a line. auto: a
@@ -47,19 +59,29 @@ class DataConfig:
     directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
     heldout_fraction: float = 0.01  # of the documents (at least one), chosen by a hash of their text, never trained on
     num_workers: int = 0  # processes that tokenize; 0: one per core
-    objective: Literal["span_corruption", "prefix_lm", "causal_lm"] = "span_corruption"
+    objective: tuple[Objective, ...] = ("span_corruption",)  # one or several, each on every source
+    objective_rates: tuple[float, ...] = ()  # how often each objective is drawn; empty: all alike
+    # Steps at which the rates change. rates and objective_rates then hold one list per phase, one behind another:
+    # objective=span_corruption,prefix_lm objective_rates=1,0,0,1 change_steps=1000 turns from one to the other.
+    change_steps: tuple[int, ...] = ()
     batch_size: int = 128  # rows per step, over all devices and microbatches
     inputs_length: int = 512  # tokens
     targets_length: int = 114  # tokens; a decoder-only model reads rows of inputs_length + targets_length
-    noise_density: float = 0.15  # span corruption: share of the tokens that are masked
+    noise_density: float = 0.15  # span corruption and MLM: share of the tokens that are masked
     mean_span_length: float = 3.0  # span corruption: tokens per masked span
+    whole_words: bool = False  # MLM: all pieces of a word are masked together
     document_borders: Literal["concatenate", "segments"] = "concatenate"  # segments: no attention across documents
+    # Supervised: how an example's fields become the text that is read and the text that is learned.
+    inputs_template: str = "{inputs}"
+    targets_template: str = "{targets}"
+    messages_field: str = ""  # chat instead of templates: the field with a list of {"role": ..., "content": ...}
+    packing: bool = True  # supervised: several examples in a row, which don't see each other; else one
     prefetch: int = 4  # steps made ahead in background threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    architecture: Literal["encoder_decoder", "decoder"] = "encoder_decoder"
+    architecture: Literal["encoder_decoder", "decoder", "encoder"] = "encoder_decoder"
     num_layers: int = 8  # of the encoder and of the decoder each
     num_decoder_layers: int = 0  # 0: num_layers
     model_dim: int = 512
@@ -156,7 +178,8 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """A config file's starting point: every field at its default. Unknown names are refused when they are set."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+    # Types are checked by `resolve`, which takes one string for a list of them; ConfigDict would not.
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False).lock()
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
@@ -332,34 +355,50 @@ def check(config: Config) -> None:
     )
 
     require(len(data.source) >= 1, "data.source", "must name a source, such as python_stdlib or text:my_texts/*.txt")
-    require(
-        len(data.rates) in (0, len(data.source)),
-        "data.rates",
-        f"must have one rate for each of the {len(data.source)} in data.source, or be empty",
-    )
-    require(
-        all(r >= 0 for r in data.rates) and (not data.rates or sum(data.rates) > 0),
-        "data.rates",
-        "must not be negative and must not sum to 0; use " + ",".join("1" for _ in data.source),
-    )
     require(0 < data.heldout_fraction < 1, "data.heldout_fraction", "must lie between 0 and 1; use 0.01")
     require(0 < data.noise_density < 1, "data.noise_density", "must lie between 0 and 1; use 0.15")
     require(data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
-    pairs = {
-        "span_corruption": ("encoder_decoder",),
-        "prefix_lm": ("encoder_decoder", "decoder"),
-        "causal_lm": ("decoder",),
-    }
+    require(len(data.objective) >= 1, "data.objective", "must name an objective, such as span_corruption")
+    for objective in data.objective:
+        require(
+            model.architecture in ARCHITECTURES[objective],
+            "data.objective",
+            f"needs model.architecture={' or '.join(ARCHITECTURES[objective])} for {objective}, not {model.architecture}",
+        )
+        require(
+            data.inputs_length >= 1 or (objective == "causal_lm" and model.architecture == "decoder"),
+            "data.inputs_length",
+            f"must be at least 1 for {objective}",
+        )
     require(
-        model.architecture in pairs[data.objective],
+        "supervised" not in data.objective or len(data.objective) == 1,
         "data.objective",
-        f"needs model.architecture={' or '.join(pairs[data.objective])}, not {model.architecture}",
+        "can't mix supervised with objectives on running text; use supervised alone",
     )
     require(
-        data.objective == "causal_lm" or data.inputs_length >= 1,
-        "data.inputs_length",
-        f"must be at least 1 for {data.objective}",
+        list(data.change_steps) == sorted(set(data.change_steps)) and all(step > 0 for step in data.change_steps),
+        "data.change_steps",
+        "must be positive steps in ascending order; use 1000,2000",
     )
+    phases = 1 + len(data.change_steps)
+    for field, names in (("data.rates", data.source), ("data.objective_rates", data.objective)):
+        rates = _get(config, field)
+        require(
+            len(rates) in (0, len(names) * phases),
+            field,
+            f"must have one rate for each of {', '.join(names)}"
+            + (f" in each of the {phases} phases" if phases > 1 else "")
+            + f", {len(names) * phases} in all, or be empty",
+        )
+        lists = [rates[start : start + len(names)] for start in range(0, len(rates), len(names))]
+        require(
+            all(rate >= 0 for rate in rates) and all(sum(each) > 0 for each in lists),
+            field,
+            "must not be negative and must not sum to 0"
+            + (" in any phase" if phases > 1 else "")
+            + "; use "
+            + ",".join("1" for _ in rates),
+        )
 
     heads = model.num_kv_heads or model.num_heads
     require(
@@ -453,7 +492,10 @@ def _wanted(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        return "a list of " + {"str": "strings", "float": "numbers"}[typing.get_args(kind)[0].__name__]
+        inner = typing.get_args(kind)[0]
+        if typing.get_origin(inner) is Literal:
+            return "a list of " + ", ".join(map(str, typing.get_args(inner)))
+        return "a list of " + {str: "strings", float: "numbers", int: "whole numbers"}[inner]
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
 
 

@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     Which fields are None follows from the config alone, never from the data, so a step is traced once.
 
     Attributes:
-        decoder_BL: int32 ids that the decoder reads.
-        targets_BL: int32 ids that it has to predict, at the same places.
+        decoder_BL: int32 ids that the decoder reads; None for an encoder-only model.
+        targets_BL: int32 ids that have to be predicted at the places of the decoder (encoder-only: of the encoder).
         weights_BL: float32 loss weight of each target; 0 where nothing is to be learned.
         encoder_BS: int32 ids that the encoder reads; None for a decoder-only model.
         encoder_segments_BS: int32 document number inside a row, from 1; attention stays inside a document.
@@ -35,9 +35,13 @@ class Batch(NamedTuple):
         decoder_positions_BL: the same for the decoder.
         prefix_BL: bool, True at decoder positions that everyone in the same document may see (prefix LM);
             None: plain causal attention.
+        token_types_BS: int32 0 in the first and 1 in the second text of a pair (BERT); None: no pairs.
+        follows_B1: int32 1 where the second text of a pair follows the first, 0 where it does not, -1 where the row
+            does not count; None: no pairs.
+        component_B1: int32 index in `pipeline.components` of where the row comes from; None where there is one only.
     """
 
-    decoder_BL: Array
+    decoder_BL: Array | None
     targets_BL: Array
     weights_BL: Array
     encoder_BS: Array | None = None
@@ -46,6 +50,9 @@ class Batch(NamedTuple):
     encoder_positions_BS: Array | None = None
     decoder_positions_BL: Array | None = None
     prefix_BL: Array | None = None
+    token_types_BS: Array | None = None
+    follows_B1: Array | None = None
+    component_B1: Array | None = None
 
 
 class Sum(NamedTuple):
