@@ -27,24 +27,44 @@ if TYPE_CHECKING:
     from t5like.types import Batch
 
 
+class RandomText:
+    """An endless text of random ids in documents of 300 tokens: what a `Stream` is to `Batches`."""
+
+    num_tokens = 2**24
+
+    def __init__(self, config: "Config"):
+        self._ids = config.tokenizer.vocab_size - config.tokenizer.num_sentinels - 3
+
+    def windows(self, starts_N, length):
+        import numpy as np
+
+        from t5like.data.randomness import random_bits
+
+        places_N = (starts_N[:, None] + np.arange(length)).astype(np.uint64).reshape(-1)
+        return (3 + random_bits(places_N, 1) % np.uint64(self._ids)).astype(np.int32).reshape(-1, length)
+
+    def segments(self, starts_N, length):
+        import numpy as np
+
+        documents_NL = (starts_N[:, None] + np.arange(length)) // 300
+        return (documents_NL - documents_NL[:, :1] + 1).astype(np.int32)
+
+    def documents(self, places_N):
+        begin_N = places_N // 300 * 300
+        return begin_N, begin_N + 299
+
+
 def random_batch(config: "Config") -> "Batch":
-    """A batch of the config's objective on random ids, in documents of 300 tokens or so."""
+    """The first batch of the config's objectives on `RandomText`."""
     import numpy as np
 
-    from t5like.data import objectives
+    from t5like.data.pipeline import Batches
+    from t5like.data.text import Vocabulary
 
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, objectives.window(config).length)
-    first_sentinel = config.tokenizer.vocab_size - config.tokenizer.num_sentinels
-    tokens_BT = rng.integers(3, first_sentinel, shape, dtype=np.int32)
-    segments_BT = None
-    if config.data.document_borders == "segments":
-        segments_BT = 1 + np.cumsum(rng.random(shape) < 1 / 300, axis=1, dtype=np.int32)
-    sentinels = np.arange(config.tokenizer.vocab_size - 1, first_sentinel - 1, -1, dtype=np.int32)
-    keys_B = rng.integers(0, 2**63, shape[0]).astype(np.uint64)
-    return objectives.OBJECTIVES[config.data.objective](
-        config, objectives.Vocabulary(1, sentinels), tokens_BT, segments_BT, keys_B
-    )
+    size, count = config.tokenizer.vocab_size, config.tokenizer.num_sentinels
+    text_V = (np.arange(size) >= 3) & (np.arange(size) < size - count)
+    vocabulary = Vocabulary(1, np.arange(size - 1, size - count - 1, -1, dtype=np.int32), text_V, text_V)
+    return Batches(config, vocabulary, [RandomText(config)] * len(config.data.source)).at(0)
 
 
 class Trainer:

@@ -360,11 +360,11 @@ def check(config: Config) -> None:
     require(data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
     require(len(data.objective) >= 1, "data.objective", "must name an objective, such as span_corruption")
     for objective in data.objective:
-        require(
-            model.architecture in ARCHITECTURES[objective],
-            "data.objective",
-            f"needs model.architecture={' or '.join(ARCHITECTURES[objective])} for {objective}, not {model.architecture}",
-        )
+        if model.architecture not in ARCHITECTURES[objective]:
+            raise ConfigError(
+                f"data.objective={objective} needs model.architecture={' or '.join(ARCHITECTURES[objective])}, "
+                f"not {model.architecture}"
+            )
         require(
             data.inputs_length >= 1 or (objective == "causal_lm" and model.architecture == "decoder"),
             "data.inputs_length",
@@ -381,14 +381,17 @@ def check(config: Config) -> None:
         "must be positive steps in ascending order; use 1000,2000",
     )
     phases = 1 + len(data.change_steps)
-    for field, names in (("data.rates", data.source), ("data.objective_rates", data.objective)):
+    for field, of, names in (
+        ("data.rates", "data.source", data.source),
+        ("data.objective_rates", "data.objective", data.objective),
+    ):
         rates = _get(config, field)
         require(
             len(rates) in (0, len(names) * phases),
             field,
-            f"must have one rate for each of {', '.join(names)}"
-            + (f" in each of the {phases} phases" if phases > 1 else "")
-            + f", {len(names) * phases} in all, or be empty",
+            f"must have one rate for each of the {len(names)} in {of}"
+            + (f" in each of the {phases} phases, {len(names) * phases} in all" if phases > 1 else "")
+            + ", or be empty",
         )
         lists = [rates[start : start + len(names)] for start in range(0, len(rates), len(names))]
         require(

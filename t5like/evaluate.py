@@ -16,7 +16,7 @@ from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.config import Config
 from t5like.data import corpus
-from t5like.data.objectives import Vocabulary
+from t5like.data.text import Vocabulary
 from t5like.data.pipeline import Batches
 from t5like.run import Run
 from t5like.types import Sum, Tree, host_metrics
@@ -72,7 +72,7 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> dict[str, float]:
         train=dataclasses.replace(run.config.train, eval_batches=2**31),
     )
     stores = corpus.prepare(config).stores
-    vocabulary = Vocabulary(run.tokenizer.eos_id, run.tokenizer.sentinel_ids)
+    vocabulary = Vocabulary.of(run.tokenizer)
     evaluator = Evaluator(
         config, run.mesh, Batches(config, vocabulary, [s.split("heldout") for s in stores], heldout=True)
     )

@@ -7,18 +7,21 @@ training run shows at its end. Greedy, or sampled with a temperature. Prompts of
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from t5like.config import Config
-from t5like.data.objectives import START
+from t5like.data.masking import CLS, MASK
+from t5like.data.objectives import MODES
+from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
 from t5like.model.attention import causal_mask, segment_mask
 from t5like.model.transformer import Transformer
-from t5like.types import Tree
+from t5like.types import Batch, Tree
 
 BUCKET = 32  # prompt lengths are padded up to a multiple, so that few shapes are compiled
 
@@ -33,6 +36,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos: int,
+    prefix_B: jax.Array | None = None,
     temperature: jax.Array | float = 0.0,
 ) -> jax.Array:
     """Continue each prompt until EOS or for `max_new_tokens`.
@@ -46,6 +50,7 @@ def generate(
         key: of the sampling.
         max_new_tokens: at most so many tokens are made.
         eos: the id that ends a row.
+        prefix_B: decoder-only: how many of each prompt's tokens see each other in both directions; None: none.
         temperature: 0 takes the likeliest token; else softmax(logits / temperature) is sampled.
 
     Returns:
@@ -66,9 +71,10 @@ def generate(
         offset_B, first, length = width - lengths_B, width - 1, width + max_new_tokens
         cache, cross_mask = apply(rows, length, method="prepare_cache"), None
         key_1S = jnp.arange(length)[None]
-        visible_B1LS = causal_mask(width, length) & (key_1S >= offset_B[:, None])[:, None, None]
-        if config.data.objective == "prefix_lm":  # a prompt is a prefix: seen in both directions, as in training
-            visible_B1LS = ((key_1S < width) & (key_1S >= offset_B[:, None]))[:, None, None]
+        visible_B1LS = causal_mask(width, length)
+        if prefix_B is not None:
+            visible_B1LS = visible_B1LS | (key_1S < (offset_B + prefix_B)[:, None])[:, None, None]
+        visible_B1LS = visible_B1LS & (key_1S >= offset_B[:, None])[:, None, None]
         positions_BP = jnp.maximum(place_1P - offset_B[:, None], 0)
         logits_BPV, cache = apply(
             prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, method="decode"
@@ -105,6 +111,27 @@ def generate(
     return jax.lax.while_loop(unfinished, advance, start)[1]
 
 
+@partial(jax.jit, static_argnames="config")
+def likeliest(config: Config, params: Tree, encoder_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """What an encoder-only model says stands at each place of rows padded on the right: int32 [B, S]."""
+    real_BS = (jnp.arange(encoder_BS.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
+    nothing_BS = jnp.zeros(encoder_BS.shape, jnp.float32)
+    batch = Batch(None, encoder_BS, nothing_BS, encoder_BS, real_BS)
+    return Transformer(config).apply({"params": params}, batch).argmax(-1).astype(jnp.int32)
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model reads it.
+
+    Attributes:
+        ids: of the encoder's text, or of the text that a decoder-only model continues.
+        prefix: how many of a decoder-only model's ids see each other in both directions.
+    """
+
+    ids: list[int]
+    prefix: int = 0
+
+
 class Generator:
     """Prompts as text in, text out."""
 
@@ -117,39 +144,56 @@ class Generator:
     ) -> list[str]:
         """What the model says to each prompt. A model trained on span corruption reads <extra_id_N> as a gap to fill.
 
+        An encoder-only model repeats the prompt, with each <extra_id_0> in it replaced by one token.
+
         Raises:
             ConfigError: a prompt or the answer is longer than the model's learned positions.
         """
-        tokenizer, decoder_only = self.tokenizer, self.config.model.architecture == "decoder"
-        rows = [tokenizer.encode_with_sentinels(prompt) for prompt in prompts]
-        if decoder_only:
-            rows = [row or [tokenizer.eos_id] for row in rows]  # EOS stands between documents: it begins a new one
-        elif self.config.data.objective == "span_corruption":
-            rows = [[*row, tokenizer.eos_id] for row in rows]
+        if self.config.model.architecture == "encoder":
+            return [self._unmask(prompt) for prompt in prompts]
+        rows = [self.prompt(text) for text in prompts]
         return [
-            tokenizer.decode(ids)
+            self.tokenizer.decode(ids)
             for ids in self.ids(rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         ]
 
+    def prompt(self, text: str) -> Prompt:
+        """A text as the objectives that the model was trained on would show it.
+
+        Gap filling, UL2 and supervised rows are an input, ended by EOS, and an answer; [R], [S] or [X] at the beginning
+        is UL2's mode token. Causal and prefix LM go on with the text itself: that is taken where a model knows both
+        and the text has no gap.
+        """
+        tokenizer, objectives = self.tokenizer, set(self.config.data.objective)
+        decoder_only = self.config.model.architecture == "decoder"
+        answers = bool(objectives & {"span_corruption", "ul2", "supervised"})
+        if answers and objectives & {"causal_lm", "prefix_lm"}:
+            answers = "<extra_id_" in text
+        mode = re.match(r"\[([RSX])\] ?", text) if "ul2" in objectives else None
+        begin = [] if mode is None else [int(tokenizer.sentinel_ids[-1 - MODES.index(mode[1])])]
+        ids = begin + tokenizer.encode_with_sentinels(text[mode.end() :] if mode else text)
+        if answers and not (mode and mode[1] == "S"):  # the S-denoiser's input is a text that goes on
+            ids.append(tokenizer.eos_id)
+        if not decoder_only:
+            if objectives == {"causal_lm"} and ids:
+                raise ConfigError(
+                    "--prompt: this encoder-decoder was trained on causal_lm alone, whose encoder reads nothing; "
+                    "use --prompt=''"
+                )
+            return Prompt(ids or [tokenizer.eos_id])
+        if answers:
+            return Prompt([*ids, START], len(ids))
+        ids = ids or [tokenizer.eos_id]  # EOS stands between documents: it begins a new one
+        return Prompt(ids, len(ids) if "prefix_lm" in objectives else 0)
+
     def ids(
-        self, rows: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> np.ndarray:
-        """The same on ids: int32 [len(rows), max_new_tokens], 0 after EOS."""
-        width = -(-max(max(map(len, rows)), 1) // BUCKET) * BUCKET
-        model = self.config.model
-        longest = width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens)
-        if model.positions == "learned" and longest > model.max_length:
-            raise ConfigError(
-                f"a text of {longest} tokens does not fit model.max_length={model.max_length}; "
-                "use a shorter prompt or a smaller --max_new_tokens"
-            )
-        prompt_BP = np.zeros((len(rows), width), np.int32)
-        for index, row in enumerate(rows):
-            if model.architecture == "decoder":
-                prompt_BP[index, width - len(row) :] = row
-            else:
-                prompt_BP[index, : len(row)] = row
-        lengths_B = np.array([len(row) for row in rows], np.int32)
+        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS."""
+        rows, model = [prompt.ids for prompt in prompts], self.config.model
+        width = self._width(rows)
+        self._check_length(width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens))
+        prompt_BP, lengths_B = self._padded(rows, width, left=model.architecture == "decoder")
         ids = generate(
             self.config,
             self.params,
@@ -158,9 +202,40 @@ class Generator:
             jax.random.key(seed),
             max_new_tokens=max_new_tokens,
             eos=self.tokenizer.eos_id,
+            prefix_B=np.array([prompt.prefix for prompt in prompts], np.int32),
             temperature=np.float32(temperature),
         )
         return np.asarray(ids)
+
+    def likeliest(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """An encoder-only model's guess at each place of rows of ids: int32 [len(rows), width]."""
+        width = self._width(rows)
+        self._check_length(width)
+        return np.asarray(likeliest(self.config, self.params, *self._padded(rows, width, left=False)))
+
+    def _unmask(self, prompt: str) -> str:
+        tokenizer = self.tokenizer
+        mask, cls = (int(tokenizer.sentinel_ids[number]) for number in (MASK, CLS))
+        row = [cls, *tokenizer.encode_with_sentinels(prompt), tokenizer.eos_id]
+        said = self.likeliest([row])[0]
+        return tokenizer.decode([int(said[i]) if token == mask else token for i, token in enumerate(row)][1:])
+
+    def _width(self, rows: Sequence[Sequence[int]]) -> int:
+        return -(-max(max(map(len, rows)), 1) // BUCKET) * BUCKET
+
+    def _check_length(self, longest: int) -> None:
+        model = self.config.model
+        if model.positions == "learned" and longest > model.max_length:
+            raise ConfigError(
+                f"a text of {longest} tokens does not fit model.max_length={model.max_length}; "
+                "use a shorter prompt or a smaller --max_new_tokens"
+            )
+
+    def _padded(self, rows: Sequence[Sequence[int]], width: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+        padded_BP = np.zeros((len(rows), width), np.int32)
+        for index, row in enumerate(rows):
+            padded_BP[index, width - len(row) if left else 0 :][: len(row)] = row
+        return padded_BP, np.array([len(row) for row in rows], np.int32)
 
 
 def fill(prompt: str, answer: str) -> str:

@@ -20,16 +20,18 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import rich.progress
 
 from t5like.config import Config
 from t5like.errors import DataError
+from t5like.types import COMPONENT_METRICS, Metrics
 
 FILE = "metrics.jsonl"  # in a run directory
 PICTURE = "loss.png"
@@ -190,6 +192,30 @@ class Throughput:
     def seconds_left(self, steps_left: int) -> float | None:
         """How long the run will take, pauses included at their share so far; None before a step has been timed."""
         return (self._clock() - self._first) / self._steps * steps_left if self._steps else None
+
+
+def by_component(prefix: str, names: Sequence[Mapping[str, str]], sums: Metrics) -> dict[str, float]:
+    """Loss, learned tokens and share of the rows, for each source, objective and denoiser, where there are several.
+
+    Args:
+        prefix: "train" or "eval".
+        names: `pipeline.component_names`.
+        sums: `types.COMPONENT_METRICS` as numpy arrays [components].
+
+    Returns:
+        ``train/loss/objective/ul2``, ``train/tokens/denoiser/X3_50``, ``train/share/source/text:a.txt``, ...; a loss
+        only where something was learned.
+    """
+    nats, rows = (sums[name] for name in COMPONENT_METRICS)
+    values = {}
+    for kind in names[0]:
+        for name in dict.fromkeys(each[kind] for each in names):
+            mine = np.array([each[kind] == name for each in names])
+            if weight := float(nats.weight[mine].sum()):
+                values[f"{prefix}/loss/{kind}/{name}"] = float(nats.total[mine].sum()) / weight
+            values[f"{prefix}/tokens/{kind}/{name}"] = weight
+            values[f"{prefix}/share/{kind}/{name}"] = float(rows.total[mine].sum() / rows.total.sum())
+    return values
 
 
 # ---- Files ----

@@ -15,18 +15,21 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from t5like import mesh as meshes
 from t5like import metrics, step, tree
 from t5like.config import Config
 from t5like.data import corpus, pipeline
-from t5like.data.objectives import Vocabulary
 from t5like.data.pipeline import Batches
+from t5like.data.masking import MASK
+from t5like.data.text import Vocabulary
+from t5like.data.tokenizer import Tokenizer
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
-from t5like.generate import Generator, fill, spans
+from t5like.generate import Generator, Prompt, fill, spans
 from t5like.run import check_run_directory, checkpoints_of, open_run_directory
-from t5like.types import Batch, host_metrics
+from t5like.types import COMPONENT_METRICS, Batch, Metrics, host_metrics
 
 SAMPLES = 3  # held-out passages shown at the end
 
@@ -56,15 +59,15 @@ def train(config: Config, workdir: Path) -> None:
     for note in prepared.notes:
         say(note)
     tokenizer = prepared.tokenizer
-    vocabulary = Vocabulary(tokenizer.eos_id, tokenizer.sentinel_ids)
+    vocabulary = Vocabulary.of(tokenizer)
     batches = Batches(config, vocabulary, [store.split("train") for store in prepared.stores])
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
     evaluator = Evaluator(config, mesh, heldout)
     rows, size = meshes.local_rows(mesh, config.data.batch_size), config.data.batch_size
-    for source, windows, store in zip(config.data.source, batches.num_windows, prepared.stores, strict=True):
-        say(f"data       {source}: {store.split('train').num_tokens:,} tokens, {windows:,} rows an epoch")
-    epochs = config.train.num_steps * size / batches.num_windows.sum()
-    say(f"           {epochs:.2f} epochs in {config.train.num_steps:,} steps of {size} rows")
+    for source, store in zip(config.data.source, prepared.stores, strict=True):
+        say(f"data       {source}: {store.split('train').num_tokens:,} tokens")
+    for line in batches.describe():
+        say(f"           {line}")
 
     # ---- Nothing was written until here: a run that can't begin leaves no trace ----
     open_run_directory(asked, tokenizer, workdir)
@@ -151,29 +154,42 @@ def train(config: Config, workdir: Path) -> None:
 
 
 class Report:
-    """Takes each step's metrics from the device, counts them, and passes them on at the right times."""
+    """Takes each step's metrics from the device, counts them, and passes them on at the right times.
+
+    What concerns components (`pipeline.components`) is a mean over the steps since the last log, because one step may
+    have few rows of each.
+    """
 
     def __init__(
         self, config: Config, writer: metrics.Writer, progress: metrics.Progress, throughput: metrics.Throughput
     ):
         self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
+        self._names = pipeline.component_names(config)
         self._bad_steps = 0
+        self._components = None  # sums since the last log
 
-    def __call__(self, done: int, on_device: dict) -> None:
+    def __call__(self, done: int, on_device: Metrics) -> None:
         """Report a completed step.
 
         Raises:
             Diverged: too many updates in a row had a gradient that is not finite.
         """
-        values = {f"train/{name}": value for name, value in host_metrics(on_device).items()}
+        sums = jax.device_get(on_device)
+        values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
         self._bad_steps = self._bad_steps + 1 if values["train/bad_steps"] else 0
         self._throughput.tick(values.pop("train/tokens"))
+        if "by_component" in sums:
+            new = {name: sums[name] for name in COMPONENT_METRICS}
+            self._components = jax.tree.map(np.add, self._components, new) if self._components else new
         if self._bad_steps:
             self._progress.note(
                 f"step {done:,}: the gradient is not finite, update skipped ({self._bad_steps} in a row)"
             )
         if done % self._train.log_every == 0 or done == self._train.num_steps or self._bad_steps:
             values |= self._throughput.read()
+            if self._components:
+                values |= metrics.by_component("train", self._names, self._components)
+                self._components = None
             self._writer.write(done, values)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
         if self._bad_steps >= self._train.max_bad_steps:
@@ -226,34 +242,61 @@ class Profiler:
 def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> str:
     """Passages from all over the held-out text: what the model was given, what stood there, and what it says."""
     config, tokenizer = generator.config, generator.tokenizer
-    count = min(SAMPLES, int(heldout.num_windows.sum()))
-    blocks = []
+    count, blocks = min(SAMPLES, heldout.num_heldout), []
     for number in range(count):
-        batch, row = divmod(number * int(heldout.num_windows.sum()) // count, config.data.batch_size)
+        batch, row = divmod(number * heldout.num_heldout // count, config.data.batch_size)
         given, truth = passage(heldout.at(batch), row)
         with jax.set_mesh(mesh):
-            said = generator.ids([given], max_new_tokens=len(truth))[0]
-        blocks.append(show(config, number + 1, *(tokenizer.decode(ids) for ids in (given, truth, said))))
+            if config.model.architecture == "encoder":
+                said = generator.likeliest([given.ids])[0]
+                blocks.append(show_masked(tokenizer, number + 1, given.ids, truth, said.tolist()))
+            else:
+                said = generator.ids([given], max_new_tokens=len(truth))[0]
+                blocks.append(show(number + 1, *(tokenizer.decode(ids) for ids in (given.ids, truth, said))))
     return "\n".join(blocks)
 
 
-def passage(batch: Batch, index: int) -> tuple[list[int], list[int]]:
-    """A row's prompt and the ids that should follow it."""
-    targets = batch.targets_BL[index][batch.weights_BL[index] > 0].tolist()
+def passage(batch: Batch, index: int) -> tuple[Prompt, list[int]]:
+    """A row's prompt and the ids that should follow it; of an encoder-only model the whole row and its targets.
+
+    Of a row of several texts (segments) it is the first.
+    """
+    batch = jax.tree.map(lambda x: x[index], batch)
+    if batch.decoder_BL is None:
+        real = len(batch.encoder_BS) if batch.encoder_segments_BS is None else np.count_nonzero(batch.encoder_segments_BS)
+        return Prompt(batch.encoder_BS[:real].tolist()), batch.targets_BL[:real].tolist()
+    learned = batch.weights_BL > 0
+    if batch.decoder_segments_BL is not None and learned.any():
+        learned &= batch.decoder_segments_BL == batch.decoder_segments_BL[learned.argmax()]
     if batch.encoder_BS is not None:
-        return [i for i in batch.encoder_BS[index].tolist() if i], targets
-    row = [int(batch.decoder_BL[index, 0]), *batch.targets_BL[index].tolist()]
-    cut = len(row) * 3 // 4
-    return row[:cut], row[cut:]
+        read = np.ones(len(batch.encoder_BS), bool)
+        if batch.encoder_segments_BS is not None:
+            read = batch.encoder_segments_BS == batch.decoder_segments_BL[learned.argmax()]
+        return Prompt(batch.encoder_BS[read].tolist()), batch.targets_BL[learned].tolist()
+    row = batch.decoder_BL.tolist()
+    if batch.prefix_BL is None:
+        cut = len(row) * 3 // 4
+        return Prompt(row[:cut]), [*row[cut:], int(batch.targets_BL[-1])]
+    cut = int(learned.argmax()) + 1
+    return Prompt(row[:cut], int(batch.prefix_BL[:cut].sum())), batch.targets_BL[learned].tolist()
 
 
-def show(config: Config, number: int, given: str, truth: str, said: str) -> str:
+def show(number: int, given: str, truth: str, said: str) -> str:
     """One passage as text; span corruption shows each gap with the truth and the model's filling."""
-    if config.data.objective != "span_corruption":
+    gaps = spans(truth)
+    if not gaps:
         return f"---- held-out passage {number} ----\n{given}\n  truth  {truth!r}\n  model  {said!r}\n"
     filled = spans(said)
-    gaps = [f"  {gap}  truth {text!r}  model {filled.get(gap, '')!r}" for gap, text in spans(truth).items()]
-    return f"---- held-out passage {number} ----\n{given}\n" + "\n".join(gaps) + f"\n  filled  {fill(given, said)!r}\n"
+    lines = [f"  {gap}  truth {text!r}  model {filled.get(gap, '')!r}" for gap, text in gaps.items()]
+    return f"---- held-out passage {number} ----\n{given}\n" + "\n".join(lines) + f"\n  filled  {fill(given, said)!r}\n"
+
+
+def show_masked(tokenizer: Tokenizer, number: int, given: list[int], truth: list[int], said: list[int]) -> str:
+    """One passage of an encoder-only model: each masked token with the truth and the model's guess."""
+    mask = tokenizer.sentinel_ids[MASK]
+    guesses = [(tokenizer.decode([t]), tokenizer.decode([s])) for g, t, s in zip(given, truth, said, strict=False) if g == mask]
+    lines = "".join(f"  masked  truth {right!r}  model {guess!r}\n" for right, guess in guesses)
+    return f"---- held-out passage {number} ----\n{tokenizer.decode(given)}\n{lines}"
 
 
 def summary(workdir: Path, config: Config) -> str:

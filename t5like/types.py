@@ -84,7 +84,14 @@ class TrainState(NamedTuple):
 
 Metrics = dict[str, Sum]
 
+# The metrics that are arrays [components] (`pipeline.components`): nats over targets, and rows over 1.
+COMPONENT_METRICS = ("by_component", "rows_by_component")
+
 
 def host_metrics(metrics: Metrics) -> dict[str, float]:
-    """Divide: the value of each metric as a Python float."""
-    return {name: Sum(np.asarray(value.total), np.asarray(value.weight)).mean() for name, value in metrics.items()}
+    """Divide: the value of each metric as a Python float, but for `COMPONENT_METRICS`."""
+    return {
+        name: Sum(np.asarray(value.total), np.asarray(value.weight)).mean()
+        for name, value in metrics.items()
+        if name not in COMPONENT_METRICS
+    }

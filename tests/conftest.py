@@ -14,6 +14,7 @@ import pytest
 from t5like import config as configs
 from t5like.config import Config
 from t5like.data import objectives
+from t5like.data.text import Text, Vocabulary
 from t5like.main import main
 from t5like.types import Batch
 
@@ -32,23 +33,42 @@ def small(**sections: dict) -> Config:
     """A small float32 config; keyword arguments change fields section by section."""
     values = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections} - {"seed"}}
     values["model"] = {"dtype": "float32", "layers": "unroll", **values["model"]}
-    if values["model"].get("architecture") == "decoder":
-        values["data"] = {"objective": "causal_lm", **values["data"]}
+    natural = {"decoder": "causal_lm", "encoder": "mlm"}
+    if (architecture := values["model"].get("architecture")) in natural:
+        values["data"] = {"objective": natural[architecture], **values["data"]}
     return configs.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
 
 
 def random_batch(config: Config, seed: int = 0) -> Batch:
     """A real objective's batch on random tokens, documents of about 9 tokens if the config minds borders."""
+    return made(config, objectives.denoisers(config)[0], seed)
+
+
+def made(config: Config, denoiser: objectives.Denoiser, seed: int = 0) -> Batch:
+    """The rows of one denoiser, as `random_batch` makes them."""
     rng = np.random.default_rng(seed)
-    shape = (config.data.batch_size, objectives.window(config).length)
+    shape = (config.data.batch_size, denoiser.window.length)
     tokens_BT = rng.integers(3, config.tokenizer.vocab_size - config.tokenizer.num_sentinels, shape, dtype=np.int32)
     segments_BT = None
     if config.data.document_borders == "segments":
         segments_BT = (1 + np.cumsum(rng.random(shape) < 1 / 9, axis=1)).astype(np.int32)
-    sentinels = config.tokenizer.vocab_size - 1 - np.arange(config.tokenizer.num_sentinels)
     keys_B = rng.integers(0, 2**63, shape[0]).astype(np.uint64)
-    vocabulary = objectives.Vocabulary(1, sentinels.astype(np.int32))
-    return objectives.OBJECTIVES[config.data.objective](config, vocabulary, tokens_BT, segments_BT, keys_B)
+    follows_B = None
+    if denoiser.objective == "mlm_nsp":  # every other row is short
+        place = np.arange(shape[1])[None]
+        ends = np.where(np.arange(shape[0]) % 2, shape[1], shape[1] * 2 // 3)[:, None]
+        segments_BT = (place < ends) * (1 + (place >= ends // 2)).astype(np.int32)
+        follows_B = rng.integers(0, 2, shape[0])
+    text = Text(tokens_BT, segments_BT, keys_B, follows_B)
+    return objectives.rows(config, denoiser, vocabulary_of(config), text)
+
+
+def vocabulary_of(config: Config) -> Vocabulary:
+    """A vocabulary of the config's size: pad, EOS, unknown, text, sentinels counting down from the highest id."""
+    size, count = config.tokenizer.vocab_size, config.tokenizer.num_sentinels
+    ordinary_V = np.arange(size) >= 3
+    ordinary_V[size - count :] = False
+    return Vocabulary(1, np.arange(size - 1, size - 1 - count, -1, dtype=np.int32), ordinary_V, np.arange(size) % 3 == 0)
 
 
 @pytest.fixture

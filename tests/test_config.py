@@ -44,7 +44,7 @@ def test_t5_small_has_the_published_row_lengths():
         2048,
         114,
     )
-    assert objectives.window(config).length == 568 and config.vocab_rows == 32_128
+    assert objectives.denoisers(config)[0].window.length == 568 and config.vocab_rows == 32_128
 
 
 # ---- Choices are implemented, all of them ----
@@ -54,7 +54,17 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
     def choices(cls: type, field: str) -> set[str]:
         return set(get_args(get_type_hints(cls)[field]))
 
-    assert choices(DataConfig, "objective") == set(objectives.OBJECTIVES)
+    assert set(get_args(configs.Objective)) == set(configs.ARCHITECTURES)
+    for objective, architectures in configs.ARCHITECTURES.items():
+        for architecture in architectures:
+            config = configs.resolve(
+                {
+                    "data": {"objective": objective, "targets_length": 512},
+                    "model": {"architecture": architecture},
+                    "tokenizer": {"num_sentinels": 200},
+                }
+            )
+            assert objective == "supervised" or objectives.denoisers(config)
     assert choices(ModelConfig, "mlp") == set(layers.ACTIVATIONS)
     assert choices(ModelConfig, "remat") == {"none", *transformer.REMAT}
     for name in choices(OptimizerConfig, "schedule"):
@@ -97,8 +107,8 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             "data.rates=(1.0, 2.0) must have one rate for each of the 1 in data.source, or be empty",
         ),
         (
-            {"data": {"objective": "causal_lm"}},
-            "data.objective='causal_lm' needs model.architecture=decoder, not encoder_decoder",
+            {"data": {"objective": "mlm"}},
+            "data.objective=mlm needs model.architecture=encoder, not encoder_decoder",
         ),
         ({"model": {"num_heads": 6, "num_kv_heads": 4}}, "model.num_kv_heads=4 must divide model.num_heads=6; use 2"),
         (

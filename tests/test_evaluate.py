@@ -10,8 +10,8 @@ from conftest import small
 from t5like import mesh as meshes
 from t5like import step
 from t5like.data import corpus
-from t5like.data.objectives import Vocabulary
 from t5like.data.pipeline import Batches
+from t5like.data.text import Vocabulary
 from t5like.evaluate import Evaluator
 
 EVERYTHING = 10**6
@@ -34,7 +34,7 @@ def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), m
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = meshes.settle(config, mesh)
     prepared = corpus.prepare(config)
-    vocabulary = Vocabulary(prepared.tokenizer.eos_id, prepared.tokenizer.sentinel_ids)
+    vocabulary = Vocabulary.of(prepared.tokenizer)
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
     evaluator = Evaluator(config, mesh, heldout)
     batch = heldout.at(0)
@@ -43,7 +43,7 @@ def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), m
 
 def test_the_loss_does_not_depend_on_devices_or_batch_size(texts):
     reference, params = evaluator_of(texts)
-    values, rows = reference(params), int(reference.heldout.num_windows.sum())
+    values, rows = reference(params), reference.heldout.num_heldout
     assert rows % 8 and rows % 5 and reference.num_batches == math.ceil(rows / 8)  # the last batch is not full
     target_tokens = int(reference.heldout.at(0).weights_BL[0].sum())
     assert values["eval/tokens"] == rows * target_tokens
@@ -79,4 +79,4 @@ def test_all_sources_are_evaluated(texts):
     evaluator, params = evaluator_of(texts, sources=("a", "b"))
     both = evaluator(params)["eval/tokens"]
     per_row = int(evaluator.heldout.at(0).weights_BL[0].sum())
-    assert both == evaluator.heldout.num_windows.sum() * per_row and (evaluator.heldout.num_windows > 0).all()
+    assert both == evaluator.heldout.num_heldout * per_row and (evaluator.heldout.num_rows > 0).all()

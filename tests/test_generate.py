@@ -12,7 +12,7 @@ from t5like import mesh as meshes
 from t5like import step
 from t5like.data.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import ConfigError
-from t5like.generate import Generator, fill, generate, spans
+from t5like.generate import Generator, Prompt, fill, generate, spans
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
@@ -45,6 +45,8 @@ def prompts_of(config, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]
 
 def decode(config, params, lengths, *, seed=0, eos=1, **options):
     prompt_BP, rows = prompts_of(config, lengths)
+    if "prefix_lm" in config.data.objective:
+        options["prefix_B"] = np.array(lengths, np.int32)
     ids = generate(
         config,
         params,
@@ -70,7 +72,7 @@ def whole_logits(config, params, prompt, answer):
         batch = Batch(decoder[None], decoder[None], np.ones((1, len(decoder)), np.float32), prompt[None])
         return forward(config, params, batch)[0]
     row = np.array([*prompt, *answer[:-1]], np.int32)
-    prefix = None if config.data.objective == "causal_lm" else (np.arange(len(row)) < len(prompt))[None]
+    prefix = None if "causal_lm" in config.data.objective else (np.arange(len(row)) < len(prompt))[None]
     batch = Batch(row[None], row[None], np.ones((1, len(row)), np.float32), prefix_BL=prefix)
     return forward(config, params, batch)[0, len(prompt) - 1 :]
 
@@ -140,7 +142,7 @@ def test_a_text_longer_than_the_learned_positions_is_refused(tokenizer):
     generator = Generator(config, params, tokenizer)
     with pytest.raises(ConfigError, match=r"a text of 52 tokens does not fit model.max_length=48"):
         generator(["a"], max_new_tokens=20)
-    assert generator.ids([[3, 4]], max_new_tokens=16).shape == (1, 16)
+    assert generator.ids([Prompt([3, 4])], max_new_tokens=16).shape == (1, 16)
 
 
 def test_the_gaps_of_a_prompt_are_filled_with_the_spans_of_the_answer():

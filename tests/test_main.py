@@ -127,8 +127,8 @@ CONFIGS = {
     ),
     "heads": ("--config.mesh.tensor=4", "mesh.tensor=4 must divide model.num_heads=2; use mesh.tensor=2"),
     "objective": (
-        "--config.model.architecture=decoder",
-        "data.objective='span_corruption' needs model.architecture=encoder_decoder, not decoder",
+        "--config.data.objective=mlm",
+        "data.objective=mlm needs model.architecture=encoder, not encoder_decoder",
     ),
     "sentinels": (
         "--config.tokenizer.num_sentinels=1",

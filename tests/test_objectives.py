@@ -2,14 +2,21 @@
 
 import numpy as np
 import pytest
-from conftest import random_batch, small
+from conftest import random_batch, small, vocabulary_of
 
 from t5like.data import objectives
-from t5like.data.objectives import Vocabulary, noise_mask, random_bits, random_parts, span_lengths
+from t5like.data.objectives import denoisers, noise_mask, span_lengths
+from t5like.data.randomness import random_bits, random_parts
+from t5like.data.text import Text, Vocabulary
 from t5like.errors import ConfigError
 
 SENTINELS = 499 - np.arange(20)
 VOCABULARY = Vocabulary(1, SENTINELS)
+
+
+def corrupted(config, vocabulary, tokens, segments, keys):
+    """Rows of the config's only denoiser."""
+    return objectives.rows(config, denoisers(config)[0], vocabulary, Text(tokens, segments, keys))
 
 
 def keys(count, seed=0):
@@ -63,10 +70,10 @@ def merge(encoder, targets, sentinels):
 def test_span_corruption_inverts(density, mean):
     config = small(data={"inputs_length": 64, "noise_density": density, "mean_span_length": mean, "targets_length": 120},
                    tokenizer={"num_sentinels": 40, "vocab_size": 600})
-    length = objectives.window(config).length
+    length = denoisers(config)[0].window.length
     tokens = np.random.default_rng(1).integers(3, 400, (30, length), dtype=np.int32)
     vocabulary = Vocabulary(1, 599 - np.arange(40))
-    batch = objectives.span_corruption(config, vocabulary, tokens, None, keys(30))
+    batch = corrupted(config, vocabulary, tokens, None, keys(30))
     for row, encoder, targets, weights in zip(tokens, batch.encoder_BS, batch.targets_BL, batch.weights_BL, strict=True):
         assert merge(encoder.tolist(), targets[weights > 0].tolist(), vocabulary.sentinels) == row.tolist()
 
@@ -88,10 +95,10 @@ def test_padding_of_the_targets_weighs_nothing():
 
 def test_segments_follow_their_tokens():
     config = small(data={"document_borders": "segments"})
-    length = objectives.window(config).length
+    length = denoisers(config)[0].window.length
     segments = (1 + np.arange(length) // 9)[None].astype(np.int32).repeat(4, 0)
     tokens = 100 + segments  # a token says which document it is from
-    batch = objectives.span_corruption(config, VOCABULARY, tokens, segments, keys(4))
+    batch = corrupted(config, VOCABULARY, tokens, segments, keys(4))
     for ids, seg in ((batch.encoder_BS, batch.encoder_segments_BS), (batch.targets_BL, batch.decoder_segments_BL)):
         text = (ids > 100) & (ids < 480)
         assert (ids[text] - 100 == seg[text]).all()
@@ -102,9 +109,9 @@ def test_segments_follow_their_tokens():
 
 def test_a_row_depends_on_its_own_key_only():
     config, k = small(), keys(6)
-    tokens = np.random.default_rng(0).integers(3, 400, (6, objectives.window(config).length), dtype=np.int32)
-    whole = objectives.span_corruption(config, VOCABULARY, tokens, None, k)
-    part = objectives.span_corruption(config, VOCABULARY, tokens[2:4], None, k[2:4])
+    tokens = np.random.default_rng(0).integers(3, 400, (6, denoisers(config)[0].window.length), dtype=np.int32)
+    whole = corrupted(config, VOCABULARY, tokens, None, k)
+    part = corrupted(config, VOCABULARY, tokens[2:4], None, k[2:4])
     assert (whole.encoder_BS[2:4] == part.encoder_BS).all() and (whole.targets_BL[2:4] == part.targets_BL).all()
 
 
@@ -141,4 +148,87 @@ def test_prefix_lm_of_a_decoder_sees_the_prefix_and_learns_the_rest():
 ])
 def test_what_does_not_fit_is_refused(data, tokenizer, message):
     with pytest.raises(ConfigError, match=message):
-        objectives.window(small(data=data, tokenizer=tokenizer))
+        denoisers(small(data=data, tokenizer=tokenizer))
+
+
+# ---- UL2 ----
+
+
+UL2 = {"data": {"objective": "ul2", "inputs_length": 512, "targets_length": 512, "batch_size": 4},
+       "tokenizer": {"num_sentinels": 200, "vocab_size": 1000}}  # fmt: skip
+
+
+def test_ul2_has_the_seven_denoisers_of_the_paper():
+    # Tay et al. 2022, table 1: (mean span, density) of R and X; S masks a quarter, at the end
+    ways = {way.name: way for way in denoisers(small(**UL2))}
+    table = {"R3_15": (3, 0.15), "R8_15": (8, 0.15), "X3_50": (3, 0.5), "X8_50": (8, 0.5), "X64_15": (64, 0.15),
+             "X64_50": (64, 0.5)}  # fmt: skip
+    assert set(ways) == {*table, "S"} and all(way.share == 1 / 7 for way in ways.values())
+    for name, (mean, density) in table.items():
+        lengths = ways[name].spans
+        assert lengths.noise == round(lengths.window * density) and lengths.spans == round(lengths.noise / mean)
+    assert ways["S"].spans.noise / ways["S"].spans.window == pytest.approx(0.25, abs=0.001)
+
+
+def test_each_ul2_window_is_the_longest_whose_inputs_and_targets_fit():
+    for way in denoisers(small(**UL2)):
+        assert way.inputs <= 512 and way.spans.targets <= 512
+        assert way.inputs in (511, 512) or way.spans.targets in (511, 512), way.name
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
+def test_ul2_rows_invert_and_begin_with_their_mode_token(architecture):
+    config = small(**{**UL2, "model": {"architecture": architecture}})
+    sentinels = 999 - np.arange(200)
+    for way in denoisers(config):
+        tokens = np.random.default_rng(3).integers(3, 700, (4, way.window.length), dtype=np.int32)
+        batch = objectives.rows(config, way, vocabulary_of(config), Text(tokens, np.ones_like(tokens), keys(4)))
+        for row in range(4):
+            if architecture == "decoder":
+                read = batch.decoder_BL[row][batch.prefix_BL[row]]
+                start = len(read)
+                assert batch.decoder_BL[row][start] == 0 and batch.decoder_BL.shape[1] == 1024
+            else:
+                read = batch.encoder_BS[row][batch.encoder_segments_BS[row] > 0]
+            said = batch.targets_BL[row][batch.weights_BL[row] > 0].tolist()
+            assert read[0] == sentinels[{"R": -1, "S": -2, "X": -3}[way.name[0]]]
+            text = [*read[1:], *said] if way.name == "S" else merge(read[1:].tolist(), said, sentinels)
+            assert text == tokens[row].tolist(), way.name
+
+
+def test_over_a_million_tokens_the_masked_share_is_that_of_the_table():
+    for way in denoisers(small(**UL2)):
+        if way.name != "S":
+            mask = noise_mask(keys(10**6 // way.window.length), way.spans)
+            assert mask.mean() == pytest.approx(way.spans.noise / way.window.length, rel=1e-12)
+            if way.spans.spans > 20:  # away from the ends every place is masked about equally often
+                places = mask.mean(0)[way.window.length // 4 : -way.window.length // 4]
+                assert abs(places - mask.mean()).max() < 5 * (mask.mean() / len(mask)) ** 0.5, way.name
+
+
+@pytest.mark.parametrize("data, tokenizer, message", [
+    ({"inputs_length": 40, "targets_length": 40}, {}, "are too short for spans of 64 tokens"),
+    ({"inputs_length": 512, "targets_length": 512}, {"num_sentinels": 100}, "tokenizer.num_sentinels=100 must be at least"),
+])  # fmt: skip
+def test_a_denoiser_that_does_not_fit_is_refused(data, tokenizer, message):
+    with pytest.raises(ConfigError, match=message):
+        denoisers(small(data={"objective": "ul2", **data}, tokenizer=tokenizer))
+
+
+# ---- One sequence for a decoder-only model ----
+
+
+def test_a_decoder_only_row_is_the_input_then_the_target():
+    both = {name: random_batch(small(model={"architecture": name}, data={"objective": "span_corruption"}))
+            for name in ("encoder_decoder", "decoder")}  # fmt: skip
+    pair, row = both.values()
+    assert row.encoder_BS is None and row.decoder_BL.shape == (8, 44)
+    assert (row.decoder_BL == np.concatenate([pair.encoder_BS, pair.decoder_BL], axis=1)).all()
+    assert (row.targets_BL[:, 32:] == pair.targets_BL).all() and (row.weights_BL[:, 32:] == pair.weights_BL).all()
+    assert (row.weights_BL[:, :32] == 0).all() and (row.prefix_BL == (np.arange(44) < 32)[None]).all()
+
+
+def test_causal_lm_of_an_encoder_decoder_reads_nothing_and_says_all():
+    batch = random_batch(small(data={"objective": "causal_lm", "inputs_length": 1}))
+    assert (batch.encoder_BS == 1).all() and batch.encoder_BS.shape == (8, 1)
+    assert (batch.weights_BL == 1).all() and (batch.decoder_BL[:, 1:] == batch.targets_BL[:, :-1]).all()

@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import small
+from conftest import small, vocabulary_of
 
 from t5like.data import objectives, pipeline
-from t5like.data.objectives import Vocabulary
-from t5like.data.pipeline import Batches, permute
+from t5like.data.pipeline import Batches
+from t5like.data.randomness import permute
+from t5like.data.text import Vocabulary
 from t5like.errors import ConfigError, DataError
 
 VOCABULARY = Vocabulary(1, np.arange(499, 479, -1, dtype=np.int32))
@@ -28,6 +29,10 @@ class Places:
     def segments(self, starts_N: np.ndarray, length: int) -> np.ndarray:
         documents = (starts_N[:, None] + np.arange(length)) // 7
         return (documents - documents[:, :1] + 1).astype(np.int32)
+
+    def documents(self, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        begin_N = places_N // 7 * 7
+        return begin_N, np.minimum(begin_N + 7, self.num_tokens) - 1
 
 
 def causal(num_tokens: int | tuple[int, ...] = 1000, *, heldout: bool = False, seed: int = 0, **data) -> Batches:
@@ -111,7 +116,7 @@ def test_prefetching_gives_the_batches_of_at():
 
 def test_an_epoch_reads_every_token_once():
     batches = causal(1000)  # 99 windows of 10 and the token that the last one only predicts
-    windows = int(batches.num_windows[0])
+    windows = int(batches.num_rows[0])
     assert windows == 99
     rows = np.concatenate([batches.at(step).decoder_BL for step in range(3 * windows // 8 + 1)])
     for epoch in range(3):
@@ -147,7 +152,7 @@ def test_a_mixture_reads_every_window_of_each_source_once_an_epoch():
 def test_rates_hold_exactly_in_every_4096_rows(rates, counts):
     batches = causal((10_001, 5_001), rates=rates, batch_size=512)
     for block in range(2):
-        sources = np.concatenate([batches.source_of(step) for step in range(8 * block, 8 * block + 8)])
+        sources = np.concatenate([batches.components_of(step) for step in range(8 * block, 8 * block + 8)])
         read = np.concatenate(
             [batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(8 * block, 8 * block + 8)]
         )
@@ -175,22 +180,101 @@ def test_permute_scatters_neighbours_and_differs_by_key():
     assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.05
 
 
+# ---- Several objectives, and rates that change ----
+
+
+def mixed(*objectives_, architecture="decoder", heldout=False, **data) -> Batches:
+    config = small(
+        model={"architecture": architecture},
+        tokenizer={"num_sentinels": 64},
+        data={"objective": objectives_, "inputs_length": 64, "targets_length": 64, "batch_size": 512,
+              "source": ("text:a", "text:b"), **data},
+    )  # fmt: skip
+    streams = [Places(300, 3)] * 2 if architecture == "encoder" else [Places(30_000), Places(20_000, 50_000)]
+    return Batches(config, vocabulary_of(config), streams, heldout=heldout)
+
+
+def objectives_of(batches: Batches, steps: range) -> list[str]:
+    found = np.concatenate([batches.components_of(step) for step in steps])
+    return [batches.components[number].denoiser.objective for number in found]
+
+
+def test_objectives_are_mixed_at_their_rates_on_every_source():
+    batches = mixed("causal_lm", "ul2", rates=(3, 1), objective_rates=(1, 1))
+    found = np.bincount(np.concatenate([batches.components_of(step) for step in range(8)]), minlength=16)
+    expected = 4096 * np.outer([0.75, 0.25], [1 / 2, *[1 / 14] * 7]).reshape(-1)
+    assert len(batches.components) == 16 and (abs(found - expected) < 1).all()
+
+
+def test_a_row_is_what_its_component_makes():
+    batches = mixed("causal_lm", "span_corruption", mean_span_length=3.0)
+    batch, which = batches.at(2), batches.components_of(2)
+    assert (batch.component_B1[:, 0] == which).all()
+    corrupted = np.array([batches.components[c].denoiser.objective == "span_corruption" for c in which])
+    assert (batch.prefix_BL.any(1) == corrupted).all() and (batch.weights_BL[~corrupted] == 1).all()
+    first_text = np.where(corrupted[:, None], 0, batch.decoder_BL)[~corrupted]
+    assert ((first_text >= 50_000).all(1) == (which[~corrupted] >= 2)).all()
+
+
+def test_rates_change_at_the_given_step_and_not_before():
+    batches = mixed("span_corruption", "prefix_lm", objective_rates=(1, 0, 0, 1), change_steps=(5,))
+    assert set(objectives_of(batches, range(5))) == {"span_corruption"}
+    assert set(objectives_of(batches, range(5, 9))) == {"prefix_lm"}
+
+
+def test_no_window_comes_twice_in_an_epoch_when_rates_change():
+    batches = mixed("causal_lm", "prefix_lm", objective_rates=(1, 1, 3, 1), change_steps=(3,), batch_size=8,
+                    rates=(1, 0, 1, 0))  # fmt: skip
+    starts = [batches.at(s).decoder_BL[batches.components_of(s) == 0, 0] for s in range(14)]
+    starts = np.concatenate(starts)
+    assert len(starts) == len(set(starts)) > 60
+
+
+def test_a_mixture_is_the_same_whoever_makes_its_rows():
+    batches = mixed("span_corruption", "ul2", "prefix_lm", objective_rates=(1, 2, 0, 0, 0, 1), change_steps=(2,),
+                    document_borders="segments", architecture="encoder_decoder", batch_size=64)  # fmt: skip
+    for step in (1, 2):
+        whole = batches.at(step)
+        for processes in (2, 4):
+            size = 64 // processes
+            parts = [batches.at(step, (size * p, size * p + size)) for p in range(processes)]
+            assert all(x is not None or y is None for x, y in zip(parts[0], whole, strict=True))
+            together = [None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True)]
+            assert digest(together) == digest(whole)
+
+
+def test_masked_pairs_can_be_mixed_with_plain_masking():
+    batches = mixed("mlm", "mlm_nsp", architecture="encoder")
+    batch, which = batches.at(0), batches.components_of(0)
+    pairs = np.array([batches.components[c].denoiser.objective == "mlm_nsp" for c in which])
+    assert ((batch.follows_B1[:, 0] >= 0) == pairs).all() and (batch.token_types_BS[~pairs] == 0).all()
+    assert (batch.encoder_segments_BS[~pairs] == 1).all() and batch.decoder_BL is None
+
+
 # ---- Held-out rows ----
 
 
-def test_heldout_rows_are_each_once_in_order_and_padding_rows_weigh_nothing():
+def test_heldout_rows_are_each_once_and_padding_rows_weigh_nothing():
     batches = causal((1001, 101), heldout=True)  # 100 + 10 windows in 14 batches of 8
     assert batches.num_batches == 14
     every = [batches.at(step) for step in range(14)]
     real = np.concatenate([batch.weights_BL.sum(1) > 0 for batch in every])
     assert real.sum() == 110 and real[:110].all()
     starts = np.concatenate([batch.decoder_BL[:, 0] for batch in every])[real]
-    np.testing.assert_array_equal(starts, [*range(0, 1000, 10), *range(100_000, 100_100, 10)])
+    for source, wanted in ((0, range(0, 1000, 10)), (1, range(100_000, 100_100, 10))):
+        np.testing.assert_array_equal(starts[starts // 100_000 == source], wanted)
+
+
+def test_the_first_heldout_rows_hold_every_source_at_its_share():
+    batches = causal((1001, 101), heldout=True)
+    sources = np.concatenate([batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(13)])
+    for some in range(22, 104):
+        assert abs((sources[:some] == 1).sum() - some / 11) <= 1
 
 
 def test_heldout_masks_are_not_those_of_training_rows():
     config = small()
-    length = objectives.window(config).length
+    length = objectives.denoisers(config)[0].window.length
     train, heldout = (Batches(config, VOCABULARY, [Places(length)], heldout=heldout) for heldout in (False, True))
     masked = [np.isin(batches.at(0).encoder_BS[0], VOCABULARY.sentinels) for batches in (train, heldout)]
     assert (masked[0] != masked[1]).any()
@@ -207,6 +291,13 @@ def test_heldout_masks_are_not_those_of_training_rows():
         ("prefix_lm", "encoder_decoder"),
         ("prefix_lm", "decoder"),
         ("causal_lm", "decoder"),
+        ("span_corruption", "decoder"),
+        ("causal_lm", "encoder_decoder"),
+        ("mlm", "encoder"),
+        ("mlm_nsp", "encoder"),
+        (("mlm", "mlm_nsp"), "encoder"),
+        (("span_corruption", "causal_lm"), "decoder"),
+        (("span_corruption", "prefix_lm", "causal_lm"), "encoder_decoder"),
     ],
 )
 def test_spec_has_the_shapes_and_dtypes_of_real_batches_without_data(objective, architecture, borders):
@@ -219,7 +310,7 @@ def test_spec_has_the_shapes_and_dtypes_of_real_batches_without_data(objective, 
         return [None if x is None else (x.shape, x.dtype) for x in batch]
 
     for heldout in (False, True):
-        real = Batches(config, VOCABULARY, [Places(400, first=3)], heldout=heldout).at(0)
+        real = Batches(config, vocabulary_of(config), [Places(400, first=3)], heldout=heldout).at(0)
         assert describe(pipeline.spec(config)) == describe(real)
 
 

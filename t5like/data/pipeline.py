@@ -1,57 +1,202 @@
-"""The batch of step s as a pure function of (config, s): rows by arithmetic, windows from token stores, an objective.
+"""The batch of step s as a pure function of (config, s): rows by arithmetic, windows from token stores, objectives.
 
 Nothing here has a state, so nothing has to be saved: after a restart, on other hosts or devices, step s has the same
-rows. Global row r of a stream of training rows is found like this:
+rows. Global row r of the training rows is found like this:
 
-    r -> which source (exact rates within every block of 4096 rows) and its i-th row
-    i -> epoch and place in the epoch; the place, shuffled by a permutation of the epoch -> window
-    window -> tokens, read from the store; the objective's randomness is keyed by (seed, r)
+    r -> which component, a source with one of its denoisers (exact rates within every block of 4096 rows), and i
+    i -> epoch and place in the epoch; the place, shuffled by a permutation of the epoch -> the component's row
+    row -> a window of text or packed examples; an objective's randomness is keyed by (seed, r)
 
 Called by `train` and `evaluate` (`Batches`, `prefetch`) and, for shapes alone, by everything that compiles (`spec`).
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
 
 from t5like.config import Config
 from t5like.data import objectives
-from t5like.data.objectives import OBJECTIVES, Vocabulary, random_bits
+from t5like.data.masking import sentence_pairs
+from t5like.data.objectives import Denoiser, denoisers
+from t5like.data.randomness import permute, random_bits
+from t5like.data.text import Text, Vocabulary
 from t5like.data.token_store import Stream
 from t5like.errors import DataError
 from t5like.types import Batch
 
-BLOCK = 4096  # rows in which the rates of the sources hold exactly
+BLOCK = 4096  # rows in which the rates hold exactly
 
 # What a random number is for: keeps the streams of random bits apart.
 SHUFFLE, OFFSET, MIXTURE, CORRUPTION = range(4)
+
+
+class Component(NamedTuple):
+    """Where a row can come from: one source, made into rows in one way.
+
+    Attributes:
+        source: index in `data.source`.
+        objective: index in `data.objective`.
+        denoiser: how windows become rows.
+    """
+
+    source: int
+    objective: int
+    denoiser: Denoiser
+
+
+def components(config: Config) -> tuple[Component, ...]:
+    """All components of a config, source by source; `Batch.component_B1` counts them.
+
+    Raises:
+        ConfigError: an objective does not fit the lengths (see `objectives.denoisers`).
+    """
+    ways = denoisers(config)
+    return tuple(
+        Component(source, config.data.objective.index(way.objective), way)
+        for source in range(len(config.data.source))
+        for way in ways
+    )
+
+
+def component_names(config: Config) -> list[dict[str, str]]:
+    """For each component its names in the metrics, by kind: only of the kinds of which there is more than one."""
+    found = components(config)
+    names = [
+        {
+            "source": config.data.source[each.source],
+            "objective": each.denoiser.objective,
+            "denoiser": each.denoiser.name,
+        }
+        for each in found
+    ]
+    several = {kind for kind in names[0] if len({name[kind] for name in names}) > 1}
+    if {name["denoiser"] for name in names} == {name["objective"] for name in names}:
+        several.discard("denoiser")  # each objective is its own only one
+    return [{kind: name[kind] for kind in name if kind in several} for name in names]
+
+
+def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
+    """float64 [phases, components]: how often each component is drawn in each phase; rows sum to 1.
+
+    Args:
+        sizes: of each source, to draw in proportion to where `data.rates` is empty.
+    """
+    data, found = config.data, components(config)
+    phases = 1 + len(data.change_steps)
+    sources = np.reshape(data.rates, (phases, -1)) if data.rates else np.tile(np.asarray(sizes, float), (phases, 1))
+    objectives = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
+    rates = np.array(
+        [sources[:, each.source] * objectives[:, each.objective] * each.denoiser.share for each in found]
+    ).T
+    return rates / rates.sum(1, keepdims=True)
 
 
 def spec(config: Config) -> Batch:
     """Shapes and dtypes of a global batch, from the config alone, as a batch of zeros without memory behind them.
 
     Raises:
-        ConfigError: the objective does not fit the lengths (see `objectives.window`).
+        ConfigError: an objective does not fit the lengths (see `objectives.denoisers`).
     """
-    window = objectives.window(config)
-    tokens_BT = np.ones((1, window.length), np.int32)
-    segments_BT = tokens_BT if config.data.document_borders == "segments" else None
-    vocabulary = Vocabulary(1, np.arange(config.tokenizer.num_sentinels) + 3)
-    row = OBJECTIVES[config.data.objective](config, vocabulary, tokens_BT, segments_BT, np.zeros(1, np.uint64))
     return Batch(
         *(
             None if x is None else np.broadcast_to(np.zeros((), x.dtype), (config.data.batch_size, *x.shape[1:]))
-            for x in row
+            for x in _row(config)
         )
     )
+
+
+def _row(config: Config) -> Batch:
+    """A row of each field that the config's batches have: the value where a component does not say otherwise."""
+    size = config.tokenizer.vocab_size
+    vocabulary = Vocabulary(1, np.arange(config.tokenizer.num_sentinels) + 3, np.ones(size, bool), np.ones(size, bool))
+    made = []
+    for way in denoisers(config):
+        tokens_BT = np.ones((1, way.window.length), np.int32)
+        pair = tokens_BT + (np.arange(way.window.length) > 0)
+        segments_BT = pair if way.objective == "mlm_nsp" else tokens_BT if _needs_segments(config) else None
+        text = Text(tokens_BT, segments_BT, np.zeros(1, np.uint64), np.ones(1, np.int32))
+        made.append(objectives.rows(config, way, vocabulary, text))
+    fields = [next((x for x in each if x is not None), None) for each in zip(*made, strict=True)]
+    row = Batch(*(None if x is None else np.zeros_like(x) for x in fields))
+    ones = {
+        name: np.ones_like(getattr(row, name))
+        for name in ("encoder_segments_BS", "decoder_segments_BL")
+        if getattr(row, name) is not None
+    }
+    follows = {} if row.follows_B1 is None else {"follows_B1": row.follows_B1 - 1}
+    several = len(components(config)) > 1
+    return row._replace(**ones, **follows, component_B1=np.zeros((1, 1), np.int32) if several else None)
+
+
+def _needs_segments(config: Config) -> bool:
+    """Whether rows say which document a token is from: borders matter, or an encoder's row may be padded."""
+    if config.data.document_borders == "segments":
+        return True
+    return config.model.architecture != "decoder" and any(
+        way.inputs < config.data.inputs_length for way in denoisers(config)
+    )
+
+
+class Rows(Protocol):
+    """One component's rows, `count` an epoch."""
+
+    count: int
+
+    def batch(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
+        """Rows by number.
+
+        Args:
+            index_B: int64, below `count`.
+            offset_B: uint64, random for each epoch; 0 for held-out rows.
+            keys_B: uint64, the row's randomness.
+        """
+
+
+class Windows:
+    """The rows that a denoiser makes of a stream of text."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, stream: Stream, denoiser: Denoiser) -> None:
+        self.config, self.vocabulary, self.stream, self.denoiser = config, vocabulary, stream, denoiser
+        # A window may overlap the next one (decoder-only rows share a token); it then has to end inside the text.
+        window = denoiser.window
+        self.count = max((stream.num_tokens - (window.length - window.stride)) // window.stride, 0)
+
+    def batch(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
+        """See `Rows`. Each epoch begins at another token and wraps around, so that window borders fall elsewhere."""
+        total, window = self.stream.num_tokens, self.denoiser.window
+        offset_B = (offset_B % np.uint64(total)).astype(np.int64)
+        text = self._text((index_B * window.stride + offset_B) % total, keys_B)
+        return objectives.rows(self.config, self.denoiser, self.vocabulary, text)
+
+    def _text(self, start_B: np.ndarray, keys_B: np.ndarray) -> Text:
+        length = self.denoiser.window.length
+        if self.denoiser.objective == "mlm_nsp":
+            return sentence_pairs(self.stream, start_B, length, keys_B)
+        tokens_BT, segments_BT = self.stream.windows(start_B, length), None
+        if self.config.data.document_borders == "segments":
+            segments_BT = self.stream.segments(start_B, length)
+        elif _needs_segments(self.config):
+            segments_BT = np.ones_like(tokens_BT)
+        return Text(tokens_BT, segments_BT, keys_B)
+
+
+class _Phase(NamedTuple):
+    """A stretch of training rows with the same rates."""
+
+    first_row: int
+    counts_C: np.ndarray  # rows of each component in a block
+    before_C: np.ndarray  # rows of each component that earlier phases have used
 
 
 class Batches:
     """The batches of one split. `at(step)` makes any of them, in any order.
 
-    Training rows never end: every epoch goes through all windows of a source once, in another order and with other
-    window borders. Held-out rows are each window once, in order; rows beyond the last have weight 0.
+    Training rows never end: every epoch goes through all rows of a component once, in another order and, for text, with
+    other window borders. Held-out rows are each once, those of all components spread evenly; rows beyond the last have
+    weight 0.
     """
 
     def __init__(self, config: Config, vocabulary: Vocabulary, streams: Sequence[Stream], *, heldout: bool = False):
@@ -60,25 +205,61 @@ class Batches:
         Raises:
             DataError: a source has less text than one window.
         """
-        self.config, self.vocabulary, self.streams, self.heldout = config, vocabulary, tuple(streams), heldout
-        self.window = objectives.window(config)
-        # A window may overlap the next one (decoder-only rows share a token); it then has to end inside the text.
-        overlap = self.window.length - self.window.stride
-        self.num_windows = np.array([(stream.num_tokens - overlap) // self.window.stride for stream in streams])
-        for source, stream, count in zip(config.data.source, streams, self.num_windows, strict=True):
+        self.config, self.heldout = config, heldout
+        self.components = components(config)
+        self.rows: list[Rows] = [
+            Windows(config, vocabulary, streams[each.source], each.denoiser) for each in self.components
+        ]
+        self.num_rows = np.array([rows.count for rows in self.rows])
+        self._check_size(streams)
+        first_of_source = [[c.source for c in self.components].index(source) for source in range(len(streams))]
+        self.rates_PC = rates(config, self.num_rows[first_of_source])
+        self._row = _row(config)
+        self._phases = self._make_phases()
+        used = self.rates_PC.sum(0) > 0
+        self._heldout_C = np.where(used, self.num_rows, 0)
+
+    def _check_size(self, streams: Sequence[Stream]) -> None:
+        for each, count in zip(self.components, self.num_rows, strict=True):
             if count < 1:
-                split = "held-out" if heldout else "training"
+                split = "held-out" if self.heldout else "training"
                 raise DataError(
-                    f"data.source={source} has {stream.num_tokens} tokens of {split} text, less than one window of "
-                    f"{self.window.length}; use more text, a smaller data.inputs_length"
-                    + (", or a larger data.heldout_fraction" if heldout else "")
+                    f"data.source={self.config.data.source[each.source]} has {streams[each.source].num_tokens} tokens "
+                    f"of {split} text, less than one window of {each.denoiser.window.length}; use more text, a smaller "
+                    "data.inputs_length" + (", or a larger data.heldout_fraction" if self.heldout else "")
                 )
-        self._counts = _block_counts(config.data.rates or self.num_windows.tolist())
+
+    def _make_phases(self) -> list[_Phase]:
+        phases, before_C = [], np.zeros(len(self.rows), np.int64)
+        starts = [step * self.config.data.batch_size for step in (0, *self.config.data.change_steps)]
+        for rates_C, start, stop in zip(self.rates_PC, starts, [*starts[1:], None], strict=True):
+            phases.append(_Phase(start, _block_counts(rates_C), before_C))
+            if stop is not None:  # a block that is not finished counts as used
+                before_C = before_C + -(-(stop - start) // BLOCK) * phases[-1].counts_C
+        return phases
 
     @property
     def num_batches(self) -> int | None:
         """Of held-out text; None for training."""
-        return -(-int(self.num_windows.sum()) // self.config.data.batch_size) if self.heldout else None
+        return -(-self.num_heldout // self.config.data.batch_size) if self.heldout else None
+
+    @property
+    def num_heldout(self) -> int:
+        """Held-out rows of all components that are ever drawn."""
+        return int(self._heldout_C.sum())
+
+    def describe(self) -> list[str]:
+        """Lines for the user: how often the run's steps go through each component, and at what rates."""
+        data, lines = self.config.data, []
+        stops = [*data.change_steps, max(self.config.train.num_steps, *data.change_steps, 0)]
+        steps_P = np.diff([0, *np.minimum(stops, self.config.train.num_steps)])
+        drawn_C = steps_P @ self.rates_PC * data.batch_size
+        for each, count, drawn, rates_P in zip(self.components, self.num_rows, drawn_C, self.rates_PC.T, strict=True):
+            rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
+            where = f" of {data.source[each.source]}" if len(data.source) > 1 else ""
+            share = f", {rate} of the rows" if len(self.components) > 1 else ""
+            lines.append(f"{each.denoiser.name}{where}: {count:,} rows an epoch, {drawn / count:.2f} epochs{share}")
+        return lines
 
     def at(self, step: int, rows: tuple[int, int] | None = None) -> Batch:
         """The batch of a step, numpy.
@@ -90,18 +271,18 @@ class Batches:
         size = self.config.data.batch_size
         first, stop = rows or (0, size)
         row_B = np.arange(step * size + first, step * size + stop, dtype=np.uint64)
-        real_B = np.ones(len(row_B), bool)
-        if self.heldout:
-            total = int(self.num_windows.sum())
-            real_B = row_B < total
-            row_B = np.minimum(row_B, np.uint64(total - 1))
-        tokens_BT, segments_BT = self._read(*(self._heldout(row_B) if self.heldout else self._locate(row_B)))
-        keys_B = self._bits(CORRUPTION, row_B + (np.uint64(1) << np.uint64(63) if self.heldout else np.uint64(0)))
-        batch = OBJECTIVES[self.config.data.objective](self.config, self.vocabulary, tokens_BT, segments_BT, keys_B)
+        if not self.heldout:
+            return self._make(*self._locate(row_B), self._bits(CORRUPTION, row_B))
+        real_B = row_B < self.num_heldout
+        row_B = np.minimum(row_B, np.uint64(self.num_heldout - 1))
+        keys_B = self._bits(CORRUPTION, row_B + (np.uint64(1) << np.uint64(63)))
+        batch = self._make(*self._locate_heldout(row_B), keys_B)
+        if batch.follows_B1 is not None:
+            batch = batch._replace(follows_B1=np.where(real_B[:, None], batch.follows_B1, -1))
         return batch._replace(weights_BL=batch.weights_BL * real_B[:, None])
 
-    def source_of(self, step: int) -> np.ndarray:
-        """The index in `data.source` that each row of a training step comes from: int [B]."""
+    def components_of(self, step: int) -> np.ndarray:
+        """The index in `components` that each row of a training step comes from: int [B]."""
         size = self.config.data.batch_size
         return self._locate(np.arange(step * size, (step + 1) * size, dtype=np.uint64))[0]
 
@@ -111,50 +292,64 @@ class Batches:
             key = np.uint64(self.config.seed) * np.uint64(0x100000000) + np.uint64(purpose)
             return random_bits(random_bits(np.array([key]), 1)[0] ^ number_B, 1)[:, 0]
 
-    def _locate(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source and first token of each training row."""
-        source_B, index_B = self._mix(row_B)
-        windows_B = self.num_windows[source_B].astype(np.uint64)
-        epoch_B, place_B = index_B // windows_B, index_B % windows_B
-        epoch_of_source_B = epoch_B * np.uint64(len(self.streams)) + source_B.astype(np.uint64)
-        window_B = permute(place_B, windows_B, self._bits(SHUFFLE, epoch_of_source_B))
-        # Each epoch begins at another token and wraps around, so that window borders fall elsewhere.
-        total_B = np.array([stream.num_tokens for stream in self.streams], np.uint64)[source_B]
-        offset_B = self._bits(OFFSET, epoch_of_source_B) % total_B
-        return source_B, ((window_B * np.uint64(self.window.stride) + offset_B) % total_B).astype(np.int64)
+    def _locate(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Component of each training row, its number among the component's rows, and the random offset of its epoch."""
+        component_B, index_B = self._mix(row_B)
+        count_B = self.num_rows[component_B].astype(np.uint64)
+        epoch_B, place_B = index_B // count_B, index_B % count_B
+        epoch_B = epoch_B * np.uint64(len(self.rows)) + component_B.astype(np.uint64)
+        place_B = permute(place_B, count_B, self._bits(SHUFFLE, epoch_B))
+        return component_B, place_B.astype(np.int64), self._bits(OFFSET, epoch_B)
 
     def _mix(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each row, and its number among that source's rows.
+        """Component of each row, and its number among that component's rows.
 
-        Each block of 4096 rows holds the sources in exact proportion, shuffled by a permutation of the block: inside a
-        block a source's numbers come in that order, from block to block they go on.
+        Each block of 4096 rows holds the components in exact proportion, shuffled by a permutation of the block: inside
+        a block a component's numbers come in that order, from block to block they go on.
         """
-        if len(self.streams) == 1:
+        if len(self.rows) == 1:
             return np.zeros(len(row_B), np.int64), row_B
-        block_B, place_B = row_B // np.uint64(BLOCK), row_B % np.uint64(BLOCK)
-        slot_B = permute(place_B, np.full(len(row_B), BLOCK, np.uint64), self._bits(MIXTURE, block_B))
-        ends = np.cumsum(self._counts)
-        source_B = np.searchsorted(ends, slot_B, side="right")
-        rank_B = slot_B - (ends - self._counts)[source_B].astype(np.uint64)
-        return source_B, block_B * self._counts[source_B].astype(np.uint64) + rank_B
+        component_B, index_B = np.empty(len(row_B), np.int64), np.empty(len(row_B), np.uint64)
+        phase_B = np.searchsorted([phase.first_row for phase in self._phases], row_B, side="right") - 1
+        for number in np.unique(phase_B):
+            mine, phase = phase_B == number, self._phases[number]
+            block_B, place_B = np.divmod(row_B[mine] - np.uint64(phase.first_row), np.uint64(BLOCK))
+            key_B = self._bits(MIXTURE, block_B + (np.uint64(number) << np.uint64(40)))
+            slot_B = permute(place_B, np.full(len(place_B), BLOCK, np.uint64), key_B)
+            ends_C = np.cumsum(phase.counts_C)
+            component_B[mine] = which = np.searchsorted(ends_C, slot_B, side="right")
+            rank_B = slot_B - (ends_C - phase.counts_C)[which].astype(np.uint64)
+            done_B = phase.before_C[which].astype(np.uint64) + block_B * phase.counts_C[which].astype(np.uint64)
+            index_B[mine] = done_B + rank_B
+        return component_B, index_B
 
-    def _heldout(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        ends = np.cumsum(self.num_windows)
-        source_B = np.searchsorted(ends, row_B, side="right")
-        window_B = row_B.astype(np.int64) - (ends - self.num_windows)[source_B]
-        return source_B, window_B * self.window.stride
+    def _locate_heldout(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        component_R, index_R = self._heldout_order
+        row_B = row_B.astype(np.int64)
+        return component_R[row_B], index_R[row_B], np.zeros(len(row_B), np.uint64)
 
-    def _read(self, source_B: np.ndarray, start_B: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens, and document numbers if borders matter, of a window for each row."""
-        length = self.window.length
-        tokens_BT = np.empty((len(start_B), length), np.int32)
-        segments_BT = np.empty_like(tokens_BT) if self.config.data.document_borders == "segments" else None
-        for index in np.unique(source_B):
-            mine = source_B == index
-            tokens_BT[mine] = self.streams[index].windows(start_B[mine], length)
-            if segments_BT is not None:
-                segments_BT[mine] = self.streams[index].segments(start_B[mine], length)
-        return tokens_BT, segments_BT
+    @cached_property
+    def _heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Component and number of every held-out row: each component's in order, all of them at an even pace."""
+        component_R = np.repeat(np.arange(len(self.rows)), self._heldout_C)
+        index_R = np.concatenate([np.arange(count) for count in self._heldout_C])
+        order = np.argsort((index_R + 0.5) / self._heldout_C[component_R], kind="stable")
+        return component_R[order], index_R[order]
+
+    def _make(self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
+        """The rows with these numbers, from all components, as one batch."""
+        if len(self.rows) == 1:
+            return self.rows[0].batch(index_B, offset_B, keys_B)
+        whole = Batch(
+            *(None if x is None else np.repeat(x, len(component_B), axis=0) for x in self._row)
+        )
+        for number in np.unique(component_B):
+            mine = component_B == number
+            part = self.rows[number].batch(index_B[mine], offset_B[mine], keys_B[mine])
+            for all_rows, rows in zip(whole, part, strict=True):
+                if rows is not None:
+                    all_rows[mine] = rows
+        return whole._replace(component_B1=component_B[:, None].astype(np.int32))
 
 
 def prefetch(batches: Batches, start: int, stop: int, rows: tuple[int, int] | None = None) -> Iterator[Batch]:
@@ -162,29 +357,6 @@ def prefetch(batches: Batches, start: int, stop: int, rows: tuple[int, int] | No
     steps = grain.MapDataset.range(start, stop).map(lambda step: batches.at(int(step), rows))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=batches.config.data.prefetch)
     return iter(steps.to_iter_dataset(options))
-
-
-def permute(place_B: np.ndarray, size_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
-    """A random permutation of range(size), evaluated at single places, all uint64 [B].
-
-    A Feistel network on the least even number of bits that holds `size`, walked until it lands below `size` (Black &
-    Rogaway 2002): any place of any permutation without storing one. Places of equal (size, key) never collide.
-    """
-    half_B = (np.frexp(np.maximum(size_B.astype(np.float64) - 1, 1))[1].astype(np.uint64) + np.uint64(1)) // np.uint64(
-        2
-    )
-    mask_B = (np.uint64(1) << half_B) - np.uint64(1)
-    value_B, left = place_B.copy(), np.arange(len(place_B))
-    while len(left):
-        half, mask, x = half_B[left], mask_B[left], value_B[left]
-        high, low = x >> half, x & mask
-        for turn in range(6):
-            with np.errstate(over="ignore"):
-                mixed = random_bits(key_B[left] ^ (low + np.uint64(turn) * np.uint64(0xD1B54A32D192ED03)), 1)[:, 0]
-            high, low = low, high ^ (mixed & mask)
-        value_B[left] = (high << half) | low
-        left = left[value_B[left] >= size_B[left]]
-    return value_B
 
 
 def _block_counts(rates: Sequence[float]) -> np.ndarray:

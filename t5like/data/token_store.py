@@ -160,6 +160,18 @@ class Stream:
             begins_NL[row, column] = 1  # the window's start or a shard's, and every shard starts a document
         return np.cumsum(begins_NL, axis=1, dtype=np.int32)
 
+    def documents(self, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Begin and end, EOS not included, of the document at each place: int64 [N] each."""
+        places_N = np.asarray(places_N, np.int64) % self.num_tokens
+        shards_N = np.searchsorted(self._first, places_N, "right") - 1
+        begin_N, end_N = np.zeros_like(places_N), np.zeros_like(places_N)
+        for shard in np.unique(shards_N):
+            mine, ends = shards_N == shard, self._shard_ends(shard)
+            index = np.searchsorted(ends, places_N[mine] - self._first[shard], "right")
+            end_N[mine] = self._first[shard] + ends[index] - 1
+            begin_N[mine] = self._first[shard] + np.where(index > 0, ends[index - 1], 0)
+        return begin_N, end_N
+
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each id occurs. Counted once, then kept in the store if it can be written."""
         try:

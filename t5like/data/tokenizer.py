@@ -17,6 +17,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,8 @@ class Tokenizer:
         vocab_size: number of ids, sentinels included.
         pad_id, eos_id, unk_id: special ids. A model without a pad id (Llama) pads with id 0, which it never predicts.
         sentinel_ids: int32, [0] is <extra_id_0>.
+        ordinary_V: bool [vocab_size], True for ids of text: neither special nor a sentinel.
+        begins_word_V: bool [vocab_size], True for pieces that begin with a space, or are white space themselves.
     """
 
     def __init__(self, model_bytes: bytes, *, num_sentinels: int, origin: str = "tokenizer") -> None:
@@ -141,6 +144,21 @@ class Tokenizer:
         cuts = [f"({SPACE})"] * self._spells_bytes + [r"(?<=<)(?=extra_id_[0-9]+>)"] * self._sentinels_inside
         self._cut = re.compile("|".join(cuts))
         self._signs = [SPACE] * self._spells_bytes + ["<extra_id_"] * self._sentinels_inside
+
+    @cached_property
+    def ordinary_V(self) -> np.ndarray:
+        ordinary_V = np.ones(self.vocab_size, bool)
+        ordinary_V[self.sentinel_ids] = False
+        pieces = range(self._model.get_piece_size())
+        ordinary_V[[token for token in pieces if self._model.is_control(token) or self._model.is_unknown(token)]] = False
+        return ordinary_V
+
+    @cached_property
+    def begins_word_V(self) -> np.ndarray:
+        begins_word_V = np.zeros(self.vocab_size, bool)
+        pieces = [self._model.id_to_piece(token) for token in range(self._model.get_piece_size())]
+        begins_word_V[: len(pieces)] = [piece[0] == SPACE or piece.isspace() for piece in pieces]
+        return begins_word_V
 
     def __reduce__(self):
         return _rebuild, (self.model_bytes, self.num_sentinels, self._origin)
