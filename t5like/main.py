@@ -154,7 +154,7 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
         mallopt(arena_max, 1)
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never; a number would have to fit an int, and 2 GiB are freed in every step
 
 
 def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":

@@ -138,11 +138,14 @@ def test_a_second_prepare_touches_nothing(own):
     assert {path: path.stat().st_mtime_ns for path in store.directory.rglob("*")} == before
 
 
-def prepare_elsewhere(config, tmp_path) -> subprocess.Popen:
-    """`prepare` as a process of its own, in a new process group with its workers."""
+def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subprocess.Popen:
+    """`prepare` as a process of its own, in a new process group with its workers; stands still after some pieces."""
     (tmp_path / "config.json").write_text(configs.to_json(config))
     code = ("import sys, pathlib; from t5like import config; from t5like.data import corpus\n"
             "corpus.prepare(config.from_json(pathlib.Path(sys.argv[1]).read_text()))")
+    if pieces is not None:  # each finished one advances the progress bar
+        code = f"import time; from rich import progress; count = iter(range({pieces - 1}))\n" \
+               "progress.Progress.update = lambda *_, **__: next(count, None) is None and time.sleep(60)\n" + code
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
@@ -176,7 +179,7 @@ def wait_for_pieces(directory: Path, count: int) -> None:
 @pytest.mark.parametrize(("workers", "signal_number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, workers, signal_number):
     whole = ready(changed(longer, directory=str(tmp_path / "whole")))
-    process = prepare_elsewhere(changed(longer, num_workers=workers), tmp_path)
+    process = prepare_elsewhere(changed(longer, num_workers=workers), tmp_path, pieces=5)
     directory = Path(longer.data.directory)
     wait_for_pieces(directory, 5)
     if signal_number == signal.SIGINT:
