@@ -385,7 +385,7 @@ class ParquetFiles:
                         size += sum(
                             column.total_uncompressed_size
                             for column in map(columns.column, range(columns.num_columns))
-                            if column.path_in_schema.startswith(self.wanted.names)
+                            if f"{column.path_in_schema}.".startswith(tuple(f"{name}." for name in self.wanted.names))
                         )
         if not places:
             raise DataError(f"data.source={self.name}: there are no rows")

@@ -228,7 +228,7 @@ def _plain(value: Any, feature: Any, where: str) -> Any:
         return decode_utf8(value, where)
     if isinstance(value, Mapping):
         return {key: _plain(part, inner[key], where) for key, part in value.items()}
-    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value):
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
         return [_plain(part, inner, where) for part in value]
     value = value.item() if isinstance(value, np.generic | np.ndarray) else value
     if hasattr(feature, "int2str") and isinstance(value, int) and value >= 0:  # -1: no label
