@@ -14,7 +14,7 @@ from t5like.data.examples import Examples
 from t5like.data.tokenizer import train_tokenizer
 from t5like.errors import ConfigError, DataError
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
 
 def sentence(rng, most=9):
@@ -31,8 +31,11 @@ def questions(count, seed=0):
 
 def conversations(count, seed=0):
     rng = np.random.default_rng(seed)
-    turns = lambda i: [{"role": role, "content": f"{i} {sentence(rng, 4)}"}
-                       for _ in range(rng.integers(1, 4)) for role in ("user", "assistant")]
+    turns = lambda i: [
+        {"role": role, "content": f"{i} {sentence(rng, 4)}"}
+        for _ in range(rng.integers(1, 4))
+        for role in ("user", "assistant")
+    ]
     extra = lambda i: [{"role": "user", "content": "bye"}] if i % 2 else []
     return [{"talk": [{"role": "system", "content": "be"}, *turns(i), *extra(i)]} for i in range(count)]
 
@@ -45,7 +48,9 @@ def write(path: Path, rows: list[dict]) -> None:
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     rng = np.random.default_rng(0)
-    train_tokenizer([f"user: {i} {sentence(rng)}" for i in range(500)], TokenizerConfig(vocab_size=320, num_sentinels=20), path)
+    train_tokenizer(
+        [f"user: {i} {sentence(rng)}" for i in range(500)], TokenizerConfig(vocab_size=320, num_sentinels=20), path
+    )
     return path
 
 
@@ -54,8 +59,15 @@ def own(tmp_path, model):
     """A function from changes to a config on the test's own a.jsonl."""
 
     def make(architecture="encoder_decoder", **data):
-        base = {"objective": "supervised", "source": f"jsonl:{tmp_path}/a.jsonl", "directory": str(tmp_path / "prepared"),
-                "heldout_fraction": 0.1, "num_workers": 1, "inputs_length": 200, "targets_length": 100}
+        base = {
+            "objective": "supervised",
+            "source": f"jsonl:{tmp_path}/a.jsonl",
+            "directory": str(tmp_path / "prepared"),
+            "heldout_fraction": 0.1,
+            "num_workers": 1,
+            "inputs_length": 200,
+            "targets_length": 100,
+        }
         tokenizer = {"path": str(model), "vocab_size": 320, "num_sentinels": 20}
         return small(tokenizer=tokenizer, data={**base, **data}, model={"architecture": architecture})
 
@@ -70,8 +82,12 @@ def units(config, prepared: Prepared, split: str) -> list[tuple[str, str]]:
     """What each unit of a split reads and says, as text; the end of every part is a bar."""
     examples = Examples(config, config.data.source[0], prepared.stores[0], split)
     one = lambda begin, end: prepared.tokenizer.decode(
-        examples.stream.gather(np.array([begin]), np.array([end - begin])), keep_special=True).replace("</s>", "|")
-    return [(one(begin, cut), one(cut, end)) for begin, cut, end in zip(examples.begin_N, examples.cut_N, examples.end_N, strict=True)]
+        examples.stream.gather(np.array([begin]), np.array([end - begin])), keep_special=True
+    ).replace("</s>", "|")
+    return [
+        (one(begin, cut), one(cut, end))
+        for begin, cut, end in zip(examples.begin_N, examples.cut_N, examples.end_N, strict=True)
+    ]
 
 
 # ---- What is in a store ----
@@ -107,7 +123,9 @@ def test_a_conversation_is_a_unit_for_each_answer_of_an_encoder_decoder(own, tmp
         for message in row["talk"]:
             if message["role"] == "assistant":
                 expected.append((read, message["content"] + "|"))
-            read += (message["content"] if message["role"] == "assistant" else f"{message['role']}: {message['content']}") + "|"
+            read += (
+                message["content"] if message["role"] == "assistant" else f"{message['role']}: {message['content']}"
+            ) + "|"
     assert sorted(units(config, prepared, "train") + units(config, prepared, "heldout")) == sorted(expected)
 
 
@@ -119,16 +137,25 @@ def test_a_conversation_is_one_unit_of_a_decoder_up_to_its_last_answer(own, tmp_
     texts = []
     for row in rows:
         talk = row["talk"][: -1 if row["talk"][-1]["role"] == "user" else None]
-        texts.append("".join((m["content"] if m["role"] == "assistant" else f"{m['role']}: {m['content']}") + "|" for m in talk))
-    assert sorted(units(config, prepared, "train") + units(config, prepared, "heldout")) == sorted(("", text) for text in texts)
+        texts.append(
+            "".join((m["content"] if m["role"] == "assistant" else f"{m['role']}: {m['content']}") + "|" for m in talk)
+        )
+    assert sorted(units(config, prepared, "train") + units(config, prepared, "heldout")) == sorted(
+        ("", text) for text in texts
+    )
 
 
 def test_a_trained_tokenizer_sees_inputs_and_targets_of_training_examples(own, tmp_path):
-    write(tmp_path / "a.jsonl", [{"inputs": f"{i} " + "q" * (i % 9), "targets": "żółw " * (i % 7 + 1)} for i in range(900)])
+    write(
+        tmp_path / "a.jsonl",
+        [{"inputs": f"{i} " + "q" * (i % 9), "targets": "żółw " * (i % 7 + 1)} for i in range(900)],
+    )
     config = own()
     trained = small(tokenizer={"vocab_size": 310, "num_sentinels": 20}, data={**vars(config.data)})
     prepared = ready(trained)
-    assert len(prepared.tokenizer.encode("żółw")) < 5 and len(prepared.tokenizer.encode("qqqq")) < 4  # not spelled in bytes
+    assert (
+        len(prepared.tokenizer.encode("żółw")) < 5 and len(prepared.tokenizer.encode("qqqq")) < 4
+    )  # not spelled in bytes
 
 
 # ---- Interruptions and changes ----
@@ -151,18 +178,29 @@ def test_a_changed_source_is_refused(own, tmp_path):
     write(tmp_path / "a.jsonl", questions(50))
     ready(own())
     write(tmp_path / "a.jsonl", questions(51))
-    with pytest.raises(DataError, match="has changed since [0-9]+ tokens were made of it; put the old data back, or remove"):
+    with pytest.raises(
+        DataError, match="has changed since [0-9]+ tokens were made of it; put the old data back, or remove"
+    ):
         ready(own())
 
 
 # ---- Refusals ----
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ({"inputs_template": "{question}"}, "a.jsonl:1: there is no field 'question'; name in .* one of 'inputs', 'targets'"),
-    ({"messages_field": "talk"}, "a.jsonl:1: there is no field 'talk'; set data.messages_field to one of 'inputs', 'targets'"),
-    ({"messages_field": "inputs"}, "a.jsonl:1: 'inputs' is a str, but must be a list"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"inputs_template": "{question}"},
+            "a.jsonl:1: there is no field 'question'; name in .* one of 'inputs', 'targets'",
+        ),
+        (
+            {"messages_field": "talk"},
+            "a.jsonl:1: there is no field 'talk'; set data.messages_field to one of 'inputs', 'targets'",
+        ),
+        ({"messages_field": "inputs"}, "a.jsonl:1: 'inputs' is a str, but must be a list"),
+    ],
+)
 def test_a_wrong_field_is_refused_before_anything_is_written(own, tmp_path, data, message):
     write(tmp_path / "a.jsonl", questions(50))
     with pytest.raises(DataError, match=message):
@@ -185,7 +223,9 @@ def test_examples_with_empty_targets_are_left_out_and_counted(own, tmp_path):
     write(tmp_path / "a.jsonl", rows)
     for _ in range(2):  # made, and found made
         prepared = ready(own())
-        assert prepared.notes == (f"data.source=jsonl:{tmp_path}/a.jsonl: 10 examples have empty targets and are left out",)
+        assert prepared.notes == (
+            f"data.source=jsonl:{tmp_path}/a.jsonl: 10 examples have empty targets and are left out",
+        )
     found = units(own(), prepared, "train") + units(own(), prepared, "heldout")
     assert sorted(found) == sorted((row["inputs"] + "|", row["targets"] + "|") for row in rows if row["targets"])
     write(tmp_path / "a.jsonl", [{**row, "targets": ""} for row in rows])
@@ -209,8 +249,13 @@ def test_examples_that_no_row_can_hold_are_left_out_and_counted(own, tmp_path, a
     np.testing.assert_array_equal(examples.begin_N, everything.begin_N[fits])
     np.testing.assert_array_equal(examples.learned_M2[examples.first_N], np.stack([examples.cut_N, examples.end_N], 1))
     said = f"data.source=jsonl:a: {(~fits).sum()} of {len(fits)} training examples are longer than data.inputs_length"
-    assert examples.note.startswith(said) and f"{max(inputs + targets) if architecture == 'decoder' else max(inputs)}" in examples.note
-    with pytest.raises(DataError, match=f"all {len(fits)} training examples are longer than data.inputs_length.*; use") as refused:
+    assert (
+        examples.note.startswith(said)
+        and f"{max(inputs + targets) if architecture == 'decoder' else max(inputs)}" in examples.note
+    )
+    with pytest.raises(
+        DataError, match=f"all {len(fits)} training examples are longer than data.inputs_length.*; use"
+    ) as refused:
         open_train(own(architecture, inputs_length=1, targets_length=1))
     values = dict(part.split("=") for part in str(refused.value).partition("; use ")[2].split(" and "))
     fixed = {name.removeprefix("data."): int(value) for name, value in values.items()}

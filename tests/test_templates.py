@@ -7,7 +7,13 @@ from t5like.data.files import Record
 from t5like.data.templates import Chat, Part, Templates, form_of, inputs_of, render_prompt
 from t5like.errors import ConfigError, DataError
 
-SQUAD = {"question": "Who?", "n": 7, "score": 3.5, "good": True, "answers": {"text": ["Ada", "Lovelace"], "start": [1, 2]}}
+SQUAD = {
+    "question": "Who?",
+    "n": 7,
+    "score": 3.5,
+    "good": True,
+    "answers": {"text": ["Ada", "Lovelace"], "start": [1, 2]},
+}
 
 
 def templates(inputs="{question}", targets="{n}"):
@@ -41,16 +47,28 @@ def test_an_example_with_empty_targets_has_no_parts():
     assert templates(inputs="{a}").parts(Record({**SQUAD, "a": ""}, "here"))[0].text == ""
 
 
-@pytest.mark.parametrize(("field", "message"), [
-    ("title", "a.jsonl:3: there is no field 'title'; name in data.inputs_template and data.targets_template one of 'question'"),
-    ("answers/texts/0", "a.jsonl:3: there is no field 'texts' in 'answers'; name one of 'text', 'start' in data.targets_template"),
-    ("answers/text", "a.jsonl:3: 'answers/text' is a list, not a text or number; use {answers/text/0} for its first element"),
-    ("answers/text/2", "a.jsonl:3: there is no element 2 in 'answers/text', which has 2; remove the example"),
-    ("answers/text/first", "a.jsonl:3: 'answers/text' is a list; use {answers/text/0} in data.targets_template"),
-    ("answers", "a.jsonl:3: 'answers' is a dict, not a text or number; use {answers/NAME}"),
-    ("n/0", "a.jsonl:3: 'n' is a int without fields; shorten {n/0} in data.targets_template"),
-    ("none", "a.jsonl:3: 'none' is a NoneType, not a text or number; remove the example"),
-])
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (
+            "title",
+            "there is no field 'title'; name in data.inputs_template and data.targets_template one of 'question'",
+        ),
+        (
+            "answers/texts/0",
+            "a.jsonl:3: there is no field 'texts' in 'answers'; name one of 'text', 'start' in data.targets_template",
+        ),
+        (
+            "answers/text",
+            "a.jsonl:3: 'answers/text' is a list, not a text or number; use {answers/text/0} for its first element",
+        ),
+        ("answers/text/2", "a.jsonl:3: there is no element 2 in 'answers/text', which has 2; remove the example"),
+        ("answers/text/first", "a.jsonl:3: 'answers/text' is a list; use {answers/text/0} in data.targets_template"),
+        ("answers", "a.jsonl:3: 'answers' is a dict, not a text or number; use {answers/NAME}"),
+        ("n/0", "a.jsonl:3: 'n' is a int without fields; shorten {n/0} in data.targets_template"),
+        ("none", "a.jsonl:3: 'none' is a NoneType, not a text or number; remove the example"),
+    ],
+)
 def test_a_field_that_is_no_text_is_refused_with_its_place(field, message):
     with pytest.raises(DataError) as refused:
         templates(targets=f"{{{field}}}").parts(Record({**SQUAD, "none": None}, "a.jsonl:3"))
@@ -59,7 +77,9 @@ def test_a_field_that_is_no_text_is_refused_with_its_place(field, message):
 
 @pytest.mark.parametrize("template", ["{", "a } {b}", "{a{b}}", "{}"])
 def test_a_lone_brace_is_refused(template):
-    with pytest.raises(ConfigError, match="data.inputs_template=.* must have fields as {name}; write {{ or }} for a brace"):
+    with pytest.raises(
+        ConfigError, match="data.inputs_template=.* must have fields as {name}; write {{ or }} for a brace"
+    ):
         templates(inputs=template)
 
 
@@ -76,8 +96,14 @@ def test_running_text_has_no_form():
 
 # ---- Conversations ----
 
-TALK = [message("system", "Be brief."), message("user", "2 + 2?"), message("assistant", "4"),
-        message("user", "3?"), message("assistant", "6"), message("user", "Thanks")]
+TALK = [
+    message("system", "Be brief."),
+    message("user", "2 + 2?"),
+    message("assistant", "4"),
+    message("user", "3?"),
+    message("assistant", "6"),
+    message("user", "Thanks"),
+]
 
 
 def test_what_the_assistant_says_is_learned():
@@ -104,16 +130,19 @@ def test_a_conversation_with_an_empty_answer_has_no_parts():
     assert chat([*TALK[:2], message("assistant", "")]) == ()
 
 
-@pytest.mark.parametrize(("messages", "rule"), [
-    ([], "'talk' is an empty list, but must be a list of {\"role\""),
-    ("hello", "'talk' is a str, but must be a list"),
-    (None, "'talk' is a NoneType, but must be a list"),
-    ([*TALK[:2], message("bot", "4")], "message 2 has role='bot'; use system, user, assistant"),
-    ([message("user", None)], "message 0 has no text"),
-    (["hello"], "message 0 has no text"),
-    (TALK[:2], "has no assistant's message behind another one, so nothing to learn"),
-    ([message("assistant", "Hi")], "has no assistant's message behind another one"),
-])
+@pytest.mark.parametrize(
+    ("messages", "rule"),
+    [
+        ([], "'talk' is an empty list, but must be a list of {\"role\""),
+        ("hello", "'talk' is a str, but must be a list"),
+        (None, "'talk' is a NoneType, but must be a list"),
+        ([*TALK[:2], message("bot", "4")], "message 2 has role='bot'; use system, user, assistant"),
+        ([message("user", None)], "message 0 has no text"),
+        (["hello"], "message 0 has no text"),
+        (TALK[:2], "has no assistant's message behind another one, so nothing to learn"),
+        ([message("assistant", "Hi")], "has no assistant's message behind another one"),
+    ],
+)
 def test_what_is_no_conversation_is_refused_with_its_place(messages, rule):
     with pytest.raises(DataError) as refused:
         chat(messages)

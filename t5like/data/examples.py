@@ -22,12 +22,11 @@ def capacity(config: Config) -> tuple[int, ...]:
 class Examples:
     """The units of one split that fit a row.
 
-    With <s> for the END of a part, brackets around what is learned, and two answers in one conversation:
+    A conversation with two answers, what is learned in brackets, and its units ([begin, cut), [cut, end)):
 
-        tokens           user: A </s> [B </s>] user: C </s> [D </s>]
-        encoder-decoder  begin          cut   end                        the first unit
-                         begin                              cut   end    the second
-        decoder-only     begin = cut                              end    the only one; learned: B </s> and D </s>
+        tokens              user: A </s> [B </s>] user: C </s> [D </s>]
+        encoder-decoder     (user: A </s>), (B </s>) and (user: A </s> B </s> user: C </s>), (D </s>)
+        decoder-only        (), (user: A </s> B </s> user: C </s> D </s>)
 
     A decoder-only model reads a conversation from left to right (cut = begin); the inputs of other examples, [begin,
     cut), it sees in both directions.

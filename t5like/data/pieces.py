@@ -52,13 +52,9 @@ class Documents:
         form = self.form
         parts = form.parts(self.source.record(number)) if form else (Part(self.source[number]),)
         try:
-            for part in parts:
-                part.text.encode()
-        except UnicodeEncodeError:
-            try:
-                refuse_surrogates([part.text for part in parts])
-            except DataError as error:
-                raise DataError(f"data.source={self.source.name}: document {number}: {error}") from None
+            refuse_surrogates([part.text for part in parts])
+        except DataError as error:
+            raise DataError(f"data.source={self.source.name}: document {number}: {error}") from None
         return parts
 
 
