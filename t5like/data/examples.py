@@ -54,9 +54,8 @@ class Examples:
             self.count_N = np.bincount(owner_M, minlength=len(ends))
             self.first_N = np.cumsum(self.count_N) - self.count_N
             self.begin_N = self.cut_N = starts
-            self.end_N = self.learned_M2[
-                self.first_N + self.count_N - 1, 1
-            ]  # nothing is learned behind the last answer
+            last_N = self.first_N + self.count_N - 1  # behind it, nothing is learned
+            self.end_N = self.learned_M2[last_N, 1]
         else:
             self.count_N, self.first_N = np.ones(len(owner_M), np.int64), np.arange(len(owner_M))
             self.begin_N, (self.cut_N, self.end_N) = starts[owner_M], self.learned_M2.T
