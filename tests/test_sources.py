@@ -6,15 +6,19 @@ import json
 import os
 import pickle
 import random
+import sys
+import types
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 import zstandard
 
 from t5like.config import DataConfig
+from t5like.data.files import LARGEST_DOCUMENT, SourceGone, Wanted
 from t5like.data.python_stdlib import documents
-from t5like.data.files import LARGEST_DOCUMENT, SourceGone
 from t5like.data.sources import canonical, open_source
 from t5like.errors import ConfigError, DataError
 
@@ -129,6 +133,101 @@ def test_held_out_docstrings_are_not_in_the_source_files(stdlib_documents):
     code = "\n".join(kinds["source"])
     first_lines = [text.split("\n")[0] for text in kinds["docstring"][::50]]
     assert sum(line in code for line in first_lines if len(line) > 60) <= 2  # some stand in comments too
+
+
+# ---- Records ----
+
+
+def records(opened):
+    return [opened.record(number).fields for number in range(len(opened))]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_lines_of_tab_separated_files_are_records_and_texts(tmp_path, suffix):
+    rows = [{"a": f"question {i} ", "b": ""} if i % 3 else {"a": "é", "b": f'"{i}'} for i in range(3000)]
+    for name, part in (("x", rows[:1023]), ("y", rows[1023:])):
+        raw = "\ufeffa\tb\r\n\n" + "".join(f"{row['a']}\t{row['b']}\r\n" for row in part)
+        (tmp_path / f"{name}.tsv{suffix}").write_bytes(COMPRESS[suffix](raw.encode()))
+    (tmp_path / f"z.tsv{suffix}").write_bytes(COMPRESS[suffix](b"b\ta\n1\t2"))  # columns go by their names
+    opened = source(f"tsv:{tmp_path}/*.tsv{suffix}", text_field="a")
+    assert records(opened) == [*rows, {"b": "1", "a": "2"}]
+    same_documents(opened, [*(row["a"] for row in rows), "2"])
+
+
+def test_bad_tab_separated_files_are_refused(tmp_path):
+    (tmp_path / "a.tsv").write_text("q\ta\n1\t2\n3\n")
+    opened = source(f"tsv:{tmp_path}/a.tsv", text_field="q")
+    with pytest.raises(DataError, match=r"a.tsv:3 has 1 cells, but the first line names 2 columns \(q, a\)"):
+        opened.record(1)
+    with pytest.raises(DataError, match="a.tsv:2: there is no field 'text'; set data.text_field to one of 'q', 'a'"):
+        source(f"tsv:{tmp_path}/a.tsv")[0]
+    (tmp_path / "b.tsv").write_text("q\tq\n1\t2\n")
+    with pytest.raises(DataError, match="b.tsv: the first line must name the columns, each differently"):
+        source(f"tsv:{tmp_path}/b.tsv").record(0)
+    (tmp_path / "c.tsv").write_text("q\ta\n\n")
+    with pytest.raises(DataError, match="there are only blank lines below the first"):
+        len(source(f"tsv:{tmp_path}/c.tsv"))
+
+
+NESTED = [{"q": f"q{i}", "n": i, "answers": {"text": [f"a{i}"] * (i % 3), "start": [i] * (i % 3)},
+           "talk": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": str(i)}]} for i in range(50)]
+
+
+def test_json_and_parquet_give_nested_records(tmp_path):
+    wanted = Wanted(("q", "answers", "talk"))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in NESTED))
+    pq.write_table(pa.Table.from_pylist(NESTED), tmp_path / "a.parquet", row_group_size=7)
+    for kind in ("jsonl", "parquet"):
+        opened = open_source(f"{kind}:{tmp_path}/a.{kind}", DataConfig(), wanted)
+        assert [{name: row[name] for name in wanted.names} for row in records(opened)] == \
+               [{name: row[name] for name in wanted.names} for row in NESTED]
+    assert "n" not in opened.record(0).fields  # a column that nobody wants is not read
+    assert opened.record(9).where.endswith("a.parquet: row 2 of row group 1")
+    with pytest.raises(DataError, match="there is no field 'x'; name in a template one of 'q', 'n', 'answers'"):
+        len(open_source(f"parquet:{tmp_path}/a.parquet", DataConfig(), Wanted(("q", "x"), "name in a template")))
+
+
+class Tasks(tfds.core.GeneratorBasedBuilder):
+    """A data set like SQuAD, with a class label, under the names of tasks."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="one"), tfds.core.BuilderConfig(name="two")]
+
+    def _info(self):
+        answers = tfds.features.Sequence({"text": tfds.features.Text(), "start": tfds.features.Scalar(np.int32)})
+        features = {"inputs": tfds.features.Text(), "targets": tfds.features.ClassLabel(names=["no", "yes"]),
+                    "answers": answers, "pair": {"score": tfds.features.Scalar(np.float32)}}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(20):
+            answers = [{"text": f"é{i}", "start": i}] * (i % 3)
+            inputs = f"{self.builder_config.name} {i}"
+            yield i, {"inputs": inputs, "targets": i % 2, "answers": answers, "pair": {"score": i / 2}}
+
+
+def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, monkeypatch):
+    module = types.ModuleType("t5like.data.tasks")
+    module.Tasks, module.NAMES = Tasks, ("one", "two")
+    monkeypatch.setitem(sys.modules, "t5like.data.tasks", module)
+    data = DataConfig(directory=str(tmp_path))
+    opened = open_source("task:two", data, Wanted(("inputs", "targets", "answers", "pair")))
+    expected = [{"inputs": f"two {i}", "targets": "yes" if i % 2 else "no", "pair": {"score": i / 2},
+                 "answers": {"text": [f"é{i}"] * (i % 3), "start": [i] * (i % 3)}} for i in range(20)]
+    assert sorted(records(opened), key=lambda row: int(row["inputs"][4:])) == expected
+    monkeypatch.setattr(Tasks, "_generate_examples", None)
+    again = pickle.loads(pickle.dumps(open_source("task:two", data, Wanted(("inputs",)))))  # noqa: S301
+    assert again[3] == opened.record(3).fields["inputs"]
+    with pytest.raises(ConfigError, match="there is no task 'three'; use task: and one of one, two"):
+        open_source("task:three", data)
+
+
+def test_texts_without_fields_are_refused_where_fields_are_wanted(tmp_path):
+    with pytest.raises(ConfigError, match="text:a has no fields, which data.objective=supervised needs; use jsonl"):
+        open_source("text:a", DataConfig(), Wanted(("inputs",)))
 
 
 # ---- What is wrong with the data ----

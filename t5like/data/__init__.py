@@ -1,1 +1,1 @@
-"""From documents to batches: tokenizer, sources, token store, objectives, pipeline. Nothing here imports JAX."""
+"""From documents to batches: sources, tokenizer, token store, examples, objectives, pipeline. Nothing imports JAX."""

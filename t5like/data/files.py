@@ -1,4 +1,5 @@
-"""Documents in files: text, lines, JSON lines, Parquet. Classes with the methods of `sources.Source`.
+"""Documents in files: text, lines, JSON lines, tab-separated values, Parquet. Classes with the methods of
+`sources.Source`; those whose documents have fields give them whole as well (`record`), for supervised examples.
 
 Reading in order is cheap and takes constant memory; jumping about is allowed but may cost a read from the start of the
 file (.gz, .zst) or of a row group (Parquet). What is wrong with a file is a `DataError` that names file and line.
@@ -13,7 +14,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,20 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}
 
 class SourceGone(DataError):
     """The data are not there (any more); a token store made of them may still be."""
+
+
+class Wanted(NamedTuple):
+    """The fields that are read of each record, and how a message begins that says which there are."""
+
+    names: tuple[str, ...]
+    fix: str = "set data.text_field to"
+
+
+class Record(NamedTuple):
+    """One example: its fields (those wanted, at least) as texts, numbers, lists and dicts; and where it stands."""
+
+    fields: dict[str, Any]
+    where: str
 
 
 def matching_files(spec: str, pattern: str) -> list[str]:
@@ -146,14 +161,16 @@ def _cut(path: str) -> np.ndarray:
 
 
 class Lines:
-    """Each line that is not blank is one document: as it stands, or as a JSON object with the text in `field`.
+    """Each line that is not blank is one document: as it stands, or as a JSON object if fields are `wanted`.
 
     Files may be compressed with gzip or Zstandard, which is told by their content, not their name. One scan finds every
     1024th line; between those, and in compressed files from the start, lines are read over.
     """
 
-    def __init__(self, name: str, paths: list[str], field: str | None = None) -> None:
-        self.name, self.paths, self.field = name, paths, field
+    _first = 0  # lines of each file that are no documents
+
+    def __init__(self, name: str, paths: list[str], wanted: Wanted | None = None) -> None:
+        self.name, self.paths, self.wanted = name, paths, wanted
         self._cursor: _Cursor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,9 +187,25 @@ class Lines:
         return int(self._index[0][-1])
 
     def __getitem__(self, number: int) -> str:
+        if self.wanted:
+            return text_of(self.record(number), self.wanted)
+        return _decode_line(*self._line(number))
+
+    def record(self, number: int) -> Record:
+        raw, where = self._line(number)
+        try:
+            fields = json.loads(decode_utf8(raw, where))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
+        if not isinstance(fields, dict):
+            raise DataError(f"{where}: a JSON {type(fields).__name__}, but every line must be one JSON object")
+        return Record(fields, where)
+
+    def _line(self, number: int) -> tuple[bytes, str]:
+        """The bytes of a document's line, and where it stands."""
         firsts, marks, _ = self._index
         file = int(np.searchsorted(firsts, number, "right")) - 1
-        wanted = number - int(firsts[file])
+        wanted = number - int(firsts[file]) + self._first
         cursor = self._cursor
         nearest = 0 if cursor is None or cursor.compressed else wanted // _STRIDE * _STRIDE
         if cursor is None or cursor.path != self.paths[file] or not nearest <= cursor.document <= wanted:
@@ -183,7 +216,7 @@ class Lines:
         while cursor.document <= wanted:
             if (raw := cursor.next()) is None:
                 raise DataError(f"{cursor.path} has become shorter while it was read; prepare again")
-        return self._text(raw, f"{cursor.path}:{cursor.line}")
+        return raw, f"{cursor.path}:{cursor.line}"
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, list[np.ndarray], int]:
@@ -191,23 +224,46 @@ class Lines:
         counts, marks, size = [0], [], 0
         for path in self.paths:
             count, places, length = _scan(path)
-            counts.append(count)
+            counts.append(max(count - self._first, 0))
             marks.append(places)
             size += length
         if not sum(counts):
-            raise DataError(f"data.source={self.name}: there are only blank lines")
+            raise DataError(f"data.source={self.name}: there are only blank lines{' below the first' * self._first}")
         return np.cumsum(counts), marks, size
 
-    def _text(self, raw: bytes, where: str) -> str:
-        if self.field is None:
-            return decode_utf8(raw.removesuffix(b"\n").removesuffix(b"\r"), where)
-        try:
-            record = json.loads(decode_utf8(raw, where))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a JSON {type(record).__name__}, but every line must be one JSON object")
-        return _field(record, self.field, where)
+
+class TabSeparated(Lines):
+    """Each line is one document of cells between tabs; the first line of a file names the columns.
+
+    Nothing is quoted or escaped: a cell holds neither tab nor line end (IANA, text/tab-separated-values).
+    """
+
+    _first = 1
+
+    def record(self, number: int) -> Record:
+        raw, where = self._line(number)
+        path = where.rpartition(":")[0]
+        if path not in self._columns:
+            self._columns[path] = _column_names(path)
+        names, cells = self._columns[path], _decode_line(raw, where).split("\t")
+        if len(cells) != len(names):
+            raise DataError(
+                f"{where} has {len(cells)} cells, but the first line names {len(names)} columns "
+                f"({', '.join(names)}); write one cell for each, with a tab between"
+            )
+        return Record(dict(zip(names, cells, strict=True)), where)
+
+    @cached_property
+    def _columns(self) -> dict[str, list[str]]:
+        return {}
+
+
+def _column_names(path: str) -> list[str]:
+    with contextlib.closing(_Cursor(path)) as cursor:
+        names = _decode_line(cursor.next() or b"", f"{path}:{cursor.line}").split("\t")
+    if len(set(names)) < len(names) or not all(names):
+        raise DataError(f"{path}: the first line must name the columns, each differently, but it is {names}")
+    return names
 
 
 class _Cursor:
@@ -275,10 +331,10 @@ def _scan(path: str) -> tuple[int, np.ndarray, int]:
 
 
 class ParquetFiles:
-    """Each row is one document, its text in the column `field`. One row group is in memory at a time."""
+    """Each row is one document; only the columns `wanted` are read. One row group is in memory at a time."""
 
-    def __init__(self, name: str, paths: list[str], field: str) -> None:
-        self.name, self.paths, self.field = name, paths, field
+    def __init__(self, name: str, paths: list[str], wanted: Wanted) -> None:
+        self.name, self.paths, self.wanted = name, paths, wanted
         self._group: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -295,6 +351,9 @@ class ParquetFiles:
         return int(self._index[0][-1])
 
     def __getitem__(self, number: int) -> str:
+        return text_of(self.record(number), self.wanted)
+
+    def record(self, number: int) -> Record:
         firsts, places, _ = self._index
         group = int(np.searchsorted(firsts, number, "right")) - 1
         path, inner = places[group]
@@ -302,12 +361,13 @@ class ParquetFiles:
         if self._group is None or self._group[0] != group:
             self._group = None  # before the next one is read
             with _parquet(path) as file:
-                self._group = group, file.read_row_group(inner, columns=[self.field]).column(0)
+                table = file.read_row_group(inner, columns=list(self.wanted.names))
+                self._group = group, {name: table.column(name) for name in self.wanted.names}
+        row = number - int(firsts[group])
         try:
-            text = self._group[1][number - int(firsts[group])].as_py()
+            return Record({name: column[row].as_py() for name, column in self._group[1].items()}, where)
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the text") from None
-        return checked_text(text, self.field, where)
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, list[tuple[str, int]], int]:
@@ -316,18 +376,17 @@ class ParquetFiles:
         for path in self.paths:
             with _parquet(path) as file:
                 names = file.schema_arrow.names
-                if self.field not in names:
-                    raise DataError(no_field(path, self.field, names))
+                require_fields(path, names, self.wanted)
                 for group in range(file.num_row_groups):
                     columns = file.metadata.row_group(group)
-                    sizes = {
-                        columns.column(c).path_in_schema: columns.column(c).total_uncompressed_size
-                        for c in range(columns.num_columns)
-                    }
                     if columns.num_rows:
                         counts.append(columns.num_rows)
                         places.append((path, group))
-                        size += sizes.get(self.field, 0)
+                        size += sum(
+                            column.total_uncompressed_size
+                            for column in map(columns.column, range(columns.num_columns))
+                            if f"{column.path_in_schema}.".startswith(tuple(f"{name}." for name in self.wanted.names))
+                        )
         if not places:
             raise DataError(f"data.source={self.name}: there are no rows")
         return np.cumsum(counts), places, size
@@ -353,21 +412,28 @@ def decode_utf8(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: invalid UTF-8 at byte {error.start} ({error.reason}); convert the file") from None
 
 
-def _field(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise DataError(no_field(where, field, record))
-    return checked_text(record[field], field, where)
+def _decode_line(raw: bytes, where: str) -> str:
+    return decode_utf8(raw.removesuffix(b"\n").removesuffix(b"\r"), where)
 
 
-def checked_text(text: Any, field: str, where: str) -> str:
+def text_of(record: Record, wanted: Wanted) -> str:
+    """The one field that is wanted of a record, if it is a text."""
+    require_fields(record.where, record.fields, wanted)
+    text = record.fields[wanted.names[0]]
     if not isinstance(text, str):
-        raise DataError(f"{where}: {field!r} is a {type(text).__name__}, not a text; remove it, or set data.text_field")
+        kind = type(text).__name__
+        raise DataError(
+            f"{record.where}: {wanted.names[0]!r} is a {kind}, not a text; remove it, or set data.text_field"
+        )
     return text
 
 
-def no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    names = ", ".join(map(repr, fields)) or "(none)"
-    return f"{where}: there is no field {field!r}; set data.text_field to one of {names}"
+def require_fields(where: str, fields: Iterable[str], wanted: Wanted) -> None:
+    """Refuse if one of the wanted fields is not there."""
+    for name in wanted.names:
+        if name not in fields:
+            names = ", ".join(map(repr, fields)) or "(none)"
+            raise DataError(f"{where}: there is no field {name!r}; {wanted.fix} one of {names}")
 
 
 def one_line(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""Documents by number: one class per kind of source, all with the same few methods (`Source`).
+"""Documents by number, as texts or as records of fields: one class per kind of source, all with the same few methods
+(`Source`, `RecordSource`).
 
 `open_source` turns a word of `data.source` into one; `data.corpus` reads it, in several processes: a source pickles as
 its names and its index, never as open files. Sources that are files are in `data.files`; here are the data sets of
@@ -9,27 +10,33 @@ libraries. Packages that a source needs are imported where it starts to use them
 import contextlib
 import os
 import platform
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from t5like.config import DataConfig
 from t5like.data.files import (
     Lines,
     ParquetFiles,
     Passages,
+    Record,
     SourceGone,
+    TabSeparated,
     TextFiles,
-    checked_text,
+    Wanted,
     decode_utf8,
     fingerprint_files,
     matching_files,
-    no_field,
     one_line,
+    require_fields,
+    text_of,
 )
 from t5like.errors import ConfigError, DataError
 
-KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, hf:NAME"
+KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, tsv:GLOB, hf:NAME, task:NAME"
 MANY_FILES = 100  # text files that are documents as they stand; fewer are cut into passages
 _ROWS = 1024  # rows of a Hugging Face data set in memory at a time
 
@@ -53,38 +60,56 @@ class Source(Protocol):
         """Hex digest that changes when the data do. Does not read everything: see `fingerprint_files`."""
 
 
+class RecordSource(Source, Protocol):
+    """A source whose documents have fields; the text of a document is one of them."""
+
+    def record(self, number: int) -> Record: ...
+
+
 def canonical(spec: str) -> str:
     """A source's name that means the same from every working directory and, for the standard library, every Python."""
     kind, _, rest = spec.partition(":")
     if kind == "python_stdlib":
         return f"python_stdlib:{platform.python_version()}"
-    if kind in ("text", "jsonl", "parquet") or (kind == "hf" and os.path.isdir(os.path.expanduser(rest))):
+    if kind in ("text", "jsonl", "parquet", "tsv") or (kind == "hf" and os.path.isdir(os.path.expanduser(rest))):
         return f"{kind}:{os.path.abspath(os.path.expanduser(rest))}"
     return spec
 
 
-def open_source(spec: str, data: DataConfig) -> Source:
-    """Open one word of `data.source`; builds the standard-library corpus if it is not there yet.
+def open_source(spec: str, data: DataConfig, wanted: Wanted | None = None) -> Source:
+    """Open one word of `data.source`; builds the standard-library corpus, or a task, if it is not there yet.
+
+    Args:
+        wanted: fields that `record` will be asked for (the source is then a `RecordSource`); None: `data.text_field`.
 
     Raises:
-        ConfigError: there is no such kind of source.
+        ConfigError: there is no such kind of source, or it has no fields and some are wanted.
         SourceGone: nothing is found under that name.
         DataError: a file is empty or can't be read, a package is missing, a data set has another form.
     """
     kind, _, rest = spec.partition(":")
+    fields = wanted or Wanted((data.text_field,))
     match kind:
         case "python_stdlib" if not rest:
-            return _open_stdlib(spec, Path(data.directory).expanduser() / "tfds")
+            return _open_stdlib(spec, data, wanted or Wanted(("text",)))
         case "tfds" if rest:
-            return _open_tfds(spec, rest, data)
+            return _open_tfds(spec, rest, data, fields)
+        case "task" if rest:
+            return _open_task(spec, rest, data, fields)
+        case "text" if rest and wanted:
+            raise ConfigError(
+                f"data.source={spec} has no fields, which data.objective=supervised needs; use jsonl:GLOB or tsv:GLOB"
+            )
         case "text" if rest:
             return _text_source(spec, matching_files(spec, rest), data.text_documents)
         case "jsonl" if rest:
-            return Lines(spec, matching_files(spec, rest), data.text_field)
+            return Lines(spec, matching_files(spec, rest), fields)
+        case "tsv" if rest:
+            return TabSeparated(spec, matching_files(spec, rest), fields)
         case "parquet" if rest:
-            return ParquetFiles(spec, matching_files(spec, rest), data.text_field)
+            return ParquetFiles(spec, matching_files(spec, rest), fields)
         case "hf" if rest:
-            return HuggingFace(spec, rest, data.split, data.text_field)
+            return HuggingFace(spec, rest, data.split, fields)
     raise ConfigError(f"data.source={spec!r} must be one of {KINDS}, such as text:my_texts/*.txt")
 
 
@@ -97,15 +122,14 @@ def _text_source(spec: str, paths: list[str], documents: str) -> Source:
 class Tfds:
     """A TFDS data set that lies on disk in a random-access format. TensorFlow is never imported."""
 
-    def __init__(self, name: str, directory: str, split: str, field: str) -> None:
-        self.name, self.directory, self.split, self.field = name, directory, split, field
+    def __init__(self, name: str, directory: str, split: str, wanted: Wanted) -> None:
+        self.name, self.directory, self.split, self.wanted = name, directory, split, wanted
         try:
             info = self._builder.info
             self.size_hint = int(info.splits[split].num_bytes or info.dataset_size)
         except ValueError as error:
             raise DataError(f"data.split={split!r} is not a split of data.source={name}: {one_line(error)}") from None
-        if field not in info.features:
-            raise DataError(no_field(f"data.source={name}", field, sorted(info.features)))
+        require_fields(f"data.source={name}", sorted(info.features), wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
@@ -118,16 +142,17 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, number: int) -> str:
+        return text_of(self.record(number), self.wanted)
+
+    def record(self, number: int) -> Record:
         where = f"data.source={self.name}: example {number}"
         try:
             record = self._records[number]
         except (RuntimeError, ValueError, OSError) as error:
             reason = one_line(error) or "damaged file"  # for a truncated file the library has no words
             raise DataError(f"{where} in {self.directory} can't be read: {reason}") from None
-        text = record[self.field]
-        if not isinstance(text, bytes):
-            raise DataError(f"{where}: {self.field!r} is a {type(text).__name__}, not a text; set data.text_field")
-        return decode_utf8(text, where)
+        features = self._builder.info.features
+        return Record({name: _plain(record[name], features[name], where) for name in self.wanted.names}, where)
 
     @cached_property
     def _builder(self) -> Any:
@@ -146,7 +171,7 @@ class Tfds:
             ) from None
 
 
-def _open_tfds(spec: str, name: str, data: DataConfig) -> Tfds:
+def _open_tfds(spec: str, name: str, data: DataConfig, wanted: Wanted) -> Tfds:
     import tensorflow_datasets as tfds
 
     try:
@@ -158,36 +183,67 @@ def _open_tfds(spec: str, name: str, data: DataConfig) -> Tfds:
             f"data.source={spec} is not in {builder.data_dir}; prepare it with tfds build {name} "
             "--file_format=array_record, or set TFDS_DATA_DIR to where it is"
         )
-    return Tfds(spec, str(builder.data_dir), data.split, data.text_field)
+    return Tfds(spec, str(builder.data_dir), data.split, wanted)
 
 
-def _open_stdlib(spec: str, directory: Path) -> Tfds:
-    """Open the standard-library corpus below `directory`, after building it there if it is missing."""
-    import tensorflow_datasets as tfds
-
+def _open_stdlib(spec: str, data: DataConfig, wanted: Wanted) -> Tfds:
     from t5like.data.python_stdlib import PythonStdlib
 
-    builder = PythonStdlib(data_dir=directory, file_format="array_record")
+    return Tfds(spec, _built(PythonStdlib, data), "train", wanted)
+
+
+def _open_task(spec: str, name: str, data: DataConfig, wanted: Wanted) -> Tfds:
+    from t5like.data.tasks import NAMES, Tasks
+
+    if name not in NAMES:
+        raise ConfigError(f"data.source={spec}: there is no task {name!r}; use task: and one of {', '.join(NAMES)}")
+    return Tfds(spec, _built(Tasks, data, config=name), data.split, wanted)
+
+
+def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
+    """The directory of a data set of ours below `data.directory`; it is built there if it is missing."""
+    import tensorflow_datasets as tfds
+
+    directory = Path(data.directory).expanduser() / "tfds"
+    make = lambda: builder_class(data_dir=directory, file_format="array_record", **options)
+    builder = make()
     if not builder.is_prepared():
         tfds.disable_progress_bar()
         try:
             with contextlib.redirect_stdout(None):  # TFDS announces itself there
                 builder.download_and_prepare()
         except OSError as error:
-            if not PythonStdlib(data_dir=directory, file_format="array_record").is_prepared():  # nor by another process
+            if not make().is_prepared():  # nor by another process
                 raise DataError(f"data.directory={directory.parent} can't be written: {one_line(error)}") from None
-    return Tfds(spec, str(builder.data_dir), "train", "text")
+    return str(builder.data_dir)
+
+
+def _plain(value: Any, feature: Any, where: str) -> Any:
+    """A value of a library as text, number, list or dict; a class label as its name. `feature` is the library's type.
+
+    A sequence of dicts is a dict of sequences in TFDS, and stays one.
+    """
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    if isinstance(value, bytes):
+        return decode_utf8(value, where)
+    if isinstance(value, Mapping):
+        return {key: _plain(part, inner[key], where) for key, part in value.items()}
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        return [_plain(part, inner, where) for part in value]
+    value = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    if hasattr(feature, "int2str") and isinstance(value, int) and value >= 0:  # -1: no label
+        return feature.int2str(value)
+    return value
 
 
 class HuggingFace:
     """A data set of the package `datasets`: ``NAME``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG`` of the hub or its cache
     (``HF_HUB_OFFLINE=1`` keeps it off the network), or a directory that ``save_to_disk`` wrote. Runs no code of it."""
 
-    def __init__(self, name: str, path: str, split: str, field: str) -> None:
-        self.name, self.path, self.split, self.field = name, path, split, field
+    def __init__(self, name: str, path: str, split: str, wanted: Wanted) -> None:
+        self.name, self.path, self.split, self.wanted = name, path, split, wanted
         rows = self._rows
-        if field not in rows.column_names:
-            raise DataError(no_field(f"data.source={name}", field, rows.column_names))
+        require_fields(f"data.source={name}", rows.column_names, wanted)
         self.size_hint = int(rows.data.nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,14 +256,19 @@ class HuggingFace:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> str:
+        return text_of(self.record(number), self.wanted)
+
+    def record(self, number: int) -> Record:
         block, inner = divmod(number, _ROWS)
         if self._block[0] != block:
-            self._block = block, self._rows[block * _ROWS : (block + 1) * _ROWS][self.field]
-        return checked_text(self._block[1][inner], self.field, f"data.source={self.name}: row {number}")
+            self._block = block, self._rows[block * _ROWS : (block + 1) * _ROWS]
+        where, features = f"data.source={self.name}: row {number}", self._rows.features
+        fields = {name: _plain(self._block[1][name][inner], features[name], where) for name in self.wanted.names}
+        return Record(fields, where)
 
     @cached_property
-    def _block(self) -> tuple[int, list[Any]]:
-        return -1, []
+    def _block(self) -> tuple[int, dict[str, list[Any]]]:
+        return -1, {}
 
     @cached_property
     def _rows(self) -> Any:
@@ -226,4 +287,5 @@ class HuggingFace:
                 found = datasets.load_dataset(f"{owner}/{name}" if name else owner, config, split=self.split)
         except (OSError, ValueError, KeyError) as error:
             raise SourceGone(f"data.source={self.name}, data.split={self.split}: {one_line(error)}") from None
-        return found.select_columns([self.field]) if self.field in found.column_names else found
+        names = list(self.wanted.names)
+        return found.select_columns(names) if set(names) <= set(found.column_names) else found

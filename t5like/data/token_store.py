@@ -4,6 +4,9 @@ A store is a directory: ``manifest.json``, written last, and ``pieces/``. Piece 
 documents in these files, for each split (train, heldout): ``00007.train.tokens`` (little-endian uint16, or uint32 for
 vocabularies above 65,536; every document ends in EOS) and ``00007.train.ends`` (uint64, the place after each document's
 EOS); ``00007.json`` says what is in them and marks the piece as whole. The pieces of a split, in order, are a `Stream`.
+
+A store of supervised examples has a document for each; every part of it ends in EOS (inputs, targets, or the turns of
+a conversation), and ``00007.train.targets`` (pairs of uint64) holds [start, stop) of each part that is learned.
 """
 
 import contextlib
@@ -66,6 +69,12 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def spread(starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+    """int64 [sum of the lengths]: the places of stretches behind each other; (7, 2), (1, 3) is 7 8 1 2 3."""
+    before_N = np.cumsum(lengths_N) - lengths_N
+    return np.repeat(starts_N - before_N, lengths_N) + np.arange(int(lengths_N.sum()))
 
 
 class TokenStore:
@@ -171,6 +180,33 @@ class Stream:
             end_N[mine] = self._first[shard] + ends[index] - 1
             begin_N[mine] = self._first[shard] + np.where(index > 0, ends[index - 1], 0)
         return begin_N, end_N
+
+    def gather(self, starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+        """int32 [sum of the lengths]: stretches of tokens behind each other. A stretch lies inside one document.
+
+        Fastest where starts ascend: then a shard's stretches stand together.
+        """
+        flat_T = np.empty(int(lengths_N.sum()), np.int32)
+        shards_N = np.searchsorted(self._first, starts_N, "right") - 1
+        ends_N = np.cumsum(lengths_N)
+        changes = np.flatnonzero(np.diff(shards_N)) + 1
+        for begin, end in zip([0, *changes], [*changes, len(starts_N)], strict=True):
+            if begin < end:
+                shard = int(shards_N[begin])
+                places_T = spread(starts_N[begin:end] - self._first[shard], lengths_N[begin:end])
+                flat_T[ends_N[begin] - lengths_N[begin] : ends_N[end - 1]] = self._shard_tokens(shard)[places_T]
+        return flat_T
+
+    def ends(self) -> np.ndarray:
+        """int64 [documents]: the place after each document."""
+        return np.concatenate(
+            [first + self._shard_ends(s) for s, first in enumerate(self._first[:-1])] or [np.empty(0, np.int64)]
+        )
+
+    def targets(self) -> np.ndarray:
+        """int64 [M, 2]: [start, stop) of every stretch that is learned, in order; of supervised examples only."""
+        found = [first + self._map(s, "targets", "<i8") for s, first in enumerate(self._first[:-1])]
+        return np.concatenate(found or [np.empty(0, np.int64)]).reshape(-1, 2)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each id occurs. Counted once, then kept in the store if it can be written."""
