@@ -94,6 +94,11 @@ def window(config: Config) -> Window:
     return Window(lengths.window, lengths.window)
 
 
+def num_components(config: Config) -> int:
+    """How many components the data has: each source under each objective."""
+    return len(config.data.source) * len(config.data.objective)
+
+
 def random_bits(keys_B: np.ndarray, count: int) -> np.ndarray:
     """uint64 [B, count] of independent random bits, a pure function of each row's uint64 key.
 
