@@ -138,10 +138,10 @@ def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
     params = jax.jit(lambda key: step.init_state(config, batch, key).params)(jax.random.key(0))
     loss = step.pretrain_loss(config, params, batch, None)
     tokens, pairs = loss.metrics["loss"], loss.metrics["nsp_loss"]
-    assert pairs.weight == 8 and pairs.total / 8 == pytest.approx(np.log(2), abs=0.1)
-    assert loss.objective == pytest.approx(tokens.total + 5 * pairs.total, rel=1e-6)  # 15 % of 32 tokens
+    assert pairs.weight == 8 and float(pairs.total) / 8 == pytest.approx(np.log(2), abs=0.1)
+    assert float(loss.objective) == pytest.approx(float(tokens.total + 5 * pairs.total), rel=1e-6)  # 15 % of 32 tokens
     alone = step.pretrain_loss(config, params, batch._replace(follows_B1=None), None)
-    assert alone.objective == pytest.approx(tokens.total, rel=1e-6) and "nsp_loss" not in alone.metrics
+    assert float(alone.objective) == pytest.approx(float(tokens.total), rel=1e-6) and "nsp_loss" not in alone.metrics
 
 
 def test_an_encoder_counts_the_tokens_it_reads():

@@ -361,9 +361,8 @@ class Transformer(nn.Module):
         if model.token_types:
             types_BL = jnp.zeros_like(ids_BL) if token_types_BL is None else token_types_BL
             # A product, because the gradient of a look-up would add every token into the same few rows one by one.
-            x_BLD = x_BLD + jax.nn.one_hot(types_BL, model.token_types, dtype=model.dtype) @ self.token_types.astype(
-                model.dtype
-            )
+            one_hot_BLC = jax.nn.one_hot(types_BL, model.token_types, dtype=model.dtype)
+            x_BLD = x_BLD + one_hot_BLC @ self.token_types.astype(model.dtype)
         if model.embedding_norm:
             x_BLD = self.embedding_norm(x_BLD)
         return constrain(lay.dropout(self, x_BLD, model.dropout_rate, train=train), "batch", "length", "act_embed")
