@@ -89,7 +89,7 @@ class ModelConfig:
     num_kv_heads: int = 0  # grouped-query attention; 0: num_heads
     head_dim: int = 64
     mlp_dim: int = 1024
-    mlp: Literal["relu", "gelu", "gated_gelu", "gated_silu"] = "gated_gelu"  # gelu: the tanh approximation
+    mlp: Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"] = "gated_gelu"  # gelu: tanh approximation
     positions: Literal["relative", "rotary", "learned"] = "relative"
     relative_buckets: int = 32
     relative_max_distance: int = 128  # tokens
@@ -98,12 +98,16 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_position: Literal["pre", "post"] = "pre"
     norm_epsilon: float = 1e-6
+    embedding_norm: bool = False  # a norm behind the sum of the embeddings, as in BERT
     biases: bool = False  # on every dense layer
     tied_embeddings: bool = False
     scale_attention: bool = False  # multiply q k by head_dim**-0.5; T5 does not, it folds that into the init
-    init: Literal["t5", "gpt2"] = (
-        "t5"  # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks
-    )
+    # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks; bert: N(0, 0.02) everywhere
+    init: Literal["t5", "gpt2", "bert"] = "t5"
+    # Encoder-only: rows of the embeddings of a pair's first and second text. If there are any, there is also BERT's
+    # pooler with the next-sentence classifier, whatever the objective: parameters follow from this section alone.
+    token_types: int = 0
+    head: Literal["plain", "mlm"] = "plain"  # mlm, encoder-only: a dense layer and a norm first, a bias on the logits
     dropout_rate: float = 0.0
     vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
@@ -318,6 +322,7 @@ def check(config: Config) -> None:
         "data.num_workers",
         "model.num_decoder_layers",
         "model.num_kv_heads",
+        "model.token_types",
         "optimizer.warmup_steps",
         "optimizer.decay_steps",
         "optimizer.weight_decay",
@@ -420,7 +425,25 @@ def check(config: Config) -> None:
         "model.relative_max_distance",
         f"must be more than half of model.relative_buckets={model.relative_buckets}; use {4 * model.relative_buckets}",
     )
-    longest = config.row_length if model.architecture == "decoder" else max(data.inputs_length, data.targets_length)
+    encoder_only = model.architecture == "encoder"
+    require(
+        encoder_only or not model.token_types,
+        "model.token_types",
+        f"needs model.architecture=encoder, not {model.architecture}; use 0",
+    )
+    require(
+        encoder_only or model.head == "plain",
+        "model.head",
+        f"needs model.architecture=encoder, not {model.architecture}; use plain",
+    )
+    require(
+        "mlm_nsp" not in data.objective or model.token_types >= 2,
+        "model.token_types",
+        "must be at least 2 for data.objective=mlm_nsp; use 2",
+    )
+    longest = {"decoder": config.row_length, "encoder": data.inputs_length}.get(
+        model.architecture, max(data.inputs_length, data.targets_length)
+    )
     require(
         model.positions != "learned" or model.max_length >= longest,
         "model.max_length",

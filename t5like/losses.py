@@ -1,7 +1,8 @@
 """Losses on targets, as sums: (total, weight) is divided once, after microbatches, devices and hosts are added.
 
 All in float32. `step` decides whether the logits exist whole (`cross_entropy`) or a chunk at a time (`in_chunks`).
-Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with; label smoothing is Szegedy et al. 2016.
+Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with; label smoothing is Szegedy et al. 2016;
+next-sentence prediction is BERT's (Devlin et al. 2019, section 3.1).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ class Loss(NamedTuple):
 
     Attributes:
         objective: float32 scalar: nats, z-loss and smoothing, weighted and summed.
-        metrics: `loss` (nats of the true target alone), `z_loss`, `accuracy`; each weighted and summed.
+        metrics: `loss` (nats of the true target alone), `z_loss`, `accuracy`, `nsp_loss`, `nsp_accuracy`; each weighted
+            and summed. `by_component` (nats) and `rows_by_component` are [C], one sum per component of the data.
     """
 
     objective: jax.Array
@@ -34,6 +36,8 @@ def cross_entropy(
     vocab_size: int,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    component_B1: jax.Array | None = None,
+    num_components: int = 1,
 ) -> Loss:
     """Cross entropy of the logits with the targets.
 
@@ -44,6 +48,9 @@ def cross_entropy(
         vocab_size: how many of the V rows are real.
         z_loss: factor of log(Z)^2, which keeps the logits from drifting.
         label_smoothing: share of the probability that is spread evenly over the real rows.
+        component_B1: int32 below `num_components`, where each row comes from: the metrics get `by_component`. None: one
+            component, no such metric.
+        num_components: C.
     """
     logits_BLV = logits_BLV.astype(jnp.float32)
     objective_BL, nats_BL, log_z_BL, correct_BL = _per_token(
@@ -55,7 +62,42 @@ def cross_entropy(
         "z_loss": Sum((z_loss * jnp.square(log_z_BL) * weights_BL).sum(), weight),
         "accuracy": Sum((correct_BL * weights_BL).sum(), weight),
     }
+    if component_B1 is not None:
+        of_rows = partial(sum_by_component, component_B1=component_B1, num_components=num_components)
+        nats_B1, weights_B1 = (nats_BL * weights_BL).sum(1, keepdims=True), weights_BL.sum(1, keepdims=True)
+        metrics["by_component"] = Sum(of_rows(nats_B1), of_rows(weights_B1))
     return Loss((objective_BL * weights_BL).sum(), metrics)
+
+
+def sum_by_component(x_B1: jax.Array, component_B1: jax.Array, num_components: int) -> jax.Array:
+    """float32 [C]: the sum of the rows of each component. Not a product: that would round to bfloat16 on a TPU."""
+    return jnp.where(component_B1 == jnp.arange(num_components)[None], x_B1.astype(jnp.float32), 0.0).sum(0)
+
+
+def next_sentence(logits_B2: jax.Array, follows_B1: jax.Array, *, row_weight: float) -> Loss:
+    """Cross entropy of whether the second text of each pair follows the first.
+
+    BERT descends the mean over masked tokens plus the mean over pairs. Our objective is one sum, divided once by the
+    weight of `loss`, the number of masked tokens: a pair's nats count `row_weight` times, the masked tokens of a full
+    row. If all rows are full and count, that is BERT's sum of means; a short row's pair counts as much as a long one's.
+    And it stays a sum: over microbatches, devices and hosts it adds up to that of the whole batch.
+
+    Args:
+        logits_B2: float32; column 0: it follows, 1: it does not (BERT's order).
+        follows_B1: int32 1: it follows, 0: it does not, -1: the row does not count.
+        row_weight: masked tokens that a full row is expected to have.
+
+    Returns:
+        the objective, and the metrics `nsp_loss` (nats per pair) and `nsp_accuracy`.
+    """
+    counts_B = (follows_B1[:, 0] >= 0).astype(jnp.float32)
+    margin_B = logits_B2[:, 0] - logits_B2[:, 1]  # in favour of following
+    sign_B = jnp.where(follows_B1[:, 0] == 1, 1.0, -1.0)
+    nats = (jax.nn.softplus(-sign_B * margin_B) * counts_B).sum()
+    correct = ((sign_B * margin_B > 0) * counts_B).sum()
+    return Loss(
+        row_weight * nats, {"nsp_loss": Sum(nats, counts_B.sum()), "nsp_accuracy": Sum(correct, counts_B.sum())}
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -36,6 +36,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "buckets": None,
     "positions": None,
+    "token_types": None,
+    "features": None,  # of BERT's heads, D -> D: too little work to split it twice
+    "classes": None,
     "batch": ("data", "fsdp"),
     "length": "context",
     "act_embed": None,

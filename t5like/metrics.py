@@ -44,7 +44,8 @@ TENSORBOARD = "tensorboard"
 def model_flops(config: Config) -> int:
     """Floating-point operations of the matrix products in one training step of the whole batch.
 
-    A product of [m, k] and [k, n] is 2 m k n. Per row, with S input and L target tokens (decoder-only: L is the row):
+    A product of [m, k] and [k, n] is 2 m k n. Per row, with S input and L target tokens (decoder-only: L is the row;
+    encoder-only: S is the row, and the head reads all of it, L = S):
 
         | per encoder layer          |                                 | per decoder layer | with an encoder  |
         |----------------------------|---------------------------------|-------------------|------------------|
@@ -53,9 +54,10 @@ def model_flops(config: Config) -> int:
         | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
-    and once 2 L D V for the head, V with its padding rows. The backward pass is twice the forward pass. Conventions:
-    attention counts all pairs, also those that a causal or segment mask removes; looking embeddings up is free; so are
-    norms, softmax, biases and the optimizer.
+    and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler and
+    classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. The backward pass is twice the forward
+    pass. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes; looking
+    embeddings up is free, token types included; so are norms, softmax, biases and the optimizer.
     """
     model, data = config.model, config.data
     queries = model.num_heads * model.head_dim
@@ -69,15 +71,22 @@ def model_flops(config: Config) -> int:
     def layer(length: int) -> int:
         return attention(length, length) + mlp_kernels * 2 * length * model.model_dim * model.mlp_dim
 
+    heads = 0
     if model.architecture == "decoder":
         targets = config.row_length
         layers = model.num_layers * layer(targets)
+    elif model.architecture == "encoder":
+        targets = data.inputs_length
+        layers = model.num_layers * layer(targets)
+        heads += 2 * targets * model.model_dim**2 if model.head == "mlm" else 0
+        heads += 2 * model.model_dim**2 + 2 * 2 * model.model_dim if "mlm_nsp" in data.objective else 0
     else:
         targets = data.targets_length
         decoder_layer = layer(targets) + attention(targets, data.inputs_length)
         layers = model.num_layers * layer(data.inputs_length)
         layers += (model.num_decoder_layers or model.num_layers) * decoder_layer
-    return 3 * data.batch_size * (layers + 2 * targets * model.model_dim * config.vocab_rows)
+    heads += 2 * targets * model.model_dim * config.vocab_rows
+    return 3 * data.batch_size * (layers + heads)
 
 
 # FLOP/s of one JAX device, bf16 without sparsity, by words of its device_kind (the longest entry that occurs counts).

@@ -10,12 +10,14 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5like import losses
 from t5like import mesh as meshes
 from t5like.config import Config
+from t5like.data.objectives import num_components
 from t5like.model.transformer import Transformer
 from t5like.optimizers import make_optimizer, schedule
 from t5like.types import Batch, Metrics, Sum, TrainState, Tree
@@ -24,7 +26,12 @@ LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # confi
 
 
 def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
-    """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation)."""
+    """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
+
+    Pairs add their loss (`losses.next_sentence`) where the batch has any. Where its rows come from several components,
+    there are metrics by component: nats and weights, and the number of rows that have a target.
+    """
+    components = num_components(config)
     model = Transformer(config)
     rngs = None if key is None else {"dropout": key}
     hidden_BLD = model.apply({"params": params}, batch, train=key is not None, method="hidden", rngs=rngs)
@@ -38,11 +45,24 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
             vocab_size=config.tokenizer.vocab_size,
             z_loss=config.train.z_loss,
             label_smoothing=config.train.label_smoothing,
+            component_B1=batch.component_B1,
+            num_components=components,
         )
 
     if config.train.loss_chunk:
-        return losses.in_chunks(head, hidden_BLD, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
-    return head(hidden_BLD, batch.targets_BL, batch.weights_BL)
+        loss = losses.in_chunks(head, hidden_BLD, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
+    else:
+        loss = head(hidden_BLD, batch.targets_BL, batch.weights_BL)
+    if batch.component_B1 is not None:
+        rows_B1 = (batch.weights_BL > 0).any(1, keepdims=True)
+        rows = losses.sum_by_component(rows_B1, batch.component_B1, components)
+        loss = loss._replace(metrics=loss.metrics | {"rows_by_component": Sum(rows, rows)})
+    if batch.follows_B1 is not None:
+        logits_B2 = model.apply({"params": params}, hidden_BLD, method="pair_logits")
+        masked = max(round(config.data.noise_density * config.data.inputs_length), 1)
+        pairs = losses.next_sentence(logits_B2, batch.follows_B1, row_weight=masked)
+        loss = losses.Loss(loss.objective + pairs.objective, loss.metrics | pairs.metrics)
+    return loss
 
 
 def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
@@ -135,6 +155,8 @@ def make_train_step(
 
 def _real_tokens(batch: Batch) -> jax.Array:
     """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
+    if batch.decoder_BL is None:
+        return jnp.sum(batch.encoder_BS != 0, dtype=jnp.float32)
     if batch.encoder_BS is None:
         return jnp.sum(
             batch.weights_BL > 0 if batch.prefix_BL is None else jnp.ones_like(batch.weights_BL), dtype=jnp.float32
@@ -157,6 +179,19 @@ def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[
         return jax.tree.map(jnp.add, total, loss_fn(config, params, batch, None).metrics)
 
     return eval_step
+
+
+def zero_metrics(config: Config, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
+    """The sums that an evaluation starts with: zeros of the shapes that the loss gives batches like this one.
+
+    `batch` gives shapes only, `config` is settled; nothing is computed, and the zeros are numpy's.
+    """
+
+    def metrics(batch: Batch, key: jax.Array) -> Metrics:
+        return loss_fn(config, nn.meta.unbox(init_params(config, batch, key)), batch, None).metrics
+
+    shapes = jax.eval_shape(metrics, batch, jax.random.key(0))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):

@@ -27,7 +27,7 @@ def test_a_config_of_ours_loads_and_survives_being_saved(path):
     config = configs.load(path)
     assert configs.from_json(configs.to_json(config)) == config
     batch = pipeline.spec(config)
-    assert batch.decoder_BL.shape[0] == config.data.batch_size
+    assert batch.targets_BL.shape[0] == config.data.batch_size
     for step in (0, 1, config.train.num_steps // 2, config.train.num_steps - 1):
         assert 0 <= float(schedule(config)(step)) <= config.optimizer.learning_rate * (1 + 1e-6)
 
@@ -114,6 +114,16 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         (
             {"model": {"positions": "learned", "max_length": 100}},
             "model.max_length=100 must be at least the longest row, 512, with learned positions; use 512",
+        ),
+        (
+            {"model": {"positions": "learned", "max_length": 100, "architecture": "encoder"}, "data": {"objective": "mlm", "inputs_length": 101}},
+            "model.max_length=100 must be at least the longest row, 101, with learned positions; use 101",
+        ),
+        ({"model": {"token_types": 2}}, "model.token_types=2 needs model.architecture=encoder, not encoder_decoder; use 0"),
+        ({"model": {"head": "mlm"}}, "model.head='mlm' needs model.architecture=encoder, not encoder_decoder; use plain"),
+        (
+            {"model": {"architecture": "encoder", "token_types": 1}, "data": {"objective": ("mlm", "mlm_nsp")}},
+            "model.token_types=1 must be at least 2 for data.objective=mlm_nsp; use 2",
         ),
         ({"train": {"microbatches": 3}}, "data.batch_size=128 must be a multiple of train.microbatches=3; use 129"),
         (

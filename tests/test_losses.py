@@ -62,3 +62,37 @@ def test_chunks_equal_the_whole_with_their_gradients(rng, chunk):
         return loss(head, hidden, chunk), jax.grad(lambda h, x: loss(h, x, chunk).objective, (0, 1))(head, hidden)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), with_gradient(0), with_gradient(chunk))
+
+
+def test_next_sentence_is_the_cross_entropy_of_two_classes_and_leaves_rows_out(rng):
+    logits = rng.normal(size=(7, 2)) * 3
+    follows = np.array([1, 0, -1, 1, -1, 0, 1])
+    loss = losses.next_sentence(jnp.asarray(logits, jnp.float32), follows[:, None], row_weight=5.0)
+    nats = np.log(np.exp(logits).sum(-1)) - np.where(follows == 1, logits[:, 0], logits[:, 1])  # class 0: it follows
+    np.testing.assert_allclose(loss.metrics["nsp_loss"], (nats[follows >= 0].sum(), 5), rtol=1e-5)
+    np.testing.assert_allclose(loss.objective, 5 * nats[follows >= 0].sum(), rtol=1e-5)
+    right = (logits.argmax(-1) == 1 - follows)[follows >= 0]
+    assert loss.metrics["nsp_accuracy"] == (right.sum(), 5)
+
+
+def test_a_pairs_loss_has_the_gradient_of_its_formula(rng):
+    logits, follows = jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), np.array([[1], [0], [-1], [0]])
+    gradient = jax.grad(lambda x: losses.next_sentence(x, follows, row_weight=3.0).objective)(logits)
+    wanted = 3 * (jax.nn.softmax(logits) - np.array([[1, 0], [0, 1], [0, 0], [0, 1]])) * (follows >= 0)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_losses_by_component_are_those_of_its_rows(rng, chunk):
+    logits, targets, weights = example(rng, rows=5)
+    component = np.array([[2], [0], [2], [3], [0]], np.int32)
+
+    def of(logits, targets, weights):
+        return losses.cross_entropy(logits, targets, weights, vocab_size=17, component_B1=component, num_components=4)
+
+    whole = jnp.asarray(logits, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
+    found = (losses.in_chunks(of, *whole, chunk) if chunk else of(*whole)).metrics["by_component"]
+    for index in range(4):
+        mine = component[:, 0] == index
+        np.testing.assert_allclose(found.total[index], reference(logits[mine], targets[mine], weights[mine], 0, 0)[1], rtol=1e-5)
+        assert found.weight[index] == weights[mine].sum()

@@ -1,5 +1,6 @@
 """FLOPs against hand counts and XLA's, files after kills and resumes, the clock, the lines, the picture."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -43,6 +44,16 @@ def test_flops_of_a_decoder_with_grouped_queries_equal_a_count_by_hand():
     layer = 2 * 8 * 8 * 24 + 2 * 8 * 8 * 12 + 2 * 8 * 8 * 24 + 2 * 8 * 8 * 16
     wanted = 2 * 3 * 2 * (2 * layer + 8 * 8 * 1024)
     assert model_flops(config_of(architecture="decoder", num_kv_heads=2, mlp="relu")) == wanted
+
+
+def test_flops_of_an_encoder_with_berts_heads_equal_a_count_by_hand():
+    layer = 4 * 5 * 8 * 24 + 2 * 5 * 5 * 24 + 2 * 5 * 8 * 16
+    bert = config_of(architecture="encoder", mlp="gelu_exact", head="mlm", token_types=2)
+    assert model_flops(bert) == 2 * 3 * 2 * (2 * layer + 5 * 8 * 8 + 5 * 8 * 1024)
+    pairs = dataclasses.replace(bert, data=dataclasses.replace(DATA, objective=("mlm_nsp",)))
+    assert model_flops(pairs) - model_flops(bert) == 2 * 3 * 2 * (8 * 8 + 8 * 2)
+    plain = config_of(architecture="encoder", mlp="gelu_exact")
+    assert model_flops(bert) - model_flops(plain) == 2 * 3 * 2 * 5 * 8 * 8
 
 
 def test_flops_take_the_decoders_own_depth():

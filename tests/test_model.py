@@ -31,6 +31,9 @@ FAMILIES = {
               "scale_attention": True, "init": "gpt2"},
     "gpt2": {"architecture": "decoder", "head_dim": 4, "mlp_dim": 64, "mlp": "gelu", "positions": "learned", "norm": "layer",
              "norm_epsilon": 1e-5, "biases": True, "tied_embeddings": True, "scale_attention": True, "init": "gpt2", "max_length": 64},
+    "bert": {"architecture": "encoder", "head_dim": 4, "mlp": "gelu_exact", "positions": "learned", "norm": "layer",
+             "norm_position": "post", "norm_epsilon": 1e-12, "embedding_norm": True, "token_types": 2, "head": "mlm",
+             "biases": True, "tied_embeddings": True, "scale_attention": True, "init": "bert", "max_length": 64},
 }
 
 
@@ -42,6 +45,11 @@ def init(config: Config, seed: int = 0):
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config: Config, params, batch: Batch):
     return Transformer(config).apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pair_logits(config: Config, params, batch: Batch):
+    return Transformer(config).apply({"params": params}, batch, method=lambda m, batch: m.pair_logits(m.hidden(batch)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,6 +99,28 @@ def hf_weights(family: str) -> dict:
                        "mlp_norm": {"scale": stack(f"{block}.post_attention_layernorm.weight")},
                        "mlp": {ours: {"kernel": stack(f"{block}.mlp.{theirs}_proj.weight")}
                                for ours, theirs in {"gate": "gate", "in": "up", "out": "down"}.items()}}}}
+    if family == "bert":
+        block = "bert.encoder.layer.{}"
+
+        def inner(name, ours="kernel"):
+            return {ours: stack(f"{block}.{name}.weight"), "bias": stack(f"{block}.{name}.bias")}
+
+        def outer(name, ours="kernel"):
+            return {ours: w[f"{name}.weight"].T, "bias": w[f"{name}.bias"]}
+
+        return {
+            "embedding": w["bert.embeddings.word_embeddings.weight"], "positions": w["bert.embeddings.position_embeddings.weight"],
+            "token_types": w["bert.embeddings.token_type_embeddings.weight"],
+            "embedding_norm": outer("bert.embeddings.LayerNorm", "scale"),
+            "encoder": {"layers": {
+                "attention": {**{ours: inner(f"attention.self.{ours}") for ours in ("query", "key", "value")},
+                              "out": inner("attention.output.dense")},
+                "attention_norm": inner("attention.output.LayerNorm", "scale"),
+                "mlp": {"in": inner("intermediate.dense"), "out": inner("output.dense")},
+                "mlp_norm": inner("output.LayerNorm", "scale")}},
+            "pairs": {"pooler": outer("bert.pooler.dense"), "classes": outer("cls.seq_relationship")},
+            "mlm": {"dense": outer("cls.predictions.transform.dense"), "norm": outer("cls.predictions.transform.LayerNorm", "scale")},
+            "head_bias": w["cls.predictions.bias"]}
     block = "transformer.h.{}"
 
     def dense(name):  # GPT-2's Conv1D keeps [in, out]
@@ -121,8 +151,13 @@ def test_logits_equal_those_of_hugging_face(family):
     else:
         ids = inputs["input_ids"].astype(np.int32)
         batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
-    ours = logits(config, jax.tree.map(jnp.asarray, hf_weights(family)), batch)
-    np.testing.assert_allclose(ours, GOLDEN[f"{family}.logits"], atol=1e-4, rtol=1e-4)
+    params, real = jax.tree.map(jnp.asarray, hf_weights(family)), ...
+    if family == "bert":
+        mask, types = (inputs[name].astype(np.int32) for name in ("attention_mask", "token_type_ids"))
+        batch = Batch(None, ids, batch.weights_BL, ids, mask, token_types_BS=types)
+        real = mask > 0  # theirs go on computing where there is padding
+        np.testing.assert_allclose(pair_logits(config, params, batch), GOLDEN["bert.pair_logits"], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(logits(config, params, batch)[real], GOLDEN[f"{family}.logits"][real], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -134,9 +169,10 @@ def test_relative_buckets_equal_those_of_hugging_face(bidirectional):
 # ---- Sizes ----
 
 
-def count(config: Config) -> int:
+def count(config: Config, *, without: tuple[str, ...] = ()) -> int:
     config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
-    return tree.num_parameters(jax.eval_shape(functools.partial(step.init_params, config), pipeline.spec(config), jax.random.key(0)))
+    shapes = jax.eval_shape(functools.partial(step.init_params, config), pipeline.spec(config), jax.random.key(0))
+    return tree.num_parameters({name: leaf for name, leaf in tree.flatten(shapes).items() if not name.startswith(without)})
 
 
 def preset(name: str, **overrides: str) -> Config:
@@ -157,7 +193,14 @@ def test_t5_1_0_base_and_gpt2_have_their_published_sizes():
     assert count(preset("gpt_small", model__vocab_multiple="1")) == 124_439_808
 
 
-@pytest.mark.parametrize("name", ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b"])
+def test_bert_base_has_its_published_size_with_and_without_its_heads():
+    config = preset("bert_base", model__vocab_multiple="1")
+    assert count(config) == 110_106_428
+    assert count(config, without=("mlm/", "head_bias", "pairs/classes/")) == 109_482_240
+
+
+@pytest.mark.parametrize("name", ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b",
+                                  "bert_base"])
 def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
     # The preset's own shapes would not fit; its scheme does: depth and width are cut, every other choice stays.
     cut = {"model__num_layers": "3", "model__model_dim": "64", "model__mlp_dim": "128", "model__num_heads": "4", "model__head_dim": "16",
@@ -179,13 +222,17 @@ VARIANTS = {
     "llama": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 2, "scale_attention": True, "mlp": "gated_silu"}},
     "post_norm": {"model": {"norm_position": "post", "norm": "layer", "biases": True, "positions": "learned", "mlp": "relu"}},
     "prefix": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
+    "bert": {"model": {**FAMILIES["bert"], "head_dim": 8}, "data": {"objective": "mlm_nsp"}},
+    "encoder": {"model": {"architecture": "encoder"}},
+    "rotary_encoder": {"model": {"architecture": "encoder", "positions": "rotary", "norm_position": "post", "mlp": "gated_silu"}},
 }
 
 
 @pytest.mark.parametrize("variant, change", [
     ("t5", {"layers": "scan"}), ("t5", {"remat": "full"}), ("t5", {"layers": "scan", "remat": "dots"}),
     ("llama", {"layers": "scan", "remat": "full"}), ("post_norm", {"layers": "scan"}), ("prefix", {"remat": "dots"}),
-    ("t5", {"kernels": "cpu"}), ("llama", {"kernels": "cpu"}), ("post_norm", {"kernels": "cpu"})])
+    ("bert", {"layers": "scan", "remat": "dots"}), ("encoder", {"layers": "scan", "remat": "full"}),
+    ("t5", {"kernels": "cpu"}), ("llama", {"kernels": "cpu"}), ("post_norm", {"kernels": "cpu"}), ("bert", {"kernels": "cpu"})])
 def test_scan_remat_and_kernels_change_nothing(variant, change):
     sections = VARIANTS[variant]
     plain = small(**sections)
@@ -201,21 +248,25 @@ def test_scan_remat_and_kernels_change_nothing(variant, change):
 
 
 def influence(config: Config, batch: Batch, row: int = 0):
-    """How much decoder input j moves output i, by gradients: [L outputs, L inputs].
+    """How much decoder (encoder-only: encoder) input j moves output i, by gradients: [L outputs, L inputs].
 
     Each place reads another id, and the encoder none of them, so that an embedding row's gradient belongs to one place.
     """
     params, model = init(config), Transformer(config)
-    ids_L = 3 + np.arange(batch.decoder_BL.shape[1])
-    one = jax.tree.map(lambda x: x[row : row + 1], batch)._replace(decoder_BL=ids_L[None])
-    if one.encoder_BS is not None:
-        one = one._replace(encoder_BS=np.full_like(one.encoder_BS, 2))
+    ids_L = 3 + np.arange(batch.targets_BL.shape[1])
+    one = jax.tree.map(lambda x: x[row : row + 1], batch)
+    if one.decoder_BL is None:
+        one = one._replace(encoder_BS=ids_L[None])
+    else:
+        encoder_BS = None if one.encoder_BS is None else np.full_like(one.encoder_BS, 2)
+        one = one._replace(decoder_BL=ids_L[None], encoder_BS=encoder_BS)
+    weigh_D = jnp.cos(jnp.arange(config.model.model_dim))  # the plain sum of what a layer norm puts out is constant
 
     @jax.jit
     @jax.jacobian
     def gradient(rows_LD):
         changed = {**params, "embedding": params["embedding"].at[ids_L].set(rows_LD)}
-        return model.apply({"params": changed}, one, method="hidden")[0].sum(-1)
+        return model.apply({"params": changed}, one, method="hidden")[0] @ weigh_D
 
     return np.abs(np.asarray(gradient(params["embedding"][ids_L]))).sum(-1)
 
@@ -253,6 +304,33 @@ def test_nothing_leaks_across_documents(model):
     changed.encoder_BS[0, place] += 1
     a, b = logits(config, params, batch)[0], logits(config, params, changed)[0]
     assert (np.abs(a - b).max(-1)[segments != 1] == 0).all() and np.abs(a - b).max(-1)[segments == 1].max() > 0
+
+
+@pytest.mark.parametrize("variant", ["bert", "encoder", "rotary_encoder"])
+def test_an_encoder_sees_its_document_in_both_directions_and_nobody_sees_padding(variant):
+    config = small(**VARIANTS[variant])
+    batch = random_batch(config)
+    segments_S = np.repeat([1, 2, 0], [12, 10, 10])
+    batch = batch._replace(encoder_segments_BS=np.tile(segments_S, (len(batch.targets_BL), 1)))
+    visible = (segments_S[:, None] == segments_S[None]) & (segments_S != 0)[None]
+    np.testing.assert_array_equal(influence(config, batch) > 0, visible | np.eye(32, dtype=bool))
+
+
+def test_a_text_without_token_types_is_the_first_of_a_pair_and_the_second_reads_differently():
+    config = small(**VARIANTS["bert"])
+    params, batch = init(config), random_batch(config)
+    none, first, second = (logits(config, params, batch._replace(token_types_BS=types)) for types in (
+        None, np.zeros_like(batch.encoder_BS), np.ones_like(batch.encoder_BS)))
+    np.testing.assert_array_equal(none, first)
+    assert np.abs(none - second).max() > 1e-3
+
+
+def test_bert_begins_with_its_own_initialisation():
+    for name, leaf in tree.flatten(init(small(**VARIANTS["bert"], tokenizer={"vocab_size": 500, "num_sentinels": 20}))).items():
+        if name.endswith(("scale", "bias")):
+            assert (leaf == name.endswith("scale")).all(), name
+        else:
+            assert float(jnp.std(leaf)) == pytest.approx(0.02, rel=0.3), name
 
 
 def test_a_query_that_may_see_nothing_gets_nothing(rng):
@@ -310,8 +388,19 @@ def test_dropout_is_random_in_training_and_absent_in_evaluation():
     assert loss(None) == loss(None) != loss(jax.random.key(0))
 
 
-def test_float32_is_kept_where_it_counts():
-    config = small(model={"dtype": "bfloat16"})
+def test_a_post_norm_stack_drops_nothing_behind_its_last_norm():
+    config = small(model={**VARIANTS["bert"]["model"], "dropout_rate": 0.5}, data=VARIANTS["bert"]["data"])
+    params, batch = init(config), random_batch(config)
+    hidden = lambda key: Transformer(config).apply({"params": params}, batch, train=True, method="hidden", rngs={"dropout": key})
+    one, other = hidden(jax.random.key(0)), hidden(jax.random.key(1))
+    assert np.abs(one - other).max() > 0.1
+    np.testing.assert_allclose(one.std(-1), 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["t5", "bert"])
+def test_float32_is_kept_where_it_counts(variant):
+    sections = VARIANTS[variant]
+    config = small(**{**sections, "model": {**sections.get("model", {}), "dtype": "bfloat16"}})
     params, batch = init(config), random_batch(config)
     jaxpr = jax.make_jaxpr(lambda p: step.pretrain_loss(config, p, batch, None))(params)
 
@@ -327,3 +416,4 @@ def test_float32_is_kept_where_it_counts():
     wrong = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("log", "rsqrt") and e.outvars[0].aval.dtype != jnp.float32]
     assert not wrong
     assert logits(config, params, batch).dtype == jnp.float32
+    assert variant != "bert" or pair_logits(config, params, batch).dtype == jnp.float32

@@ -12,7 +12,17 @@ from t5like import mesh as meshes
 from t5like import step, tree
 from t5like.errors import ConfigError
 
-SHAPES = {"encoder_decoder": {}, "decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 4}}}
+SHAPES = {
+    "encoder_decoder": {},
+    "decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 4}},
+    # Attention's key bias changes no output: its gradient is rounding, which Adam must not blow up.
+    "encoder": {
+        "model": {"architecture": "encoder", "positions": "learned", "norm": "layer", "norm_position": "post", "embedding_norm": True,
+                  "token_types": 2, "head": "mlm", "mlp": "gelu_exact", "biases": True, "tied_embeddings": True, "init": "bert"},
+        "data": {"objective": "mlm_nsp"},
+        "optimizer": {"epsilon": 1e-5},
+    },
+}
 
 
 def one_step(config, batch, devices):
@@ -35,8 +45,9 @@ def on_one_device(shape):
 
 def assert_same(ours, reference):
     """Equal to float32 tolerance: metrics, and every parameter relative to the size of its update."""
-    for name in ("loss", "grad_norm", "accuracy", "z_loss"):
-        np.testing.assert_allclose(ours[1][name].total, reference[1][name].total, rtol=2e-5, atol=1e-6)
+    assert set(ours[1]) == set(reference[1])
+    for name in ours[1]:
+        np.testing.assert_allclose(ours[1][name].total, reference[1][name].total, rtol=2e-5, atol=1e-6, err_msg=name)
     # AdamW's first steps move every parameter by about the learning rate, whatever its gradient: where that is nearly
     # 0, rounding decides the direction. So nearly all must agree closely, and none may differ by more than the steps.
     for name, leaf in tree.flatten(ours[0].params).items():
@@ -47,7 +58,7 @@ def assert_same(ours, reference):
 @pytest.mark.parametrize("shape, mesh", [
     ("encoder_decoder", {"data": 8}), ("encoder_decoder", {"fsdp": 8}), ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
     ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}), ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("decoder", {"context": 4})])
+    ("decoder", {"context": 4}), ("encoder", {"fsdp": 4, "tensor": 2}), ("encoder", {"data": 1, "tensor": 4, "context": 2})])
 def test_any_mesh_equals_one_device(shape, mesh):
     config = small(**SHAPES[shape], mesh=mesh if "data" in mesh or "fsdp" not in mesh else {"data": -1, **mesh})
     assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
@@ -119,6 +130,59 @@ def test_a_chunked_loss_changes_nothing():
     config = small()
     batch = random_batch(config)
     assert_same(jax.device_get(one_step(small(train={"loss_chunk": 5}), batch, 1)), on_one_device("encoder_decoder"))
+
+
+def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
+    config = small(**SHAPES["encoder"], train={"z_loss": 0.0})
+    batch = random_batch(config)
+    params = jax.jit(lambda key: step.init_state(config, batch, key).params)(jax.random.key(0))
+    loss = step.pretrain_loss(config, params, batch, None)
+    tokens, pairs = loss.metrics["loss"], loss.metrics["nsp_loss"]
+    assert pairs.weight == 8 and float(pairs.total) / 8 == pytest.approx(np.log(2), abs=0.1)
+    assert float(loss.objective) == pytest.approx(float(tokens.total + 5 * pairs.total), rel=1e-6)  # 15 % of 32 tokens
+    alone = step.pretrain_loss(config, params, batch._replace(follows_B1=None), None)
+    assert float(alone.objective) == pytest.approx(float(tokens.total), rel=1e-6) and "nsp_loss" not in alone.metrics
+
+
+def test_an_encoder_counts_the_tokens_it_reads():
+    config = small(**SHAPES["encoder"])
+    batch = random_batch(config)
+    _, metrics = one_step(config, batch, 1)
+    assert metrics["tokens"].total == (batch.encoder_BS != 0).sum() < batch.encoder_BS.size
+
+
+def of_components(config, seed=0):
+    """A batch whose rows come from components 0, 1 and 3 of 4, one row without targets."""
+    batch = random_batch(config, seed)
+    batch.weights_BL[2] = 0
+    return batch._replace(component_B1=np.array([[0], [1], [1], [3], [1], [0], [3], [1]], np.int32))
+
+
+@pytest.mark.parametrize("train, devices", [({}, 1), ({"loss_chunk": 5}, 1), ({"microbatches": 4}, 1), ({}, 8)])
+def test_losses_by_component_add_up_in_chunks_microbatches_and_on_a_mesh(train, devices):
+    sections = {"data": {"source": ("a", "b", "c", "d")}}
+    config = small(**sections, train=train)
+    batch = of_components(config)
+    _, metrics = jax.device_get(one_step(config, batch, devices))
+    _, whole = jax.device_get(one_step(small(**sections), batch, 1))
+    component = batch.component_B1[:, 0]
+    np.testing.assert_array_equal(metrics["rows_by_component"].total, [2, 3, 0, 2])
+    np.testing.assert_array_equal(metrics["by_component"].weight, np.bincount(component, batch.weights_BL.sum(1), 4))
+    np.testing.assert_allclose(metrics["by_component"].total, whole["by_component"].total, rtol=2e-5)
+    np.testing.assert_allclose(metrics["by_component"].total.sum(), metrics["loss"].total, rtol=1e-5)
+
+
+def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
+    config = small(data={"source": ("a", "b", "c", "d")})
+    config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
+    batch, other = of_components(config), of_components(config, seed=1)
+    params = jax.jit(lambda key: step.init_state(config, batch, key).params)(jax.random.key(0))
+    zeros, evaluate = step.zero_metrics(config, batch), jax.jit(step.make_eval_step(config))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
+    both = evaluate(params, other, evaluate(params, batch, zeros))
+    parts = [step.pretrain_loss(config, params, each, None).metrics for each in (batch, other)]
+    jax.tree.map(lambda total, *each: np.testing.assert_allclose(total, sum(each), rtol=1e-5), both, *parts)
+    assert both["by_component"].total.shape == (4,)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():

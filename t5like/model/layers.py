@@ -3,10 +3,13 @@
 Parameters are float32 and named; each dim has a logical axis (`mesh.RULES`). Computation runs in `ModelConfig.dtype`
 except where precision counts (norms, logits). Used by `attention` and `transformer`.
 
-Numerics follow T5 (Raffel et al. 2020, and Mesh TensorFlow's initialisers), GPT-2 and Llama where the config says so.
+Numerics follow T5 (Raffel et al. 2020, and Mesh TensorFlow's initialisers), GPT-2, Llama and BERT where the config says
+so.
 """
 
+import dataclasses
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -36,6 +39,8 @@ def kernel_init(config: ModelConfig, fan_in: int, axes: tuple[str, ...], *, resi
         residual: whether the output is added to the residual stream (GPT-2 makes those smaller, by depth).
         scale: factor on T5's standard deviation.
     """
+    if config.init == "bert":
+        return normal(0.02, axes)  # initializer_range of BERT's released code, which also cuts N off at two deviations
     if config.init == "gpt2":
         # GPT-2 (Radford et al. 2019, section 2.3): N(0, 0.02), residual outputs scaled by 1/sqrt(number of sublayers).
         return normal(0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02, axes)
@@ -90,7 +95,13 @@ class Norm(nn.Module):
         return y.astype(config.dtype)
 
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "gated_gelu": jax.nn.gelu, "gated_silu": jax.nn.silu}
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "gated_gelu": jax.nn.gelu,
+    "gated_silu": jax.nn.silu,
+}
 
 
 class Mlp(nn.Module):
@@ -110,6 +121,38 @@ class Mlp(nn.Module):
             h_BLF = activate(wide(x_BLD))
         h_BLF = dropout(self, constrain(h_BLF, "batch", "length", "act_mlp"), config.dropout_rate, train=train)
         return Dense(config, config.model_dim, ("mlp", "embed"), residual=True, name="out")(h_BLF)
+
+
+class MlmTransform(nn.Module):
+    """What BERT's masked-language-model head does before the vocabulary: norm(act(dense(x))), D -> D.
+
+    Its activation and its norm are those of the layers, as in BERT's released code.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        dense = Dense(self.config, self.config.model_dim, ("embed", "features"), name="dense")
+        y_BLD = Norm(self.config, name="norm")(ACTIVATIONS[self.config.mlp](dense(x_BLD)))
+        return constrain(y_BLD, "batch", "length", "act_embed")
+
+
+class PairClassifier(nn.Module):
+    """BERT's pooler and next-sentence classifier: classes(tanh(pooler(first token))), the classes in float32.
+
+    Classes as in BERT's released code: 0, the second text follows the first; 1, it does not.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """The output of the encoder [B, S, D] -> float32 logits [B, 2]."""
+        pooler = Dense(self.config, self.config.model_dim, ("embed", "features"), name="pooler")
+        precise = dataclasses.replace(self.config, dtype="float32")
+        classes = Dense(precise, 2, ("embed", "classes"), name="classes")
+        return classes(jnp.tanh(pooler(x_BSD[:, 0])).astype(jnp.float32))
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, *, train: bool) -> jax.Array:

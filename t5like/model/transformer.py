@@ -1,9 +1,10 @@
-"""`Block`, `Stack` and `Transformer`: one model for encoder-decoder and decoder-only, chosen by the config.
+"""`Block`, `Stack` and `Transformer`: one model for encoder-decoder, decoder-only and encoder-only, by the config.
 
 A stack keeps its layers' parameters stacked, with a leading dim Y, whether they are then scanned (compile time that
 does not grow with depth) or unrolled (faster on a CPU): one layout in memory, on disk and in optimizers. Scanning and
 recomputation are plain `jax.lax.scan` and `jax.checkpoint` over a pure function of one layer's parameters.
-Called by `step` (training, evaluation) and `generate` (`encode`, `prepare_cache`, `decode`).
+Called by `step` (training, evaluation) and `generate` (`encode`, `prepare_cache`, `decode`). Token types, and the heads
+for masked tokens and for pairs, are BERT's (Devlin et al. 2019, section 3, and the released code).
 """
 
 from functools import partial
@@ -193,7 +194,7 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model. `hidden` maps a batch to what the output head reads, `logits` is that head."""
+    """The model. `hidden` maps a batch to what the heads read; `logits` and, for pairs, `pair_logits` are the heads."""
 
     config: Config
 
@@ -205,28 +206,48 @@ class Transformer(nn.Module):
         if model.positions == "learned":
             learned = lay.normal(1.0 if t5 else 0.02, ("positions", "embed"))
             self.positions = self.param("positions", learned, (model.max_length, model.model_dim), jnp.float32)
-        encodes = model.architecture == "encoder_decoder"
+        if model.token_types:
+            types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
+            self.token_types = self.param("token_types", types, (model.token_types, model.model_dim), jnp.float32)
+            self.pairs = lay.PairClassifier(model)
+        if model.embedding_norm:
+            self.embedding_norm = lay.Norm(model)
+        encodes = model.architecture != "decoder"
         if encodes:
             self.encoder = Stack(model, model.num_layers, causal=False)
-        decoder_layers = (model.num_decoder_layers or model.num_layers) if encodes else model.num_layers
-        self.decoder = Stack(model, decoder_layers, causal=True, cross=encodes)
+        if model.architecture != "encoder":
+            decoder_layers = (model.num_decoder_layers or model.num_layers) if encodes else model.num_layers
+            self.decoder = Stack(model, decoder_layers, causal=True, cross=encodes)
         if not model.tied_embeddings:
             # Half of T5's standard deviation: the logits of an untrained model then have variance 1/4 and its loss is
             # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
             head = lay.kernel_init(model, model.model_dim, ("embed", "vocab"), scale=0.5)
             self.head = self.param("head", head, (model.model_dim, config.vocab_rows), jnp.float32)
+        if model.head == "mlm":
+            self.mlm = lay.MlmTransform(model)
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            self.head_bias = self.param("head_bias", zeros, (config.vocab_rows,), jnp.float32)
 
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""
-        return self.logits(self.hidden(batch, train=train))
+        hidden_BLD = self.hidden(batch, train=train)
+        if self.is_initializing() and self.config.model.token_types:
+            self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
+        return self.logits(hidden_BLD)
 
     def hidden(self, batch: Batch, *, train: bool = False) -> jax.Array:
-        """The decoder's output [B, L, D] for a batch."""
+        """The decoder's output [B, L, D] for a batch; encoder-only: the encoder's, L = S."""
         encoded_BSD = None
-        if self.config.model.architecture == "encoder_decoder":
+        if self.config.model.architecture != "decoder":
             encoded_BSD = self.encode(
-                batch.encoder_BS, batch.encoder_segments_BS, batch.encoder_positions_BS, train=train
+                batch.encoder_BS,
+                batch.encoder_segments_BS,
+                batch.encoder_positions_BS,
+                batch.token_types_BS,
+                train=train,
             )
+        if self.config.model.architecture == "encoder":
+            return encoded_BSD
         mask = causal_mask(*[batch.decoder_BL.shape[1]] * 2)
         if batch.prefix_BL is not None:
             mask = mask | batch.prefix_BL[:, None, None, :]
@@ -245,26 +266,33 @@ class Transformer(nn.Module):
             cross_mask_B1LS=cross_mask,
             train=train,
         )
-        return lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train)
+        return self._drop_output(x_BLD, train=train)
 
     def encode(
         self,
         ids_BS: jax.Array,
         segments_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
+        token_types_BS: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
-        """The encoder's output [B, S, D]."""
+        """The encoder's output [B, S, D]. Of a model with token types, a text that brings none is a pair's first."""
         positions_BS = _positions(ids_BS, positions_BS)
         mask = None if segments_BS is None else segment_mask(segments_BS, segments_BS)
-        x_BSD = self._embed(ids_BS, positions_BS, train=train)
+        x_BSD = self._embed(ids_BS, positions_BS, token_types_BS, train=train)
         x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
-        return lay.dropout(self, x_BSD, self.config.model.dropout_rate, train=train)
+        return self._drop_output(x_BSD, train=train)
+
+    def pair_logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """Whether a pair's second text follows its first: float32 logits [B, 2] of yes and no. Needs token types."""
+        return self.pairs(hidden_BSD)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """The output head: float32 logits [B, L, V]; vocabulary rows that are padding are masked."""
         config, model = self.config, self.config.model
+        if model.head == "mlm":
+            hidden_BLD = self.mlm(hidden_BLD)
         kernel_DV = self.embedding.T if model.tied_embeddings else self.head
         if model.tied_embeddings and model.init == "t5":
             # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
@@ -272,6 +300,8 @@ class Transformer(nn.Module):
         multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else lay.project_to_vocabulary
         logits_BLV = multiply(hidden_BLD, kernel_DV.astype(model.dtype))
         logits_BLV = constrain(logits_BLV, "batch", "length", "act_vocab")
+        if model.head == "mlm":
+            logits_BLV = logits_BLV + self.head_bias[None, None]
         if config.vocab_rows == config.tokenizer.vocab_size:
             return logits_BLV
         real_V = jnp.arange(config.vocab_rows) < config.tokenizer.vocab_size
@@ -321,13 +351,26 @@ class Transformer(nn.Module):
         )
         return self.logits(x_BLD), cache
 
-    def _embed(self, ids_BL: jax.Array, positions_BL: jax.Array, *, train: bool) -> jax.Array:
-        x_BLD = lay.embed(self.embedding, ids_BL, self.config.model.dtype)
-        if self.config.model.positions == "learned":
-            x_BLD = x_BLD + lay.embed(self.positions, positions_BL, self.config.model.dtype)
-        return constrain(
-            lay.dropout(self, x_BLD, self.config.model.dropout_rate, train=train), "batch", "length", "act_embed"
-        )
+    def _embed(
+        self, ids_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None = None, *, train: bool
+    ) -> jax.Array:
+        model = self.config.model
+        x_BLD = lay.embed(self.embedding, ids_BL, model.dtype)
+        if model.positions == "learned":
+            x_BLD = x_BLD + lay.embed(self.positions, positions_BL, model.dtype)
+        if model.token_types:
+            types_BL = jnp.zeros_like(ids_BL) if token_types_BL is None else token_types_BL
+            # A product, because the gradient of a look-up would add every token into the same few rows one by one.
+            one_hot_BLC = jax.nn.one_hot(types_BL, model.token_types, dtype=model.dtype)
+            x_BLD = x_BLD + one_hot_BLC @ self.token_types.astype(model.dtype)
+        if model.embedding_norm:
+            x_BLD = self.embedding_norm(x_BLD)
+        return constrain(lay.dropout(self, x_BLD, model.dropout_rate, train=train), "batch", "length", "act_embed")
+
+    def _drop_output(self, x_BLD: jax.Array, *, train: bool) -> jax.Array:
+        """Dropout behind the final norm, as in T5. A post-norm stack has none: it drops out before its last norm."""
+        model = self.config.model
+        return lay.dropout(self, x_BLD, model.dropout_rate if model.norm_position == "pre" else 0.0, train=train)
 
 
 def _positions(ids_BL: jax.Array, given_BL: jax.Array | None) -> jax.Array:
