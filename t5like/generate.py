@@ -16,6 +16,7 @@ import numpy as np
 from t5like.config import Config
 from t5like.data.masking import CLS, MASK
 from t5like.data.objectives import MODES
+from t5like.data.templates import render_prompt
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
@@ -160,12 +161,16 @@ class Generator:
     def prompt(self, text: str) -> Prompt:
         """A text as the objectives that the model was trained on would show it.
 
-        Gap filling, UL2 and supervised rows are an input, ended by EOS, and an answer; [R], [S] or [X] at the beginning
+        With `data.messages_field` it is what a user says. Gap filling, UL2 and supervised rows are an input, ended by EOS, and an answer; [R], [S] or [X] at the beginning
         is UL2's mode token. Causal and prefix LM go on with the text itself: that is taken where a model knows both
         and the text has no gap.
         """
         tokenizer, objectives = self.tokenizer, set(self.config.data.objective)
         decoder_only = self.config.model.architecture == "decoder"
+        if self.config.data.messages_field:
+            turns = render_prompt([{"role": "user", "content": text}])
+            ids = [token for turn in turns for token in (*tokenizer.encode(turn), tokenizer.eos_id)]
+            return Prompt([START, *ids] if decoder_only else ids)
         answers = bool(objectives & {"span_corruption", "ul2", "supervised"})
         if answers and objectives & {"causal_lm", "prefix_lm"}:
             answers = "<extra_id_" in text
@@ -187,11 +192,17 @@ class Generator:
         return Prompt(ids, len(ids) if "prefix_lm" in objectives else 0)
 
     def ids(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        width: int = 1,
     ) -> np.ndarray:
-        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS."""
+        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS; prompts are padded to `width` at least."""
         rows, model = [prompt.ids for prompt in prompts], self.config.model
-        width = self._width(rows)
+        width = self._width([*rows, [0] * width])
         self._check_length(width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens))
         prompt_BP, lengths_B = self._padded(rows, width, left=model.architecture == "decoder")
         ids = generate(

@@ -200,7 +200,7 @@ def evaluate(options: argparse.Namespace, _) -> None:
 
     workdir = options.workdir.expanduser().absolute()
     loaded = run.load(workdir, options.step)
-    text = json.dumps(evaluate.evaluate_run(loaded, workdir / "tokenizer.model"), indent=1)
+    text = json.dumps(evaluate.evaluate_run(loaded, workdir), indent=1)
     path = workdir / "evaluations" / f"{loaded.step}.json"
     print(text)
     try:

@@ -155,13 +155,18 @@ def make_train_step(
 
 def _real_tokens(batch: Batch) -> jax.Array:
     """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
+
+    def real(ids, segments):
+        return jnp.full((), ids.size, jnp.float32) if segments is None else jnp.sum(segments != 0, dtype=jnp.float32)
+
+    encoder = 0.0 if batch.encoder_BS is None else real(batch.encoder_BS, batch.encoder_segments_BS)
     if batch.decoder_BL is None:
-        return jnp.sum(batch.encoder_BS != 0, dtype=jnp.float32)
-    if batch.encoder_BS is None:
-        return jnp.sum(
-            batch.weights_BL > 0 if batch.prefix_BL is None else jnp.ones_like(batch.weights_BL), dtype=jnp.float32
-        )
-    return jnp.sum(batch.encoder_BS != 0, dtype=jnp.float32) + jnp.sum(batch.weights_BL > 0, dtype=jnp.float32)
+        return encoder
+    if batch.encoder_BS is None and batch.decoder_segments_BL is not None:
+        return real(batch.decoder_BL, batch.decoder_segments_BL)
+    learned_BL = batch.weights_BL > 0
+    learned_BL = learned_BL if batch.prefix_BL is None else learned_BL | batch.prefix_BL
+    return encoder + jnp.sum(learned_BL, dtype=jnp.float32)
 
 
 def split_microbatches(batch: Batch, count: int) -> Batch:

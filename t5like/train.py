@@ -19,6 +19,7 @@ import numpy as np
 
 from t5like import mesh as meshes
 from t5like import metrics, step, tree
+from t5like.answers import Answers, write_predictions
 from t5like.config import Config
 from t5like.data import corpus, pipeline
 from t5like.data.pipeline import Batches
@@ -60,13 +61,15 @@ def train(config: Config, workdir: Path) -> None:
         say(note)
     tokenizer = prepared.tokenizer
     vocabulary = Vocabulary.of(tokenizer)
-    batches = Batches(config, vocabulary, [store.split("train") for store in prepared.stores])
-    heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
-    evaluator = Evaluator(config, mesh, heldout)
+    splits = {split: pipeline.open_split(config, prepared.stores, split) for split in ("train", "heldout")}
+    batches = Batches(config, vocabulary, splits["train"])
+    heldout = Batches(config, vocabulary, splits["heldout"], heldout=True)
+    evaluator = Evaluator(config, mesh, heldout, tokenizer)
+    answers = Answers(config, mesh, tokenizer, *splits.values()) if config.evaluate.metrics else None
     rows, size = meshes.local_rows(mesh, config.data.batch_size), config.data.batch_size
     for source, store in zip(config.data.source, prepared.stores, strict=True):
         say(f"data       {source}: {store.split('train').num_tokens:,} tokens")
-    for line in batches.describe():
+    for line in [*batches.describe(), *(part.note for part in splits["train"] if getattr(part, "note", ""))]:
         say(f"           {line}")
 
     # ---- Nothing was written until here: a run that can't begin leaves no trace ----
@@ -96,11 +99,17 @@ def train(config: Config, workdir: Path) -> None:
 
     def evaluate(done: int) -> None:
         with throughput.pause():
-            values = evaluator(state.params if state.ema is None else state.ema)
+            params = state.params if state.ema is None else state.ema
+            values = evaluator(params)
+            text = f"step {done:,}: held-out loss {values['eval/loss']:.3f}, accuracy {values['eval/accuracy']:.3f}"
+            if answers:
+                found, records = answers(params)
+                values |= found
+                text += "".join(f", {name.removeprefix('eval/')} {value:.1f} %" for name, value in found.items())
+                if primary:
+                    write_predictions(workdir, done, records)
             writer.write(done, values)
-            progress.note(
-                f"step {done:,}: held-out loss {values['eval/loss']:.3f}, accuracy {values['eval/accuracy']:.3f}"
-            )
+            progress.note(text)
 
     def save() -> None:
         with throughput.pause():
@@ -110,7 +119,7 @@ def train(config: Config, workdir: Path) -> None:
     profiler = Profiler(workdir / "profile", config.train.profile_step)
     with preemption() as preempted, progress:
         if last == 0:
-            baselines = evaluator.baselines()
+            baselines = evaluator.baselines() | (answers.baselines() if answers else {})
             writer.write(0, baselines)
             uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
             progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")

@@ -36,7 +36,7 @@ def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), m
     prepared = corpus.prepare(config)
     vocabulary = Vocabulary.of(prepared.tokenizer)
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
-    evaluator = Evaluator(config, mesh, heldout)
+    evaluator = Evaluator(config, mesh, heldout, prepared.tokenizer)
     batch = heldout.at(0)
     return evaluator, step.new_state(config, batch, step.abstract_state(config, batch, mesh)).params
 

@@ -124,7 +124,7 @@ def test_a_row_holds_its_examples_one_by_one(setting, shape):
         learned = [any(start <= place < stop for start, stop in examples.learned_M2) for place in range(begin, end)]
         places[n] = (whole[begin:cut], whole[cut:end], learned)
     found = []
-    batch = rows.rows(np.arange(rows.count))
+    batch = rows.batch(np.arange(rows.count))
     for r in range(rows.count):
         segments = batch.decoder_segments_BL[r]
         assert (np.diff(segments[segments > 0]) >= 0).all() and (segments[: (segments > 0).sum()] > 0).all()
@@ -153,8 +153,8 @@ def test_rows_are_the_same_in_any_company(setting, shape):
     """So any process makes its own rows of a batch, in any order, and its fields are those of a blank batch."""
     config, rows = setting(shape)
     numbers = np.random.default_rng(0).integers(0, rows.count, 12)
-    whole, blank = rows.rows(numbers), blank_rows(config, 12)
-    parts = [rows.rows(part) for part in np.split(numbers, [1, 5])]
+    whole, blank = rows.batch(numbers), blank_rows(config, 12)
+    parts = [rows.batch(part) for part in np.split(numbers, [1, 5])]
     for together, field, *separate in zip(whole, blank, *parts, strict=True):
         assert (together is None) == (field is None)
         if field is not None:
@@ -190,7 +190,7 @@ def test_packed_examples_have_the_loss_and_the_gradients_of_examples_alone(setti
     assert alone.count == len(alone.examples) > 1.5 * packed.count
     params = params_of(config)
     results = [
-        gradient(config)(params, padded(rows.rows(np.arange(rows.count)), config, alone.count + 1))
+        gradient(config)(params, padded(rows.batch(np.arange(rows.count)), config, alone.count + 1))
         for rows in (packed, alone)
     ]
     ((loss, metrics), grads), ((loss_alone, metrics_alone), grads_alone) = jax.device_get(results)
@@ -205,7 +205,7 @@ def test_packed_examples_have_the_loss_and_the_gradients_of_examples_alone(setti
 @pytest.mark.parametrize("shape", ["encoder_decoder", "decoder rotary"])
 def test_no_gradient_reaches_another_example_of_the_row(setting, shape):
     (config, rows), (_, alone) = setting(shape), setting(shape, packing=False)
-    batch = rows.rows(np.arange(rows.count))
+    batch = rows.batch(np.arange(rows.count))
     row = int(batch.decoder_segments_BL.max(axis=1).argmax())
     batch = jax.tree.map(lambda x: x[row : row + 1], batch)
     mine = batch.decoder_segments_BL == 2

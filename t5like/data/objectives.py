@@ -99,8 +99,8 @@ def denoisers(config: Config) -> tuple[Denoiser, ...]:
 
 
 def num_components(config: Config) -> int:
-    """Sources times denoisers: see `pipeline.components`."""
-    return len(config.data.source) * len(denoisers(config))
+    """Sources times denoisers, supervised rows counting as one: see `pipeline.components`."""
+    return len(config.data.source) * max(len(denoisers(config)), 1)
 
 
 def _denoisers(config: Config, objective: str) -> list[Denoiser]:

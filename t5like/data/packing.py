@@ -12,7 +12,8 @@ import numpy as np
 
 from t5like.config import Config
 from t5like.data.examples import Examples, capacity
-from t5like.data.objectives import START, random_bits
+from t5like.data.randomness import random_bits
+from t5like.data.text import START
 from t5like.data.token_store import spread
 from t5like.types import Batch
 
@@ -114,8 +115,10 @@ class ExampleRows:
             self._packing = _packing(np.arange(len(examples)), examples.lengths_NC, capacity(config))
         self.count, self.fill = len(self._packing.first) - 1, self._packing.fill
 
-    def rows(self, index_B: np.ndarray) -> Batch:
+    def batch(self, index_B: np.ndarray, offset_B: np.ndarray | None = None, keys_B: np.ndarray | None = None) -> Batch:
         """The rows of these numbers, each in [0, count), padded to the config's lengths; padding is segment 0.
+
+        Nothing about them is random: offset and keys, which rows of text take, change nothing.
 
         Encoder-decoder, for two examples with inputs A B and C, targets X Y and Z (EOS among them):
 

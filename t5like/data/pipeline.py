@@ -19,11 +19,13 @@ import numpy as np
 
 from t5like.config import Config
 from t5like.data import objectives
+from t5like.data.examples import Examples
 from t5like.data.masking import sentence_pairs
 from t5like.data.objectives import Denoiser, denoisers
+from t5like.data.packing import ExampleRows, blank_rows
 from t5like.data.randomness import permute, random_bits
 from t5like.data.text import Text, Vocabulary
-from t5like.data.token_store import Stream
+from t5like.data.token_store import Stream, TokenStore
 from t5like.errors import DataError
 from t5like.types import Batch
 
@@ -39,12 +41,16 @@ class Component(NamedTuple):
     Attributes:
         source: index in `data.source`.
         objective: index in `data.objective`.
-        denoiser: how windows become rows.
+        name: the denoiser's, in the metrics.
+        share: of the objective's rows, 0 to 1.
+        denoiser: how windows become rows; None for supervised rows, which are packed examples.
     """
 
     source: int
     objective: int
-    denoiser: Denoiser
+    name: str
+    share: float
+    denoiser: Denoiser | None
 
 
 def components(config: Config) -> tuple[Component, ...]:
@@ -53,11 +59,11 @@ def components(config: Config) -> tuple[Component, ...]:
     Raises:
         ConfigError: an objective does not fit the lengths (see `objectives.denoisers`).
     """
-    ways = denoisers(config)
+    ways = [(config.data.objective.index(way.objective), way.name, way.share, way) for way in denoisers(config)]
     return tuple(
-        Component(source, config.data.objective.index(way.objective), way)
+        Component(source, *way)
         for source in range(len(config.data.source))
-        for way in ways
+        for way in ways or [(0, "supervised", 1.0, None)]
     )
 
 
@@ -67,8 +73,8 @@ def component_names(config: Config) -> list[dict[str, str]]:
     names = [
         {
             "source": config.data.source[each.source],
-            "objective": each.denoiser.objective,
-            "denoiser": each.denoiser.name,
+            "objective": config.data.objective[each.objective],
+            "denoiser": each.name,
         }
         for each in found
     ]
@@ -76,6 +82,17 @@ def component_names(config: Config) -> list[dict[str, str]]:
     if {name["denoiser"] for name in names} == {name["objective"] for name in names}:
         several.discard("denoiser")  # each objective is its own only one
     return [{kind: name[kind] for kind in name if kind in several} for name in names]
+
+
+def open_split(config: Config, stores: Sequence[TokenStore], split: str) -> list[Stream | Examples]:
+    """A split, "train" or "heldout", of each source's store: running text, or supervised examples.
+
+    Raises:
+        DataError: no example of a source fits a row.
+    """
+    if "supervised" not in config.data.objective:
+        return [store.split(split) for store in stores]
+    return [Examples(config, *each, split) for each in zip(config.data.source, stores, strict=True)]
 
 
 def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
@@ -89,7 +106,7 @@ def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
     sources = np.reshape(data.rates, (phases, -1)) if data.rates else np.tile(np.asarray(sizes, float), (phases, 1))
     objectives = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
     rates = np.array(
-        [sources[:, each.source] * objectives[:, each.objective] * each.denoiser.share for each in found]
+        [sources[:, each.source] * objectives[:, each.objective] * each.share for each in found]
     ).T
     return rates / rates.sum(1, keepdims=True)
 
@@ -110,6 +127,10 @@ def spec(config: Config) -> Batch:
 
 def _row(config: Config) -> Batch:
     """A row of each field that the config's batches have: the value where a component does not say otherwise."""
+    several = len(components(config)) > 1
+    component_B1 = np.zeros((1, 1), np.int32) if several else None
+    if "supervised" in config.data.objective:
+        return blank_rows(config, 1)._replace(component_B1=component_B1)
     size = config.tokenizer.vocab_size
     vocabulary = Vocabulary(1, np.arange(config.tokenizer.num_sentinels) + 3, np.ones(size, bool), np.ones(size, bool))
     made = []
@@ -127,8 +148,7 @@ def _row(config: Config) -> Batch:
         if getattr(row, name) is not None
     }
     follows = {} if row.follows_B1 is None else {"follows_B1": row.follows_B1 - 1}
-    several = len(components(config)) > 1
-    return row._replace(**ones, **follows, component_B1=np.zeros((1, 1), np.int32) if several else None)
+    return row._replace(**ones, **follows, component_B1=component_B1)
 
 
 def _needs_segments(config: Config) -> bool:
@@ -199,8 +219,8 @@ class Batches:
     weight 0.
     """
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, streams: Sequence[Stream], *, heldout: bool = False):
-        """`streams` are those of one split of each `data.source`, in order.
+    def __init__(self, config: Config, vocabulary: Vocabulary, streams: Sequence[Stream | Examples], *, heldout=False):
+        """`streams` are those of one split of each `data.source`, in order: see `open_split`.
 
         Raises:
             DataError: a source has less text than one window.
@@ -208,7 +228,10 @@ class Batches:
         self.config, self.heldout = config, heldout
         self.components = components(config)
         self.rows: list[Rows] = [
-            Windows(config, vocabulary, streams[each.source], each.denoiser) for each in self.components
+            Windows(config, vocabulary, streams[each.source], each.denoiser)
+            if each.denoiser
+            else ExampleRows(config, streams[each.source])
+            for each in self.components
         ]
         self.num_rows = np.array([rows.count for rows in self.rows])
         self._check_size(streams)
@@ -219,9 +242,9 @@ class Batches:
         used = self.rates_PC.sum(0) > 0
         self._heldout_C = np.where(used, self.num_rows, 0)
 
-    def _check_size(self, streams: Sequence[Stream]) -> None:
+    def _check_size(self, streams: Sequence[Stream | Examples]) -> None:
         for each, count in zip(self.components, self.num_rows, strict=True):
-            if count < 1:
+            if count < 1:  # of examples there is always a row
                 split = "held-out" if self.heldout else "training"
                 raise DataError(
                     f"data.source={self.config.data.source[each.source]} has {streams[each.source].num_tokens} tokens "
@@ -258,7 +281,7 @@ class Batches:
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
             where = f" of {data.source[each.source]}" if len(data.source) > 1 else ""
             share = f", {rate} of the rows" if len(self.components) > 1 else ""
-            lines.append(f"{each.denoiser.name}{where}: {count:,} rows an epoch, {drawn / count:.2f} epochs{share}")
+            lines.append(f"{each.name}{where}: {count:,} rows an epoch, {drawn / count:.2f} epochs{share}")
         return lines
 
     def at(self, step: int, rows: tuple[int, int] | None = None) -> Batch:

@@ -105,6 +105,7 @@ class Tokenizer:
         pad_id, eos_id, unk_id: special ids. A model without a pad id (Llama) pads with id 0, which it never predicts.
         sentinel_ids: int32, [0] is <extra_id_0>.
         ordinary_V: bool [vocab_size], True for ids of text: neither special nor a sentinel.
+        bytes_V: float64 [vocab_size], bytes of UTF-8 that an id stands for; 0 for special ids and sentinels.
         begins_word_V: bool [vocab_size], True for pieces that begin with a space, or are white space themselves.
     """
 
@@ -152,6 +153,14 @@ class Tokenizer:
         pieces = range(self._model.get_piece_size())
         ordinary_V[[token for token in pieces if self._model.is_control(token) or self._model.is_unknown(token)]] = False
         return ordinary_V
+
+    @cached_property
+    def bytes_V(self) -> np.ndarray:
+        bytes_V = np.zeros(self.vocab_size)
+        for token in np.flatnonzero(self.ordinary_V).tolist():
+            piece = self._model.id_to_piece(token).replace(SPACE, " ")
+            bytes_V[token] = 1 if self._model.is_byte(token) else len(piece.encode())
+        return bytes_V
 
     @cached_property
     def begins_word_V(self) -> np.ndarray:
