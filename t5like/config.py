@@ -24,6 +24,7 @@ from t5like.errors import ConfigError
 FORMAT = 1  # of a saved config; a later version upgrades older numbers and refuses newer ones
 
 Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
+Metric = Literal["exact_match", "f1", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
 ARCHITECTURES: dict[str, tuple[str, ...]] = {  # which models can learn from an objective's rows
     "span_corruption": ("encoder_decoder", "decoder"),
     "mlm": ("encoder",),
@@ -160,6 +161,15 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    # Of the texts that are generated for held-out supervised examples; see `scores`. Empty: held-out loss alone.
+    metrics: tuple[Metric, ...] = ()
+    choices: tuple[str, ...] = ()  # all possible answers: the likeliest is taken, nothing is generated; empty: generate
+    max_new_tokens: int = 64  # generated per example
+    max_examples: int = 256  # held-out examples that are scored, the first ones
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int = 0
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -168,6 +178,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
     def vocab_rows(self) -> int:
@@ -314,6 +325,8 @@ def check(config: Config) -> None:
         "train.keep_checkpoints",
         "train.max_bad_steps",
         "tokenizer.sample_characters",
+        "evaluate.max_new_tokens",
+        "evaluate.max_examples",
     ):
         require(_get(config, field) >= 1, field, "must be at least 1")
     for field in (
@@ -379,6 +392,17 @@ def check(config: Config) -> None:
         "supervised" not in data.objective or len(data.objective) == 1,
         "data.objective",
         "can't mix supervised with objectives on running text; use supervised alone",
+    )
+    evaluate = config.evaluate
+    require(
+        not evaluate.metrics or "supervised" in data.objective,
+        "evaluate.metrics",
+        "need data.objective=supervised, whose examples have an answer; leave it empty",
+    )
+    require(
+        not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
+        "evaluate.choices",
+        "must be at least two different answers, or empty; use yes,no",
     )
     require(
         list(data.change_steps) == sorted(set(data.change_steps)) and all(step > 0 for step in data.change_steps),
