@@ -103,7 +103,11 @@ class Answers:
             "copy": scores.copy_baseline(inputs),
             "lead": scores.lead_baseline(inputs, max(words, 1)),
         }
-        return {name: value for kind, texts in said.items() for name, value in self._scores(f"baseline/{kind}", texts).items()}
+        return {
+            name: value
+            for kind, texts in said.items()
+            for name, value in self._scores(f"baseline/{kind}", texts).items()
+        }
 
     def _scores(self, prefix: str, said: Sequence[str]) -> dict[str, float]:
         found = scores.score(self.config.evaluate.metrics, said, self.right)

@@ -23,7 +23,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,15 +157,24 @@ class Checkpoints:
         """
         return self._restore(abstract_state, step, prefix="")
 
-    def restore_params(self, abstract_params: Tree, step: int | None = None, *, ema: bool = False) -> Tree:
-        """Read the parameters alone, or their moving average; nothing else is loaded. Arguments as in `restore`."""
-        return self._restore(abstract_params, step, prefix="ema/" if ema else "params/")
+    def restore_params(
+        self, abstract_params: Tree, step: int | None = None, *, ema: bool = False, without: Sequence[str] = ()
+    ) -> Tree:
+        """Read the parameters alone, or their moving average; nothing else is loaded. Arguments as in `restore`.
 
-    def _restore(self, abstract: Tree, step: int | None, prefix: str) -> Tree:
+        Stored parameters whose name matches a regular expression of `without` are not looked at.
+        """
+        return self._restore(abstract_params, step, "ema/" if ema else "params/", without)
+
+    def _restore(self, abstract: Tree, step: int | None, prefix: str, without: Sequence[str] = ()) -> Tree:
         step = self._complete(step)
         path = self.directory / str(step)
         wanted = {prefix + name: leaf for name, leaf in tree.flatten(abstract).items()}
-        stored = {name: leaf for name, leaf in _stored(self._body(step)).items() if name.startswith(prefix)}
+        stored = {
+            name: leaf
+            for name, leaf in _stored(self._body(step)).items()
+            if name.startswith(prefix) and not tree.matches(name.removeprefix(prefix), without)
+        }
         if found := differences(stored, wanted):
             raise CheckpointError(f"{path} does not fit: {_some(found)}; use the config it was saved with")
         assert all(leaf.sharding is not None for leaf in wanted.values()), "else Orbax takes the mesh of the save"

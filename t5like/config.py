@@ -161,6 +161,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    checkpoint: str = ""  # a run directory whose weights this run begins with, at step 0; its tokenizer comes with them
+    step: int = 0  # of its checkpoints; 0: the latest
+    new: tuple[str, ...] = ()  # parameter names, as regular expressions, that begin at random all the same
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     # Of the texts that are generated for held-out supervised examples; see `scores`. Empty: held-out loss alone.
     metrics: tuple[Metric, ...] = ()
@@ -178,6 +185,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    init_from: InitConfig = InitConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
@@ -255,6 +263,9 @@ def override(values: dict, name: str, text: str) -> None:
 def resolve(values: Mapping) -> Config:
     """Make the frozen config from nested dicts. Absent fields take their default; see `check` for what is refused."""
     config = _build(Config, values, "")
+    if config.init_from.checkpoint and not config.tokenizer.path:
+        path = str(Path(config.init_from.checkpoint) / "tokenizer.model")
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
     check(config)
     return config
 
@@ -345,6 +356,7 @@ def check(config: Config) -> None:
         "train.keep_every",
         "train.profile_step",
         "tokenizer.num_sentinels",
+        "init_from.step",
     ):
         require(_get(config, field) >= 0, field, "must be at least 0")
     for field in ("optimizer.learning_rate", "optimizer.epsilon", "model.norm_epsilon", "model.rotary_base"):

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from t5like import mesh as meshes
 from t5like import step as steps
-from t5like.config import Config
 from t5like.answers import Answers, write_predictions
+from t5like.config import Config
 from t5like.data import corpus, pipeline
+from t5like.data.pipeline import Batches
 from t5like.data.text import Vocabulary
 from t5like.data.tokenizer import Tokenizer
 from t5like.metrics import by_component
-from t5like.data.pipeline import Batches
 from t5like.run import Run
 from t5like.types import Tree, host_metrics
 

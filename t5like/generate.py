@@ -161,9 +161,9 @@ class Generator:
     def prompt(self, text: str) -> Prompt:
         """A text as the objectives that the model was trained on would show it.
 
-        With `data.messages_field` it is what a user says. Gap filling, UL2 and supervised rows are an input, ended by EOS, and an answer; [R], [S] or [X] at the beginning
-        is UL2's mode token. Causal and prefix LM go on with the text itself: that is taken where a model knows both
-        and the text has no gap.
+        With `data.messages_field` it is what a user says. Gap filling, UL2 and supervised rows are an input, ended by
+        EOS, and an answer; [R], [S] or [X] at the beginning is UL2's mode token. Causal and prefix LM go on with the
+        text itself: that is taken where a model knows both and the text has no gap.
         """
         tokenizer, objectives = self.tokenizer, set(self.config.data.objective)
         decoder_only = self.config.model.architecture == "decoder"
@@ -200,7 +200,7 @@ class Generator:
         seed: int = 0,
         width: int = 1,
     ) -> np.ndarray:
-        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS; prompts are padded to `width` at least."""
+        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS. Prompts are padded to at least `width`."""
         rows, model = [prompt.ids for prompt in prompts], self.config.model
         width = self._width([*rows, [0] * width])
         self._check_length(width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens))

@@ -54,10 +54,10 @@ def model_flops(config: Config) -> int:
         | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
-    and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler and
-    classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. The backward pass is twice the forward
-    pass. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes; looking
-    embeddings up is free, token types included; so are norms, softmax, biases and the optimizer.
+    and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler
+    and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. The backward pass is twice the
+    forward pass. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes;
+    looking embeddings up is free, token types included; so are norms, softmax, biases and the optimizer.
     """
     model, data = config.model, config.data
     queries = model.num_heads * model.head_dim

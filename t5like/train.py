@@ -22,14 +22,14 @@ from t5like import metrics, step, tree
 from t5like.answers import Answers, write_predictions
 from t5like.config import Config
 from t5like.data import corpus, pipeline
-from t5like.data.pipeline import Batches
 from t5like.data.masking import MASK
+from t5like.data.pipeline import Batches
 from t5like.data.text import Vocabulary
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, Prompt, fill, spans
-from t5like.run import check_run_directory, checkpoints_of, open_run_directory
+from t5like.run import begin_with, check_run_directory, checkpoints_of, initial_params, open_run_directory
 from t5like.types import COMPONENT_METRICS, Batch, Metrics, host_metrics
 
 SAMPLES = 3  # held-out passages shown at the end
@@ -72,13 +72,14 @@ def train(config: Config, workdir: Path) -> None:
     for line in [*batches.describe(), *(part.note for part in splits["train"] if getattr(part, "note", ""))]:
         say(f"           {line}")
 
-    # ---- Nothing was written until here: a run that can't begin leaves no trace ----
-    open_run_directory(asked, tokenizer, workdir)
+    # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
+    saved = checkpoints.latest()
+    initial = initial_params(config, abstract) if saved is None and config.init_from.checkpoint else None
+    open_run_directory(asked, tokenizer, workdir)
 
-    # ---- State: own checkpoint, or random; the step compiles meanwhile ----
+    # ---- State: own checkpoint, or init_from, or random; the step compiles meanwhile ----
     with ThreadPoolExecutor(1) as pool:
-        saved = checkpoints.latest()
         last = saved or 0
         if last >= config.train.num_steps:
             done = f"{last:,} of {config.train.num_steps:,} steps"
@@ -86,9 +87,15 @@ def train(config: Config, workdir: Path) -> None:
             return
         begin = time.monotonic()
         compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
-        state = step.new_state(config, batch, abstract) if saved is None else checkpoints.restore(abstract, saved)
-        train_step = compiling.result()
         birth = f"after step {last:,}" if last else "from random parameters"
+        if saved is not None:
+            state = checkpoints.restore(abstract, saved)
+        else:
+            state = step.new_state(config, batch, abstract)
+            if initial:
+                state = begin_with(initial[0], state)
+                birth = f"from step {initial[1]:,} of {config.init_from.checkpoint}"
+        train_step = compiling.result()
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 
     # ---- Steps ----
@@ -272,7 +279,9 @@ def passage(batch: Batch, index: int) -> tuple[Prompt, list[int]]:
     """
     batch = jax.tree.map(lambda x: x[index], batch)
     if batch.decoder_BL is None:
-        real = len(batch.encoder_BS) if batch.encoder_segments_BS is None else np.count_nonzero(batch.encoder_segments_BS)
+        real = (
+            len(batch.encoder_BS) if batch.encoder_segments_BS is None else np.count_nonzero(batch.encoder_segments_BS)
+        )
         return Prompt(batch.encoder_BS[:real].tolist()), batch.targets_BL[:real].tolist()
     learned = batch.weights_BL > 0
     if batch.decoder_segments_BL is not None and learned.any():
@@ -303,7 +312,9 @@ def show(number: int, given: str, truth: str, said: str) -> str:
 def show_masked(tokenizer: Tokenizer, number: int, given: list[int], truth: list[int], said: list[int]) -> str:
     """One passage of an encoder-only model: each masked token with the truth and the model's guess."""
     mask = tokenizer.sentinel_ids[MASK]
-    guesses = [(tokenizer.decode([t]), tokenizer.decode([s])) for g, t, s in zip(given, truth, said, strict=False) if g == mask]
+    guesses = [
+        (tokenizer.decode([t]), tokenizer.decode([s])) for g, t, s in zip(given, truth, said, strict=False) if g == mask
+    ]
     lines = "".join(f"  masked  truth {right!r}  model {guess!r}\n" for right, guess in guesses)
     return f"---- held-out passage {number} ----\n{tokenizer.decode(given)}\n{lines}"
 

@@ -36,6 +36,9 @@ def small(**sections: dict) -> Config:
     natural = {"decoder": "causal_lm", "encoder": "mlm"}
     if (architecture := values["model"].get("architecture")) in natural:
         values["data"] = {"objective": natural[architecture], **values["data"]}
+    objective = values["data"].get("objective", ())
+    if "mlm_nsp" in ([objective] if isinstance(objective, str) else objective):
+        values["model"] = {"token_types": 2, **values["model"]}
     return configs.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
 
 
@@ -68,7 +71,9 @@ def vocabulary_of(config: Config) -> Vocabulary:
     size, count = config.tokenizer.vocab_size, config.tokenizer.num_sentinels
     ordinary_V = np.arange(size) >= 3
     ordinary_V[size - count :] = False
-    return Vocabulary(1, np.arange(size - 1, size - 1 - count, -1, dtype=np.int32), ordinary_V, np.arange(size) % 3 == 0)
+    return Vocabulary(
+        1, np.arange(size - 1, size - 1 - count, -1, dtype=np.int32), ordinary_V, np.arange(size) % 3 == 0
+    )
 
 
 @pytest.fixture
@@ -78,7 +83,34 @@ def rng() -> np.random.Generator:
 
 # ---- Text, and the smallest run on it ----
 
-SYLLABLES = "ba de fi go hu ka le mi no pu ra se ti vo wu xa ye zi cho tre sla qui ven dor mal pis".split()
+SYLLABLES = [
+    "ba",
+    "de",
+    "fi",
+    "go",
+    "hu",
+    "ka",
+    "le",
+    "mi",
+    "no",
+    "pu",
+    "ra",
+    "se",
+    "ti",
+    "vo",
+    "wu",
+    "xa",
+    "ye",
+    "zi",
+    "cho",
+    "tre",
+    "sla",
+    "qui",
+    "ven",
+    "dor",
+    "mal",
+    "pis",
+]
 
 
 def write_text(path: Path, lines: int = 600, seed: int = 0) -> None:
@@ -102,12 +134,28 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(texts: Path) -> list[str]:
     """Flags of `t5like train` for the smallest run on a.txt; later flags win over these."""
     values = {
-        "tokenizer.vocab_size": 400, "tokenizer.num_sentinels": 20,
-        "data.source": f"text:{texts}/a.txt", "data.text_documents": "line", "data.heldout_fraction": 0.1,
-        "data.directory": texts / "prepared", "data.batch_size": 8, "data.inputs_length": 32, "data.targets_length": 12,
-        "model.num_layers": 1, "model.model_dim": 32, "model.num_heads": 2, "model.head_dim": 16, "model.mlp_dim": 64,
-        "optimizer.name": "adamw", "optimizer.learning_rate": 0.01, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
-        "train.num_steps": 12, "train.log_every": 1, "train.eval_every": 100, "train.checkpoint_every": 100,
+        "tokenizer.vocab_size": 400,
+        "tokenizer.num_sentinels": 20,
+        "data.source": f"text:{texts}/a.txt",
+        "data.text_documents": "line",
+        "data.heldout_fraction": 0.1,
+        "data.directory": texts / "prepared",
+        "data.batch_size": 8,
+        "data.inputs_length": 32,
+        "data.targets_length": 12,
+        "model.num_layers": 1,
+        "model.model_dim": 32,
+        "model.num_heads": 2,
+        "model.head_dim": 16,
+        "model.mlp_dim": 64,
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": 0.01,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0,
+        "train.num_steps": 12,
+        "train.log_every": 1,
+        "train.eval_every": 100,
+        "train.checkpoint_every": 100,
     }
     return ["--config=configs/tiny.py", *(f"--config.{name}={value}" for name, value in values.items())]
 
@@ -129,9 +177,16 @@ def command(capfd, monkeypatch):
 def trained(flags, tmp_path_factory) -> Path:
     """A finished run of 2 steps with checkpoints at 1 and 2. Read it, copy it, but leave it as it is."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["train", *flags, f"--workdir={workdir}", "--config.train.num_steps=2", "--config.train.checkpoint_every=1"]) == 0
+    assert (
+        main(
+            ["train", *flags, f"--workdir={workdir}", "--config.train.num_steps=2", "--config.train.checkpoint_every=1"]
+        )
+        == 0
+    )
     return workdir
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }

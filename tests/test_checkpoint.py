@@ -28,11 +28,13 @@ REST = {"config": Config(seed=7), "tokenizer": b"\x00model\xff", "tokenizer_hash
 
 def on_mesh(tree, **axes: int):
     """Abstract leaves on a mesh of these axes: rows over the first axis, columns over the second where they divide."""
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:np.prod(list(axes.values()))])
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[: np.prod(list(axes.values()))])
 
     def place(leaf):
-        spec = [axis if leaf.shape[dim] % axes[axis] == 0 else None
-                for dim, axis in list(enumerate(axes))[:len(leaf.shape)]]
+        spec = [
+            axis if leaf.shape[dim] % axes[axis] == 0 else None
+            for dim, axis in list(enumerate(axes))[: len(leaf.shape)]
+        ]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(place, tree)
@@ -41,9 +43,13 @@ def on_mesh(tree, **axes: int):
 def new_state(step: int = 0, rows: int = 16, **axes: int) -> TrainState:
     """A state with the leaves and containers that ours have: Optax tuples, empty states, a bool, a bfloat16."""
     rng = np.random.default_rng(step)
-    params = {"encoder": {"kernel": jnp.asarray(rng.normal(size=(rows, 12)), jnp.float32),
-                          "scale": jnp.asarray(rng.normal(size=12), jnp.bfloat16)},
-              "decoder": {"kernel": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}}
+    params = {
+        "encoder": {
+            "kernel": jnp.asarray(rng.normal(size=(rows, 12)), jnp.float32),
+            "scale": jnp.asarray(rng.normal(size=12), jnp.bfloat16),
+        },
+        "decoder": {"kernel": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)},
+    }
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3), optax.apply_if_finite(optax.sgd(0.1), 3))
     state = TrainState(jnp.int32(step), params, tx.init(params))
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, on_mesh(state, **(axes or {"data": 1}))))
@@ -113,16 +119,28 @@ def without(tree: dict, name: str) -> dict:
     return {key: leaf for key, leaf in tree.items() if key != name}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s._replace(params=without(s.params, "decoder")), "params/decoder/kernel is not in this model"),
-    (lambda s: s._replace(params=s.params | {"head": s.step}), "params/head is missing"),
-    (lambda s: s._replace(step=jax.ShapeDtypeStruct((), jnp.uint32, sharding=s.step.sharding)),
-     r"step is int32\[\], not uint32\[\]"),
-    (lambda s: s._replace(params=s.params | {"decoder": {"kernel": jax.ShapeDtypeStruct(
-        (5, 8), jnp.float32, sharding=s.step.sharding)}}),
-     r"params/decoder/kernel is float32\[8, 5\], not float32\[5, 8\]"),
-    (lambda s: s._replace(opt_state=()), r"opt_state/1/0/count is not in this model; .*; and \d+ more; use the config"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s._replace(params=without(s.params, "decoder")), "params/decoder/kernel is not in this model"),
+        (lambda s: s._replace(params=s.params | {"head": s.step}), "params/head is missing"),
+        (
+            lambda s: s._replace(step=jax.ShapeDtypeStruct((), jnp.uint32, sharding=s.step.sharding)),
+            r"step is int32\[\], not uint32\[\]",
+        ),
+        (
+            lambda s: s._replace(
+                params=s.params
+                | {"decoder": {"kernel": jax.ShapeDtypeStruct((5, 8), jnp.float32, sharding=s.step.sharding)}}
+            ),
+            r"params/decoder/kernel is float32\[8, 5\], not float32\[5, 8\]",
+        ),
+        (
+            lambda s: s._replace(opt_state=()),
+            r"opt_state/1/0/count is not in this model; .*; and \d+ more; use the config",
+        ),
+    ],
+)
 def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         saved(tmp_path, 1).restore(change(on_mesh(new_state(), data=1)))
@@ -164,8 +182,10 @@ def test_a_digest_equals_its_definition():
 
     x = np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5
     bits = [int(value) for value in x.view(np.uint32).flat]
-    want = tuple(sum(mix(value ^ ((i * key + (key >> 1)) % 2**32)) for i, value in enumerate(bits)) % 2**32
-                 for key in (0x9E3779B1, 0x7FEB352D))
+    want = tuple(
+        sum(mix(value ^ ((i * key + (key >> 1)) % 2**32)) for i, value in enumerate(bits)) % 2**32
+        for key in (0x9E3779B1, 0x7FEB352D)
+    )
     assert lanes(x) == want
 
 
@@ -196,7 +216,7 @@ def test_damaged_files_give_one_line(tmp_path):
             victim = tmp_path / "2" / path.relative_to(tmp_path / "whole")
             victim.unlink()
             if damage == "truncate":
-                victim.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+                victim.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             try:
                 assert_bitwise(checkpoints.restore(abstract, 2), want)
             except CheckpointError as error:
@@ -275,30 +295,41 @@ def run(program: str, directory: Path) -> subprocess.Popen:
     """Start a program that has this file's names, in a process that may be killed or limited."""
     header = "import sys\nsys.path[:0] = ['.', 'tests']\nfrom test_checkpoint import *\n"
     header += "checkpoints = saved(sys.argv[1])\n"
-    return subprocess.Popen([sys.executable, "-c", header + textwrap.dedent(program), str(directory)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", header + textwrap.dedent(program), str(directory)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
 
 
 def test_a_failed_save_prints_nothing_but_its_error(tmp_path):
-    output, noise = run("""
+    output, noise = run(
+        """
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         checkpoints.save(new_state(1, rows=1 << 14), **REST)
         try:
             checkpoints.close()
         except CheckpointError as error:
             print(error)
-    """, tmp_path).communicate(timeout=60)
+    """,
+        tmp_path,
+    ).communicate(timeout=60)
     assert "could not be written" in output and output.count("\n") == 1 and noise == ""
 
 
 def test_a_killed_save_costs_nothing_but_itself(tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(3):
-        with run("""
+        with run(
+            """
             for step in range(1 + (checkpoints.latest() or 0), 10_000):
                 checkpoints.save(new_state(step, rows=1 << 14), **REST)
                 print(step, flush=True)  # of which the one before is complete
-        """, tmp_path) as process:
+        """,
+            tmp_path,
+        ) as process:
             begun = [int(process.stdout.readline()) for _ in range(3)]
             time.sleep(rng.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from t5like import config as configs
-from t5like.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from t5like.config import Config, ModelConfig, OptimizerConfig
 from t5like.data import objectives, pipeline
 from t5like.errors import ConfigError
 from t5like.model import layers, transformer
@@ -60,7 +60,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             config = configs.resolve(
                 {
                     "data": {"objective": objective, "targets_length": 512},
-                    "model": {"architecture": architecture},
+                    "model": {"architecture": architecture, "token_types": 2 * (architecture == "encoder")},
                     "tokenizer": {"num_sentinels": 200},
                 }
             )
@@ -116,11 +116,20 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             "model.max_length=100 must be at least the longest row, 512, with learned positions; use 512",
         ),
         (
-            {"model": {"positions": "learned", "max_length": 100, "architecture": "encoder"}, "data": {"objective": "mlm", "inputs_length": 101}},
+            {
+                "model": {"positions": "learned", "max_length": 100, "architecture": "encoder"},
+                "data": {"objective": "mlm", "inputs_length": 101},
+            },
             "model.max_length=100 must be at least the longest row, 101, with learned positions; use 101",
         ),
-        ({"model": {"token_types": 2}}, "model.token_types=2 needs model.architecture=encoder, not encoder_decoder; use 0"),
-        ({"model": {"head": "mlm"}}, "model.head='mlm' needs model.architecture=encoder, not encoder_decoder; use plain"),
+        (
+            {"model": {"token_types": 2}},
+            "model.token_types=2 needs model.architecture=encoder, not encoder_decoder; use 0",
+        ),
+        (
+            {"model": {"head": "mlm"}},
+            "model.head='mlm' needs model.architecture=encoder, not encoder_decoder; use plain",
+        ),
         (
             {"model": {"architecture": "encoder", "token_types": 1}, "data": {"objective": ("mlm", "mlm_nsp")}},
             "model.token_types=1 must be at least 2 for data.objective=mlm_nsp; use 2",

@@ -20,8 +20,28 @@ from t5like.data.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu",
-         "\u2581", "\t", "é", "中文", "😀", "<extra_id_0>", "</s>", ""]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "\u2581",
+    "\t",
+    "é",
+    "中文",
+    "😀",
+    "<extra_id_0>",
+    "</s>",
+    "",
+]
 
 
 def lines(count, seed=0):
@@ -44,10 +64,17 @@ def model(tmp_path_factory):
 def own(tmp_path, model):
     """A config of the test's own: 6000 lines of text, 1.2 MB, so 5 pieces; with a tokenizer that is there."""
     write(tmp_path / "a.jsonl", lines(6000))
-    return configs.resolve({
-        "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
-        "data": {"source": [f"jsonl:{tmp_path}/a.jsonl"], "directory": str(tmp_path / "prepared"),
-                 "num_workers": 1, "heldout_fraction": 0.1}})
+    return configs.resolve(
+        {
+            "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
+            "data": {
+                "source": [f"jsonl:{tmp_path}/a.jsonl"],
+                "directory": str(tmp_path / "prepared"),
+                "num_workers": 1,
+                "heldout_fraction": 0.1,
+            },
+        }
+    )
 
 
 def changed(config, **data):
@@ -141,11 +168,15 @@ def test_a_second_prepare_touches_nothing(own):
 def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subprocess.Popen:
     """`prepare` as a process of its own, in a new process group with its workers; stands still after some pieces."""
     (tmp_path / "config.json").write_text(configs.to_json(config))
-    code = ("import sys, pathlib; from t5like import config; from t5like.data import corpus\n"
-            "corpus.prepare(config.from_json(pathlib.Path(sys.argv[1]).read_text()))")
+    code = (
+        "import sys, pathlib; from t5like import config; from t5like.data import corpus\n"
+        "corpus.prepare(config.from_json(pathlib.Path(sys.argv[1]).read_text()))"
+    )
     if pieces is not None:  # each finished one advances the progress bar
-        code = f"import time; from rich import progress; count = iter(range({pieces - 1}))\n" \
-               "progress.Progress.update = lambda *_, **__: next(count, None) is None and time.sleep(60)\n" + code
+        code = (
+            f"import time; from rich import progress; count = iter(range({pieces - 1}))\n"
+            "progress.Progress.update = lambda *_, **__: next(count, None) is None and time.sleep(60)\n" + code
+        )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
@@ -314,10 +345,16 @@ def store(tmp_path_factory, model):
     directory = tmp_path_factory.mktemp("store")
     texts = ["x" * 200_000 + str(i) if i % 9 == 4 else f"text {i}" for i in range(90)]
     write(directory / "a.jsonl", texts)
-    config = configs.resolve({
-        "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
-        "data": {"source": [f"jsonl:{directory}/a.jsonl"], "directory": str(directory / "prepared"),
-                 "heldout_fraction": 0.2}})
+    config = configs.resolve(
+        {
+            "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
+            "data": {
+                "source": [f"jsonl:{directory}/a.jsonl"],
+                "directory": str(directory / "prepared"),
+                "heldout_fraction": 0.2,
+            },
+        }
+    )
     prepared = prepare(config, progress=False)
     return prepared.stores[0], prepared.tokenizer
 
@@ -330,8 +367,13 @@ def test_windows_and_segments_equal_a_plain_concatenation(store, split):
     whole = np.concatenate([np.fromfile(path, "<u2") for path in shards]).astype(np.int64)
     assert len(whole) == stream.num_tokens and len([path for path in shards if path.stat().st_size]) > 3
     borders = np.cumsum([path.stat().st_size // 2 for path in shards])
-    starts = np.concatenate([np.random.default_rng(0).integers(0, len(whole), 50), *(borders - k for k in (0, 1, 2, 9)),
-                             [0, len(whole) - 1, 5 * len(whole) + 3]])
+    starts = np.concatenate(
+        [
+            np.random.default_rng(0).integers(0, len(whole), 50),
+            *(borders - k for k in (0, 1, 2, 9)),
+            [0, len(whole) - 1, 5 * len(whole) + 3],
+        ]
+    )
     for length, starts_N in ((1, starts), (7, starts), (700, starts), (2 * len(whole) + 5, starts[-3:])):
         windows, segments = stream.windows(starts_N, length), stream.segments(starts_N, length)
         assert windows.dtype == segments.dtype == np.int32

@@ -23,7 +23,9 @@ def reference(logits, targets, weights, z_loss, smoothing):
 @pytest.mark.parametrize("z_loss, smoothing", [(0, 0), (1e-2, 0), (0, 0.1), (1e-2, 0.1)])
 def test_cross_entropy_is_the_formula(rng, z_loss, smoothing):
     logits, targets, weights = example(rng)
-    loss = losses.cross_entropy(jnp.asarray(logits, jnp.float32), targets, weights, vocab_size=17, z_loss=z_loss, label_smoothing=smoothing)
+    loss = losses.cross_entropy(
+        jnp.asarray(logits, jnp.float32), targets, weights, vocab_size=17, z_loss=z_loss, label_smoothing=smoothing
+    )
     objective, nats = reference(logits, targets, weights, z_loss, smoothing)
     np.testing.assert_allclose(loss.objective, objective, rtol=1e-5)
     np.testing.assert_allclose(loss.metrics["loss"].total, nats, rtol=1e-5)
@@ -35,8 +37,12 @@ def test_cross_entropy_is_the_formula(rng, z_loss, smoothing):
 def test_smoothing_leaves_padding_rows_alone(rng):
     logits, targets, weights = example(rng)
     padded = np.concatenate([logits, np.full((3, 10, 4), -1e9)], axis=-1)
-    losses_of = [losses.cross_entropy(jnp.asarray(x, jnp.float32), targets, weights, vocab_size=17, label_smoothing=0.1).objective
-                 for x in (logits, padded)]
+    losses_of = [
+        losses.cross_entropy(
+            jnp.asarray(x, jnp.float32), targets, weights, vocab_size=17, label_smoothing=0.1
+        ).objective
+        for x in (logits, padded)
+    ]
     np.testing.assert_allclose(*losses_of, rtol=1e-6)
 
 
@@ -56,12 +62,18 @@ def test_chunks_equal_the_whole_with_their_gradients(rng, chunk):
         def of(h, t, w):
             return losses.cross_entropy(h @ head, t, w, vocab_size=17, z_loss=1e-2)
 
-        return losses.in_chunks(of, hidden, jnp.asarray(targets), jnp.asarray(weights), chunk) if chunk else of(hidden, targets, weights)
+        return (
+            losses.in_chunks(of, hidden, jnp.asarray(targets), jnp.asarray(weights), chunk)
+            if chunk
+            else of(hidden, targets, weights)
+        )
 
     def with_gradient(chunk):
         return loss(head, hidden, chunk), jax.grad(lambda h, x: loss(h, x, chunk).objective, (0, 1))(head, hidden)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), with_gradient(0), with_gradient(chunk))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), with_gradient(0), with_gradient(chunk)
+    )
 
 
 def test_next_sentence_is_the_cross_entropy_of_two_classes_and_leaves_rows_out(rng):
@@ -94,5 +106,7 @@ def test_losses_by_component_are_those_of_its_rows(rng, chunk):
     found = (losses.in_chunks(of, *whole, chunk) if chunk else of(*whole)).metrics["by_component"]
     for index in range(4):
         mine = component[:, 0] == index
-        np.testing.assert_allclose(found.total[index], reference(logits[mine], targets[mine], weights[mine], 0, 0)[1], rtol=1e-5)
+        np.testing.assert_allclose(
+            found.total[index], reference(logits[mine], targets[mine], weights[mine], 0, 0)[1], rtol=1e-5
+        )
         assert found.weight[index] == weights[mine].sum()

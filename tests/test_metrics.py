@@ -78,11 +78,24 @@ def device(kind: str) -> SimpleNamespace:
     return SimpleNamespace(device_kind=kind, platform="gpu" if "NVIDIA" in kind else "tpu")
 
 
-@pytest.mark.parametrize(("kind", "teraflops"), [
-    ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU7x", 1153.5), ("TPU v3", 61.5),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121),
-    ("NVIDIA L40S", 362), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250),
-])
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("TPU v3", 61.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+    ],
+)
 def test_peak_is_the_sum_over_devices_of_the_vendors_figure(kind, teraflops):
     assert peak_flops([device(kind)] * 4) == pytest.approx(4e12 * teraflops)
 
@@ -237,8 +250,13 @@ def test_on_a_terminal_there_is_a_bar_with_everything_and_standard_output_stays_
         "    print('for the pipe')\n"
     )
     terminal, end = pty.openpty()
-    ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=end, check=True,
-                         env=os.environ | {"TERM": "xterm", "COLUMNS": "100"})
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=end,
+        check=True,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+    )
     os.close(end)
     shown = b""
     try:

@@ -27,13 +27,46 @@ TINY = {"model_dim": 16, "mlp_dim": 24, "num_heads": 4, "vocab_multiple": 1}
 FAMILIES = {
     "t5_1_0": {"mlp": "relu", "tied_embeddings": True, "head_dim": 6},
     "t5_1_1": {"num_decoder_layers": 3, "head_dim": 6},
-    "llama": {"architecture": "decoder", "num_kv_heads": 2, "head_dim": 4, "mlp": "gated_silu", "positions": "rotary",
-              "scale_attention": True, "init": "gpt2"},
-    "gpt2": {"architecture": "decoder", "head_dim": 4, "mlp_dim": 64, "mlp": "gelu", "positions": "learned", "norm": "layer",
-             "norm_epsilon": 1e-5, "biases": True, "tied_embeddings": True, "scale_attention": True, "init": "gpt2", "max_length": 64},
-    "bert": {"architecture": "encoder", "head_dim": 4, "mlp": "gelu_exact", "positions": "learned", "norm": "layer",
-             "norm_position": "post", "norm_epsilon": 1e-12, "embedding_norm": True, "token_types": 2, "head": "mlm",
-             "biases": True, "tied_embeddings": True, "scale_attention": True, "init": "bert", "max_length": 64},
+    "llama": {
+        "architecture": "decoder",
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "mlp": "gated_silu",
+        "positions": "rotary",
+        "scale_attention": True,
+        "init": "gpt2",
+    },
+    "gpt2": {
+        "architecture": "decoder",
+        "head_dim": 4,
+        "mlp_dim": 64,
+        "mlp": "gelu",
+        "positions": "learned",
+        "norm": "layer",
+        "norm_epsilon": 1e-5,
+        "biases": True,
+        "tied_embeddings": True,
+        "scale_attention": True,
+        "init": "gpt2",
+        "max_length": 64,
+    },
+    "bert": {
+        "architecture": "encoder",
+        "head_dim": 4,
+        "mlp": "gelu_exact",
+        "positions": "learned",
+        "norm": "layer",
+        "norm_position": "post",
+        "norm_epsilon": 1e-12,
+        "embedding_norm": True,
+        "token_types": 2,
+        "head": "mlm",
+        "biases": True,
+        "tied_embeddings": True,
+        "scale_attention": True,
+        "init": "bert",
+        "max_length": 64,
+    },
 }
 
 
@@ -74,31 +107,55 @@ def hf_weights(family: str) -> dict:
         return {ours: {"kernel": stack(f"{prefix}.{theirs}.weight")} for ours, theirs in parts}
 
     if family.startswith("t5"):
+
         def t5_stack(side, mlp_index):
             block = f"{side}.block.{{}}.layer"
-            wi = {"gate": "wi_0", "in": "wi_1"} if f"{side}.block.0.layer.{mlp_index}.DenseReluDense.wi_0.weight" in w else {"in": "wi"}
-            made = {"attention": attention(f"{block}.0.SelfAttention"),
-                    "attention_norm": {"scale": stack(f"{block}.0.layer_norm.weight")},
-                    "mlp": {ours: {"kernel": stack(f"{block}.{mlp_index}.DenseReluDense.{theirs}.weight")}
-                            for ours, theirs in {**wi, "out": "wo"}.items()},
-                    "mlp_norm": {"scale": stack(f"{block}.{mlp_index}.layer_norm.weight")}}
+            wi = (
+                {"gate": "wi_0", "in": "wi_1"}
+                if f"{side}.block.0.layer.{mlp_index}.DenseReluDense.wi_0.weight" in w
+                else {"in": "wi"}
+            )
+            made = {
+                "attention": attention(f"{block}.0.SelfAttention"),
+                "attention_norm": {"scale": stack(f"{block}.0.layer_norm.weight")},
+                "mlp": {
+                    ours: {"kernel": stack(f"{block}.{mlp_index}.DenseReluDense.{theirs}.weight")}
+                    for ours, theirs in {**wi, "out": "wo"}.items()
+                },
+                "mlp_norm": {"scale": stack(f"{block}.{mlp_index}.layer_norm.weight")},
+            }
             if side == "decoder":
-                made |= {"cross_attention": attention(f"{block}.1.EncDecAttention"),
-                         "cross_attention_norm": {"scale": stack(f"{block}.1.layer_norm.weight")}}
+                made |= {
+                    "cross_attention": attention(f"{block}.1.EncDecAttention"),
+                    "cross_attention_norm": {"scale": stack(f"{block}.1.layer_norm.weight")},
+                }
             bias = w[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-            return {"layers": made, "relative_bias": {"table": bias}, "final_norm": {"scale": w[f"{side}.final_layer_norm.weight"]}}
+            return {
+                "layers": made,
+                "relative_bias": {"table": bias},
+                "final_norm": {"scale": w[f"{side}.final_layer_norm.weight"]},
+            }
 
         params = {"embedding": w["shared.weight"], "encoder": t5_stack("encoder", 1), "decoder": t5_stack("decoder", 2)}
         return params | ({"head": w["lm_head.weight"].T} if family == "t5_1_1" else {})
     if family == "llama":
         block = "model.layers.{}"
-        return {"embedding": w["model.embed_tokens.weight"], "head": w["lm_head.weight"].T, "decoder": {
-            "final_norm": {"scale": w["model.norm.weight"]},
-            "layers": {"attention": attention(f"{block}.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
-                       "attention_norm": {"scale": stack(f"{block}.input_layernorm.weight")},
-                       "mlp_norm": {"scale": stack(f"{block}.post_attention_layernorm.weight")},
-                       "mlp": {ours: {"kernel": stack(f"{block}.mlp.{theirs}_proj.weight")}
-                               for ours, theirs in {"gate": "gate", "in": "up", "out": "down"}.items()}}}}
+        return {
+            "embedding": w["model.embed_tokens.weight"],
+            "head": w["lm_head.weight"].T,
+            "decoder": {
+                "final_norm": {"scale": w["model.norm.weight"]},
+                "layers": {
+                    "attention": attention(f"{block}.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+                    "attention_norm": {"scale": stack(f"{block}.input_layernorm.weight")},
+                    "mlp_norm": {"scale": stack(f"{block}.post_attention_layernorm.weight")},
+                    "mlp": {
+                        ours: {"kernel": stack(f"{block}.mlp.{theirs}_proj.weight")}
+                        for ours, theirs in {"gate": "gate", "in": "up", "out": "down"}.items()
+                    },
+                },
+            },
+        }
     if family == "bert":
         block = "bert.encoder.layer.{}"
 
@@ -109,18 +166,28 @@ def hf_weights(family: str) -> dict:
             return {ours: w[f"{name}.weight"].T, "bias": w[f"{name}.bias"]}
 
         return {
-            "embedding": w["bert.embeddings.word_embeddings.weight"], "positions": w["bert.embeddings.position_embeddings.weight"],
+            "embedding": w["bert.embeddings.word_embeddings.weight"],
+            "positions": w["bert.embeddings.position_embeddings.weight"],
             "token_types": w["bert.embeddings.token_type_embeddings.weight"],
             "embedding_norm": outer("bert.embeddings.LayerNorm", "scale"),
-            "encoder": {"layers": {
-                "attention": {**{ours: inner(f"attention.self.{ours}") for ours in ("query", "key", "value")},
-                              "out": inner("attention.output.dense")},
-                "attention_norm": inner("attention.output.LayerNorm", "scale"),
-                "mlp": {"in": inner("intermediate.dense"), "out": inner("output.dense")},
-                "mlp_norm": inner("output.LayerNorm", "scale")}},
+            "encoder": {
+                "layers": {
+                    "attention": {
+                        **{ours: inner(f"attention.self.{ours}") for ours in ("query", "key", "value")},
+                        "out": inner("attention.output.dense"),
+                    },
+                    "attention_norm": inner("attention.output.LayerNorm", "scale"),
+                    "mlp": {"in": inner("intermediate.dense"), "out": inner("output.dense")},
+                    "mlp_norm": inner("output.LayerNorm", "scale"),
+                }
+            },
             "pairs": {"pooler": outer("bert.pooler.dense"), "classes": outer("cls.seq_relationship")},
-            "mlm": {"dense": outer("cls.predictions.transform.dense"), "norm": outer("cls.predictions.transform.LayerNorm", "scale")},
-            "head_bias": w["cls.predictions.bias"]}
+            "mlm": {
+                "dense": outer("cls.predictions.transform.dense"),
+                "norm": outer("cls.predictions.transform.LayerNorm", "scale"),
+            },
+            "head_bias": w["cls.predictions.bias"],
+        }
     block = "transformer.h.{}"
 
     def dense(name):  # GPT-2's Conv1D keeps [in, out]
@@ -132,10 +199,19 @@ def hf_weights(family: str) -> dict:
     joined = dense("attn.c_attn")
     split = {key: np.split(value, 3, axis=-1) for key, value in joined.items()}
     qkv = {ours: {key: split[key][i] for key in split} for i, ours in enumerate(("query", "key", "value"))}
-    return {"embedding": w["transformer.wte.weight"], "positions": w["transformer.wpe.weight"], "decoder": {
-        "final_norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
-        "layers": {"attention": {**qkv, "out": dense("attn.c_proj")}, "attention_norm": norm("ln_1"), "mlp_norm": norm("ln_2"),
-                   "mlp": {"in": dense("mlp.c_fc"), "out": dense("mlp.c_proj")}}}}
+    return {
+        "embedding": w["transformer.wte.weight"],
+        "positions": w["transformer.wpe.weight"],
+        "decoder": {
+            "final_norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
+            "layers": {
+                "attention": {**qkv, "out": dense("attn.c_proj")},
+                "attention_norm": norm("ln_1"),
+                "mlp_norm": norm("ln_2"),
+                "mlp": {"in": dense("mlp.c_fc"), "out": dense("mlp.c_proj")},
+            },
+        },
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,8 +222,14 @@ def test_logits_equal_those_of_hugging_face(family):
     if family.startswith("t5"):
         segments = inputs["attention_mask"].astype(np.int32)
         decoder = inputs["decoder_input_ids"].astype(np.int32)
-        batch = Batch(decoder, decoder, np.ones(decoder.shape, np.float32), inputs["input_ids"].astype(np.int32), segments,
-                      np.ones_like(decoder))
+        batch = Batch(
+            decoder,
+            decoder,
+            np.ones(decoder.shape, np.float32),
+            inputs["input_ids"].astype(np.int32),
+            segments,
+            np.ones_like(decoder),
+        )
     else:
         ids = inputs["input_ids"].astype(np.int32)
         batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
@@ -157,12 +239,16 @@ def test_logits_equal_those_of_hugging_face(family):
         batch = Batch(None, ids, batch.weights_BL, ids, mask, token_types_BS=types)
         real = mask > 0  # theirs go on computing where there is padding
         np.testing.assert_allclose(pair_logits(config, params, batch), GOLDEN["bert.pair_logits"], atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(logits(config, params, batch)[real], GOLDEN[f"{family}.logits"][real], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        logits(config, params, batch)[real], GOLDEN[f"{family}.logits"][real], atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_relative_buckets_equal_those_of_hugging_face(bidirectional):
-    ours = layers.relative_buckets(GOLDEN["buckets.distance"], buckets=32, max_distance=128, bidirectional=bidirectional)
+    ours = layers.relative_buckets(
+        GOLDEN["buckets.distance"], buckets=32, max_distance=128, bidirectional=bidirectional
+    )
     np.testing.assert_array_equal(ours, GOLDEN[f"buckets.{bidirectional}"])
 
 
@@ -172,7 +258,9 @@ def test_relative_buckets_equal_those_of_hugging_face(bidirectional):
 def count(config: Config, *, without: tuple[str, ...] = ()) -> int:
     config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
     shapes = jax.eval_shape(functools.partial(step.init_params, config), pipeline.spec(config), jax.random.key(0))
-    return tree.num_parameters({name: leaf for name, leaf in tree.flatten(shapes).items() if not name.startswith(without)})
+    return tree.num_parameters(
+        {name: leaf for name, leaf in tree.flatten(shapes).items() if not name.startswith(without)}
+    )
 
 
 def preset(name: str, **overrides: str) -> Config:
@@ -180,9 +268,18 @@ def preset(name: str, **overrides: str) -> Config:
     return configs.load(path, [(key.replace("__", "."), value) for key, value in overrides.items()])
 
 
-@pytest.mark.parametrize("name, published", [
-    ("t5_small", 76_961_152), ("t5_base", 247_577_856), ("t5_large", 783_150_080), ("t5_xl", 2_849_757_184),
-    ("t5_xxl", 11_135_332_352), ("llama_7b", 6_738_415_616), ("llama_1b", 1_100_048_384)])
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("t5_small", 76_961_152),
+        ("t5_base", 247_577_856),
+        ("t5_large", 783_150_080),
+        ("t5_xl", 2_849_757_184),
+        ("t5_xxl", 11_135_332_352),
+        ("llama_7b", 6_738_415_616),
+        ("llama_1b", 1_100_048_384),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(name, published):
     assert count(preset(name)) == published
 
@@ -199,16 +296,31 @@ def test_bert_base_has_its_published_size_with_and_without_its_heads():
     assert count(config, without=("mlm/", "head_bias", "pairs/classes/")) == 109_482_240
 
 
-@pytest.mark.parametrize("name", ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b",
-                                  "bert_base"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b", "bert_base"],
+)
 def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
     # The preset's own shapes would not fit; its scheme does: depth and width are cut, every other choice stays.
-    cut = {"model__num_layers": "3", "model__model_dim": "64", "model__mlp_dim": "128", "model__num_heads": "4", "model__head_dim": "16",
-           "tokenizer__vocab_size": "2000", "data__batch_size": "4", "model__layers": "unroll", "model__dtype": "float32",
-           "model__remat": "none"}
+    cut = {
+        "model__num_layers": "3",
+        "model__model_dim": "64",
+        "model__mlp_dim": "128",
+        "model__num_heads": "4",
+        "model__head_dim": "16",
+        "tokenizer__vocab_size": "2000",
+        "data__batch_size": "4",
+        "model__layers": "unroll",
+        "model__dtype": "float32",
+        "model__remat": "none",
+    }
     if preset(name).model.num_kv_heads:
         cut["model__num_kv_heads"] = "2"
-    cut |= {"data__targets_length": "64"} if preset(name).data.inputs_length == 0 else {"data__inputs_length": "64", "data__targets_length": "14"}
+    cut |= (
+        {"data__targets_length": "64"}
+        if preset(name).data.inputs_length == 0
+        else {"data__inputs_length": "64", "data__targets_length": "14"}
+    )
     config = preset(name, **cut)
     assert abs(mean_loss(config, init(config), random_batch(config)) - math.log(config.tokenizer.vocab_size)) < 0.5
 
@@ -219,20 +331,44 @@ def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
 VARIANTS = {
     "t5": {},
     "causal": {"model": {"architecture": "decoder"}},
-    "llama": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 2, "scale_attention": True, "mlp": "gated_silu"}},
-    "post_norm": {"model": {"norm_position": "post", "norm": "layer", "biases": True, "positions": "learned", "mlp": "relu"}},
+    "llama": {
+        "model": {
+            "architecture": "decoder",
+            "positions": "rotary",
+            "num_kv_heads": 2,
+            "scale_attention": True,
+            "mlp": "gated_silu",
+        }
+    },
+    "post_norm": {
+        "model": {"norm_position": "post", "norm": "layer", "biases": True, "positions": "learned", "mlp": "relu"}
+    },
     "prefix": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
     "bert": {"model": {**FAMILIES["bert"], "head_dim": 8}, "data": {"objective": "mlm_nsp"}},
     "encoder": {"model": {"architecture": "encoder"}},
-    "rotary_encoder": {"model": {"architecture": "encoder", "positions": "rotary", "norm_position": "post", "mlp": "gated_silu"}},
+    "rotary_encoder": {
+        "model": {"architecture": "encoder", "positions": "rotary", "norm_position": "post", "mlp": "gated_silu"}
+    },
 }
 
 
-@pytest.mark.parametrize("variant, change", [
-    ("t5", {"layers": "scan"}), ("t5", {"remat": "full"}), ("t5", {"layers": "scan", "remat": "dots"}),
-    ("llama", {"layers": "scan", "remat": "full"}), ("post_norm", {"layers": "scan"}), ("prefix", {"remat": "dots"}),
-    ("bert", {"layers": "scan", "remat": "dots"}), ("encoder", {"layers": "scan", "remat": "full"}),
-    ("t5", {"kernels": "cpu"}), ("llama", {"kernels": "cpu"}), ("post_norm", {"kernels": "cpu"}), ("bert", {"kernels": "cpu"})])
+@pytest.mark.parametrize(
+    "variant, change",
+    [
+        ("t5", {"layers": "scan"}),
+        ("t5", {"remat": "full"}),
+        ("t5", {"layers": "scan", "remat": "dots"}),
+        ("llama", {"layers": "scan", "remat": "full"}),
+        ("post_norm", {"layers": "scan"}),
+        ("prefix", {"remat": "dots"}),
+        ("bert", {"layers": "scan", "remat": "dots"}),
+        ("encoder", {"layers": "scan", "remat": "full"}),
+        ("t5", {"kernels": "cpu"}),
+        ("llama", {"kernels": "cpu"}),
+        ("post_norm", {"kernels": "cpu"}),
+        ("bert", {"kernels": "cpu"}),
+    ],
+)
 def test_scan_remat_and_kernels_change_nothing(variant, change):
     sections = VARIANTS[variant]
     plain = small(**sections)
@@ -319,14 +455,18 @@ def test_an_encoder_sees_its_document_in_both_directions_and_nobody_sees_padding
 def test_a_text_without_token_types_is_the_first_of_a_pair_and_the_second_reads_differently():
     config = small(**VARIANTS["bert"])
     params, batch = init(config), random_batch(config)
-    none, first, second = (logits(config, params, batch._replace(token_types_BS=types)) for types in (
-        None, np.zeros_like(batch.encoder_BS), np.ones_like(batch.encoder_BS)))
+    none, first, second = (
+        logits(config, params, batch._replace(token_types_BS=types))
+        for types in (None, np.zeros_like(batch.encoder_BS), np.ones_like(batch.encoder_BS))
+    )
     np.testing.assert_array_equal(none, first)
     assert np.abs(none - second).max() > 1e-3
 
 
 def test_bert_begins_with_its_own_initialisation():
-    for name, leaf in tree.flatten(init(small(**VARIANTS["bert"], tokenizer={"vocab_size": 500, "num_sentinels": 20}))).items():
+    for name, leaf in tree.flatten(
+        init(small(**VARIANTS["bert"], tokenizer={"vocab_size": 500, "num_sentinels": 20}))
+    ).items():
         if name.endswith(("scale", "bias")):
             assert (leaf == name.endswith("scale")).all(), name
         else:
@@ -346,8 +486,11 @@ def test_attend_equals_softmax_in_float64(rng):
     scores = np.einsum("bnlh,bnsh->bnls", q, k.repeat(2, 1)) + bias
     scores = np.where(np.tril(np.ones((5, 7)), 2), scores, -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    ours = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), bias_1NLS=jnp.asarray(bias, jnp.float32),
-                  mask_B1LS=causal_mask(5, 7, 2))
+    ours = attend(
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        bias_1NLS=jnp.asarray(bias, jnp.float32),
+        mask_B1LS=causal_mask(5, 7, 2),
+    )
     np.testing.assert_allclose(ours, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
 
 
@@ -391,7 +534,9 @@ def test_dropout_is_random_in_training_and_absent_in_evaluation():
 def test_a_post_norm_stack_drops_nothing_behind_its_last_norm():
     config = small(model={**VARIANTS["bert"]["model"], "dropout_rate": 0.5}, data=VARIANTS["bert"]["data"])
     params, batch = init(config), random_batch(config)
-    hidden = lambda key: Transformer(config).apply({"params": params}, batch, train=True, method="hidden", rngs={"dropout": key})
+    hidden = lambda key: Transformer(config).apply(
+        {"params": params}, batch, train=True, method="hidden", rngs={"dropout": key}
+    )
     one, other = hidden(jax.random.key(0)), hidden(jax.random.key(1))
     assert np.abs(one - other).max() > 0.1
     np.testing.assert_allclose(one.std(-1), 1, rtol=1e-3)
@@ -411,9 +556,17 @@ def test_float32_is_kept_where_it_counts(variant):
                 yield from equations(sub)
 
     kinds = {"exp": "softmax and loss", "log": "loss", "rsqrt": "norm", "reduce_sum": "sums"}
-    found = {e.primitive.name for e in equations(jaxpr.jaxpr) if e.primitive.name in kinds and e.outvars[0].aval.dtype == jnp.float32}
+    found = {
+        e.primitive.name
+        for e in equations(jaxpr.jaxpr)
+        if e.primitive.name in kinds and e.outvars[0].aval.dtype == jnp.float32
+    }
     assert {"exp", "log", "rsqrt"} <= found
-    wrong = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("log", "rsqrt") and e.outvars[0].aval.dtype != jnp.float32]
+    wrong = [
+        e
+        for e in equations(jaxpr.jaxpr)
+        if e.primitive.name in ("log", "rsqrt") and e.outvars[0].aval.dtype != jnp.float32
+    ]
     assert not wrong
     assert logits(config, params, batch).dtype == jnp.float32
     assert variant != "bert" or pair_logits(config, params, batch).dtype == jnp.float32

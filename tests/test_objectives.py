@@ -68,13 +68,17 @@ def merge(encoder, targets, sentinels):
 
 @pytest.mark.parametrize("density, mean", [(0.15, 3.0), (0.5, 3.0), (0.3, 1.0)])
 def test_span_corruption_inverts(density, mean):
-    config = small(data={"inputs_length": 64, "noise_density": density, "mean_span_length": mean, "targets_length": 120},
-                   tokenizer={"num_sentinels": 40, "vocab_size": 600})
+    config = small(
+        data={"inputs_length": 64, "noise_density": density, "mean_span_length": mean, "targets_length": 120},
+        tokenizer={"num_sentinels": 40, "vocab_size": 600},
+    )
     length = denoisers(config)[0].window.length
     tokens = np.random.default_rng(1).integers(3, 400, (30, length), dtype=np.int32)
     vocabulary = Vocabulary(1, 599 - np.arange(40))
     batch = corrupted(config, vocabulary, tokens, None, keys(30))
-    for row, encoder, targets, weights in zip(tokens, batch.encoder_BS, batch.targets_BL, batch.weights_BL, strict=True):
+    for row, encoder, targets, weights in zip(
+        tokens, batch.encoder_BS, batch.targets_BL, batch.weights_BL, strict=True
+    ):
         assert merge(encoder.tolist(), targets[weights > 0].tolist(), vocabulary.sentinels) == row.tolist()
 
 
@@ -141,11 +145,14 @@ def test_prefix_lm_of_a_decoder_sees_the_prefix_and_learns_the_rest():
     assert (batch.weights_BL == (place >= prefix[:, None] - 1)).all()
 
 
-@pytest.mark.parametrize("data, tokenizer, message", [
-    ({"targets_length": 6}, {}, "data.targets_length=6 must be at least"),
-    ({"inputs_length": 512, "targets_length": 200}, {}, "tokenizer.num_sentinels=20 must be at least 28"),
-    ({"inputs_length": 2}, {}, "data.inputs_length=2"),
-])
+@pytest.mark.parametrize(
+    "data, tokenizer, message",
+    [
+        ({"targets_length": 6}, {}, "data.targets_length=6 must be at least"),
+        ({"inputs_length": 512, "targets_length": 200}, {}, "tokenizer.num_sentinels=20 must be at least 28"),
+        ({"inputs_length": 2}, {}, "data.inputs_length=2"),
+    ],
+)
 def test_what_does_not_fit_is_refused(data, tokenizer, message):
     with pytest.raises(ConfigError, match=message):
         denoisers(small(data=data, tokenizer=tokenizer))
@@ -208,7 +215,7 @@ def test_over_a_million_tokens_the_masked_share_is_that_of_the_table():
 
 @pytest.mark.parametrize("data, tokenizer, message", [
     ({"inputs_length": 40, "targets_length": 40}, {}, "are too short for spans of 64 tokens"),
-    ({"inputs_length": 512, "targets_length": 512}, {"num_sentinels": 100}, "tokenizer.num_sentinels=100 must be at least"),
+    ({"inputs_length": 512, "targets_length": 512}, {"num_sentinels": 100}, "num_sentinels=100 must be at least"),
 ])  # fmt: skip
 def test_a_denoiser_that_does_not_fit_is_refused(data, tokenizer, message):
     with pytest.raises(ConfigError, match=message):

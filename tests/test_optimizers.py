@@ -167,12 +167,23 @@ def test_a_stack_of_layers_is_updated_like_its_layers_apart(name):
 
 
 def test_adafactor_never_factors_over_the_layers():
-    params = {"decoder": {"layers": {"kernel": jnp.ones((256, 128, 4)), "norm": {"scale": jnp.ones((256, 128))},
-                                     "mlp": {"kernel": jnp.ones((256, 128, 130))}}}}
+    params = {
+        "decoder": {
+            "layers": {
+                "kernel": jnp.ones((256, 128, 4)),
+                "norm": {"scale": jnp.ones((256, 128))},
+                "mlp": {"kernel": jnp.ones((256, 128, 130))},
+            }
+        }
+    }
     state = jax.eval_shape(make_optimizer(config_of("adafactor", no_decay=()), params).init, params)
     shapes = {name.partition("layers/")[2]: leaf.shape for name, leaf in tree.flatten(state).items() if leaf.ndim}
-    assert shapes == {"kernel": (256, 128, 4), "norm/scale": (256, 128), "mlp/kernel/row": (256, 128),
-                      "mlp/kernel/col": (256, 130)}
+    assert shapes == {
+        "kernel": (256, 128, 4),
+        "norm/scale": (256, 128),
+        "mlp/kernel/row": (256, 128),
+        "mlp/kernel/col": (256, 130),
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,11 +216,14 @@ def test_weight_decay_takes_rate_times_decay_off_and_spares_the_named_ones():
         np.testing.assert_allclose(decayed[name] - plain[name], wanted, atol=1e-8)
 
 
-@pytest.mark.parametrize(("field", "pattern", "part"), [
-    ("no_decay", "sclae", "matches no parameter"),
-    ("frozen", "encoder/(.*", "not a regular expression"),
-    ("frozen", ".*", "must leave a parameter"),
-])
+@pytest.mark.parametrize(
+    ("field", "pattern", "part"),
+    [
+        ("no_decay", "sclae", "matches no parameter"),
+        ("frozen", "encoder/(.*", "not a regular expression"),
+        ("frozen", ".*", "must leave a parameter"),
+    ],
+)
 def test_a_pattern_that_chooses_nothing_or_everything_is_refused(field, pattern, part):
     with pytest.raises(ConfigError, match=rf"optimizer\.{field}=.*{part}"):
         make_optimizer(config_of("adamw", **{field: (pattern,)}), random_params())
@@ -217,8 +231,10 @@ def test_a_pattern_that_chooses_nothing_or_everything_is_refused(field, pattern,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_donated_and_planned_updates_equal_the_plain_ones(name):
-    layers = {"in": {"kernel": random_params(2)["encoder"]["layers"]["mlp"]["in"]["kernel"][:, :128, :128]},
-              "norm": {"scale": jnp.ones((2, 128))}}
+    layers = {
+        "in": {"kernel": random_params(2)["encoder"]["layers"]["mlp"]["in"]["kernel"][:, :128, :128]},
+        "norm": {"scale": jnp.ones((2, 128))},
+    }
     params = {"decoder": {"layers": layers}}
     config = config_of(name, weight_decay=0.1, clip_norm=1.0)
     grads = [random_grads(params, step) for step in range(2)]
@@ -249,8 +265,9 @@ def test_rsqrt_is_the_schedule_of_t5():
     np.testing.assert_allclose(found, [1 / math.sqrt(max(n, 10_000)) for n in steps], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "middle", "last"), [("constant", 1, 1), ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1),
-                                                      ("wsd", 1, 0.1)])
+@pytest.mark.parametrize(
+    ("name", "middle", "last"), [("constant", 1, 1), ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("wsd", 1, 0.1)]
+)
 def test_schedules_warm_up_from_above_zero_and_end_at_the_final_fraction(name, middle, last):
     found = rates(110, [0, 4, 9, 59, 109, 200], schedule=name, warmup_steps=10, decay_steps=20, final_fraction=0.1)
     np.testing.assert_allclose(found, RATE * np.array([0.1, 0.5, 1, middle, last, last]), rtol=1e-5)

@@ -169,8 +169,15 @@ def test_bad_tab_separated_files_are_refused(tmp_path):
         len(source(f"tsv:{tmp_path}/c.tsv"))
 
 
-NESTED = [{"q": f"q{i}", "n": i, "answers": {"text": [f"a{i}"] * (i % 3), "start": [i] * (i % 3)},
-           "talk": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": str(i)}]} for i in range(50)]
+NESTED = [
+    {
+        "q": f"q{i}",
+        "n": i,
+        "answers": {"text": [f"a{i}"] * (i % 3), "start": [i] * (i % 3)},
+        "talk": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": str(i)}],
+    }
+    for i in range(50)
+]
 
 
 def test_json_and_parquet_give_nested_records(tmp_path):
@@ -179,8 +186,9 @@ def test_json_and_parquet_give_nested_records(tmp_path):
     pq.write_table(pa.Table.from_pylist(NESTED), tmp_path / "a.parquet", row_group_size=7)
     for kind in ("jsonl", "parquet"):
         opened = open_source(f"{kind}:{tmp_path}/a.{kind}", DataConfig(), wanted)
-        assert [{name: row[name] for name in wanted.names} for row in records(opened)] == \
-               [{name: row[name] for name in wanted.names} for row in NESTED]
+        assert [{name: row[name] for name in wanted.names} for row in records(opened)] == [
+            {name: row[name] for name in wanted.names} for row in NESTED
+        ]
     assert "n" not in opened.record(0).fields  # a column that nobody wants is not read
     assert opened.record(9).where.endswith("a.parquet: row 2 of row group 1")
     with pytest.raises(DataError, match="there is no field 'x'; name in a template one of 'q', 'n', 'answers'"):
@@ -195,8 +203,12 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         answers = tfds.features.Sequence({"text": tfds.features.Text(), "start": tfds.features.Scalar(np.int32)})
-        features = {"inputs": tfds.features.Text(), "targets": tfds.features.ClassLabel(names=["no", "yes"]),
-                    "answers": answers, "pair": {"score": tfds.features.Scalar(np.float32)}}
+        features = {
+            "inputs": tfds.features.Text(),
+            "targets": tfds.features.ClassLabel(names=["no", "yes"]),
+            "answers": answers,
+            "pair": {"score": tfds.features.Scalar(np.float32)},
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -215,8 +227,15 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
     monkeypatch.setitem(sys.modules, "t5like.data.tasks", module)
     data = DataConfig(directory=str(tmp_path))
     opened = open_source("task:two", data, Wanted(("inputs", "targets", "answers", "pair")))
-    expected = [{"inputs": f"two {i}", "targets": "yes" if i % 2 else "no", "pair": {"score": i / 2},
-                 "answers": {"text": [f"é{i}"] * (i % 3), "start": [i] * (i % 3)}} for i in range(20)]
+    expected = [
+        {
+            "inputs": f"two {i}",
+            "targets": "yes" if i % 2 else "no",
+            "pair": {"score": i / 2},
+            "answers": {"text": [f"é{i}"] * (i % 3), "start": [i] * (i % 3)},
+        }
+        for i in range(20)
+    ]
     assert sorted(records(opened), key=lambda row: int(row["inputs"][4:])) == expected
     monkeypatch.setattr(Tasks, "_generate_examples", None)
     again = pickle.loads(pickle.dumps(open_source("task:two", data, Wanted(("inputs",)))))  # noqa: S301
@@ -234,7 +253,7 @@ def test_texts_without_fields_are_refused_where_fields_are_wanted(tmp_path):
 
 
 BAD = {
-    'notes\n': "a.jsonl:3: not valid JSON",
+    "notes\n": "a.jsonl:3: not valid JSON",
     '["x"]': "a.jsonl:3: a JSON list, but every line must be one JSON object",
     '{"body": "x", "id": 1}': "a.jsonl:3: there is no field 'text'; set data.text_field to one of 'body', 'id'",
     '{"text": 7}': "a.jsonl:3: 'text' is a int, not a text",

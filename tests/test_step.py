@@ -17,8 +17,19 @@ SHAPES = {
     "decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 4}},
     # Attention's key bias changes no output: its gradient is rounding, which Adam must not blow up.
     "encoder": {
-        "model": {"architecture": "encoder", "positions": "learned", "norm": "layer", "norm_position": "post", "embedding_norm": True,
-                  "token_types": 2, "head": "mlm", "mlp": "gelu_exact", "biases": True, "tied_embeddings": True, "init": "bert"},
+        "model": {
+            "architecture": "encoder",
+            "positions": "learned",
+            "norm": "layer",
+            "norm_position": "post",
+            "embedding_norm": True,
+            "token_types": 2,
+            "head": "mlm",
+            "mlp": "gelu_exact",
+            "biases": True,
+            "tied_embeddings": True,
+            "init": "bert",
+        },
         "data": {"objective": "mlm_nsp"},
         "optimizer": {"epsilon": 1e-5},
     },
@@ -55,10 +66,19 @@ def assert_same(ours, reference):
         assert np.quantile(error, 0.99) < 2e-5 and error.max() < 4.1e-3, name
 
 
-@pytest.mark.parametrize("shape, mesh", [
-    ("encoder_decoder", {"data": 8}), ("encoder_decoder", {"fsdp": 8}), ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
-    ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}), ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("decoder", {"context": 4}), ("encoder", {"fsdp": 4, "tensor": 2}), ("encoder", {"data": 1, "tensor": 4, "context": 2})])
+@pytest.mark.parametrize(
+    "shape, mesh",
+    [
+        ("encoder_decoder", {"data": 8}),
+        ("encoder_decoder", {"fsdp": 8}),
+        ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
+        ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}),
+        ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("decoder", {"context": 4}),
+        ("encoder", {"fsdp": 4, "tensor": 2}),
+        ("encoder", {"data": 1, "tensor": 4, "context": 2}),
+    ],
+)
 def test_any_mesh_equals_one_device(shape, mesh):
     config = small(**SHAPES[shape], mesh=mesh if "data" in mesh or "fsdp" not in mesh else {"data": -1, **mesh})
     assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
@@ -210,8 +230,12 @@ def test_the_moving_average_follows_its_formula():
     jax.tree.map(np.testing.assert_array_equal, first, state.ema)
     with jax.set_mesh(mesh):
         state, _ = step.jit_train_step(config, abstract)(state, meshes.to_global(batch, mesh, 8))
-    jax.tree.map(lambda ema, old, new: np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
-                 state.ema, first, state.params)
+    jax.tree.map(
+        lambda ema, old, new: np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
+        state.ema,
+        first,
+        state.params,
+    )
 
 
 def test_the_loss_falls_when_the_same_batch_is_learned():
@@ -228,14 +252,17 @@ def test_the_loss_falls_when_the_same_batch_is_learned():
     assert losses[-1] < losses[0] - 2
 
 
-@pytest.mark.parametrize("sections, devices, message", [
-    ({"mesh": {"data": 3}}, 8, "does not fit 8 devices.*1, 2, 4, 8"),
-    ({"mesh": {"tensor": 3}}, 8, "does not fit 8 devices"),
-    ({"mesh": {"data": 1, "tensor": 8}}, 8, "mesh.tensor=8 must divide model.num_heads=4; use mesh.tensor=4"),
-    ({"data": {"batch_size": 12}}, 8, "data.batch_size=12 must be a multiple of 8 .*; use 8 or 16"),
-    ({"data": {"batch_size": 4}}, 8, "data.batch_size=4 must be a multiple of 8 .*; use 8"),
-    ({"mesh": {"context": 8}, "data": {"inputs_length": 36}}, 8, "mesh.context=8 must divide tokens per row=36"),
-])
+@pytest.mark.parametrize(
+    "sections, devices, message",
+    [
+        ({"mesh": {"data": 3}}, 8, "does not fit 8 devices.*1, 2, 4, 8"),
+        ({"mesh": {"tensor": 3}}, 8, "does not fit 8 devices"),
+        ({"mesh": {"data": 1, "tensor": 8}}, 8, "mesh.tensor=8 must divide model.num_heads=4; use mesh.tensor=4"),
+        ({"data": {"batch_size": 12}}, 8, "data.batch_size=12 must be a multiple of 8 .*; use 8 or 16"),
+        ({"data": {"batch_size": 4}}, 8, "data.batch_size=4 must be a multiple of 8 .*; use 8"),
+        ({"mesh": {"context": 8}, "data": {"inputs_length": 36}}, 8, "mesh.context=8 must divide tokens per row=36"),
+    ],
+)
 def test_an_impossible_mesh_is_refused_with_a_way_out(sections, devices, message):
     with pytest.raises(ConfigError, match=message):
         meshes.make_mesh(small(**sections), jax.devices()[:devices])

@@ -26,9 +26,23 @@ def tokenizer(path):
     return Tokenizer.load(path, num_sentinels=20)
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "a", "  two  spaces ", "\n\n\ttab\r\nline", "quick \u2581 real underline \u2581\u2581", "emoji 👩‍👩‍👧 é e\u0301 中文 \u202e",
-    "\x00 nul \x1f", "<extra_id_0> <pad> </s> <unk> <0x0A> <s>", "\ufeffmark \ufffd \U0010ffff", "a" * 5000, "".join(map(chr, range(1, 0x300)))])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a",
+        "  two  spaces ",
+        "\n\n\ttab\r\nline",
+        "quick \u2581 real underline \u2581\u2581",
+        "emoji 👩‍👩‍👧 é e\u0301 中文 \u202e",
+        "\x00 nul \x1f",
+        "<extra_id_0> <pad> </s> <unk> <0x0A> <s>",
+        "\ufeffmark \ufffd \U0010ffff",
+        "a" * 5000,
+        "".join(map(chr, range(1, 0x300))),
+    ],
+)
 def test_every_text_survives_encoding_and_decoding(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -77,7 +91,9 @@ def test_lone_surrogates_are_refused(tokenizer):
 
 
 def test_a_vocabulary_too_large_for_the_text_is_refused_with_one_that_works(tmp_path):
-    with pytest.raises(DataError, match="tokenizer.vocab_size=30000 is too large.*use tokenizer.vocab_size=") as refused:
+    with pytest.raises(
+        DataError, match="tokenizer.vocab_size=30000 is too large.*use tokenizer.vocab_size="
+    ) as refused:
         train_tokenizer(TEXTS, TokenizerConfig(vocab_size=30_000), tmp_path / "m")
     assert not list(tmp_path.iterdir())
     works = int(str(refused.value).split("use tokenizer.vocab_size=")[1].split()[0])
@@ -102,8 +118,14 @@ def test_what_is_no_model_is_refused(tmp_path, path, content):
 
 def foreign(tmp_path, **options):
     path = tmp_path / "foreign"
-    sentencepiece.SentencePieceTrainer.Train(sentence_iterator=iter(TEXTS), model_prefix=str(path), vocab_size=400, minloglevel=2,
-                                             byte_fallback=True, **options)
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(path),
+        vocab_size=400,
+        minloglevel=2,
+        byte_fallback=True,
+        **options,
+    )
     return path.with_suffix(".model")
 
 

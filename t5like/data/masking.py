@@ -77,9 +77,7 @@ def next_sentence(config: Config, vocabulary: Vocabulary, text: Text) -> Batch:
     segments_BS = (place_1S < end_B[:, None] + 3).astype(np.int32)
     types_BS[(place_1S > first_B[:, None] + 1) & (segments_BS > 0)] = 1
     follows_B1 = text.follows_B[:, None].astype(np.int32)
-    return Batch(
-        None, targets_BS, weights_BS, encoder_BS, segments_BS, token_types_BS=types_BS, follows_B1=follows_B1
-    )
+    return Batch(None, targets_BS, weights_BS, encoder_BS, segments_BS, token_types_BS=types_BS, follows_B1=follows_B1)
 
 
 def _column(token: int, rows: int) -> np.ndarray:

@@ -205,7 +205,9 @@ def span_lengths(
     found = lengths(window)
     what = f"at data.noise_density={noise_density:g} and data.mean_span_length={mean_span_length:g}"
     if targets_length is None and found.inputs != inputs_length:
-        raise ConfigError(f"data.inputs_length={inputs_length} can't be met by span corruption {what}; use {found.inputs}")
+        raise ConfigError(
+            f"data.inputs_length={inputs_length} can't be met by span corruption {what}; use {found.inputs}"
+        )
     if not fits(found) or found.window < mean_span_length:
         raise ConfigError(
             f"data.inputs_length={inputs_length} and data.targets_length={targets_length} are too short for spans of "
@@ -357,7 +359,7 @@ def split_prefix(config: Config, denoiser: Denoiser, vocabulary: Vocabulary, tex
 
 
 def joined(batch: Batch, inputs: int, length: int) -> Batch:
-    """Put the rows of an encoder-decoder into one sequence for a decoder-only model: inputs, then what the decoder reads.
+    """Put an encoder-decoder's rows into one sequence for a decoder-only model: inputs, then what the decoder reads.
 
     The inputs see each other in both directions; START stands between them and the targets. Inputs of 3, length 8:
 

@@ -105,9 +105,7 @@ def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
     phases = 1 + len(data.change_steps)
     sources = np.reshape(data.rates, (phases, -1)) if data.rates else np.tile(np.asarray(sizes, float), (phases, 1))
     objectives = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
-    rates = np.array(
-        [sources[:, each.source] * objectives[:, each.objective] * each.share for each in found]
-    ).T
+    rates = np.array([sources[:, each.source] * objectives[:, each.objective] * each.share for each in found]).T
     return rates / rates.sum(1, keepdims=True)
 
 
@@ -363,9 +361,7 @@ class Batches:
         """The rows with these numbers, from all components, as one batch."""
         if len(self.rows) == 1:
             return self.rows[0].batch(index_B, offset_B, keys_B)
-        whole = Batch(
-            *(None if x is None else np.repeat(x, len(component_B), axis=0) for x in self._row)
-        )
+        whole = Batch(*(None if x is None else np.repeat(x, len(component_B), axis=0) for x in self._row))
         for number in np.unique(component_B):
             mine = component_B == number
             part = self.rows[number].batch(index_B[mine], offset_B[mine], keys_B[mine])

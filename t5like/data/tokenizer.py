@@ -151,7 +151,9 @@ class Tokenizer:
         ordinary_V = np.ones(self.vocab_size, bool)
         ordinary_V[self.sentinel_ids] = False
         pieces = range(self._model.get_piece_size())
-        ordinary_V[[token for token in pieces if self._model.is_control(token) or self._model.is_unknown(token)]] = False
+        ordinary_V[[token for token in pieces if self._model.is_control(token) or self._model.is_unknown(token)]] = (
+            False
+        )
         return ordinary_V
 
     @cached_property
