@@ -122,9 +122,9 @@ def test_a_name_or_package_that_is_not_there_is_refused(monkeypatch):
 def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
     assert get_args(configs.Metric) == tuple(METRICS)
     supervised = {"data": {"objective": "supervised"}}
-    config = configs.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "choices": "yes,no".split(",")}})
+    config = configs.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "choices": ["yes", "no"]}})
     assert config.evaluate.metrics == tuple(METRICS)
-    with pytest.raises(ConfigError, match="evaluate.metrics='rouge' must be one of .*; did you mean 'rouge1'"):
+    with pytest.raises(ConfigError, match="evaluate.metrics='rouge' must be one of .*; did you mean 'rouge"):
         configs.resolve({**supervised, "evaluate": {"metrics": ["rouge"]}})
     with pytest.raises(ConfigError, match="evaluate.metrics=.* need data.objective=supervised"):
         configs.resolve({"evaluate": {"metrics": ["f1"]}})
