@@ -124,7 +124,7 @@ def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
     supervised = {"data": {"objective": "supervised"}}
     config = configs.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "choices": ["yes", "no"]}})
     assert config.evaluate.metrics == tuple(METRICS)
-    with pytest.raises(ConfigError, match="evaluate.metrics='rouge' must be one of .*; did you mean 'rouge1'"):
+    with pytest.raises(ConfigError, match="evaluate.metrics='rouge' must be one of .*; did you mean 'rouge"):
         configs.resolve({**supervised, "evaluate": {"metrics": ["rouge"]}})
     with pytest.raises(ConfigError, match="evaluate.metrics=.* need data.objective=supervised"):
         configs.resolve({"evaluate": {"metrics": ["f1"]}})

@@ -143,13 +143,11 @@ def question_answering(library: Library) -> Iterator[_Example]:
     no are not.
     """
     for function in library.functions:
-        if len(function.heading + function.summary) <= 250 and (asked := questions(function.arguments)):
+        asked = questions(function.arguments)
+        if len(function.heading + function.summary) <= 250 and len(asked) > 1:
             _, (question, answer) = _pick(asked, function.key)
-            context = " ".join(f"{function.heading}: {function.summary}".split())
-            yield (
-                function.key,
-                {"inputs": f"question: {question} context: {context}", "targets": answer},
-            )
+            context = f"{function.heading} {function.summary}".strip()
+            yield function.key, {"inputs": f"question: {question} context: {context}", "targets": answer}
 
 
 def classification(library: Library) -> Iterator[_Example]:
@@ -219,9 +217,9 @@ Tasks.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name, description=task.__d
 
 
 def questions(arguments: ast.arguments) -> dict[str, list[tuple[str, str]]]:
-    """Questions on a function's parameters with their answers, by kind; stars, `self` and `cls` count as the text says.
+    """Questions on a function's parameters with their answers, by kind.
 
-    A parameter is one with a name and no star. Where `self` or `cls` is all there is, there are no questions.
+    A parameter is what has a name and no star, `self` too. Whether one must be given is asked only where some must not.
     """
     positional = [*arguments.posonlyargs, *arguments.args]
     names = [each.arg for each in (*positional, *arguments.kwonlyargs)]

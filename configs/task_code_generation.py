@@ -1,0 +1,28 @@
+"""Fine-tuning to write a Python function's body from its signature and the first sentence of its docstring.
+
+    t5like train --config=configs/task_code_generation.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
+
+The task is `data.tasks.code_generation`: 3,720 functions of the standard library (of Python 3.11), one reference
+each. Nothing is executed: the scores compare texts, and a right body that is written in another way counts as wrong.
+The model is `tiny`'s, so that a run of it is where to start from.
+Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+
+With a network, on LBPP's problems with their tests left aside (TFDS has no larger set for training):
+
+    --config.data.source=tfds:lbpp/python:2.0.0 --config.data.split=test
+    --config.data.inputs_template='{instruction}' --config.data.targets_template='{completion}'
+    --config.data.inputs_length=1024 --config.data.targets_length=1024 --config.evaluate.max_new_tokens=512
+"""
+
+import ml_collections
+import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.data.update(source=("task:code_generation",), objective=("supervised",), heldout_fraction=0.06)
+    config.data.update(inputs_length=128, targets_length=128)
+    config.optimizer.update(learning_rate=0.03, warmup_steps=40)
+    config.train.update(num_steps=400, eval_every=200, checkpoint_every=200)
+    config.evaluate.update(metrics=("exact_match", "bleu", "chrf"), max_new_tokens=112)
+    return config

@@ -1,0 +1,29 @@
+"""Fine-tuning on conversations: a user asks three questions about a function, an assistant answers.
+
+    t5like train --config=configs/task_dialogue.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
+
+The task is `data.tasks.dialogue`: 3,791 conversations (of Python 3.11), made from docstrings and signatures of the
+standard library; each answer is learned after all turns before it. The model is `tiny`'s, so that a run of it is
+where to start from.
+Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+
+With a network, on the first question and answer of WikiDialog's conversations (TFDS has no conversations with roles;
+your own, as JSON lines, go by --config.data.source=jsonl:GLOB --config.data.messages_field=messages):
+
+    --config.data.source=tfds:wiki_dialog/OQ:1.0.0 --config.data.messages_field=
+    --config.data.inputs_template='user: {utterances/1}' --config.data.targets_template='{utterances/2}'
+"""
+
+import ml_collections
+import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.data.update(source=("task:dialogue",), objective=("supervised",), heldout_fraction=0.05)
+    config.data.update(inputs_length=192, targets_length=96)
+    config.data.messages_field = "messages"
+    config.optimizer.update(learning_rate=0.03, warmup_steps=35)
+    config.train.update(num_steps=350, eval_every=175, checkpoint_every=175)
+    config.evaluate.update(metrics=("exact_match", "f1"), max_new_tokens=64)
+    return config

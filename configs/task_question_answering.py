@@ -1,0 +1,28 @@
+"""Fine-tuning to answer questions about a function's parameters from its signature.
+
+    t5like train --config=configs/task_question_answering.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
+
+The task is `data.tasks.question_answering`: 8,000 functions of the standard library, one question each; names and
+defaults are found in the context, counts, yes and no are not. The model is `tiny`'s, so that a run of it is where to
+start from.
+Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+
+With a network, on SQuAD 1.1, in the form of T5 (Raffel et al. 2020, appendix D.15):
+
+    --config.data.source=tfds:squad/v1.1:3.0.0
+    --config.data.inputs_template='question: {question} context: {context}'
+    --config.data.targets_template='{answers/text/0}' --config.data.inputs_length=512 --config.data.targets_length=64
+"""
+
+import ml_collections
+import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.data.update(source=("task:question_answering",), objective=("supervised",), heldout_fraction=0.05)
+    config.data.update(inputs_length=256, targets_length=32)
+    config.optimizer.update(learning_rate=0.03, warmup_steps=30)
+    config.train.update(num_steps=300, eval_every=150, checkpoint_every=150)
+    config.evaluate.update(metrics=("exact_match", "f1"), max_new_tokens=16)
+    return config

@@ -1,0 +1,27 @@
+"""Fine-tuning to say in one sentence what a Python function does.
+
+    t5like train --config=configs/task_summarization.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
+
+The task is `data.tasks.summarization`: 4,507 functions of the standard library (of Python 3.11), with the first
+sentence of the docstring that their authors wrote. The model is `tiny`'s, so that a run of it is where to start from.
+Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+
+With a network, on news (CNN / Daily Mail):
+
+    --config.data.source=tfds:cnn_dailymail:3.4.0
+    --config.data.inputs_template='summarize: {article}' --config.data.targets_template='{highlights}'
+    --config.data.inputs_length=1024 --config.data.targets_length=256 --config.evaluate.max_new_tokens=128
+"""
+
+import ml_collections
+import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.data.update(source=("task:summarization",), objective=("supervised",), heldout_fraction=0.05)
+    config.data.update(inputs_length=256, targets_length=64)
+    config.optimizer.update(learning_rate=0.03, warmup_steps=30)
+    config.train.update(num_steps=300, eval_every=150, checkpoint_every=150)
+    config.evaluate.update(metrics=("rouge1", "rouge2", "rougeL"), max_new_tokens=56)
+    return config

@@ -1,0 +1,29 @@
+"""Fine-tuning to translate Python expressions to English, word by word and in the word order of English.
+
+    t5like train --config=configs/task_translation.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
+
+The task is `data.tasks.translation`: 8,000 expressions of the standard library. No two human languages are on every
+machine; this reading is made by a rule, has one right answer, and needs the structure of what is read. The model is
+`tiny`'s, so that a run of it is where to start from.
+Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+
+With a network, from German to English (WMT 2016) or from Portuguese (TED talks):
+
+    --config.data.source=tfds:wmt16_translate/de-en:1.0.0 --config.data.targets_template='{en}'
+    --config.data.inputs_template='translate German to English: {de}'
+    --config.data.source=tfds:ted_hrlr_translate/pt_to_en:1.0.0 --config.data.targets_template='{en}'
+    --config.data.inputs_template='translate Portuguese to English: {pt}'
+"""
+
+import ml_collections
+import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = tiny.get_config()
+    config.data.update(source=("task:translation",), objective=("supervised",), heldout_fraction=0.05)
+    config.data.update(inputs_length=64, targets_length=112)
+    config.optimizer.update(learning_rate=0.03, warmup_steps=40)
+    config.train.update(num_steps=400, eval_every=200, checkpoint_every=200)
+    config.evaluate.update(metrics=("bleu", "chrf", "exact_match"), max_new_tokens=64)
+    return config
