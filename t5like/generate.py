@@ -200,7 +200,7 @@ class Generator:
         seed: int = 0,
         width: int = 1,
     ) -> np.ndarray:
-        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS. Prompts are padded to at least `width`."""
+        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS. `width`: pad prompts at least to it."""
         rows, model = [prompt.ids for prompt in prompts], self.config.model
         width = self._width([*rows, [0] * width])
         self._check_length(width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens))
