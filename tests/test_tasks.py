@@ -10,14 +10,17 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
 
+from t5like import config as configs
 from t5like.data.tasks import LABELS, LARGEST, NAMES, Tasks, examples, gloss, library
 from t5like.scores import majority_baseline
 
 COPIES = ("question_answering", "dialogue")  # whose answers may be found in what is read
+FILES = Path(__file__).parent.parent / "configs"
 IMPORTABLE = ("textwrap", "json/decoder", "shutil", "difflib", "statistics", "logging/__init__", "fractions", "heapq")
 
 
@@ -57,7 +60,7 @@ def test_a_task_is_a_tfds_data_set_read_without_tensorflow(name, tmp_path):
 
 
 def flat(example):
-    """The texts of an example as it is made, or as it is read back: in bytes, with a list for each part of a message."""
+    """The texts of an example as it is made, or as it is read back: bytes, and a list for each part of a message."""
     if "inputs" in example:
         parts = [[example["inputs"]], [example["targets"]]]
     elif isinstance(messages := example["messages"], dict):
@@ -158,6 +161,16 @@ def test_what_is_generated_follows_its_beginning_in_the_documentation():
     assert len(from_docstrings) > 1000
     for example in from_docstrings[:300]:
         assert f"{example['inputs']} {example['targets']}" in words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_has_a_config_that_asks_for_its_measures(name):
+    config = configs.load(FILES / f"task_{name}.py")
+    assert config.data.source == (f"task:{name}",) and config.data.objective == ("supervised",)
+    assert config.evaluate.metrics and configs.from_json(configs.to_json(config)) == config
+    assert config.evaluate.choices == (LABELS if name == "classification" else ())
+    assert config.data.messages_field == ("messages" if name == "dialogue" else "")
+    assert config.evaluate.max_new_tokens <= config.data.targets_length
 
 
 # ---- Translation: a reading that can be read back has lost nothing ----
