@@ -19,7 +19,7 @@ train: $(INSTALLED)
 	@$(BIN)/python -m t5like train --config=configs/tiny.py --workdir=runs/tiny $(ARGS)
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)

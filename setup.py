@@ -51,6 +51,7 @@ setup(
         "eval": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "dev": [
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
             "rouge-score>=0.1.2,<0.2",
             "ruff>=0.17,<0.18",
             "sacrebleu>=2.5,<3",

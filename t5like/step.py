@@ -146,14 +146,14 @@ def make_train_step(
             "grad_norm": Sum(norm, one),
             "learning_rate": Sum(schedule(config)(state.step), one),
             "bad_steps": Sum(1.0 - good.astype(jnp.float32), one),
-            "tokens": Sum(_real_tokens(batch), one),
+            "tokens": Sum(real_tokens(batch), one),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
 
 
-def _real_tokens(batch: Batch) -> jax.Array:
+def real_tokens(batch: Batch) -> jax.Array:
     """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
 
     def real(ids, segments):

@@ -118,7 +118,7 @@ CONFIGS = {
     "wrong type": ("--config.train.num_steps=many", "train.num_steps='many' must be a whole number"),
     "unknown choice": (
         "--config.model.mlp=rely",
-        "model.mlp='rely' must be one of relu, gelu, gated_gelu, gated_silu; did you mean 'relu'?",
+        "model.mlp='rely' must be one of relu, gelu, gelu_exact, gated_gelu, gated_silu; did you mean 'relu'?",
     ),
     "mesh": ("--config.mesh.fsdp=3", "mesh data -1 x fsdp 3 x tensor 1 x context 1 does not fit 8 devices"),
     "rows": (

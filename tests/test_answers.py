@@ -1,0 +1,135 @@
+"""Answers to held-out examples: what is asked, what is chosen against the whole forward pass, what is written."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_batch, small
+
+from t5like import mesh as meshes
+from t5like import step
+from t5like.answers import answered, nats_of
+from t5like.generate import Prompt
+from t5like.model.transformer import Transformer
+from t5like.types import Batch
+
+
+def model_of(architecture):
+    config = small(model={"architecture": architecture})
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config = meshes.settle(config, mesh)
+    params = jax.jit(lambda key: step.init_state(config, random_batch(config), key))(jax.random.key(1)).params
+    return config, params
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
+def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture):
+    config, params = model_of(architecture)
+    asked, answers = [[5, 6, 7, 8, 1], [9, 10, 1]], [[20, 21, 1], [30, 1]]
+    if architecture == "decoder":
+        prompts = [Prompt([*ids, 0], len(ids)) for ids in asked]
+    else:
+        prompts = [Prompt(ids) for ids in asked]
+    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
+    found = nats_of(config, params, answered(config, pairs, 9, 4))
+    for (prompt, answer), nats in zip(pairs, found, strict=True):
+        ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
+        if architecture == "decoder":
+            row = np.array([[*prompt.ids, *answer[:-1]]])
+            prefix = np.arange(row.shape[1])[None] < prompt.prefix
+            batch = Batch(row, row, np.ones(row.shape, np.float32), prefix_BL=prefix)
+        else:
+            batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
+        logits = Transformer(config).apply({"params": params}, batch)[0, -len(answer) :]
+        wanted = -jax.nn.log_softmax(logits)[np.arange(len(answer)), answer].sum()
+        assert nats == pytest.approx(float(wanted), rel=1e-5)
+
+
+# ---- Through the command line ----
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Supervised examples that a tiny model can learn: a word and a number -> one of two labels."""
+    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for number in range(400):
+            label = ["yes", "no"][int(rng.random() < 0.3)]
+            word = {"yes": ["alpha", "beta"], "no": ["gamma", "delta"]}[label][number % 2]
+            file.write(json.dumps({"word": f"{word} {number}", "label": label}) + "\n")
+    return path
+
+
+@pytest.fixture
+def supervised(command, flags, tasks, tmp_path):
+    """Run `t5like train` on them; gives the run directory, the metrics and what was said."""
+
+    def run(name: str, **values):
+        values = {
+            "data.source": f"jsonl:{tasks}", "data.objective": "supervised", "data.inputs_template": "{word}",
+            "data.targets_template": "{label}", "data.heldout_fraction": 0.2, "tokenizer.vocab_size": 320,
+            "evaluate.metrics": "accuracy,f1", "evaluate.max_new_tokens": 8, **values,
+        }  # fmt: skip
+        settings = [f"--config.{field}={value}" for field, value in values.items()]
+        code, out, err = command("train", *flags, f"--workdir={tmp_path}/{name}", *settings)
+        assert code == 0, err
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return tmp_path / name, [json.loads(line) for line in lines], out + err
+
+    return run
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
+@pytest.mark.parametrize("choices", ["", "yes,no"])
+def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, supervised, command):
+    settings = {"evaluate.choices": choices} if choices else {}
+    workdir, records, _ = supervised("run", **{"train.num_steps": 60, "model.architecture": architecture, **settings})
+    majority = records[0]["baseline/majority/accuracy"]
+    scores = [record["eval/accuracy"] for record in records if "eval/f1" in record]
+    assert 55 < majority < 85 and scores[-1] > majority + 10 and scores[0] <= majority
+    lines = [json.loads(line) for line in (workdir / "predictions" / "60.jsonl").read_text().splitlines()]
+    right = np.mean([line["prediction"] == line["target"] for line in lines])
+    assert scores[-1] == pytest.approx(100 * right) and (("nats" in lines[0]) == bool(choices))
+    if choices:
+        assert all(min(line["nats"], key=line["nats"].get) == line["prediction"] for line in lines)
+    code, out, err = command("evaluate", f"--workdir={workdir}")
+    assert code == 0 and json.loads(out)["eval/f1"] == pytest.approx(records[-1]["eval/f1"]), err
+    code, out, err = command("generate", f"--workdir={workdir}", "--prompt=beta 1000", "--max_new_tokens=4")
+    assert code == 0 and out.strip() == "yes", err
+
+
+def test_a_run_begins_with_the_weights_of_another(supervised):
+    first, records, _ = supervised("first", **{"train.num_steps": 20, "optimizer.ema_decay": 0.5})
+    _, again, said = supervised("second", **{"init_from.checkpoint": first, "train.num_steps": 1})
+    assert again[1]["eval/loss"] == pytest.approx(records[-1]["eval/loss"], rel=1e-6)
+    assert f"from step 20 of {first}" in said
+
+
+def test_parameters_that_are_named_new_begin_at_random(supervised):
+    first, records, _ = supervised("first", **{"train.num_steps": 20})
+    begin = {"init_from.checkpoint": first, "train.num_steps": 1}
+    _, again, _ = supervised("second", **begin, **{"init_from.new": "head,decoder/.*"})
+    untrained = next(record["eval/loss"] for record in records if "eval/loss" in record)
+    assert again[1]["eval/loss"] > records[-1]["eval/loss"] + 0.5
+    assert abs(again[1]["eval/loss"] - untrained) < 1
+
+
+@pytest.mark.parametrize(
+    "values, code, message",
+    [
+        ({"init_from.checkpoint": "/nowhere", "tokenizer.path": ""}, 3, "tokenizer.path=/nowhere/tokenizer.model can't be read"),
+        ({"model.mlp_dim": 48}, 4, "does not fit: params/decoder/layers/mlp/gate/kernel is float32[1, 32, 64], not"),
+        ({"model.num_layers": 2}, 4, "does not fit: "),
+        ({"init_from.new": "hed"}, 2, "init_from.new='hed' matches no parameter"),
+        ({"init_from.step": 7}, 4, "holds no complete checkpoint of step 7; there are 1, 2"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_left(values, code, message, command, flags, trained, tmp_path):
+    values = {"init_from.checkpoint": trained, **values}
+    settings = [f"--config.{field}={value}" for field, value in values.items()]
+    found, _, err = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
+    assert found == code and message in err and not (tmp_path / "run").exists()
+
+

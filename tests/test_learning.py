@@ -1,0 +1,104 @@
+"""Every objective on every architecture that takes it: 30 steps of the trainer's own step, and a first step as stored.
+
+The golden file holds the loss and gradient norm of one step. If they differ, either the change is a bug, or numerics
+changed on purpose: then run `python tests/test_learning.py` and say so in CHANGELOG.md under "Numerics".
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import small, vocabulary_of
+
+from t5like import mesh as meshes
+from t5like import step
+from t5like.config import ARCHITECTURES
+from t5like.data.pipeline import Batches, spec
+from t5like.types import host_metrics
+
+GOLDEN = Path(__file__).parent / "golden" / "first_steps.json"
+PAIRS = [(objective, architecture) for objective, takes in ARCHITECTURES.items() for architecture in takes]
+
+
+class Text:
+    """A text with a rule: documents of 40 tokens, each counting up from its own number in steps of three."""
+
+    num_tokens = 40 * 200
+
+    def tokens(self, places):
+        return (3 + (places // 40 * 7 + places % 40 * 3) % 120).astype(np.int32)
+
+    def windows(self, starts_N, length):
+        return self.tokens((starts_N[:, None] + np.arange(length)) % self.num_tokens)
+
+    def segments(self, starts_N, length):
+        documents = (starts_N[:, None] + np.arange(length)) // 40
+        return (documents - documents[:, :1] + 1).astype(np.int32)
+
+    def documents(self, places_N):
+        begin_N = places_N % self.num_tokens // 40 * 40
+        return begin_N, begin_N + 39
+
+    def gather(self, starts_N, lengths_N):
+        return np.concatenate([self.tokens(s + np.arange(n)) for s, n in zip(starts_N, lengths_N, strict=True)])
+
+
+class Examples:
+    """Supervised examples on that text: 7 to 16 tokens are read, the 5 behind them are learned."""
+
+    def __init__(self, architecture):
+        self.stream, number = Text(), np.arange(200)
+        self.begin_N = number * 40
+        self.cut_N = self.begin_N + 7 + number % 10
+        self.end_N = self.cut_N + 5
+        self.learned_M2 = np.stack([self.cut_N, self.end_N], axis=1)
+        self.first_N, self.count_N = number, np.ones(200, np.int64)
+        lengths = [self.cut_N - self.begin_N, self.end_N - self.cut_N]
+        self.lengths_NC = np.stack([sum(lengths)] if architecture == "decoder" else lengths, axis=1)
+
+    def __len__(self):
+        return 200
+
+
+def train(objective: str, architecture: str, steps: int) -> list[dict[str, float]]:
+    """The metrics of each step."""
+    heads = {"positions": "learned", "head": "mlm", "biases": True} if architecture == "encoder" else {}
+    config = small(
+        model={"architecture": architecture, **heads},
+        tokenizer={"vocab_size": 500, "num_sentinels": 64},
+        data={"objective": objective, "inputs_length": 66, "targets_length": 64, "batch_size": 16},
+        optimizer={"learning_rate": 3e-3},
+    )
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config = meshes.settle(config, mesh)
+    stream = Examples(architecture) if objective == "supervised" else Text()
+    batches = Batches(config, vocabulary_of(config), [stream])
+    abstract = step.abstract_state(config, spec(config), mesh)
+    state, jitted = step.new_state(config, spec(config), abstract), step.jit_train_step(config, abstract)
+    found = []
+    with jax.set_mesh(mesh):
+        for number in range(steps):
+            state, values = jitted(state, meshes.to_global(batches.at(number), mesh, 16))
+            found.append(host_metrics(jax.device_get(values)))
+    return found
+
+
+@pytest.mark.parametrize("objective, architecture", PAIRS)
+def test_an_objective_begins_as_stored_and_learns(objective, architecture):
+    found = train(objective, architecture, 30)
+    golden = json.loads(GOLDEN.read_text())[f"{objective} {architecture}"]
+    why = "a bug, or run `python tests/test_learning.py` and note the change in CHANGELOG.md under Numerics"
+    assert {name: found[0][name] for name in golden} == pytest.approx(golden, rel=2e-4), why
+    assert np.mean([each["loss"] for each in found[-5:]]) < found[0]["loss"] - 0.5
+
+
+if __name__ == "__main__":
+    kept = {}
+    for pair in PAIRS:
+        [values] = train(*pair, 1)
+        kept[" ".join(pair)] = {name: values[name] for name in ("loss", "grad_norm", "tokens", "nsp_loss") if name in values}
+    GOLDEN.write_text(json.dumps(kept, indent=1) + "\n")
+    sys.exit(0)
