@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class RandomText:
     """An endless text of random ids in documents of 300 tokens: what a `Stream` is to `Batches`."""
 
-    num_tokens = 2**24
+    num_tokens, num_documents = 2**24, 2**24 // 300
 
     def __init__(self, config: "Config"):
         self._ids = config.tokenizer.vocab_size - config.tokenizer.num_sentinels - 3

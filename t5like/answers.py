@@ -22,6 +22,7 @@ from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
+from t5like.errors import ConfigError
 from t5like.generate import Generator, Prompt
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
@@ -31,9 +32,10 @@ COUNTED = 10_000  # training answers among which the most frequent is found
 
 
 class Question(NamedTuple):
-    """A held-out example: what the model is asked, and the ids that would be right, without EOS."""
+    """A held-out example: what the model is asked, the same without START, and the right ids without EOS."""
 
     prompt: Prompt
+    read: list[int]
     answer: list[int]
 
 
@@ -54,7 +56,7 @@ def questions(config: Config, examples: Examples, count: int) -> list[Question]:
                 prompt = Prompt([START, *read])
             else:
                 prompt = Prompt([*read, START], cut - begin)
-            found.append(Question(prompt, answer))
+            found.append(Question(prompt, read, answer))
     return found[:count]
 
 
@@ -68,20 +70,31 @@ class Answers:
     def __init__(
         self, config: Config, mesh: Mesh, tokenizer: Tokenizer, train: Sequence[Examples], heldout: Sequence[Examples]
     ):
-        """`config` is settled on `mesh`; `train` and `heldout` are `pipeline.open_split`'s."""
+        """`config` is settled on `mesh`; `train` and `heldout` are `pipeline.open_split`'s.
+
+        Raises:
+            ConfigError: a metric's package is not installed, or a choice is longer than an answer may be.
+        """
+        scores.score(config.evaluate.metrics, ["a"], [["a"]])
         self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
         each = -(-config.evaluate.max_examples // len(heldout))
         self.questions = [question for examples in heldout for question in questions(config, examples, each)]
         self.right = [[tokenizer.decode(question.answer)] for question in self.questions]
         self._train = train
         self._choices = [[*tokenizer.encode(text), tokenizer.eos_id] for text in config.evaluate.choices]
+        longest = max(map(len, self._choices), default=0)
+        if longest > config.data.targets_length:
+            raise ConfigError(
+                f"data.targets_length={config.data.targets_length} must be at least {longest}, the longest of "
+                f"evaluate.choices in tokens; use {longest}"
+            )
 
     def __call__(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """``eval/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats."""
         with jax.set_mesh(self.mesh):
             said, nats_NC = self._choose(params) if self._choices else self._generate(params)
         records = [
-            {"inputs": self.tokenizer.decode(question.prompt.ids), "target": right, "prediction": text}
+            {"inputs": self.tokenizer.decode(question.read), "target": right, "prediction": text}
             for question, [right], text in zip(self.questions, self.right, said, strict=True)
         ]
         if nats_NC is not None:
@@ -96,7 +109,7 @@ class Answers:
             for examples in self._train
             for question in questions(self.config, examples, COUNTED)
         ]
-        inputs = [self.tokenizer.decode(question.prompt.ids) for question in self.questions]
+        inputs = [self.tokenizer.decode(question.read) for question in self.questions]
         words = round(np.mean([len(target.split()) for target in targets]))
         said = {
             "majority": [scores.majority_baseline(targets)] * len(inputs),
@@ -120,8 +133,8 @@ class Answers:
         for begin in range(0, len(self.questions), ROWS):
             prompts = [question.prompt for question in self.questions[begin : begin + ROWS]]
             filled = prompts + prompts[:1] * (ROWS - len(prompts))  # one shape for all, so that one program does
-            ids = generator.ids(filled, max_new_tokens=self.config.evaluate.max_new_tokens, width=width)
-            said += [self.tokenizer.decode(row) for row in ids[: len(prompts)]]
+            most = self.config.evaluate.max_new_tokens or self.config.data.targets_length
+            said += generator.texts(generator.ids(filled, max_new_tokens=most, width=width)[: len(prompts)])
         return said, None
 
     def _choose(self, params: Tree) -> tuple[list[str], np.ndarray]:

@@ -172,7 +172,7 @@ class EvaluateConfig:
     # Of the texts that are generated for held-out supervised examples; see `scores`. Empty: held-out loss alone.
     metrics: tuple[Metric, ...] = ()
     choices: tuple[str, ...] = ()  # all possible answers: the likeliest is taken, nothing is generated; empty: generate
-    max_new_tokens: int = 64  # generated per example
+    max_new_tokens: int = 0  # generated per example; 0: data.targets_length
     max_examples: int = 256  # held-out examples that are scored, the first ones
 
 
@@ -336,7 +336,6 @@ def check(config: Config) -> None:
         "train.keep_checkpoints",
         "train.max_bad_steps",
         "tokenizer.sample_characters",
-        "evaluate.max_new_tokens",
         "evaluate.max_examples",
     ):
         require(_get(config, field) >= 1, field, "must be at least 1")
@@ -357,6 +356,7 @@ def check(config: Config) -> None:
         "train.profile_step",
         "tokenizer.num_sentinels",
         "init_from.step",
+        "evaluate.max_new_tokens",
     ):
         require(_get(config, field) >= 0, field, "must be at least 0")
     for field in ("optimizer.learning_rate", "optimizer.epsilon", "model.norm_epsilon", "model.rotary_base"):
@@ -389,6 +389,31 @@ def check(config: Config) -> None:
     require(0 < data.noise_density < 1, "data.noise_density", "must lie between 0 and 1; use 0.15")
     require(data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
     require(len(data.objective) >= 1, "data.objective", "must name an objective, such as span_corruption")
+    require(len(set(data.objective)) == len(data.objective), "data.objective", "must not name an objective twice")
+    defaults = DataConfig()
+    for field in ("inputs_template", "targets_template", "messages_field", "packing"):
+        require(
+            "supervised" in data.objective or getattr(data, field) == getattr(defaults, field),
+            f"data.{field}",
+            "needs data.objective=supervised",
+        )
+    for field in ("inputs_template", "targets_template"):
+        require(
+            not data.messages_field or getattr(data, field) == getattr(defaults, field),
+            f"data.{field}",
+            "can't go with data.messages_field, whose messages are the text; use one of them",
+        )
+    require(
+        not data.whole_words or {"mlm", "mlm_nsp"} & set(data.objective),
+        "data.whole_words",
+        "needs data.objective=mlm or mlm_nsp",
+    )
+    for field in ("step", "new"):
+        require(
+            bool(config.init_from.checkpoint) or not getattr(config.init_from, field),
+            f"init_from.{field}",
+            "needs init_from.checkpoint",
+        )
     for objective in data.objective:
         if model.architecture not in ARCHITECTURES[objective]:
             raise ConfigError(
@@ -411,6 +436,7 @@ def check(config: Config) -> None:
         "evaluate.metrics",
         "need data.objective=supervised, whose examples have an answer; leave it empty",
     )
+    require(not evaluate.choices or evaluate.metrics, "evaluate.choices", "need evaluate.metrics; use accuracy")
     require(
         not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
         "evaluate.choices",
@@ -484,6 +510,14 @@ def check(config: Config) -> None:
         model.positions != "learned" or model.max_length >= longest,
         "model.max_length",
         f"must be at least the longest row, {longest}, with learned positions; use {longest}",
+    )
+    asked = config.row_length if model.architecture == "decoder" else data.targets_length
+    if evaluate.metrics and evaluate.max_new_tokens and model.architecture == "decoder":
+        asked = data.inputs_length + evaluate.max_new_tokens
+    require(
+        not evaluate.metrics or model.positions != "learned" or model.max_length >= asked,
+        "model.max_length",
+        f"must be at least {asked} for the answers of evaluate.max_new_tokens, with learned positions; use {asked}",
     )
 
     require(

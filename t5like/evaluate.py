@@ -8,6 +8,7 @@ import dataclasses
 import math
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from t5like import mesh as meshes
 from t5like import step as steps
-from t5like.answers import Answers, write_predictions
+from t5like.answers import Answers
 from t5like.config import Config
 from t5like.data import corpus, pipeline
 from t5like.data.pipeline import Batches
@@ -93,14 +94,16 @@ class Evaluator:
         return float(self._counts_V[: self.tokenizer.vocab_size] @ self.tokenizer.bytes_V)
 
 
-def evaluate_run(run: Run, workdir: Path) -> dict[str, float]:
-    """Evaluate a run on all of its held-out text, with its own tokenizer: values, baselines and the step.
+def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Evaluate a run on all of its held-out text, with its own tokenizer.
 
-    Where the config names `evaluate.metrics`, all answers are written to ``predictions/STEP.jsonl``.
+    Returns:
+        values, baselines and the step; ``eval/left_out``, the number of held-out examples that no row can hold, if
+        there are any; and the records of `Answers`, where the config names `evaluate.metrics`.
     """
     config = dataclasses.replace(
         run.config,
-        tokenizer=dataclasses.replace(run.config.tokenizer, path=str(workdir / "tokenizer.model")),
+        tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
         train=dataclasses.replace(run.config.train, eval_batches=2**31),
     )
     stores = corpus.prepare(config).stores
@@ -108,10 +111,10 @@ def evaluate_run(run: Run, workdir: Path) -> dict[str, float]:
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer)
     values = {"step": run.step, **evaluator(run.params), **evaluator.baselines()}
-    if config.evaluate.metrics:
-        train = pipeline.open_split(config, stores, "train")
-        answers = Answers(config, run.mesh, run.tokenizer, train, heldout)
-        found, records = answers(run.params)
-        values |= found | answers.baselines()
-        write_predictions(workdir, run.step, records)
-    return values
+    if left_out := sum(getattr(part, "too_long", 0) for part in heldout):
+        values["eval/left_out"] = left_out
+    if not config.evaluate.metrics:
+        return values, []
+    answers = Answers(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
+    found, records = answers(run.params)
+    return values | found | answers.baselines(), records

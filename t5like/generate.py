@@ -113,11 +113,8 @@ def generate(
 
 
 @partial(jax.jit, static_argnames="config")
-def likeliest(config: Config, params: Tree, encoder_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """What an encoder-only model says stands at each place of rows padded on the right: int32 [B, S]."""
-    real_BS = (jnp.arange(encoder_BS.shape[1])[None] < lengths_B[:, None]).astype(jnp.int32)
-    nothing_BS = jnp.zeros(encoder_BS.shape, jnp.float32)
-    batch = Batch(None, encoder_BS, nothing_BS, encoder_BS, real_BS)
+def likeliest(config: Config, params: Tree, batch: Batch) -> jax.Array:
+    """What an encoder-only model says stands at each place: int32 [B, S]."""
     return Transformer(config).apply({"params": params}, batch).argmax(-1).astype(jnp.int32)
 
 
@@ -153,10 +150,7 @@ class Generator:
         if self.config.model.architecture == "encoder":
             return [self._unmask(prompt) for prompt in prompts]
         rows = [self.prompt(text) for text in prompts]
-        return [
-            self.tokenizer.decode(ids)
-            for ids in self.ids(rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        ]
+        return self.texts(self.ids(rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
     def prompt(self, text: str) -> Prompt:
         """A text as the objectives that the model was trained on would show it.
@@ -171,10 +165,10 @@ class Generator:
             turns = render_prompt([{"role": "user", "content": text}])
             ids = [token for turn in turns for token in (*tokenizer.encode(turn), tokenizer.eos_id)]
             return Prompt([START, *ids] if decoder_only else ids)
-        answers = bool(objectives & {"span_corruption", "ul2", "supervised"})
-        if answers and objectives & {"causal_lm", "prefix_lm"}:
-            answers = "<extra_id_" in text
         mode = re.match(r"\[([RSX])\] ?", text) if "ul2" in objectives else None
+        answers = bool(objectives & {"span_corruption", "ul2", "supervised"})
+        if answers and objectives & {"prefix_lm", *(["causal_lm"] if decoder_only else [])}:
+            answers = "<extra_id_" in text or mode is not None
         begin = [] if mode is None else [int(tokenizer.sentinel_ids[-1 - MODES.index(mode[1])])]
         ids = begin + tokenizer.encode_with_sentinels(text[mode.end() :] if mode else text)
         if answers and not (mode and mode[1] == "S"):  # the S-denoiser's input is a text that goes on
@@ -202,8 +196,11 @@ class Generator:
     ) -> np.ndarray:
         """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS. `width`: pad prompts at least to it."""
         rows, model = [prompt.ids for prompt in prompts], self.config.model
-        width = self._width([*rows, [0] * width])
-        self._check_length(width + max_new_tokens if model.architecture == "decoder" else max(width, max_new_tokens))
+        longest = max(map(len, rows))
+        # The last token that is made is never read.
+        decoder_only = model.architecture == "decoder"
+        self._check_length(longest + max_new_tokens - 1 if decoder_only else max(longest, max_new_tokens))
+        width = -(-max(longest, width) // BUCKET) * BUCKET
         prompt_BP, lengths_B = self._padded(rows, width, left=model.architecture == "decoder")
         ids = generate(
             self.config,
@@ -218,21 +215,26 @@ class Generator:
         )
         return np.asarray(ids)
 
-    def likeliest(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """An encoder-only model's guess at each place of rows of ids: int32 [len(rows), width]."""
-        width = self._width(rows)
-        self._check_length(width)
-        return np.asarray(likeliest(self.config, self.params, *self._padded(rows, width, left=False)))
+    def texts(self, ids_BL: np.ndarray) -> list[str]:
+        """Generated ids as text, up to EOS: what is behind it is padding, whatever its id means."""
+        rows = [row.tolist() for row in ids_BL]
+        return [
+            self.tokenizer.decode(row[: [*row, self.tokenizer.eos_id].index(self.tokenizer.eos_id)]) for row in rows
+        ]
+
+    def likeliest(self, batch: Batch) -> np.ndarray:
+        """An encoder-only model's guess at each place of a batch's rows: int32 [B, S]."""
+        return np.asarray(likeliest(self.config, self.params, batch))
 
     def _unmask(self, prompt: str) -> str:
         tokenizer = self.tokenizer
         mask, cls = (int(tokenizer.sentinel_ids[number]) for number in (MASK, CLS))
         row = [cls, *tokenizer.encode_with_sentinels(prompt), tokenizer.eos_id]
-        said = self.likeliest([row])[0]
-        return tokenizer.decode([int(said[i]) if token == mask else token for i, token in enumerate(row)][1:])
-
-    def _width(self, rows: Sequence[Sequence[int]]) -> int:
-        return -(-max(max(map(len, rows)), 1) // BUCKET) * BUCKET
+        self._check_length(len(row))
+        ids_1S, lengths_1 = self._padded([row], -(-len(row) // BUCKET) * BUCKET, left=False)
+        real_1S = (np.arange(ids_1S.shape[1])[None] < lengths_1[:, None]).astype(np.int32)
+        said = self.likeliest(Batch(None, ids_1S, real_1S.astype(np.float32), ids_1S, real_1S))[0]
+        return tokenizer.decode([int(said[i]) if token == mask else token for i, token in enumerate(row)][1:-1])
 
     def _check_length(self, longest: int) -> None:
         model = self.config.model

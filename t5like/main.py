@@ -197,15 +197,19 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
 def evaluate(options: argparse.Namespace, _) -> None:
     """`t5like evaluate`."""
     from t5like import evaluate, run
+    from t5like.answers import write_predictions
 
     workdir = options.workdir.expanduser().absolute()
     loaded = run.load(workdir, options.step)
-    text = json.dumps(evaluate.evaluate_run(loaded, workdir), indent=1)
+    values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+    text = json.dumps(values, indent=1)
     path = workdir / "evaluations" / f"{loaded.step}.json"
     print(text)
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n")
+        if records:
+            write_predictions(workdir, loaded.step, records)
     except OSError as error:
         raise CheckpointError(f"{path} can't be written: {error.strerror}; the metrics are above") from None
 
@@ -226,7 +230,8 @@ def generate(options: argparse.Namespace, _) -> None:
     [answer] = generator(
         [options.prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
     )
-    print(fill(options.prompt, answer) if "<extra_id_" in options.prompt else answer)
+    gaps = "<extra_id_" in options.prompt and loaded.config.model.architecture != "encoder"
+    print(fill(options.prompt, answer) if gaps else answer)
 
 
 COMMANDS = {"train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate}

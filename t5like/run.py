@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "model.remat",
     "model.kernels",
     "tokenizer.path",
+    "evaluate.",
 )
 
 

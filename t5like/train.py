@@ -19,12 +19,12 @@ import numpy as np
 
 from t5like import mesh as meshes
 from t5like import metrics, step, tree
-from t5like.answers import Answers, write_predictions
+from t5like.answers import Answers, Question, write_predictions
 from t5like.config import Config
 from t5like.data import corpus, pipeline
 from t5like.data.masking import MASK
 from t5like.data.pipeline import Batches
-from t5like.data.text import Vocabulary
+from t5like.data.text import START, Vocabulary
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
@@ -69,7 +69,8 @@ def train(config: Config, workdir: Path) -> None:
     rows, size = meshes.local_rows(mesh, config.data.batch_size), config.data.batch_size
     for source, store in zip(config.data.source, prepared.stores, strict=True):
         say(f"data       {source}: {store.split('train').num_tokens:,} tokens")
-    for line in [*batches.describe(), *(part.note for part in splits["train"] if getattr(part, "note", ""))]:
+    left_out = [part.note for parts in splits.values() for part in parts if getattr(part, "note", "")]
+    for line in [*batches.describe(), *left_out]:
         say(f"           {line}")
 
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
@@ -260,43 +261,46 @@ def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> 
     config, tokenizer = generator.config, generator.tokenizer
     count, blocks = min(SAMPLES, heldout.num_heldout), []
     for number in range(count):
-        batch, row = divmod(number * heldout.num_heldout // count, config.data.batch_size)
-        given, truth = passage(heldout.at(batch), row)
+        index, row = divmod(number * heldout.num_heldout // count, config.data.batch_size)
+        batch = jax.tree.map(lambda x, row=row: x[row : row + 1], heldout.at(index))
         with jax.set_mesh(mesh):
             if config.model.architecture == "encoder":
-                said = generator.likeliest([given.ids])[0]
-                blocks.append(show_masked(tokenizer, number + 1, given.ids, truth, said.tolist()))
-            else:
-                said = generator.ids([given], max_new_tokens=len(truth))[0]
-                blocks.append(show(number + 1, *(tokenizer.decode(ids) for ids in (given.ids, truth, said))))
+                blocks.append(show_masked(tokenizer, number + 1, batch, generator.likeliest(batch)))
+            elif (found := passage(batch)).answer:
+                ids = generator.ids([found.prompt], max_new_tokens=len(found.answer))
+                given, truth = (tokenizer.decode(ids) for ids in (found.read, found.answer))
+                blocks.append(show(number + 1, given, truth, *generator.texts(ids)))
     return "\n".join(blocks)
 
 
-def passage(batch: Batch, index: int) -> tuple[Prompt, list[int]]:
-    """A row's prompt and the ids that should follow it; of an encoder-only model the whole row and its targets.
+def passage(batch: Batch) -> Question:
+    """What the first text of a batch's first row asks, and what should follow.
 
-    Of a row of several texts (segments) it is the first.
+    A text of which all is learned is asked to go on after three quarters.
     """
-    batch = jax.tree.map(lambda x: x[index], batch)
-    if batch.decoder_BL is None:
-        real = (
-            len(batch.encoder_BS) if batch.encoder_segments_BS is None else np.count_nonzero(batch.encoder_segments_BS)
-        )
-        return Prompt(batch.encoder_BS[:real].tolist()), batch.targets_BL[:real].tolist()
-    learned = batch.weights_BL > 0
-    if batch.decoder_segments_BL is not None and learned.any():
-        learned &= batch.decoder_segments_BL == batch.decoder_segments_BL[learned.argmax()]
+    batch = jax.tree.map(lambda x: x[0], batch)
+    learned_L = batch.weights_BL > 0
+    mine_L = np.ones(len(learned_L), bool)
+    if batch.decoder_segments_BL is not None:
+        mine_L = batch.decoder_segments_BL == batch.decoder_segments_BL[learned_L.argmax()]
+    learned_L = learned_L & mine_L
+    targets = batch.targets_BL[learned_L].tolist()
     if batch.encoder_BS is not None:
-        read = np.ones(len(batch.encoder_BS), bool)
+        read_S = np.ones(len(batch.encoder_BS), bool)
         if batch.encoder_segments_BS is not None:
-            read = batch.encoder_segments_BS == batch.decoder_segments_BL[learned.argmax()]
-        return Prompt(batch.encoder_BS[read].tolist()), batch.targets_BL[learned].tolist()
-    row = batch.decoder_BL.tolist()
-    if batch.prefix_BL is None:
+            read_S = batch.encoder_segments_BS == batch.decoder_segments_BL[learned_L.argmax()]
+        read = batch.encoder_BS[read_S].tolist()
+        return Question(Prompt(read), read, targets)
+    row, first = batch.decoder_BL[mine_L].tolist(), int(mine_L.argmax())
+    prefix = 0 if batch.prefix_BL is None else int(batch.prefix_BL[mine_L].sum())
+    begin = int(learned_L.argmax()) - first  # place of the first target that is learned
+    if not prefix and learned_L.sum() >= len(row) - 1:
         cut = len(row) * 3 // 4
-        return Prompt(row[:cut]), [*row[cut:], int(batch.targets_BL[-1])]
-    cut = int(learned.argmax()) + 1
-    return Prompt(row[:cut], int(batch.prefix_BL[:cut].sum())), batch.targets_BL[learned].tolist()
+        return Question(Prompt(row[:cut]), row[:cut], targets[cut - 1 - begin :])
+    stop = begin + int((~np.append(learned_L[first + begin :], False)).argmax())  # of the first stretch
+    answer = batch.targets_BL[mine_L][begin:stop].tolist()
+    read = [token for token in row[: begin + 1] if token != START]
+    return Question(Prompt(row[: begin + 1], prefix), read, answer)
 
 
 def show(number: int, given: str, truth: str, said: str) -> str:
@@ -309,14 +313,17 @@ def show(number: int, given: str, truth: str, said: str) -> str:
     return f"---- held-out passage {number} ----\n{given}\n" + "\n".join(lines) + f"\n  filled  {fill(given, said)!r}\n"
 
 
-def show_masked(tokenizer: Tokenizer, number: int, given: list[int], truth: list[int], said: list[int]) -> str:
+def show_masked(tokenizer: Tokenizer, number: int, batch: Batch, said_BS: np.ndarray) -> str:
     """One passage of an encoder-only model: each masked token with the truth and the model's guess."""
-    mask = tokenizer.sentinel_ids[MASK]
-    guesses = [
-        (tokenizer.decode([t]), tokenizer.decode([s])) for g, t, s in zip(given, truth, said, strict=False) if g == mask
+    ids, targets, said = batch.encoder_BS[0], batch.targets_BL[0], said_BS[0]
+    if batch.encoder_segments_BS is not None:
+        ids = ids[batch.encoder_segments_BS[0] > 0]
+    lines = [
+        f"  masked  truth {tokenizer.decode([targets[place]])!r}  model {tokenizer.decode([said[place]])!r}\n"
+        for place in np.flatnonzero((batch.weights_BL[0] > 0)[: len(ids)])
+        if ids[place] == tokenizer.sentinel_ids[MASK]
     ]
-    lines = "".join(f"  masked  truth {right!r}  model {guess!r}\n" for right, guess in guesses)
-    return f"---- held-out passage {number} ----\n{tokenizer.decode(given)}\n{lines}"
+    return f"---- held-out passage {number} ----\n{tokenizer.decode(ids)}\n" + "".join(lines)
 
 
 def summary(workdir: Path, config: Config) -> str:

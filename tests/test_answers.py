@@ -119,17 +119,17 @@ def test_parameters_that_are_named_new_begin_at_random(supervised):
 @pytest.mark.parametrize(
     "values, code, message",
     [
-        ({"init_from.checkpoint": "/nowhere", "tokenizer.path": ""}, 3, "tokenizer.path=/nowhere/tokenizer.model can't be read"),
+        ({"init_from.checkpoint": "/nowhere", "tokenizer.path": ""}, 3, "tokenizer.path=/nowhere/tokenizer.model"),
         ({"model.mlp_dim": 48}, 4, "does not fit: params/decoder/layers/mlp/gate/kernel is float32[1, 32, 64], not"),
         ({"model.num_layers": 2}, 4, "does not fit: "),
         ({"init_from.new": "hed"}, 2, "init_from.new='hed' matches no parameter"),
         ({"init_from.step": 7}, 4, "holds no complete checkpoint of step 7; there are 1, 2"),
     ],
 )  # fmt: skip
-def test_weights_that_do_not_fit_are_refused_and_nothing_is_left(values, code, message, command, flags, trained, tmp_path):
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_left(
+    values, code, message, command, flags, trained, tmp_path
+):
     values = {"init_from.checkpoint": trained, **values}
     settings = [f"--config.{field}={value}" for field, value in values.items()]
     found, _, err = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
     assert found == code and message in err and not (tmp_path / "run").exists()
-
-

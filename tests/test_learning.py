@@ -26,7 +26,7 @@ PAIRS = [(objective, architecture) for objective, takes in ARCHITECTURES.items()
 class Text:
     """A text with a rule: documents of 40 tokens, each counting up from its own number in steps of three."""
 
-    num_tokens = 40 * 200
+    num_tokens, num_documents = 40 * 200, 200
 
     def tokens(self, places):
         return (3 + (places // 40 * 7 + places % 40 * 3) % 120).astype(np.int32)
@@ -99,6 +99,8 @@ if __name__ == "__main__":
     kept = {}
     for pair in PAIRS:
         [values] = train(*pair, 1)
-        kept[" ".join(pair)] = {name: values[name] for name in ("loss", "grad_norm", "tokens", "nsp_loss") if name in values}
+        kept[" ".join(pair)] = {
+            name: values[name] for name in ("loss", "grad_norm", "tokens", "nsp_loss") if name in values
+        }
     GOLDEN.write_text(json.dumps(kept, indent=1) + "\n")
     sys.exit(0)

@@ -21,7 +21,7 @@ class Places:
     """An endless text whose token at place p is first + p, so that a batch shows where it was read; a document of 7."""
 
     def __init__(self, num_tokens: int, first: int = 1000):
-        self.num_tokens, self.first = num_tokens, first
+        self.num_tokens, self.num_documents, self.first = num_tokens, num_tokens // 7, first
 
     def windows(self, starts_N: np.ndarray, length: int) -> np.ndarray:
         return ((starts_N[:, None] + np.arange(length)) % self.num_tokens + self.first).astype(np.int32)

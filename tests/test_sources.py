@@ -195,7 +195,7 @@ def test_json_and_parquet_give_nested_records(tmp_path):
         len(open_source(f"parquet:{tmp_path}/a.parquet", DataConfig(), Wanted(("q", "x"), "name in a template")))
 
 
-class Tasks(tfds.core.GeneratorBasedBuilder):
+class StandInTasks(tfds.core.GeneratorBasedBuilder):
     """A data set like SQuAD, with a class label, under the names of tasks."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -223,7 +223,7 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
 
 def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, monkeypatch):
     module = types.ModuleType("t5like.data.tasks")
-    module.Tasks, module.NAMES = Tasks, ("one", "two")
+    module.Tasks, module.NAMES = StandInTasks, ("one", "two")
     monkeypatch.setitem(sys.modules, "t5like.data.tasks", module)
     data = DataConfig(directory=str(tmp_path))
     opened = open_source("task:two", data, Wanted(("inputs", "targets", "answers", "pair")))
@@ -237,7 +237,7 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
         for i in range(20)
     ]
     assert sorted(records(opened), key=lambda row: int(row["inputs"][4:])) == expected
-    monkeypatch.setattr(Tasks, "_generate_examples", None)
+    monkeypatch.setattr(StandInTasks, "_generate_examples", None)
     again = pickle.loads(pickle.dumps(open_source("task:two", data, Wanted(("inputs",)))))  # noqa: S301
     assert again[3] == opened.record(3).fields["inputs"]
     with pytest.raises(ConfigError, match="there is no task 'three'; use task: and one of one, two"):

@@ -2,15 +2,22 @@
 
 import functools
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, small
+from conftest import random_batch
 
 from t5like import mesh as meshes
 from t5like import step, tree
 from t5like.errors import ConfigError
+
+
+def small(**sections):
+    """`conftest.small` with one layer: what is tested here does not depend on how many there are, compile time does."""
+    return conftest.small(**{**sections, "model": {"num_layers": 1, **sections.get("model", {})}})
+
 
 SHAPES = {
     "encoder_decoder": {},

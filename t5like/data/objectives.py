@@ -150,7 +150,7 @@ def _ul2_denoiser(config: Config, mode: str, mean: float, density: float) -> Den
     data = config.data
     name = f"{mode}{mean:g}_{100 * density:g}" if mean else mode
     if mean:
-        lengths = span_lengths(data.inputs_length - 1, density, mean, data.targets_length)
+        lengths = span_lengths(data.inputs_length - 1, density, mean, data.targets_length, mode_tokens=1)
         _require_sentinels(config, lengths.spans + len(MODES), f"one for each span of UL2's {name}, and 3 mode tokens")
         make, inputs = span_corruption, lengths.inputs + 1
     else:
@@ -179,12 +179,17 @@ def _require_sentinels(config: Config, least: int, what: str) -> None:
 
 @lru_cache
 def span_lengths(
-    inputs_length: int, noise_density: float, mean_span_length: float, targets_length: int | None = None
+    inputs_length: int,
+    noise_density: float,
+    mean_span_length: float,
+    targets_length: int | None = None,
+    mode_tokens: int = 0,
 ) -> SpanLengths:
     """The longest window whose corrupted inputs, with sentinels and EOS, are exactly `inputs_length` tokens.
 
     T5's `random_spans_helper`: 512 inputs at 15 % and spans of 3 take 568 tokens of text and make 114 targets. With
-    `targets_length` it is the longest window whose inputs and targets both fit, and inputs may be fewer.
+    `targets_length` it is the longest window whose inputs and targets both fit, and inputs may be fewer; `mode_tokens`
+    stand before them.
 
     Raises:
         ConfigError: there is no such window.
@@ -203,17 +208,15 @@ def span_lengths(
     while fits(lengths(window + 1)):
         window += 1
     found = lengths(window)
-    what = f"at data.noise_density={noise_density:g} and data.mean_span_length={mean_span_length:g}"
-    if targets_length is None and found.inputs != inputs_length:
-        raise ConfigError(
-            f"data.inputs_length={inputs_length} can't be met by span corruption {what}; use {found.inputs}"
-        )
+    what = f"span corruption at a density of {noise_density:g} and spans of {mean_span_length:g} tokens"
     if not fits(found) or found.window < mean_span_length:
         raise ConfigError(
-            f"data.inputs_length={inputs_length} and data.targets_length={targets_length} are too short for spans of "
-            f"{mean_span_length:g} tokens at a density of {noise_density:g}; use {4 * max(16, int(mean_span_length))} "
-            "or more for both"
+            f"data.inputs_length={inputs_length + mode_tokens} is too short for {what}"
+            + (f", or data.targets_length={targets_length} is" if targets_length else "")
+            + f"; use {4 * max(16, int(mean_span_length))} or more"
         )
+    if targets_length is None and found.inputs != inputs_length:
+        raise ConfigError(f"data.inputs_length={inputs_length} can't be met by {what}; use {found.inputs}")
     return found
 
 

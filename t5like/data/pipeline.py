@@ -241,9 +241,14 @@ class Batches:
         self._heldout_C = np.where(used, self.num_rows, 0)
 
     def _check_size(self, streams: Sequence[Stream | Examples]) -> None:
+        split = "held-out" if self.heldout else "training"
         for each, count in zip(self.components, self.num_rows, strict=True):
+            if each.denoiser and each.denoiser.objective == "mlm_nsp" and streams[each.source].num_documents < 2:
+                raise DataError(
+                    f"data.source={self.config.data.source[each.source]} has one {split} document, but pairs need "
+                    "another; use more text, data.text_documents=passage, or a larger data.heldout_fraction"
+                )
             if count < 1:  # of examples there is always a row
-                split = "held-out" if self.heldout else "training"
                 raise DataError(
                     f"data.source={self.config.data.source[each.source]} has {streams[each.source].num_tokens} tokens "
                     f"of {split} text, less than one window of {each.denoiser.window.length}; use more text, a smaller "

@@ -111,11 +111,9 @@ class Chat:
         return parts if all(part.text for part in parts if part.learned) else ()
 
     def _messages(self, value: Any, where: str) -> list[Mapping[str, str]]:
-        if isinstance(value, Mapping) and {"role", "content"} <= set(value):
-            value = [
-                {"role": role, "content": content}
-                for role, content in zip(value["role"], value["content"], strict=True)
-            ]
+        columns = [value.get(name) for name in ("role", "content")] if isinstance(value, Mapping) else []
+        if columns and all(isinstance(each, list) for each in columns) and len(columns[0]) == len(columns[1]):
+            value = [{"role": role, "content": content} for role, content in zip(*columns, strict=True)]
         if not isinstance(value, list) or not value:
             kind = "an empty list" if value == [] else f"a {type(value).__name__}"
             raise DataError(f'{where} is {kind}, but must be a list of {{"role": ..., "content": ...}}')

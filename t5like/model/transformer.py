@@ -357,7 +357,8 @@ class Transformer(nn.Module):
         model = self.config.model
         x_BLD = lay.embed(self.embedding, ids_BL, model.dtype)
         if model.positions == "learned":
-            x_BLD = x_BLD + lay.embed(self.positions, positions_BL, model.dtype)
+            # Padding may lie behind the last position; `generate` sees to it that text does not.
+            x_BLD = x_BLD + lay.embed(self.positions, jnp.minimum(positions_BL, model.max_length - 1), model.dtype)
         if model.token_types:
             types_BL = jnp.zeros_like(ids_BL) if token_types_BL is None else token_types_BL
             # A product, because the gradient of a look-up would add every token into the same few rows one by one.
