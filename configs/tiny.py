@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 0.1
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
-    config.train.num_steps = 1200
+    config.train.num_steps = 900
     config.train.eval_every = 300
     config.train.checkpoint_every = 300
     return config

@@ -8,9 +8,10 @@ libraries. Packages that a source needs are imported where it starts to use them
 """
 
 import contextlib
+import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,16 +207,28 @@ def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
 
     directory = Path(data.directory).expanduser() / "tfds"
     make = lambda: builder_class(data_dir=directory, file_format="array_record", **options)
-    builder = make()
-    if not builder.is_prepared():
-        tfds.disable_progress_bar()
-        try:
-            with contextlib.redirect_stdout(None):  # TFDS announces itself there
+    with _quiet():
+        builder = make()
+        if not builder.is_prepared():
+            tfds.disable_progress_bar()
+            try:
                 builder.download_and_prepare()
-        except OSError as error:
-            if not make().is_prepared():  # nor by another process
-                raise DataError(f"data.directory={directory.parent} can't be written: {one_line(error)}") from None
+            except OSError as error:
+                if not make().is_prepared():  # nor by another process
+                    raise DataError(f"data.directory={directory.parent} can't be written: {one_line(error)}") from None
     return str(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what TFDS announces on stdout, and its warning that what is about to be built is not there yet."""
+    log, wanted = logging.getLogger("absl"), lambda record: "has no dataset_info.json" not in record.getMessage()
+    log.addFilter(wanted)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        log.removeFilter(wanted)
 
 
 def _plain(value: Any, feature: Any, where: str) -> Any:
