@@ -139,6 +139,34 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             {"tokenizer": {"vocab_size": 300}},
             "tokenizer.vocab_size=300 must be more than 359 (3 special ids, 256 bytes, 100 sentinels); use 1359",
         ),
+        ({"data": {"messages_field": "m"}}, "data.messages_field='m' needs data.objective=supervised"),
+        ({"data": {"inputs_template": "{x}"}}, "data.inputs_template='{x}' needs data.objective=supervised"),
+        ({"data": {"whole_words": True}}, "data.whole_words=True needs data.objective=mlm or mlm_nsp"),
+        ({"init_from": {"new": "head"}}, "init_from.new=('head',) needs init_from.checkpoint"),
+        (
+            {"data": {"objective": ("prefix_lm", "prefix_lm")}},
+            "data.objective=('prefix_lm', 'prefix_lm') must not name an objective twice",
+        ),
+        (
+            {"data": {"objective": "supervised", "messages_field": "m", "targets_template": "{x}"}},
+            "data.targets_template='{x}' can't go with data.messages_field",
+        ),
+        (
+            {"data": {"objective": "supervised"}, "evaluate": {"choices": ("a", "b")}},
+            "evaluate.choices=('a', 'b') need evaluate.metrics; use accuracy",
+        ),
+        (
+            {"data": {"objective": ("span_corruption", "ul2"), "objective_rates": (0, 0)}},
+            "data.objective_rates=(0.0, 0.0) must not be negative and must not sum to 0; use 1,1",
+        ),
+        (
+            {"data": {"change_steps": (5,), "rates": (1, 0)}},
+            "data.rates=(1.0, 0.0) must not be negative and must not sum to 0 in any phase; use 1,1",
+        ),
+        (
+            {"data": {"change_steps": (5, 5)}},
+            "data.change_steps=(5, 5) must be positive steps in ascending order; use 1000,2000",
+        ),
         ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can take what is left; use mesh.fsdp=1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for what is left"),
     ],

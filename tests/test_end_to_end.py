@@ -129,6 +129,65 @@ def test_a_variant_trains_and_is_evaluated_as_the_run_did(case, train, command, 
     assert code == 0 and err == ""
 
 
+def test_an_encoder_trains_and_fills_masks(train, command):
+    workdir, out = train(
+        "run",
+        model__architecture="encoder",
+        model__token_types=2,
+        data__objective="mlm,mlm_nsp",
+        train__num_steps=40,
+        train__log_every=20,
+    )
+    first, last = series(workdir, "eval/loss")
+    assert last < first - 0.3 and series(workdir, "eval/nsp_loss")[0] > 0 and "  masked  truth " in out
+    share = series(workdir, "train/share/objective/mlm_nsp")
+    assert len(share) == 2 and share[0] == pytest.approx(0.5, abs=0.1)
+    code, out, err = command("evaluate", f"--workdir={workdir}")
+    assert code == 0 and json.loads(out)["eval/loss/objective/mlm"] > 0, err
+    code, out, err = command("generate", f"--workdir={workdir}", "--prompt=ba <extra_id_0> de")
+    assert code == 0 and out.startswith("ba ") and out.endswith(" de\n") and "<extra_id_" not in out, err
+
+
+def test_one_run_turns_from_one_objective_to_another(train, texts):
+    workdir, out = train(
+        "run",
+        data__objective="span_corruption,prefix_lm",
+        data__objective_rates="1,0,0,1",
+        data__change_steps=6,
+        data__source=f"text:{texts}/a.txt,text:{texts}/b.txt",
+        train__num_steps=12,
+        train__log_every=3,
+    )
+    assert series(workdir, "train/share/objective/span_corruption") == [1, 1, 0, 0]
+    assert series(workdir, "train/share/objective/prefix_lm") == [0, 0, 1, 1]
+    for record in records(workdir):
+        if "train/loss" in record:
+            kinds = ("objective", "source")
+            for kind in kinds:
+                assert sum(v for k, v in record.items() if k.startswith(f"train/share/{kind}/")) == pytest.approx(1)
+    losses = {k for r in records(workdir) for k in r if k.startswith("eval/loss/")}
+    assert losses == {
+        "eval/loss/objective/span_corruption",
+        "eval/loss/objective/prefix_lm",
+        f"eval/loss/source/text:{texts}/a.txt",
+        f"eval/loss/source/text:{texts}/b.txt",
+    }
+    assert "100 % then 0 % of the rows" not in out and "span_corruption of text:" in out
+
+
+def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_targets(train, straight):
+    from t5like.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(straight / "tokenizer.model", num_sentinels=20)
+    text = "ba de <extra_id_3> fi\n\u00e9\u4e2d"
+    ids = tokenizer.encode_with_sentinels(text)
+    assert tokenizer.bytes_V[ids].sum() == len(text.replace("<extra_id_3>", "").encode())
+    [last] = [record for record in records(straight) if record["step"] == 12 and "eval/loss" in record]
+    bytes_ = last["eval/loss"] * last["eval/tokens"] / np.log(2) / last["eval/bits_per_byte"]
+    assert bytes_ == pytest.approx(round(bytes_), abs=0.01) and last["eval/tokens"] < bytes_ < 4 * last["eval/tokens"]
+    assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]))
+
+
 def test_a_moving_average_is_what_is_evaluated(train, straight):
     averaged, _ = train("averaged", optimizer__ema_decay=0.99)
     assert series(straight, "train/loss") == series(averaged, "train/loss")

@@ -153,3 +153,47 @@ def test_the_gaps_of_a_prompt_are_filled_with_the_spans_of_the_answer():
     assert fill("a <extra_id_7> \\1 b", answer) == "a <extra_id_7> \\1 b"
     assert fill("a <extra_id_0>", r"<extra_id_0>\g<0>") == r"a \g<0>"
     assert fill("plain", "") == "plain" and spans("no sentinel") == {}
+
+
+# ---- Prompts ----
+
+
+def generator_of(tokenizer, architecture="encoder_decoder", **data):
+    config = small(model={"architecture": architecture}, data=data, tokenizer={"vocab_size": 400, "num_sentinels": 64})
+    return Generator(config, None, tokenizer)
+
+
+def test_a_prompt_looks_as_the_objectives_showed_it(tokenizer):
+    ids, eos = tokenizer.encode("ba de"), tokenizer.eos_id
+    mode = [int(tokenizer.sentinel_ids[-2])]
+    cases = [
+        (("encoder_decoder", "span_corruption"), "ba de", Prompt([*ids, eos])),
+        (("decoder", "span_corruption"), "ba de", Prompt([*ids, eos, 0], len(ids) + 1)),
+        (("encoder_decoder", "prefix_lm"), "ba de", Prompt(ids)),
+        (("decoder", "prefix_lm"), "ba de", Prompt(ids, len(ids))),
+        (("decoder", "causal_lm"), "ba de", Prompt(ids)),
+        (("decoder", ("causal_lm", "ul2")), "ba de", Prompt(ids)),
+        (("decoder", ("causal_lm", "ul2")), "[S] ba de", Prompt([*mode, *ids, 0], len(ids) + 1)),
+        (("encoder_decoder", "supervised"), "ba de", Prompt([*ids, eos])),
+    ]
+    for (architecture, objective), text, wanted in cases:
+        lengths = {"inputs_length": 128, "targets_length": 128}
+        found = generator_of(tokenizer, architecture, objective=objective, **lengths).prompt(text)
+        assert found == wanted, (architecture, objective, text)
+    chat = tokenizer.encode("user: ba de")
+    for architecture, wanted in (("encoder_decoder", Prompt([*chat, eos])), ("decoder", Prompt([0, *chat, eos]))):
+        generator = generator_of(tokenizer, architecture, objective="supervised", messages_field="m")
+        assert generator.prompt("ba de") == wanted
+
+
+def test_a_prompt_that_an_encoder_can_not_read_is_refused(tokenizer):
+    generator = generator_of(tokenizer, objective="causal_lm", inputs_length=1)
+    assert generator.prompt("") == Prompt([tokenizer.eos_id])
+    with pytest.raises(ConfigError, match="--prompt: this encoder-decoder was trained on causal_lm alone"):
+        generator.prompt("ba")
+
+
+def test_what_stands_behind_eos_is_not_text(tokenizer):
+    generator, ids = generator_of(tokenizer), tokenizer.encode("ba de")
+    rows = np.array([[*ids, tokenizer.eos_id, 2, 7], [*ids, *[tokenizer.eos_id] * 3], [*ids, *ids[:3]]], object)
+    assert generator.texts(rows)[:2] == ["ba de", "ba de"]

@@ -328,6 +328,13 @@ def test_a_source_smaller_than_one_window_is_refused():
             causal(10, heldout=heldout)
 
 
+def test_pairs_of_one_document_are_refused():
+    config = small(model={"architecture": "encoder"}, data={"objective": "mlm_nsp", "source": ("text:0",)})
+    for heldout, split in ((False, "training"), (True, "held-out")):
+        with pytest.raises(DataError, match=f"data.source=text:0 has one {split} document, but pairs need another"):
+            Batches(config, vocabulary_of(config), [Places(13)], heldout=heldout)
+
+
 def test_targets_or_sentinels_that_do_not_suffice_are_refused():
     with pytest.raises(ConfigError, match=r"data.targets_length=5 must be at least \d+ .* use \d+"):
         pipeline.spec(small(data={"targets_length": 5}))

@@ -139,6 +139,8 @@ def test_a_conversation_with_an_empty_answer_has_no_parts():
         ([*TALK[:2], message("bot", "4")], "message 2 has role='bot'; use system, user, assistant"),
         ([message("user", None)], "message 0 has no text"),
         (["hello"], "message 0 has no text"),
+        ({"role": "user", "content": "hi"}, "'talk' is a dict, but must be a list of {\"role\""),
+        ({"role": ["user", "assistant"], "content": ["hi"]}, "'talk' is a dict, but must be a list of"),
         (TALK[:2], "has no assistant's message behind another one, so nothing to learn"),
         ([message("assistant", "Hi")], "has no assistant's message behind another one"),
     ],
