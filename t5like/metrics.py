@@ -2,8 +2,9 @@
 
 Used by `train`. What the values are is up to the caller; device sums become floats in `types.host_metrics`. Names:
 ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
-``train/step_seconds``, ``train/mfu`` (a share, 0 to 1), ``eval/loss``, ``eval/accuracy``, ``baseline/uniform``,
-``baseline/unigram``.
+``train/step_seconds``, ``train/mfu`` and ``train/fill`` (shares, 0 to 1; fill: of the places that hold tokens),
+``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits_per_byte``, ``baseline/uniform``,
+``baseline/unigram``, those of `by_component`, and the scores of `answers`.
 
 Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020
 (arXiv:2001.08361, section 2.1): matrix products only, a training step is three forward passes, and recomputation

@@ -141,12 +141,15 @@ def make_train_step(
         if ema is not None:
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
-        one = jnp.ones(())
+        one, tokens = jnp.ones(()), real_tokens(batch)
         metrics |= {
             "grad_norm": Sum(norm, one),
             "learning_rate": Sum(schedule(config)(state.step), one),
             "bad_steps": Sum(1.0 - good.astype(jnp.float32), one),
-            "tokens": Sum(real_tokens(batch), one),
+            "tokens": Sum(tokens, one),
+            "fill": Sum(
+                tokens, jnp.float32(sum(x.size for x in (batch.encoder_BS, batch.decoder_BL) if x is not None))
+            ),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 

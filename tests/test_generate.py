@@ -195,5 +195,5 @@ def test_a_prompt_that_an_encoder_can_not_read_is_refused(tokenizer):
 
 def test_what_stands_behind_eos_is_not_text(tokenizer):
     generator, ids = generator_of(tokenizer), tokenizer.encode("ba de")
-    rows = np.array([[*ids, tokenizer.eos_id, 2, 7], [*ids, *[tokenizer.eos_id] * 3], [*ids, *ids[:3]]], object)
-    assert generator.texts(rows)[:2] == ["ba de", "ba de"]
+    rows = np.array([[*ids, tokenizer.eos_id, 2, 7], [*ids, *[tokenizer.eos_id] * 3]])
+    assert generator.texts(rows) == ["ba de", "ba de"]

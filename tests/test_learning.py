@@ -95,6 +95,23 @@ def test_an_objective_begins_as_stored_and_learns(objective, architecture):
     assert np.mean([each["loss"] for each in found[-5:]]) < found[0]["loss"] - 0.5
 
 
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
+def test_packed_rows_are_the_same_whoever_makes_them_and_an_epoch_has_each_example_once(architecture):
+    config = small(
+        model={"architecture": architecture},
+        data={"objective": "supervised", "inputs_length": 33, "targets_length": 15, "batch_size": 8},
+    )
+    batches = Batches(config, vocabulary_of(config), [Examples(architecture)])
+    whole = [batches.at(number) for number in range(2 * int(batches.num_rows[0]) // 8)]
+    for processes in (2, 4):
+        size = 8 // processes
+        parts = [batches.at(3, (size * p, size * p + size)) for p in range(processes)]
+        for together, field in zip(zip(*parts, strict=True), whole[3], strict=True):
+            assert field is None or (np.concatenate(together) == field).all()
+    segments = np.concatenate([batch.decoder_segments_BL for batch in whole])[: int(batches.num_rows[0])]
+    assert segments.max(1).sum() == 200 and segments.max() > 1
+
+
 if __name__ == "__main__":
     kept = {}
     for pair in PAIRS:

@@ -280,11 +280,13 @@ class Batches:
         stops = [*data.change_steps, max(self.config.train.num_steps, *data.change_steps, 0)]
         steps_P = np.diff([0, *np.minimum(stops, self.config.train.num_steps)])
         drawn_C = steps_P @ self.rates_PC * data.batch_size
-        for each, count, drawn, rates_P in zip(self.components, self.num_rows, drawn_C, self.rates_PC.T, strict=True):
+        for each, rows, drawn, rates_P in zip(self.components, self.rows, drawn_C, self.rates_PC.T, strict=True):
+            count = rows.count
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
             where = f" of {data.source[each.source]}" if len(data.source) > 1 else ""
             share = f", {rate} of the rows" if len(self.components) > 1 else ""
-            lines.append(f"{each.name}{where}: {count:,} rows an epoch, {drawn / count:.2f} epochs{share}")
+            filled = "" if each.denoiser else f", {100 * rows.fill:.0f} % filled"
+            lines.append(f"{each.name}{where}: {count:,} rows an epoch{filled}, {drawn / count:.2f} epochs{share}")
         return lines
 
     def at(self, step: int, rows: tuple[int, int] | None = None) -> Batch:
