@@ -16,7 +16,7 @@ from t5like.types import Batch
 
 
 def model_of(architecture):
-    config = small(model={"architecture": architecture})
+    config = small(model={"architecture": architecture, "num_layers": 1})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = meshes.settle(config, mesh)
     params = jax.jit(lambda key: step.init_state(config, random_batch(config), key))(jax.random.key(1)).params
@@ -81,8 +81,7 @@ def supervised(command, flags, tasks, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
-@pytest.mark.parametrize("choices", ["", "yes,no"])
+@pytest.mark.parametrize("architecture, choices", [("encoder_decoder", ""), ("decoder", "yes,no")])
 def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, supervised, command):
     settings = {"evaluate.choices": choices} if choices else {}
     workdir, records, _ = supervised("run", **{"train.num_steps": 60, "model.architecture": architecture, **settings})

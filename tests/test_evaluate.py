@@ -20,6 +20,7 @@ EVERYTHING = 10**6
 def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), mesh=(), **data):
     """An evaluator of held-out text, and a function that makes the same random parameters on its mesh."""
     config = small(
+        model={"num_layers": 1},
         tokenizer={"vocab_size": 400, "num_sentinels": 20},
         train={"eval_batches": eval_batches},
         mesh=dict(mesh),
