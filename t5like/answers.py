@@ -90,7 +90,7 @@ class Answers:
             )
 
     def __call__(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """``eval/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats."""
+        """``eval/score/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats."""
         with jax.set_mesh(self.mesh):
             said, nats_NC = self._choose(params) if self._choices else self._generate(params)
         records = [
@@ -100,7 +100,7 @@ class Answers:
         if nats_NC is not None:
             for record, nats_C in zip(records, nats_NC.tolist(), strict=True):
                 record["nats"] = dict(zip(self.config.evaluate.choices, nats_C, strict=True))
-        return self._scores("eval", said), records
+        return self._scores("eval/score", said), records
 
     def baselines(self) -> dict[str, float]:
         """``baseline/majority/METRIC`` and so on, in percent."""

@@ -109,11 +109,12 @@ def train(config: Config, workdir: Path) -> None:
         with throughput.pause():
             params = state.params if state.ema is None else state.ema
             values = evaluator(params)
-            text = f"step {done:,}: held-out loss {values['eval/loss']:.3f}, accuracy {values['eval/accuracy']:.3f}"
+            right = 100 * values["eval/accuracy"]
+            text = f"step {done:,}: held-out loss {values['eval/loss']:.3f}, {right:.1f} % of tokens right"
             if answers:
                 found, records = answers(params)
                 values |= found
-                text += "".join(f", {name.removeprefix('eval/')} {value:.1f} %" for name, value in found.items())
+                text += "".join(f", {name.removeprefix('eval/score/')} {value:.1f} %" for name, value in found.items())
                 if primary:
                     write_predictions(workdir, done, records)
             writer.write(done, values)

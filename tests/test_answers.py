@@ -86,7 +86,7 @@ def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, 
     settings = {"evaluate.choices": choices} if choices else {}
     workdir, records, _ = supervised("run", **{"train.num_steps": 60, "model.architecture": architecture, **settings})
     majority = records[0]["baseline/majority/accuracy"]
-    scores = [record["eval/accuracy"] for record in records if "eval/f1" in record]
+    scores = [record["eval/score/accuracy"] for record in records if "eval/score/f1" in record]
     assert 55 < majority < 85 and scores[-1] > majority + 10 and scores[0] <= majority
     lines = [json.loads(line) for line in (workdir / "predictions" / "60.jsonl").read_text().splitlines()]
     right = np.mean([line["prediction"] == line["target"] for line in lines])
@@ -94,7 +94,7 @@ def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, 
     if choices:
         assert all(min(line["nats"], key=line["nats"].get) == line["prediction"] for line in lines)
     code, out, err = command("evaluate", f"--workdir={workdir}")
-    assert code == 0 and json.loads(out)["eval/f1"] == pytest.approx(records[-1]["eval/f1"]), err
+    assert code == 0 and json.loads(out)["eval/score/f1"] == pytest.approx(records[-1]["eval/score/f1"]), err
     code, out, err = command("generate", f"--workdir={workdir}", "--prompt=beta 1000", "--max_new_tokens=4")
     assert code == 0 and out.strip() == "yes", err
 
