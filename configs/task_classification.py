@@ -4,7 +4,7 @@
 
 The task is `data.tasks.classification`: 2,230 docstrings of the standard library (of Python 3.11); who always answers
 tkinter is right in 31 %. The model is `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+Hardware: two CPU cores, 49 s in all. Held out: accuracy 83.3 %; untrained 15.0, always tkinter 32.9.
 
 With a network, on SST-2, whose labels TFDS numbers: 0 negative, 1 positive:
 

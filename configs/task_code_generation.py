@@ -5,7 +5,8 @@
 The task is `data.tasks.code_generation`: 3,720 functions of the standard library (of Python 3.11), one reference
 each. Nothing is executed: the scores compare texts, and a right body that is written in another way counts as wrong.
 The model is `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+Hardware: two CPU cores, 199 s in all. Held out: BLEU 20.5, exact match 0.9 %; untrained 0.3 and 0.0, the input itself
+7.3 and 0.0.
 
 With a network, on LBPP's problems with their tests left aside (TFDS has no larger set for training):
 

@@ -5,7 +5,8 @@
 The task is `data.tasks.dialogue`: 3,791 conversations (of Python 3.11), made from docstrings and signatures of the
 standard library; each answer is learned after all turns before it. The model is `tiny`'s, so that a run of it is
 where to start from.
-Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+Hardware: two CPU cores, 176 s in all. Held out: exact match 45.3 %, F1 49.9; untrained 0.0 and 0.0, the most frequent
+answer 17.2 and 17.2.
 
 With a network, on the first question and answer of WikiDialog's conversations (TFDS has no conversations with roles;
 your own, as JSON lines, go by --config.data.source=jsonl:GLOB --config.data.messages_field=messages):

@@ -4,7 +4,7 @@
 
 The task is `data.tasks.summarization`: 4,507 functions of the standard library (of Python 3.11), with the first
 sentence of the docstring that their authors wrote. The model is `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+Hardware: two CPU cores, 176 s in all. Held out: ROUGE-L 21.4; untrained 1.2, the first words of the input 17.1.
 
 With a network, on news (CNN / Daily Mail):
 

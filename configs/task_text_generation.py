@@ -5,7 +5,8 @@
 The task is `data.tasks.text_generation`: 2,960 paragraphs of the standard library's docstrings and of the language
 reference (of Python 3.11). Many continuations are right and one is the reference: the held-out loss says more than
 the scores. The model is `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+Hardware: two CPU cores, 131 s in all. Held out: perplexity 130, ROUGE-L 11.8; untrained 759 and 3.9. Repeating the
+input scores 15.9: at this size it learns the style of what follows, not what it says.
 
 With a network, on answers to open instructions (Dolly):
 

@@ -5,7 +5,8 @@
 The task is `data.tasks.translation`: 8,000 expressions of the standard library. No two human languages are on every
 machine; this reading is made by a rule, has one right answer, and needs the structure of what is read. The model is
 `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, meant for 2 to 3 minutes. Time and score: not yet measured.
+Hardware: two CPU cores, 133 s in all. Held out: BLEU 77.4, exact match 49.6 %; untrained 0.0 and 0.0, the input
+itself 10.7 and 0.0.
 
 With a network, from German to English (WMT 2016) or from Portuguese (TED talks):
 
