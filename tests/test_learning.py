@@ -112,6 +112,16 @@ def test_packed_rows_are_the_same_whoever_makes_them_and_an_epoch_has_each_examp
     assert segments.max(1).sum() == 200 and segments.max() > 1
 
 
+def test_examples_of_two_sources_are_mixed_at_their_rates():
+    data = {"objective": "supervised", "inputs_length": 33, "targets_length": 15, "batch_size": 512}
+    config = small(data={**data, "source": ("jsonl:a", "jsonl:b"), "rates": (3, 1)})
+    batches = Batches(config, vocabulary_of(config), [Examples("encoder_decoder")] * 2)
+    found = np.concatenate([batches.at(number).component_B1[:, 0] for number in range(8)])
+    assert np.bincount(found).tolist() == [3072, 1024]
+    kinds = [None if field is None else (field.shape, field.dtype) for field in spec(config)]
+    assert kinds == [None if field is None else (field.shape, field.dtype) for field in batches.at(3)]
+
+
 if __name__ == "__main__":
     kept = {}
     for pair in PAIRS:
