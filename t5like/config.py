@@ -436,12 +436,12 @@ def check(config: Config) -> None:
         "evaluate.metrics",
         "need data.objective=supervised, whose examples have an answer; leave it empty",
     )
-    require(not evaluate.choices or evaluate.metrics, "evaluate.choices", "need evaluate.metrics; use accuracy")
     require(
         not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
         "evaluate.choices",
         "must be at least two different answers, or empty; use yes,no",
     )
+    require(not evaluate.choices or evaluate.metrics, "evaluate.choices", "need evaluate.metrics; use accuracy")
     require(
         list(data.change_steps) == sorted(set(data.change_steps)) and all(step > 0 for step in data.change_steps),
         "data.change_steps",

@@ -134,6 +134,8 @@ def train(config: Config, workdir: Path) -> None:
             progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
             evaluate(0)
         pending = None  # the metrics of the step before, read while the device works on the next
+        # On a CPU nothing is won by sending the next step off early, and its buffers would be a second set.
+        one_by_one = mesh.devices.flat[0].platform == "cpu"
         for index, numpy_batch in enumerate(pipeline.prefetch(batches, last, config.train.num_steps, rows), start=last):
             profiler.before(index + 1)
             state, values = train_step(state, meshes.to_global(numpy_batch, mesh, size))
@@ -142,7 +144,8 @@ def train(config: Config, workdir: Path) -> None:
             pending, done = (index + 1, values), index + 1
             at_end = done == config.train.num_steps
             if (
-                at_end
+                one_by_one
+                or at_end
                 or preempted()
                 or done % config.train.eval_every == 0
                 or done % config.train.checkpoint_every == 0

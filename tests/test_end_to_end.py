@@ -106,19 +106,21 @@ def test_generate_repeats_itself_exactly(command, trained):
 # ---- Other shapes and choices, through flags ----
 
 CASES = {
-    "causal": {"model__architecture": "decoder", "data__objective": "causal_lm", "model__positions": "rotary"},
-    "prefix": {"model__architecture": "decoder", "data__objective": "prefix_lm"},
-    "prefix T5": {"data__objective": "prefix_lm"},
+    "causal mixture": {
+        "model__architecture": "decoder",
+        "data__objective": "causal_lm",
+        "model__positions": "rotary",
+        "data__rates": "3,1",
+    },
+    "prefix": {"model__architecture": "decoder", "data__objective": "prefix_lm", "optimizer__ema_decay": 0.9},
     "segments": {"data__document_borders": "segments"},
-    "ema": {"optimizer__ema_decay": 0.9},
-    "mixture": {"data__rates": "3,1"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_variant_trains_and_is_evaluated_as_the_run_did(case, train, command, texts):
     values = dict(CASES[case])
-    if case == "mixture":
+    if "mixture" in case:
         values["data__source"] = f"text:{texts}/a.txt,text:{texts}/b.txt"
     workdir, _ = train("run", train__num_steps=30, train__eval_batches=100, **values)
     first, last = series(workdir, "eval/loss")

@@ -28,7 +28,7 @@ SHAPES = {
 
 def model_of(**sections):
     """A settled config and random parameters; a large head, so that no two tokens are about equally likely."""
-    config = small(**sections)
+    config = small(**{**sections, "model": {"num_layers": 1, **sections.get("model", {})}})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, batch = meshes.settle(config, mesh), random_batch(config)
     params = jax.jit(lambda key: step.init_state(config, batch, key))(jax.random.key(1)).params

@@ -67,7 +67,7 @@ def train(objective: str, architecture: str, steps: int) -> list[dict[str, float
     """The metrics of each step."""
     heads = {"positions": "learned", "head": "mlm", "biases": True} if architecture == "encoder" else {}
     config = small(
-        model={"architecture": architecture, **heads},
+        model={"architecture": architecture, "num_layers": 1, **heads},
         tokenizer={"vocab_size": 500, "num_sentinels": 64},
         data={"objective": objective, "inputs_length": 66, "targets_length": 64, "batch_size": 16},
         optimizer={"learning_rate": 3e-3},

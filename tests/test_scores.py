@@ -131,8 +131,8 @@ def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
     for choices in (["yes"], ["yes", "yes"]):
         with pytest.raises(ConfigError, match="evaluate.choices=.* at least two different answers, or empty"):
             configs.resolve({**supervised, "evaluate": {"choices": choices}})
-    with pytest.raises(ConfigError, match="evaluate.max_new_tokens=0 must be at least 1"):
-        configs.resolve({"evaluate": {"max_new_tokens": 0}})
+    with pytest.raises(ConfigError, match="evaluate.max_new_tokens=-1 must be at least 0"):
+        configs.resolve({"evaluate": {"max_new_tokens": -1}})
 
 
 @pytest.mark.parametrize("predictions, references", [([], []), (["x"], []), (["x"], [[]]), (["x"], ["x"])])
