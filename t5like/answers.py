@@ -21,6 +21,7 @@ from t5like import scores
 from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
+from t5like.data.token_store import written_whole
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
 from t5like.generate import Generator, Prompt
@@ -63,7 +64,7 @@ def questions(config: Config, examples: Examples, count: int) -> list[Question]:
 class Answers:
     """Asks a model the held-out examples, and scores what it says.
 
-    `baseline` scores what needs no model, on the same examples: the most frequent answer of the training examples
+    `baselines` scores what needs no model, on the same examples: the most frequent answer of the training examples
     (majority), the input itself (copy), and its first words (lead).
     """
 
@@ -189,7 +190,6 @@ def write_predictions(workdir: Path, step: int, records: Sequence[dict[str, Any]
     """Write ``predictions/STEP.jsonl`` in a run directory, whole or not at all."""
     path = workdir / "predictions" / f"{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    temporary.replace(path)
+    with written_whole(path) as file:
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     return path

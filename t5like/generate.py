@@ -201,7 +201,7 @@ class Generator:
         decoder_only = model.architecture == "decoder"
         self._check_length(longest + max_new_tokens - 1 if decoder_only else max(longest, max_new_tokens))
         width = -(-max(longest, width) // BUCKET) * BUCKET
-        prompt_BP, lengths_B = self._padded(rows, width, left=model.architecture == "decoder")
+        prompt_BP, lengths_B = self._padded(rows, width, left=decoder_only)
         ids = generate(
             self.config,
             self.params,

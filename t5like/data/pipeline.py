@@ -178,6 +178,7 @@ class Windows:
 
     def __init__(self, config: Config, vocabulary: Vocabulary, stream: Stream, denoiser: Denoiser) -> None:
         self.config, self.vocabulary, self.stream, self.denoiser = config, vocabulary, stream, denoiser
+        self._numbered = _needs_segments(config)
         # A window may overlap the next one (decoder-only rows share a token); it then has to end inside the text.
         window = denoiser.window
         self.count = max((stream.num_tokens - (window.length - window.stride)) // window.stride, 0)
@@ -196,7 +197,7 @@ class Windows:
         tokens_BT, segments_BT = self.stream.windows(start_B, length), None
         if self.config.data.document_borders == "segments":
             segments_BT = self.stream.segments(start_B, length)
-        elif _needs_segments(self.config):
+        elif self._numbered:
             segments_BT = np.ones_like(tokens_BT)
         return Text(tokens_BT, segments_BT, keys_B)
 
