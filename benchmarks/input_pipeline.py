@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import measurement
 import numpy as np
 
-from t5like import config as configs
+from t5like import config_file, rules
 from t5like.config import ARCHITECTURES, Config, DataConfig
 from t5like.data import corpus, pipeline
 from t5like.data.pipeline import Batches
@@ -47,7 +47,7 @@ def cases(config: Config, task: str) -> Iterator[Config]:
                 case = dataclasses.replace(config, data=data, model=model)
                 if supervised:
                     case = dataclasses.replace(case, data=dataclasses.replace(data, source=(f"task:{task}",)))
-                configs.check(case)
+                rules.check(case)
                 yield case
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, metavar="X", help="of batches per case")
     arguments, overrides = measurement.split(sys.argv[1:])
     options = parser.parse_args(arguments)
-    config = configs.load(options.config, [*SHAPE, *overrides])
+    config = config_file.load(options.config, [*SHAPE, *overrides])
     prepared = corpus.prepare(config)
     trained = dataclasses.replace(config.tokenizer, path=str(prepared.tokenizer_path))
     config = dataclasses.replace(config, tokenizer=trained)

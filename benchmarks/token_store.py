@@ -28,7 +28,8 @@ import measurement
 import numpy as np
 import sentencepiece
 
-from t5like import config as configs
+from t5like import config_file
+from t5like.config import Config
 from t5like.data import corpus
 from t5like.data.sources import open_source
 from t5like.errors import UserError
@@ -44,7 +45,7 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-def measure_making(config: configs.Config, prepared: corpus.Prepared, rounds: int) -> Iterator[dict[str, float | str]]:
+def measure_making(config: Config, prepared: corpus.Prepared, rounds: int) -> Iterator[dict[str, float | str]]:
     """Tokens per CPU second of bare SentencePiece and of `prepare` from two kinds of source, in turns."""
     sources = [open_source(spec, config.data) for spec in config.data.source]
     texts = [source[number] for source in sources for number in range(len(source))]
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     arguments, overrides = measurement.split(sys.argv[1:])
     options = parser.parse_args(arguments)
-    config = configs.load(options.config, overrides)
+    config = config_file.load(options.config, overrides)
     prepared = corpus.prepare(config)
     measurement.emit(**measurement.machine("numpy", "sentencepiece"))
     measurement.emit(**measure_reading(prepared, options.rounds))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import measurement
 
-from t5like import config as configs
+from t5like import config_file
 from t5like.errors import UserError
 from t5like.main import Parser, start_devices
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="time as many steps as each line of standard input says")
     arguments, overrides = measurement.split(sys.argv[1:])
     options = parser.parse_args(arguments)
-    config = configs.load(options.config, overrides)
+    config = config_file.load(options.config, overrides)
     start_devices(options.fake_devices)
     trainer = Trainer(config)
     [first] = trainer.run(1)

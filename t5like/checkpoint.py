@@ -36,7 +36,8 @@ from flax import traverse_util
 
 import t5like
 from t5like import tree
-from t5like.config import Config, from_json, to_json
+from t5like.config import Config
+from t5like.config_file import from_json, to_json
 from t5like.errors import CheckpointError, ConfigError
 from t5like.types import Array, TrainState, Tree
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t5like import config as configs
+from t5like import config_file
 from t5like.errors import CheckpointError, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def keep_freed_memory() -> None:
 
 def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":
     """The config of the command line."""
-    return configs.load(options.config, overrides)
+    return config_file.load(options.config, overrides)
 
 
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:

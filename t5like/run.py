@@ -13,10 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5like import config as configs
+from t5like import config_file, tree
 from t5like import mesh as meshes
 from t5like import step as steps
-from t5like import tree
 from t5like.checkpoint import Checkpoints
 from t5like.config import Config, MeshConfig
 from t5like.data import pipeline
@@ -129,7 +128,9 @@ def check_run_directory(config: Config, workdir: Path) -> None:
     try:
         if (workdir / "config.json").exists():
             differs = [
-                line for line in configs.difference(saved_config(workdir), config) if not line.startswith(MAY_CHANGE)
+                line
+                for line in config_file.difference(saved_config(workdir), config)
+                if not line.startswith(MAY_CHANGE)
             ]
             if differs:
                 raise ConfigError(
@@ -167,7 +168,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         for name, content in (
-            ("config.json", configs.to_json(config).encode()),
+            ("config.json", config_file.to_json(config).encode()),
             ("tokenizer.model", tokenizer.model_bytes),
         ):
             temporary = workdir / f".{name}.{os.getpid()}"
@@ -186,7 +187,7 @@ def saved_config(workdir: Path) -> Config:
         CheckpointError: its config.json is damaged, or of another version.
     """
     try:
-        return configs.from_json((workdir / "config.json").read_text())
+        return config_file.from_json((workdir / "config.json").read_text())
     except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{workdir / 'config.json'} can't be read: {error}; each checkpoint below has a copy of it"

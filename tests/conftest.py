@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5like import config as configs
+from t5like import config_file
 from t5like.config import Config
 from t5like.data import objectives
 from t5like.data.text import Text, Vocabulary
@@ -39,7 +39,7 @@ def small(**sections: dict) -> Config:
     objective = values["data"].get("objective", ())
     if "mlm_nsp" in ([objective] if isinstance(objective, str) else objective):
         values["model"] = {"token_types": 2, **values["model"]}
-    return configs.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
+    return config_file.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
 
 
 def random_batch(config: Config, seed: int = 0) -> Batch:

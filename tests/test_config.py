@@ -9,8 +9,8 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from t5like import config as configs
-from t5like.config import Config, ModelConfig, OptimizerConfig
+from t5like import config_file
+from t5like.config import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig
 from t5like.data import objectives, pipeline
 from t5like.errors import ConfigError
 from t5like.model import layers, transformer
@@ -24,8 +24,8 @@ FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_of_ours_loads_and_survives_being_saved(path):
-    config = configs.load(path)
-    assert configs.from_json(configs.to_json(config)) == config
+    config = config_file.load(path)
+    assert config_file.from_json(config_file.to_json(config)) == config
     batch = pipeline.spec(config)
     assert batch.targets_BL.shape[0] == config.data.batch_size
     for step in (0, 1, config.train.num_steps // 2, config.train.num_steps - 1):
@@ -39,7 +39,7 @@ def test_a_config_of_ours_says_its_command_hardware_and_time(path):
 
 
 def test_t5_small_has_the_published_row_lengths():
-    config = configs.load(Path(__file__).parent.parent / "configs" / "t5_small.py")
+    config = config_file.load(Path(__file__).parent.parent / "configs" / "t5_small.py")
     assert pipeline.spec(config).encoder_BS.shape == (2048, 512) and pipeline.spec(config).targets_BL.shape == (
         2048,
         114,
@@ -54,10 +54,10 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
     def choices(cls: type, field: str) -> set[str]:
         return set(get_args(get_type_hints(cls)[field]))
 
-    assert set(get_args(configs.Objective)) == set(configs.ARCHITECTURES)
-    for objective, architectures in configs.ARCHITECTURES.items():
+    assert set(get_args(Objective)) == set(ARCHITECTURES)
+    for objective, architectures in ARCHITECTURES.items():
         for architecture in architectures:
-            config = configs.resolve(
+            config = config_file.resolve(
                 {
                     "data": {"objective": objective, "targets_length": 512},
                     "model": {"architecture": architecture, "token_types": 2 * (architecture == "encoder")},
@@ -68,13 +68,13 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
     assert choices(ModelConfig, "mlp") == set(layers.ACTIVATIONS)
     assert choices(ModelConfig, "remat") == {"none", *transformer.REMAT}
     for name in choices(OptimizerConfig, "schedule"):
-        config = configs.resolve(
+        config = config_file.resolve(
             {"optimizer": {"schedule": name, "decay_steps": 5, "warmup_steps": 2}, "train": {"num_steps": 20}}
         )
         assert all(math.isfinite(schedule(config)(step)) for step in range(20)), name
     for name in choices(OptimizerConfig, "name"):
         assert make_optimizer(
-            configs.resolve({"optimizer": {"name": name}}),
+            config_file.resolve({"optimizer": {"name": name}}),
             {"layers": {"mlp": {"kernel": np.ones((1, 4, 4)), "bias": np.ones((1, 4))}}},
         ), name
 
@@ -173,7 +173,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
 )
 def test_a_wrong_config_is_refused_with_field_value_and_rule(values, message):
     with pytest.raises(ConfigError) as refusal:
-        configs.resolve(values)
+        config_file.resolve(values)
     assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
 
 
@@ -184,7 +184,7 @@ def test_an_unknown_name_in_a_config_file_is_refused(tmp_path):
         "    c.train.num_step = 3\n    return c\n"
     )
     with pytest.raises(ConfigError, match="num_steps"):
-        configs.load(path)
+        config_file.load(path)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as refusal:
-        configs.load(path)
+        config_file.load(path)
     assert str(path) in str(refusal.value) and message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -231,7 +231,7 @@ def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message
 )
 def test_a_flag_is_read_as_its_field_says(name, text, value):
     values = {}
-    configs.override(values, name, text)
+    config_file.override(values, name, text)
     section, _, leaf = name.rpartition(".")
     read = (values[section] if section else values)[leaf]
     assert read == value and type(read) is type(value)
@@ -255,12 +255,12 @@ def test_a_flag_is_read_as_its_field_says(name, text, value):
 )
 def test_a_flag_that_does_not_fit_is_refused(name, text, message):
     with pytest.raises(ConfigError) as refusal:
-        configs.override({}, name, text)
+        config_file.override({}, name, text)
     assert str(refusal.value).startswith(message)
 
 
 def test_later_flags_win_over_earlier_ones_and_all_over_the_file():
-    config = configs.load(FILES[-1], [("train.num_steps", "5"), ("train.num_steps", "6")])
+    config = config_file.load(FILES[-1], [("train.num_steps", "5"), ("train.num_steps", "6")])
     assert config.train.num_steps == 6
 
 
@@ -268,21 +268,21 @@ def test_later_flags_win_over_earlier_ones_and_all_over_the_file():
 
 
 def test_a_saved_config_has_every_field_and_is_read_as_strictly(tmp_path):
-    saved = json.loads(configs.to_json(Config(seed=3)))
+    saved = json.loads(config_file.to_json(Config(seed=3)))
     assert saved["seed"] == 3 and set(saved["model"]) == {field.name for field in dataclasses.fields(ModelConfig)}
     with pytest.raises(ConfigError, match="did you mean 'seed'"):
-        configs.from_json(json.dumps({**saved, "sed": 1}))
+        config_file.from_json(json.dumps({**saved, "sed": 1}))
     with pytest.raises(ConfigError, match="format=2 is not the format 1 that this version reads"):
-        configs.from_json(json.dumps({**saved, "format": 2}))
+        config_file.from_json(json.dumps({**saved, "format": 2}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 def test_a_damaged_saved_config_is_refused(text):
     with pytest.raises(ConfigError, match="not a saved config"):
-        configs.from_json(text)
+        config_file.from_json(text)
 
 
 def test_differences_are_listed_field_by_field():
-    old, new = Config(), configs.resolve({"seed": 1, "model": {"mlp": "relu"}})
-    assert configs.difference(old, new) == ["seed: 0 -> 1", "model.mlp: 'gated_gelu' -> 'relu'"]
-    assert configs.difference(old, Config()) == []
+    old, new = Config(), config_file.resolve({"seed": 1, "model": {"mlp": "relu"}})
+    assert config_file.difference(old, new) == ["seed: 0 -> 1", "model.mlp: 'gated_gelu' -> 'relu'"]
+    assert config_file.difference(old, Config()) == []

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t5like import config as configs
+from t5like import config_file
+from t5like.config import TokenizerConfig
 from t5like.data.corpus import TokenStore, prepare
 from t5like.data.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError
@@ -56,7 +57,7 @@ def write(path, texts):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(lines(500), configs.TokenizerConfig(vocab_size=360, num_sentinels=20), path)
+    train_tokenizer(lines(500), TokenizerConfig(vocab_size=360, num_sentinels=20), path)
     return path
 
 
@@ -64,7 +65,7 @@ def model(tmp_path_factory):
 def own(tmp_path, model):
     """A config of the test's own: 6000 lines of text, 1.2 MB, so 5 pieces; with a tokenizer that is there."""
     write(tmp_path / "a.jsonl", lines(6000))
-    return configs.resolve(
+    return config_file.resolve(
         {
             "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
             "data": {
@@ -167,10 +168,10 @@ def test_a_second_prepare_touches_nothing(own):
 
 def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subprocess.Popen:
     """`prepare` as a process of its own, in a new process group with its workers; stands still after some pieces."""
-    (tmp_path / "config.json").write_text(configs.to_json(config))
+    (tmp_path / "config.json").write_text(config_file.to_json(config))
     code = (
-        "import sys, pathlib; from t5like import config; from t5like.data import corpus\n"
-        "corpus.prepare(config.from_json(pathlib.Path(sys.argv[1]).read_text()))"
+        "import sys, pathlib; from t5like import config_file; from t5like.data import corpus\n"
+        "corpus.prepare(config_file.from_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
     if pieces is not None:  # each finished one advances the progress bar
         code = (
@@ -345,7 +346,7 @@ def store(tmp_path_factory, model):
     directory = tmp_path_factory.mktemp("store")
     texts = ["x" * 200_000 + str(i) if i % 9 == 4 else f"text {i}" for i in range(90)]
     write(directory / "a.jsonl", texts)
-    config = configs.resolve(
+    config = config_file.resolve(
         {
             "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
             "data": {

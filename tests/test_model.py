@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from conftest import random_batch, small
 
-from t5like import config as configs
+from t5like import config_file, step, tree
 from t5like import mesh as meshes
-from t5like import step, tree
 from t5like.config import Config
 from t5like.data import pipeline
 from t5like.model import layers
@@ -265,7 +264,7 @@ def count(config: Config, *, without: tuple[str, ...] = ()) -> int:
 
 def preset(name: str, **overrides: str) -> Config:
     path = Path(__file__).parent.parent / "configs" / f"{name}.py"
-    return configs.load(path, [(key.replace("__", "."), value) for key, value in overrides.items()])
+    return config_file.load(path, [(key.replace("__", "."), value) for key, value in overrides.items()])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from typing import get_args
 
 import pytest
 
-from t5like import config as configs
+from t5like import config_file
+from t5like.config import Metric
 from t5like.errors import ConfigError
 from t5like.scores import METRICS, copy_baseline, lead_baseline, majority_baseline, normalize, score
 
@@ -115,19 +116,19 @@ def test_a_name_or_package_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
-    assert get_args(configs.Metric) == tuple(METRICS)
+    assert get_args(Metric) == tuple(METRICS)
     supervised = {"data": {"objective": "supervised"}}
-    config = configs.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "choices": ["yes", "no"]}})
+    config = config_file.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "choices": ["yes", "no"]}})
     assert config.evaluate.metrics == tuple(METRICS)
     with pytest.raises(ConfigError, match="evaluate.metrics='rouge' must be one of .*; did you mean 'rouge"):
-        configs.resolve({**supervised, "evaluate": {"metrics": ["rouge"]}})
+        config_file.resolve({**supervised, "evaluate": {"metrics": ["rouge"]}})
     with pytest.raises(ConfigError, match="evaluate.metrics=.* need data.objective=supervised"):
-        configs.resolve({"evaluate": {"metrics": ["f1"]}})
+        config_file.resolve({"evaluate": {"metrics": ["f1"]}})
     for choices in (["yes"], ["yes", "yes"]):
         with pytest.raises(ConfigError, match="evaluate.choices=.* at least two different answers, or empty"):
-            configs.resolve({**supervised, "evaluate": {"choices": choices}})
+            config_file.resolve({**supervised, "evaluate": {"choices": choices}})
     with pytest.raises(ConfigError, match="evaluate.max_new_tokens=-1 must be at least 0"):
-        configs.resolve({"evaluate": {"max_new_tokens": -1}})
+        config_file.resolve({"evaluate": {"max_new_tokens": -1}})
 
 
 @pytest.mark.parametrize("predictions, references", [([], []), (["x"], []), (["x"], [[]]), (["x"], ["x"])])

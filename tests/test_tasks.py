@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from t5like import config as configs
+from t5like import config_file
 from t5like.data.tasks import LABELS, LARGEST, NAMES, Tasks, examples, gloss, library
 from t5like.scores import majority_baseline
 
@@ -165,9 +165,9 @@ def test_what_is_generated_follows_its_beginning_in_the_documentation():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_task_has_a_config_that_asks_for_its_measures(name):
-    config = configs.load(FILES / f"task_{name}.py")
+    config = config_file.load(FILES / f"task_{name}.py")
     assert config.data.source == (f"task:{name}",) and config.data.objective == ("supervised",)
-    assert config.evaluate.metrics and configs.from_json(configs.to_json(config)) == config
+    assert config.evaluate.metrics and config_file.from_json(config_file.to_json(config)) == config
     assert config.evaluate.choices == (LABELS if name == "classification" else ())
     assert config.data.messages_field == ("messages" if name == "dialogue" else "")
     assert config.evaluate.max_new_tokens <= config.data.targets_length

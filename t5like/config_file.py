@@ -1,0 +1,201 @@
+"""From a config file, a command line or JSON to a frozen `Config`, and back to JSON.
+
+`load` runs a file of `configs/`, applies ``--config.section.field=value`` and gives a frozen `Config` to everything
+else. Wrong keys, types and combinations are refused here, before JAX starts (`rules`). What needs devices is checked in
+`mesh`, what needs an objective's arithmetic in `data.pipeline`. A config inside a checkpoint is JSON: data, no code.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from t5like.config import Config
+from t5like.errors import ConfigError
+from t5like.rules import check
+
+FORMAT = 1  # of a saved config; a later version upgrades older numbers and refuses newer ones
+
+
+def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
+    """Run a config file and resolve what it returns.
+
+    Args:
+        path: a Python file that defines ``get_config() -> ConfigDict``.
+        overrides: ("section.field", "value as text") pairs from the command line, applied in order.
+
+    Raises:
+        ConfigError: the file is missing or broken, or a field is.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: no such file; try --config=configs/tiny.py")
+    spec = importlib.util.spec_from_file_location("t5like_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # a config may import the one beside it that it varies
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever it is, it is the file's
+        raise ConfigError(f"--config={path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    for name, text in overrides:
+        override(values, name, text)
+    return resolve(values)
+
+
+def override(values: dict, name: str, text: str) -> None:
+    """Set ``section.field`` of a nested dict from a command line's text, typed by the schema."""
+    section, cls = values, Config
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        inner = _types(cls).get(parent)
+        if inner is None:
+            raise ConfigError(_unknown(f"--config.{name}", parent, cls))
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(
+                f"--config.{name}: {parent!r} is a field and has none of its own; "
+                f"use --config.{name.rpartition('.')[0]}=VALUE"
+            )
+        section, cls = section.setdefault(parent, {}), inner
+    wanted = _types(cls).get(leaf)
+    if wanted is None:
+        raise ConfigError(_unknown(f"--config.{name}", leaf, cls))
+    if dataclasses.is_dataclass(wanted):
+        raise ConfigError(f"--config.{name} is a section; set one of its fields: {', '.join(_types(wanted))}")
+    section[leaf] = _parse(name, text, wanted)
+
+
+def resolve(values: Mapping) -> Config:
+    """Make the frozen config from nested dicts. Absent fields take their default; `rules` refuses."""
+    config = _build(Config, values, "")
+    if config.init_from.checkpoint and not config.tokenizer.path:
+        path = str(Path(config.init_from.checkpoint) / "tokenizer.model")
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+    check(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as text, one field a line, for a run directory or a checkpoint."""
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=1)
+
+
+def from_json(text: str) -> Config:
+    """Read what `to_json` wrote; as strict as `resolve`."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError("this is not a saved config: it must be a JSON object")
+    if (written := values.pop("format", None)) != FORMAT:
+        raise ConfigError(f"config format={written} is not the format {FORMAT} that this version reads")
+    return resolve(values)
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """The fields that differ, as ``section.field: old -> new``."""
+    pairs = zip(_flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new)), strict=True)
+    return [f"{name}: {was!r} -> {now!r}" for (name, was), (_, now) in pairs if was != now]
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        pair
+        for key, value in values.items()
+        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)])
+    ]
+
+
+def _unknown(where: str, key: str, cls: type) -> str:
+    names = list(_types(cls))
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"{where}: there is no field {key!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+    )
+
+
+def _build(cls: type, values: Mapping, prefix: str):
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')}={values!r} must be a section with the fields {', '.join(_types(cls))}")
+    types = _types(cls)
+    for key in values:
+        if key not in types:
+            raise ConfigError(_unknown(f"{prefix}{key}", key, cls))
+    return cls(
+        **{
+            key: _build(types[key], value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(types[key])
+            else _convert(prefix + key, value, types[key])
+            for key, value in values.items()
+        }
+    )
+
+
+def _wanted(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if typing.get_origin(inner) is Literal:
+            return "a list of " + ", ".join(map(str, typing.get_args(inner)))
+        return "a list of " + {str: "strings", float: "numbers", int: "whole numbers"}[inner]
+    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Check a value against its annotation; whole numbers pass for floats, one string for a list of them."""
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        near = difflib.get_close_matches(str(value), typing.get_args(kind), n=1)
+        raise ConfigError(
+            f"{name}={value!r} must be {_wanted(kind)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if typing.get_origin(kind) is tuple:
+        items = (value,) if isinstance(value, str | int | float) else value
+        if isinstance(items, list | tuple):
+            return tuple(_convert(name, item, typing.get_args(kind)[0]) for item in items)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    elif kind is not float and type(value) is kind:
+        return value
+    raise ConfigError(f"{name}={value!r} must be {_wanted(kind)}")
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """Read a command line's text as the annotated type."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in text.split(",")) if text else ()
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is int:
+            number = int(text) if "e" not in text.lower() else float(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"{name}={text!r} must be {_wanted(kind)}") from None
+    return text

@@ -1,0 +1,323 @@
+"""Which values a config may have, and which go together: all that can be refused without devices and without data.
+
+Called by `config_file.resolve`. A refusal names the field, its value, the rule, and a value that would work.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from t5like.config import ARCHITECTURES, Config, DataConfig
+from t5like.errors import ConfigError
+
+AT_LEAST_ONE = (
+    "data.batch_size",
+    "data.targets_length",
+    "data.prefetch",
+    "model.num_layers",
+    "model.model_dim",
+    "model.num_heads",
+    "model.head_dim",
+    "model.mlp_dim",
+    "model.vocab_multiple",
+    "model.max_length",
+    "model.relative_buckets",
+    "train.num_steps",
+    "train.microbatches",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_bad_steps",
+    "tokenizer.sample_characters",
+    "evaluate.max_examples",
+)
+AT_LEAST_ZERO = (
+    "seed",
+    "data.inputs_length",
+    "data.num_workers",
+    "model.num_decoder_layers",
+    "model.num_kv_heads",
+    "model.token_types",
+    "optimizer.warmup_steps",
+    "optimizer.decay_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "train.z_loss",
+    "train.loss_chunk",
+    "train.keep_every",
+    "train.profile_step",
+    "tokenizer.num_sentinels",
+    "init_from.step",
+    "evaluate.max_new_tokens",
+)
+ABOVE_ZERO = ("optimizer.learning_rate", "optimizer.epsilon", "model.norm_epsilon", "model.rotary_base")
+SHARES = (  # at least 0 and less than 1
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.ema_decay",
+    "model.dropout_rate",
+    "train.label_smoothing",
+    "optimizer.final_fraction",
+)
+
+
+def check(config: Config) -> None:
+    """Refuse what no machine could run.
+
+    Raises:
+        ConfigError: with field, value, rule, and a value that would work.
+    """
+    for field in AT_LEAST_ONE:
+        _require(config, _get(config, field) >= 1, field, "must be at least 1")
+    for field in AT_LEAST_ZERO:
+        _require(config, _get(config, field) >= 0, field, "must be at least 0")
+    for field in ABOVE_ZERO:
+        _require(config, _get(config, field) > 0, field, "must be more than 0")
+    for field in SHARES:
+        _require(config, 0 <= _get(config, field) < 1, field, "must be at least 0 and less than 1")
+    _require(config, config.seed < 2**32, "seed", "must be less than 2**32")
+    for part in (_tokenizer, _data, _objectives, _rates, _init_from, _evaluate, _model, _lengths, _train, _mesh):
+        part(config)
+
+
+def _tokenizer(config: Config) -> None:
+    tokenizer = config.tokenizer
+    _require(
+        config,
+        0 < tokenizer.character_coverage <= 1,
+        "tokenizer.character_coverage",
+        "must be above 0 and at most 1; use 0.9995",
+    )
+    smallest = 3 + 256 + tokenizer.num_sentinels
+    _require(
+        config,
+        tokenizer.vocab_size > smallest,
+        "tokenizer.vocab_size",
+        f"must be more than {smallest} (3 special ids, 256 bytes, {tokenizer.num_sentinels} sentinels); "
+        f"use {smallest + 1000}",
+    )
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    _require(
+        config, len(data.source) >= 1, "data.source", "must name a source, such as python_stdlib or text:my_texts/*.txt"
+    )
+    _require(config, 0 < data.heldout_fraction < 1, "data.heldout_fraction", "must lie between 0 and 1; use 0.01")
+    _require(config, 0 < data.noise_density < 1, "data.noise_density", "must lie between 0 and 1; use 0.15")
+    _require(config, data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
+    _require(config, len(data.objective) >= 1, "data.objective", "must name an objective, such as span_corruption")
+    _require(
+        config, len(set(data.objective)) == len(data.objective), "data.objective", "must not name an objective twice"
+    )
+    defaults = DataConfig()
+    for field in ("inputs_template", "targets_template", "messages_field", "packing"):
+        _require(
+            config,
+            "supervised" in data.objective or getattr(data, field) == getattr(defaults, field),
+            f"data.{field}",
+            "needs data.objective=supervised",
+        )
+    for field in ("inputs_template", "targets_template"):
+        _require(
+            config,
+            not data.messages_field or getattr(data, field) == getattr(defaults, field),
+            f"data.{field}",
+            "can't go with data.messages_field, whose messages are the text; use one of them",
+        )
+    _require(
+        config,
+        not data.whole_words or {"mlm", "mlm_nsp"} & set(data.objective),
+        "data.whole_words",
+        "needs data.objective=mlm or mlm_nsp",
+    )
+
+
+def _init_from(config: Config) -> None:
+    for field in ("step", "new"):
+        _require(
+            config,
+            bool(config.init_from.checkpoint) or not getattr(config.init_from, field),
+            f"init_from.{field}",
+            "needs init_from.checkpoint",
+        )
+
+
+def _objectives(config: Config) -> None:
+    data, model = config.data, config.model
+    for objective in data.objective:
+        if model.architecture not in ARCHITECTURES[objective]:
+            raise ConfigError(
+                f"data.objective={objective} needs model.architecture={' or '.join(ARCHITECTURES[objective])}, "
+                f"not {model.architecture}"
+            )
+        _require(
+            config,
+            data.inputs_length >= 1 or (objective == "causal_lm" and model.architecture == "decoder"),
+            "data.inputs_length",
+            f"must be at least 1 for {objective}",
+        )
+    _require(
+        config,
+        "supervised" not in data.objective or len(data.objective) == 1,
+        "data.objective",
+        "can't mix supervised with objectives on running text; use supervised alone",
+    )
+    _require(
+        config,
+        "mlm_nsp" not in data.objective or model.token_types >= 2,
+        "model.token_types",
+        "must be at least 2 for data.objective=mlm_nsp; use 2",
+    )
+
+
+def _evaluate(config: Config) -> None:
+    evaluate = config.evaluate
+    _require(
+        config,
+        not evaluate.metrics or "supervised" in config.data.objective,
+        "evaluate.metrics",
+        "need data.objective=supervised, whose examples have an answer; leave it empty",
+    )
+    _require(
+        config,
+        not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
+        "evaluate.choices",
+        "must be at least two different answers, or empty; use yes,no",
+    )
+    _require(
+        config, not evaluate.choices or evaluate.metrics, "evaluate.choices", "need evaluate.metrics; use accuracy"
+    )
+
+
+def _rates(config: Config) -> None:
+    data = config.data
+    _require(
+        config,
+        list(data.change_steps) == sorted(set(data.change_steps)) and all(step > 0 for step in data.change_steps),
+        "data.change_steps",
+        "must be positive steps in ascending order; use 1000,2000",
+    )
+    phases = 1 + len(data.change_steps)
+    for field, of, names in (
+        ("data.rates", "data.source", data.source),
+        ("data.objective_rates", "data.objective", data.objective),
+    ):
+        rates = _get(config, field)
+        _require(
+            config,
+            len(rates) in (0, len(names) * phases),
+            field,
+            f"must have one rate for each of the {len(names)} in {of}"
+            + (f" in each of the {phases} phases, {len(names) * phases} in all" if phases > 1 else "")
+            + ", or be empty",
+        )
+        lists = [rates[start : start + len(names)] for start in range(0, len(rates), len(names))]
+        _require(
+            config,
+            all(rate >= 0 for rate in rates) and all(sum(each) > 0 for each in lists),
+            field,
+            "must not be negative and must not sum to 0"
+            + (" in any phase" if phases > 1 else "")
+            + "; use "
+            + ",".join("1" for _ in rates),
+        )
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    heads = model.num_kv_heads or model.num_heads
+    _require(
+        config,
+        model.num_heads % heads == 0,
+        "model.num_kv_heads",
+        f"must divide model.num_heads={model.num_heads}; use {math.gcd(heads, model.num_heads)}",
+    )
+    _require(
+        config,
+        model.positions != "rotary" or model.head_dim % 2 == 0,
+        "model.head_dim",
+        f"must be even for rotary positions; use {model.head_dim + 1}",
+    )
+    _require(config, model.relative_buckets % 4 == 0, "model.relative_buckets", "must be a multiple of 4; use 32")
+    _require(
+        config,
+        model.relative_max_distance > model.relative_buckets // 2,
+        "model.relative_max_distance",
+        f"must be more than half of model.relative_buckets={model.relative_buckets}; use {4 * model.relative_buckets}",
+    )
+    encoder_only = model.architecture == "encoder"
+    _require(
+        config,
+        encoder_only or not model.token_types,
+        "model.token_types",
+        f"needs model.architecture=encoder, not {model.architecture}; use 0",
+    )
+    _require(
+        config,
+        encoder_only or model.head == "plain",
+        "model.head",
+        f"needs model.architecture=encoder, not {model.architecture}; use plain",
+    )
+
+
+def _lengths(config: Config) -> None:
+    data, model, evaluate = config.data, config.model, config.evaluate
+    longest = {"decoder": config.row_length, "encoder": data.inputs_length}.get(
+        model.architecture, max(data.inputs_length, data.targets_length)
+    )
+    _require(
+        config,
+        model.positions != "learned" or model.max_length >= longest,
+        "model.max_length",
+        f"must be at least the longest row, {longest}, with learned positions; use {longest}",
+    )
+    asked = config.row_length if model.architecture == "decoder" else data.targets_length
+    if evaluate.metrics and evaluate.max_new_tokens and model.architecture == "decoder":
+        asked = data.inputs_length + evaluate.max_new_tokens
+    _require(
+        config,
+        not evaluate.metrics or model.positions != "learned" or model.max_length >= asked,
+        "model.max_length",
+        f"must be at least {asked} for the answers of evaluate.max_new_tokens, with learned positions; use {asked}",
+    )
+
+
+def _train(config: Config) -> None:
+    data, optimizer, train = config.data, config.optimizer, config.train
+    _require(
+        config,
+        data.batch_size % train.microbatches == 0,
+        "data.batch_size",
+        f"must be a multiple of train.microbatches={train.microbatches}; use "
+        f"{-(-data.batch_size // train.microbatches) * train.microbatches}",
+    )
+    _require(
+        config,
+        optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
+        "optimizer.decay_steps",
+        "must be at least 1 and fit between the warm-up and train.num_steps="
+        f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}",
+    )
+
+
+def _mesh(config: Config) -> None:
+    axes = dataclasses.asdict(config.mesh)
+    for axis, size in axes.items():
+        _require(config, size == -1 or size >= 1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
+    if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
+        raise ConfigError(
+            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1"
+        )
+
+
+def _require(config: Config, holds: bool, field: str, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field}={_get(config, field)!r} {rule}")
+
+
+def _get(config: Config, field: str) -> Any:
+    section, _, name = field.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
