@@ -33,6 +33,7 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
         prompts = [Prompt(ids) for ids in asked]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
     found = nats_of(config, params, answered(config, pairs, 9, 4))
+    logits_of = jax.jit(lambda batch: Transformer(config).apply({"params": params}, batch))
     for (prompt, answer), nats in zip(pairs, found, strict=True):
         ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
         if architecture == "decoder":
@@ -41,7 +42,7 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
             batch = Batch(row, row, np.ones(row.shape, np.float32), prefix_BL=prefix)
         else:
             batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
-        logits = Transformer(config).apply({"params": params}, batch)[0, -len(answer) :]
+        logits = logits_of(batch)[0, -len(answer) :]
         wanted = -jax.nn.log_softmax(logits)[np.arange(len(answer)), answer].sum()
         assert nats == pytest.approx(float(wanted), rel=1e-5)
 

@@ -170,6 +170,7 @@ def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subproc
     """`prepare` as a process of its own, in a new process group with its workers; stands still after some pieces."""
     (tmp_path / "config.json").write_text(config_file.to_json(config))
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "import sys, pathlib; from t5like import config_file; from t5like.data import corpus\n"
         "corpus.prepare(config_file.from_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
@@ -218,7 +219,7 @@ def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, work
         os.killpg(process.pid, signal_number)  # as a terminal does
     else:
         process.kill()
-    process.wait()
+    process.wait(timeout=60)
     deadline = time.monotonic() + 20
     while processes_of_group(process.pid):  # workers end by themselves
         assert time.monotonic() < deadline

@@ -351,6 +351,22 @@ VARIANTS = {
 }
 
 
+def with_model(variant, **model) -> Config:
+    sections = VARIANTS[variant]
+    return small(**{**sections, "model": {**sections.get("model", {}), **model}})
+
+
+def loss_and_gradients(config: Config, params, batch: Batch):
+    return jax.jit(jax.value_and_grad(lambda p: step.pretrain_loss(config, p, batch, None).objective))(params)
+
+
+@functools.cache
+def unchanged(config: Config):
+    """A batch, parameters, and the loss with its gradients, once for all changes."""
+    batch, params = random_batch(config), init(config)
+    return batch, params, loss_and_gradients(config, params, batch)
+
+
 @pytest.mark.parametrize(
     "variant, change",
     [
@@ -369,22 +385,15 @@ VARIANTS = {
     ],
 )
 def test_scan_remat_and_kernels_change_nothing(variant, change):
-    sections = VARIANTS[variant]
-    if "kernels" in change:  # the same in every layer
-        sections = {**sections, "model": {**sections.get("model", {}), "num_layers": 1}}
-    plain = small(**sections)
-    other = small(**{**sections, "model": {**sections.get("model", {}), **change}})
-    batch, params = random_batch(plain), init(plain)
-
-    def loss(config):
-        return jax.jit(jax.value_and_grad(lambda p: step.pretrain_loss(config, p, batch, None).objective))(params)
-
-    (a, grads), (b, other_grads) = loss(plain), loss(other)
+    layers = 2 if change.get("layers") == "scan" else 1  # remat and kernels are the same in every layer
+    plain = with_model(variant, num_layers=layers)
+    batch, params, (a, grads) = unchanged(plain)
+    b, other_grads = loss_and_gradients(with_model(variant, num_layers=layers, **change), params, batch)
     np.testing.assert_allclose(a, b, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), grads, other_grads)
 
 
-def influence(config: Config, batch: Batch, row: int = 0):
+def influence(config: Config, batch: Batch, row: int = 0) -> np.ndarray:
     """How much decoder (encoder-only: encoder) input j moves output i, by gradients: [L outputs, L inputs].
 
     Each place reads another id, and the encoder none of them, so that an embedding row's gradient belongs to one place.
@@ -410,14 +419,14 @@ def influence(config: Config, batch: Batch, row: int = 0):
 
 def test_no_future_token_moves_a_causal_output():
     for model in ({}, {"architecture": "decoder"}, {"architecture": "decoder", "positions": "rotary"}):
-        config = small(model=model)
+        config = small(model={"num_layers": 1, **model})
         matrix = influence(config, random_batch(config))
         assert (matrix[np.triu_indices(len(matrix), 1)] == 0).all()
         assert (matrix[np.tril_indices(len(matrix))] > 0).all()
 
 
 def test_a_prefix_is_seen_by_all_and_the_rest_is_causal():
-    config = small(**VARIANTS["prefix"])
+    config = with_model("prefix", num_layers=1)
     batch = random_batch(config)
     matrix = influence(config, batch)
     place = np.arange(len(matrix))
@@ -427,7 +436,7 @@ def test_a_prefix_is_seen_by_all_and_the_rest_is_causal():
 
 @pytest.mark.parametrize("model", [{}, {"architecture": "decoder"}])
 def test_nothing_leaks_across_documents(model):
-    config = small(model=model, data={"document_borders": "segments"})
+    config = small(model={"num_layers": 1, **model}, data={"document_borders": "segments"})
     batch = random_batch(config)
     segments = batch.decoder_segments_BL[0]
     matrix = influence(config, batch)
@@ -445,7 +454,7 @@ def test_nothing_leaks_across_documents(model):
 
 @pytest.mark.parametrize("variant", ["bert", "encoder", "rotary_encoder"])
 def test_an_encoder_sees_its_document_in_both_directions_and_nobody_sees_padding(variant):
-    config = small(**VARIANTS[variant])
+    config = with_model(variant, num_layers=1)
     batch = random_batch(config)
     segments_S = np.repeat([1, 2, 0], [12, 10, 10])
     batch = batch._replace(encoder_segments_BS=np.tile(segments_S, (len(batch.targets_BL), 1)))
@@ -496,7 +505,7 @@ def test_attend_equals_softmax_in_float64(rng):
 
 
 def test_padding_rows_of_the_vocabulary_never_win():
-    padded, exact = small(), small(model={"vocab_multiple": 1})
+    padded, exact = (small(model={"num_layers": 1, **more}) for more in ({}, {"vocab_multiple": 1}))
     params = init(padded)
     cut = {**params, "embedding": params["embedding"][:500], "head": params["head"][:, :500]}
     batch = random_batch(padded)
@@ -522,7 +531,7 @@ def test_cached_decoding_equals_the_full_forward(variant):
 
 
 def test_dropout_is_random_in_training_and_absent_in_evaluation():
-    config = small(model={"dropout_rate": 0.5})
+    config = small(model={"num_layers": 1, "dropout_rate": 0.5})
     params, batch = init(config), random_batch(config)
 
     def loss(key):
@@ -533,11 +542,13 @@ def test_dropout_is_random_in_training_and_absent_in_evaluation():
 
 
 def test_a_post_norm_stack_drops_nothing_behind_its_last_norm():
-    config = small(model={**VARIANTS["bert"]["model"], "dropout_rate": 0.5}, data=VARIANTS["bert"]["data"])
+    config = with_model("bert", dropout_rate=0.5)
     params, batch = init(config), random_batch(config)
-    hidden = lambda key: Transformer(config).apply(
-        {"params": params}, batch, train=True, method="hidden", rngs={"dropout": key}
-    )
+
+    @jax.jit
+    def hidden(key):
+        return Transformer(config).apply({"params": params}, batch, train=True, method="hidden", rngs={"dropout": key})
+
     one, other = hidden(jax.random.key(0)), hidden(jax.random.key(1))
     assert np.abs(one - other).max() > 0.1
     np.testing.assert_allclose(one.std(-1), 1, rtol=1e-3)

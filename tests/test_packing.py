@@ -180,8 +180,10 @@ def gradient(config):
     return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
 
+@functools.cache
 def params_of(config):
-    return nn.meta.unbox(step.init_params(config, blank_rows(config, 1), jax.random.key(0)))
+    make = functools.partial(step.init_params, config, blank_rows(config, 1))
+    return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(0))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

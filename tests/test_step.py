@@ -43,12 +43,26 @@ SHAPES = {
 }
 
 
-def one_step(config, batch, devices):
+@functools.cache
+def first_state(shape):
+    """The random state of a shape, made on one device, on the host. It depends on the seed alone, not on the batch."""
+    config = small(**SHAPES[shape])
+    batch = random_batch(config)
+    abstract = step.abstract_state(config, batch, meshes.make_mesh(config, jax.devices()[:1]))
+    return jax.device_get(step.new_state(config, batch, abstract))
+
+
+def begun(shape, abstract):
+    """A copy of the first state where `abstract` says it lives: to make it there would be one more slow compilation."""
+    return jax.tree.map(lambda leaf, like: jax.device_put(np.array(leaf), like.sharding), first_state(shape), abstract)
+
+
+def one_step(config, batch, devices, shape="encoder_decoder"):
     """State and metrics after two steps on a mesh of that many devices."""
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = meshes.settle(config, mesh)
     abstract = step.abstract_state(config, batch, mesh)
-    state, update = step.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
+    state, update = begun(shape, abstract), step.jit_train_step(config, abstract)
     with jax.set_mesh(mesh):
         for _ in range(2):
             state, metrics = update(state, meshes.to_global(batch, mesh, config.data.batch_size))
@@ -58,7 +72,7 @@ def one_step(config, batch, devices):
 @functools.cache
 def on_one_device(shape):
     config = small(**SHAPES[shape])
-    return jax.device_get(one_step(config, random_batch(config), 1))
+    return jax.device_get(one_step(config, random_batch(config), 1, shape))
 
 
 def assert_same(ours, reference):
@@ -88,14 +102,14 @@ def assert_same(ours, reference):
 )
 def test_any_mesh_equals_one_device(shape, mesh):
     config = small(**SHAPES[shape], mesh=mesh if "data" in mesh or "fsdp" not in mesh else {"data": -1, **mesh})
-    assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
+    assert_same(jax.device_get(one_step(config, random_batch(config), 8, shape)), on_one_device(shape))
 
 
-def test_parameters_and_moments_are_split_as_the_mesh_says():
+def test_a_new_state_is_split_as_the_mesh_says_and_its_values_are_those_of_one_device():
     config = small(mesh={"data": 1, "fsdp": 4, "tensor": 2})
-    mesh = meshes.make_mesh(config)
     batch = random_batch(config)
-    state = step.new_state(config, batch, step.abstract_state(config, batch, mesh))
+    state = step.new_state(config, batch, step.abstract_state(config, batch, meshes.make_mesh(config)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), first_state("encoder_decoder"))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
     assert here < whole / 7  # norms and the like stay whole
@@ -111,18 +125,15 @@ def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
     batch = random_batch(config)
     weights = batch.weights_BL * (np.arange(batch.weights_BL.shape[1]) < np.array([1, 44, 3, 9, 0, 30, 2, 7])[:, None])
     batch = batch._replace(weights_BL=weights.astype(np.float32))
-    whole = jax.device_get(one_step(config, batch, 1))
-    for count in (2, 4):
+    whole = jax.device_get(one_step(config, batch, 1, shape))
+    for count in (2, 4) if shape == "encoder_decoder" else (4,):
         parts = small(**SHAPES[shape], train={"microbatches": count})
-        assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
+        assert_same(jax.device_get(one_step(parts, batch, 1, shape)), whole)
 
 
 def test_microbatches_of_a_split_batch_stay_where_they_are():
-    config = small(train={"microbatches": 2}, data={"batch_size": 16})
-    batch = random_batch(config)
-    state, metrics = one_step(config, batch, 8)
-    whole = one_step(small(data={"batch_size": 16}), batch, 1)
-    assert_same(jax.device_get((state, metrics)), jax.device_get(whole))
+    config = small(train={"microbatches": 2})
+    assert_same(jax.device_get(one_step(config, random_batch(config), 4)), on_one_device("encoder_decoder"))
 
 
 def test_the_step_is_traced_once():
@@ -136,7 +147,7 @@ def test_the_step_is_traced_once():
         return step.pretrain_loss(*args)
 
     abstract = step.abstract_state(config, batch, mesh)
-    update, state = step.jit_train_step(config, abstract, counting), step.new_state(config, batch, abstract)
+    update, state = step.jit_train_step(config, abstract, counting), begun("encoder_decoder", abstract)
     with jax.set_mesh(mesh):
         for seed in range(3):
             state, _ = update(state, meshes.to_global(random_batch(config, seed), mesh, 8))
@@ -162,19 +173,20 @@ def test_a_chunked_loss_changes_nothing():
 def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
     config = small(**SHAPES["encoder"], train={"z_loss": 0.0})
     batch = random_batch(config)
-    params = jax.jit(lambda key: step.init_state(config, batch, key).params)(jax.random.key(0))
-    loss = step.pretrain_loss(config, params, batch, None)
+    params = first_state("encoder").params
+    loss_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None))
+    loss = loss_of(batch)
     tokens, pairs = loss.metrics["loss"], loss.metrics["nsp_loss"]
     assert pairs.weight == 8 and float(pairs.total) / 8 == pytest.approx(np.log(2), abs=0.1)
     assert float(loss.objective) == pytest.approx(float(tokens.total + 5 * pairs.total), rel=1e-6)  # 15 % of 32 tokens
-    alone = step.pretrain_loss(config, params, batch._replace(follows_B1=None), None)
+    alone = loss_of(batch._replace(follows_B1=None))
     assert float(alone.objective) == pytest.approx(float(tokens.total), rel=1e-6) and "nsp_loss" not in alone.metrics
 
 
 def test_an_encoder_counts_the_tokens_it_reads():
     config = small(**SHAPES["encoder"])
     batch = random_batch(config)
-    _, metrics = one_step(config, batch, 1)
+    _, metrics = one_step(config, batch, 1, "encoder")
     assert metrics["tokens"].total == (batch.encoder_BS != 0).sum() < batch.encoder_BS.size
 
 
@@ -185,13 +197,19 @@ def of_components(config, seed=0):
     return batch._replace(component_B1=np.array([[0], [1], [1], [3], [1], [0], [3], [1]], np.int32))
 
 
+FOUR = {"source": ("a", "b", "c", "d")}
+
+
+@functools.cache
+def metrics_of_components():
+    return jax.device_get(one_step(small(data=FOUR), of_components(small(data=FOUR)), 1))[1]
+
+
 @pytest.mark.parametrize("train, devices", [({}, 1), ({"loss_chunk": 5}, 1), ({"microbatches": 4}, 1), ({}, 8)])
 def test_losses_by_component_add_up_in_chunks_microbatches_and_on_a_mesh(train, devices):
-    sections = {"data": {"source": ("a", "b", "c", "d")}}
-    config = small(**sections, train=train)
-    batch = of_components(config)
-    _, metrics = jax.device_get(one_step(config, batch, devices))
-    _, whole = jax.device_get(one_step(small(**sections), batch, 1))
+    config = small(data=FOUR, train=train)
+    batch, whole = of_components(config), metrics_of_components()
+    metrics = whole if (train, devices) == ({}, 1) else jax.device_get(one_step(config, batch, devices))[1]
     component = batch.component_B1[:, 0]
     np.testing.assert_array_equal(metrics["rows_by_component"].total, [2, 3, 0, 2])
     np.testing.assert_array_equal(metrics["by_component"].weight, np.bincount(component, batch.weights_BL.sum(1), 4))
@@ -200,14 +218,15 @@ def test_losses_by_component_add_up_in_chunks_microbatches_and_on_a_mesh(train, 
 
 
 def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
-    config = small(data={"source": ("a", "b", "c", "d")})
+    config = small(data=FOUR)
     config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
     batch, other = of_components(config), of_components(config, seed=1)
-    params = jax.jit(lambda key: step.init_state(config, batch, key).params)(jax.random.key(0))
+    params = first_state("encoder_decoder").params
     zeros, evaluate = step.zero_metrics(config, batch), jax.jit(step.make_eval_step(config))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
     both = evaluate(params, other, evaluate(params, batch, zeros))
-    parts = [step.pretrain_loss(config, params, each, None).metrics for each in (batch, other)]
+    metrics_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None).metrics)
+    parts = [metrics_of(each) for each in (batch, other)]
     jax.tree.map(lambda total, *each: np.testing.assert_allclose(total, sum(each), rtol=1e-5), both, *parts)
     assert both["by_component"].total.shape == (4,)
 
@@ -250,7 +269,7 @@ def test_the_loss_falls_when_the_same_batch_is_learned():
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     abstract = step.abstract_state(config, batch, mesh)
-    state = step.new_state(config, batch, abstract)
+    state = begun("encoder_decoder", abstract)
     update, losses = step.jit_train_step(config, abstract), []
     with jax.set_mesh(mesh):
         for _ in range(30):
