@@ -1,5 +1,6 @@
 """Eight fake CPU devices, one compilation cache, and small real things that the tests share."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import jax
 import numpy as np
 import pytest
 
-from t5like import config_file
-from t5like.config import Config
+from t5like import config_file, step
+from t5like import mesh as meshes
+from t5like.config import Config, MeshConfig
 from t5like.data import objectives
 from t5like.data.text import Text, Vocabulary
 from t5like.main import main
-from t5like.types import Batch
+from t5like.types import Batch, TrainState
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -78,6 +80,22 @@ def vocabulary_of(config: Config) -> Vocabulary:
     return Vocabulary(
         1, np.arange(size - 1, size - 1 - count, -1, dtype=np.int32), ordinary_V, np.arange(size) % 3 == 0
     )
+
+
+BEGINNINGS: dict[tuple, TrainState] = {}
+
+
+def begun(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
+    """`step.new_state`, made once for all meshes and batches, on one device, and copied to where `abstract` says.
+
+    It depends on model, optimizer and seed alone (test_step.py shows it), and takes long to compile.
+    """
+    key = (config.model, config.optimizer, config.tokenizer, config.seed)
+    if key not in BEGINNINGS:
+        alone = dataclasses.replace(config, mesh=MeshConfig())
+        place = step.abstract_state(alone, batch, meshes.make_mesh(alone, jax.devices()[:1]))
+        BEGINNINGS[key] = jax.device_get(step.new_state(alone, batch, place))
+    return jax.tree.map(lambda leaf, like: jax.device_put(np.array(leaf), like.sharding), BEGINNINGS[key], abstract)
 
 
 @pytest.fixture

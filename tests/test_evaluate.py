@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import small
+from conftest import begun, small
 
 from t5like import mesh as meshes
 from t5like import step
@@ -39,7 +39,7 @@ def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), m
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
     evaluator = Evaluator(config, mesh, heldout, prepared.tokenizer)
     batch = heldout.at(0)
-    return evaluator, step.new_state(config, batch, step.abstract_state(config, batch, mesh)).params
+    return evaluator, begun(config, batch, step.abstract_state(config, batch, mesh)).params
 
 
 def test_the_loss_does_not_depend_on_devices_or_batch_size(texts):

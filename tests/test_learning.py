@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import small, vocabulary_of
+from conftest import begun, small, vocabulary_of
 
 from t5like import mesh as meshes
 from t5like import step
@@ -77,7 +77,7 @@ def train(objective: str, architecture: str, steps: int) -> list[dict[str, float
     stream = Examples(architecture) if objective == "supervised" else Text()
     batches = Batches(config, vocabulary_of(config), [stream])
     abstract = step.abstract_state(config, spec(config), mesh)
-    state, jitted = step.new_state(config, spec(config), abstract), step.jit_train_step(config, abstract)
+    state, jitted = begun(config, spec(config), abstract), step.jit_train_step(config, abstract)
     found = []
     with jax.set_mesh(mesh):
         for number in range(steps):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch
+from conftest import begun, random_batch
 
 from t5like import mesh as meshes
 from t5like import step, tree
@@ -43,26 +43,20 @@ SHAPES = {
 }
 
 
-@functools.cache
-def first_state(shape):
-    """The random state of a shape, made on one device, on the host. It depends on the seed alone, not on the batch."""
+def begun_alone(shape):
+    """The first state of a shape on one device."""
     config = small(**SHAPES[shape])
+    config = meshes.settle(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
     batch = random_batch(config)
-    abstract = step.abstract_state(config, batch, meshes.make_mesh(config, jax.devices()[:1]))
-    return jax.device_get(step.new_state(config, batch, abstract))
+    return begun(config, batch, step.abstract_state(config, batch, mesh))
 
 
-def begun(shape, abstract):
-    """A copy of the first state where `abstract` says it lives: to make it there would be one more slow compilation."""
-    return jax.tree.map(lambda leaf, like: jax.device_put(np.array(leaf), like.sharding), first_state(shape), abstract)
-
-
-def one_step(config, batch, devices, shape="encoder_decoder"):
+def one_step(config, batch, devices):
     """State and metrics after two steps on a mesh of that many devices."""
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = meshes.settle(config, mesh)
     abstract = step.abstract_state(config, batch, mesh)
-    state, update = begun(shape, abstract), step.jit_train_step(config, abstract)
+    state, update = begun(config, batch, abstract), step.jit_train_step(config, abstract)
     with jax.set_mesh(mesh):
         for _ in range(2):
             state, metrics = update(state, meshes.to_global(batch, mesh, config.data.batch_size))
@@ -72,7 +66,7 @@ def one_step(config, batch, devices, shape="encoder_decoder"):
 @functools.cache
 def on_one_device(shape):
     config = small(**SHAPES[shape])
-    return jax.device_get(one_step(config, random_batch(config), 1, shape))
+    return jax.device_get(one_step(config, random_batch(config), 1))
 
 
 def assert_same(ours, reference):
@@ -102,14 +96,14 @@ def assert_same(ours, reference):
 )
 def test_any_mesh_equals_one_device(shape, mesh):
     config = small(**SHAPES[shape], mesh=mesh if "data" in mesh or "fsdp" not in mesh else {"data": -1, **mesh})
-    assert_same(jax.device_get(one_step(config, random_batch(config), 8, shape)), on_one_device(shape))
+    assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
 
 
 def test_a_new_state_is_split_as_the_mesh_says_and_its_values_are_those_of_one_device():
     config = small(mesh={"data": 1, "fsdp": 4, "tensor": 2})
     batch = random_batch(config)
     state = step.new_state(config, batch, step.abstract_state(config, batch, meshes.make_mesh(config)))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), first_state("encoder_decoder"))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), begun_alone("encoder_decoder"))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
     assert here < whole / 7  # norms and the like stay whole
@@ -125,10 +119,10 @@ def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
     batch = random_batch(config)
     weights = batch.weights_BL * (np.arange(batch.weights_BL.shape[1]) < np.array([1, 44, 3, 9, 0, 30, 2, 7])[:, None])
     batch = batch._replace(weights_BL=weights.astype(np.float32))
-    whole = jax.device_get(one_step(config, batch, 1, shape))
+    whole = jax.device_get(one_step(config, batch, 1))
     for count in (2, 4) if shape == "encoder_decoder" else (4,):
         parts = small(**SHAPES[shape], train={"microbatches": count})
-        assert_same(jax.device_get(one_step(parts, batch, 1, shape)), whole)
+        assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
 
 
 def test_microbatches_of_a_split_batch_stay_where_they_are():
@@ -147,7 +141,7 @@ def test_the_step_is_traced_once():
         return step.pretrain_loss(*args)
 
     abstract = step.abstract_state(config, batch, mesh)
-    update, state = step.jit_train_step(config, abstract, counting), begun("encoder_decoder", abstract)
+    update, state = step.jit_train_step(config, abstract, counting), begun(config, batch, abstract)
     with jax.set_mesh(mesh):
         for seed in range(3):
             state, _ = update(state, meshes.to_global(random_batch(config, seed), mesh, 8))
@@ -173,7 +167,7 @@ def test_a_chunked_loss_changes_nothing():
 def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
     config = small(**SHAPES["encoder"], train={"z_loss": 0.0})
     batch = random_batch(config)
-    params = first_state("encoder").params
+    params = begun_alone("encoder").params
     loss_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None))
     loss = loss_of(batch)
     tokens, pairs = loss.metrics["loss"], loss.metrics["nsp_loss"]
@@ -186,7 +180,7 @@ def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
 def test_an_encoder_counts_the_tokens_it_reads():
     config = small(**SHAPES["encoder"])
     batch = random_batch(config)
-    _, metrics = one_step(config, batch, 1, "encoder")
+    _, metrics = one_step(config, batch, 1)
     assert metrics["tokens"].total == (batch.encoder_BS != 0).sum() < batch.encoder_BS.size
 
 
@@ -221,7 +215,7 @@ def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
     config = small(data=FOUR)
     config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
     batch, other = of_components(config), of_components(config, seed=1)
-    params = first_state("encoder_decoder").params
+    params = begun_alone("encoder_decoder").params
     zeros, evaluate = step.zero_metrics(config, batch), jax.jit(step.make_eval_step(config))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
     both = evaluate(params, other, evaluate(params, batch, zeros))
@@ -236,12 +230,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     abstract = step.abstract_state(config, batch, mesh)
-    state = step.new_state(config, batch, abstract)
-    before = jax.device_get(state)
+    state, update = step.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
     poisoned = batch._replace(weights_BL=np.full_like(batch.weights_BL, np.nan))
     with jax.set_mesh(mesh):
-        state, metrics = step.jit_train_step(config, abstract)(state, meshes.to_global(poisoned, mesh, 8))
-    assert metrics["bad_steps"].total == 1 and state.step == 1
+        state, _ = update(state, meshes.to_global(batch, mesh, 8))  # now the average is not the parameters
+        before = jax.device_get(state)
+        state, metrics = update(state, meshes.to_global(poisoned, mesh, 8))
+    assert metrics["bad_steps"].total == 1 and state.step == 2
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
 
@@ -269,7 +264,7 @@ def test_the_loss_falls_when_the_same_batch_is_learned():
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     abstract = step.abstract_state(config, batch, mesh)
-    state = begun("encoder_decoder", abstract)
+    state = begun(config, batch, abstract)
     update, losses = step.jit_train_step(config, abstract), []
     with jax.set_mesh(mesh):
         for _ in range(30):
