@@ -101,7 +101,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
 
-    An update with a non-finite gradient norm is skipped: parameters and moments stay, the step counts on, and the
+    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on, and the
     metric `bad_steps` is 1.
     """
     microbatches = config.train.microbatches
@@ -140,7 +140,7 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             decay = config.optimizer.ema_decay
-            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+            ema = jax.tree.map(lambda old, new: jnp.where(good, decay * old + (1 - decay) * new, old), ema, params)
         one, tokens = jnp.ones(()), real_tokens(batch)
         metrics |= {
             "grad_norm": Sum(norm, one),
