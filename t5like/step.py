@@ -101,8 +101,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
 
-    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on, and the
-    metric `bad_steps` is 1.
+    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on,
+    and the metric `bad_steps` is 1.
     """
     microbatches = config.train.microbatches
 
