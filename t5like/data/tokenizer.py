@@ -1,19 +1,16 @@
-"""Text to token ids and back: SentencePiece models, trained or loaded, and the sentinels of span corruption.
+"""Text to token ids and back: SentencePiece models, trained or loaded, tokenizer.json files, and their sentinels.
 
-A trained model keeps text exactly: identity normalisation, no dummy prefix, extra white space kept, unknown characters
-spelled in bytes, newline a piece of its own. So ``decode(encode(text)) == text`` for every text. A model from elsewhere
-keeps what its own normalisation keeps (T5's folds white space).
+What reads and writes ids is in `sentencepiece_model` and `json_tokenizer`; here is what they have in common, and the
+training of a model that keeps text exactly: ``decode(encode(text)) == text``.
 
 Sentinels follow T5 (Raffel et al. 2020, section 3.1.4; `T5Tokenizer` of transformers): ``<extra_id_0>`` has the highest
-id, and they count down. They lie above the model's pieces (T5: 32,000 pieces, 100 sentinels, <extra_id_0> = 32,099),
-or among them where the model has such pieces (mT5, UMT5).
+id, and they count down. A tokenizer like BERT's has its own [MASK] and [CLS] in place of the first two and no others.
 
 Called by `data.corpus` (bulk), `generate` and `inspect` (single texts) and `checkpoint` (`model_bytes`, `hash`).
 """
 
 import hashlib
 import io
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,11 +21,12 @@ import numpy as np
 import sentencepiece
 
 from t5like.config import TokenizerConfig
+from t5like.data import json_tokenizer
+from t5like.data.json_tokenizer import JsonModel
+from t5like.data.sentencepiece_model import SENTINEL, SentencePieceModel
 from t5like.errors import DataError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2  # of trained models, as in T5
-SPACE = "\u2581"  # stands for a space inside SentencePiece, which would therefore decode a real U+2581 as a space
-SENTINEL = re.compile(r"<extra_id_([0-9]+)>")
 _TRAINING_LINE = 16_384  # characters; longer lines are cut for training, SentencePiece would leave them out
 
 
@@ -96,93 +94,82 @@ def _training_failure(message: str, config: TokenizerConfig) -> str:
 
 
 class Tokenizer:
-    """A SentencePiece model with sentinels. Pickles as its bytes, so that worker processes can have it.
+    """A SentencePiece model or a tokenizer.json, with sentinels. Pickles as its bytes: worker processes can have it.
 
     Attributes:
-        model_bytes: the model file.
+        model_bytes: the model file; of a tokenizer.json with the files beside it, see `json_tokenizer.bundle`.
         hash: sha256, in hex, of the model file and the number of sentinels: what token ids depend on.
         vocab_size: number of ids, sentinels included.
-        pad_id, eos_id, unk_id: special ids. A model without a pad id (Llama) pads with id 0, which it never predicts.
-        sentinel_ids: int32, [0] is <extra_id_0>.
+        pad_id, eos_id, unk_id: special ids; BERT's [SEP] counts as end. A tokenizer without a pad id 0 (Llama, GPT-2)
+            pads with id 0 all the same: no objective for decoders looks at what is behind a row's end.
+        pads_with_a_token: whether `pad_id` is a token for that; else id 0 is one of text.
+        files: of a tokenizer.json: that file and those beside it, name to text; see `json_tokenizer`.
+        bos_id: what its own family puts in front of a text (Llama's <s>); None if there is no such thing.
+        sentinel_ids: int32, [0] is <extra_id_0>. Of BERT: [MASK] and [CLS], whose places these are in `masking`.
+        sentinel_names: how `decode` writes them.
         ordinary_V: bool [vocab_size], True for ids of text: neither special nor a sentinel.
         bytes_V: float64 [vocab_size], bytes of UTF-8 that an id stands for; 0 for special ids and sentinels.
         begins_word_V: bool [vocab_size], True for pieces that begin with a space, or are white space themselves.
     """
 
-    def __init__(self, model_bytes: bytes, *, num_sentinels: int, origin: str = "tokenizer") -> None:
+    def __init__(self, model_bytes: bytes, *, num_sentinels: int | None, origin: str = "tokenizer") -> None:
         """Check a model and make it ready.
 
         Args:
+            num_sentinels: None, for a tokenizer.json: as many as it has.
             origin: what to call the model in messages.
 
         Raises:
-            DataError: it is no SentencePiece model, or its special ids or sentinels are not as expected.
+            DataError: it is neither kind of model, or its special ids or sentinels are not as expected.
         """
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes or b"empty")
-        except (RuntimeError, TypeError):
-            size = len(model_bytes)
-            raise DataError(f"{origin} is not a SentencePiece model, or is truncated ({size} bytes)") from None
+        self.is_json = json_tokenizer.is_json(model_bytes)
+        self._model = (JsonModel if self.is_json else SentencePieceModel)(model_bytes, num_sentinels, origin)
         self.model_bytes = model_bytes
-        self.num_sentinels = num_sentinels
-        self.hash = hashlib.sha256(model_bytes + b"sentinels %d" % num_sentinels).hexdigest()
+        self.num_sentinels = len(self._model.sentinel_ids)
+        self.hash = hashlib.sha256(model_bytes + b"sentinels %d" % self.num_sentinels).hexdigest()
         self._origin = origin
-        self._check_special_ids()
-        pieces = self._model.get_piece_size()
-        inside = self._sentinel_pieces()
-        self._sentinels_inside = bool(inside)
-        self.sentinel_ids = np.array(inside or range(pieces + num_sentinels - 1, pieces - 1, -1), np.int32)
-        self.vocab_size = pieces if inside else pieces + num_sentinels
-        self.eos_id = self._model.eos_id()
-        self.pad_id = max(self._model.pad_id(), 0)
-        self.unk_id = self._model.unk_id()
-        self._number_of_sentinel = {int(token): number for number, token in enumerate(self.sentinel_ids)}
-        self._hidden = {self.eos_id} | ({self.pad_id} if self._model.pad_id() == 0 else set())
-        space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._spells_bytes = all(map(self._model.is_byte, space_bytes))
-        self._space_bytes = np.array(space_bytes, np.int32)
-        # Where text must be cut, so that no piece can span the place: at U+2581, and inside what looks like a sentinel.
-        cuts = [f"({SPACE})"] * self._spells_bytes + [r"(?<=<)(?=extra_id_[0-9]+>)"] * self._sentinels_inside
-        self._cut = re.compile("|".join(cuts))
-        self._signs = [SPACE] * self._spells_bytes + ["<extra_id_"] * self._sentinels_inside
+        self.vocab_size: int = self._model.vocab_size
+        self.pad_id: int = self._model.pad_id
+        self.eos_id: int = self._model.eos_id
+        self.unk_id: int | None = self._model.unk_id
+        self.bos_id: int | None = self._model.bos_id
+        self.sentinel_ids: np.ndarray = self._model.sentinel_ids
+        self.sentinel_names: tuple[str, ...] = self._model.sentinel_names
+        self.pads_with_a_token: bool = self._model.pads_with_a_token
+        self.files: dict[str, str] = self._model.files if self.is_json else {}
 
     @cached_property
     def ordinary_V(self) -> np.ndarray:
-        ordinary_V = np.ones(self.vocab_size, bool)
-        ordinary_V[self.sentinel_ids] = False
-        pieces = range(self._model.get_piece_size())
-        ordinary_V[[token for token in pieces if self._model.is_control(token) or self._model.is_unknown(token)]] = (
-            False
-        )
-        return ordinary_V
+        return self._model.ordinary_V()
 
     @cached_property
     def bytes_V(self) -> np.ndarray:
-        bytes_V = np.zeros(self.vocab_size)
-        for token in np.flatnonzero(self.ordinary_V).tolist():
-            piece = self._model.id_to_piece(token).replace(SPACE, " ")
-            bytes_V[token] = 1 if self._model.is_byte(token) else len(piece.encode())
-        return bytes_V
+        return self._model.bytes_V()
 
     @cached_property
     def begins_word_V(self) -> np.ndarray:
-        begins_word_V = np.zeros(self.vocab_size, bool)
-        pieces = [self._model.id_to_piece(token) for token in range(self._model.get_piece_size())]
-        begins_word_V[: len(pieces)] = [piece[0] == SPACE or piece.isspace() for piece in pieces]
-        return begins_word_V
+        return self._model.begins_word_V()
+
+    @property
+    def exact(self) -> bool:
+        """Whether a SentencePiece model spells U+2581 in bytes: see `SentencePieceModel`."""
+        return not self.is_json and self._model.exact
 
     def __reduce__(self):
         return _rebuild, (self.model_bytes, self.num_sentinels, self._origin)
 
     @classmethod
-    def load(cls, path: str | Path, *, num_sentinels: int) -> "Tokenizer":
-        """Read a model file.
+    def load(cls, path: str | Path, *, num_sentinels: int | None) -> "Tokenizer":
+        """Read a SentencePiece model, or a tokenizer.json with what the files beside it say of special tokens.
 
         Raises:
             DataError: see `__init__`; also when the file is missing or can't be read.
         """
+        path = Path(path).expanduser()
         try:
-            model_bytes = Path(path).expanduser().read_bytes()
+            model_bytes = path.read_bytes()
+            if json_tokenizer.is_json(model_bytes):
+                model_bytes = json_tokenizer.bundle(path, model_bytes)
         except OSError as error:
             raise DataError(f"tokenizer.path={path} can't be read: {error.strerror}") from None
         return cls(model_bytes, num_sentinels=num_sentinels, origin=f"tokenizer.path={path}")
@@ -204,76 +191,29 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` many texts on one thread, at the speed of SentencePiece itself; int32 arrays, to be read only."""
-        if not any(sign in text for text in texts for sign in self._signs):
-            return self._encode_plain(texts)
-        parts = [[part for part in self._cut.split(text) if part] or [""] for text in texts]
-        encoded = iter(self._encode_plain(list(itertools.chain.from_iterable(parts))))
-        spelled = {SPACE: self._space_bytes} if self._spells_bytes else {}
-        return [
-            np.concatenate([spelled.get(part, ids) for part, ids in zip(row, encoded, strict=False)]) for row in parts
-        ]  # each row takes its own from `encoded`
-
-    def encode_with_sentinels(self, text: str) -> list[int]:
-        """Like `encode`, but ``<extra_id_N>`` in the text becomes that sentinel: for prompts."""
-        token_ids = []
-        for position, part in enumerate(SENTINEL.split(text)):  # text, number, text, number, ..., text
-            if position % 2 == 0:
-                token_ids += self.encode(part)
-            elif int(part) < self.num_sentinels:
-                token_ids.append(int(self.sentinel_ids[int(part)]))
-            else:
-                raise DataError(f"<extra_id_{part}> is not one of the tokenizer's {self.num_sentinels} sentinels")
-        return token_ids
-
-    def decode(self, token_ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Text of token ids: sentinels as ``<extra_id_N>``; pad and eos left out, or kept under their names."""
-        parts, run = [], []
-        for token in [*map(int, token_ids), None]:
-            if token is not None and token not in self._number_of_sentinel and token not in self._hidden:
-                run.append(token)
-                continue
-            if run:
-                text = self._model.decode(run)
-                # A model with a dummy prefix strips the first space, wanted only at the very beginning.
-                lost = bool(parts) and self._model.id_to_piece(run[0])[0] == SPACE and text[:1] != " "
-                parts.append(" " * lost + text)
-                run = []
-            if token in self._number_of_sentinel:
-                parts.append(f"<extra_id_{self._number_of_sentinel[token]}>")
-            elif token is not None and keep_special:
-                parts.append(self._model.id_to_piece(token))
-        return "".join(parts)
-
-    def _encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` many texts on one thread, at the model's own speed; int32 arrays, to be read only."""
         try:
-            return self._model.encode(list(texts), return_type="numpy", num_threads=1)
-        except TypeError:  # what SentencePiece says of a string that has no UTF-8 form
+            return self._model.encode_batch(texts)
+        except (TypeError, UnicodeEncodeError):  # what they say of a string that has no UTF-8 form
             refuse_surrogates(texts)
             raise
 
-    def _check_special_ids(self) -> None:
-        model = self._model
-        if model.eos_id() < 0:
-            raise DataError(f"{self._origin} has no end-of-sequence piece; train it with eos_id=1")
-        if model.pad_id() != 0 and (self.num_sentinels or model.pad_id() > 0):
-            raise DataError(f"{self._origin} has pad id {model.pad_id()}, but that must be 0; train it with pad_id=0")
+    def encode_with_sentinels(self, text: str) -> list[int]:
+        """Like `encode`, but ``<extra_id_N>`` in the text becomes that sentinel: for prompts. BERT's [MASK] too."""
+        for number in SENTINEL.findall(text):
+            if int(number) >= self.num_sentinels:
+                raise DataError(f"<extra_id_{number}> is not one of the tokenizer's {self.num_sentinels} sentinels")
+        refuse_surrogates([text])
+        return self._model.encode_with_sentinels(text)
 
-    def _sentinel_pieces(self) -> list[int]:
-        """Ids of the <extra_id_N> pieces inside the model, by N; checked."""
-        found = {}
-        for token in range(self._model.get_piece_size()):
-            if match := SENTINEL.fullmatch(self._model.id_to_piece(token).removeprefix(SPACE)):
-                found[int(match[1])] = token
-        token_ids = [found[number] for number in sorted(found)]
-        if found and len(found) != self.num_sentinels:
-            raise DataError(
-                f"tokenizer.num_sentinels={self.num_sentinels}, but {self._origin} has {len(found)} <extra_id_N> "
-                f"pieces; use tokenizer.num_sentinels={len(found)}"
-            )
-        if found and token_ids != list(range(token_ids[0], token_ids[0] - len(found), -1)):
-            raise DataError(f"{self._origin}: the <extra_id_N> pieces must count down from <extra_id_0>")
-        return token_ids
+    def decode(self, token_ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Text of token ids: sentinels by their names; pad and eos left out, or kept under their names."""
+        return self._model.decode(token_ids, keep_special)
+
+    def name(self, token: int) -> str:
+        """A special id's or sentinel's name, such as ``</s>``."""
+        names = dict(zip(self.sentinel_ids.tolist(), self.sentinel_names, strict=True))
+        return names.get(token) or self._model.name(token)
 
 
 def refuse_surrogates(texts: Sequence[str]) -> None:

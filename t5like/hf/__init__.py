@@ -1,1 +1,1 @@
-"""Hugging Face model directories: `weights` and tables (`families`) of names, tokenizer files, import and export."""
+"""Hugging Face model directories: read in as runs, written from runs."""
