@@ -83,7 +83,7 @@ class ModelConfig:
     relative_bias: Literal["shared", "per_layer"] = "shared"  # one for all layers of a stack (T5), or one each (UMT5)
     rotary_base: float = 10_000.0
     # Rotary positions for texts longer than those that the base was trained on: linear divides all frequencies by
-    # rotary_factor, llama3 the low ones, yarn by a ramp and scales the attention; see `model.layers.rotary_frequencies`.
+    # rotary_factor, llama3 the low ones, yarn by a ramp and scales attention; see `model.layers.rotary_frequencies`.
     rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     rotary_factor: float = 1.0  # how much longer texts may get
     rotary_original_length: int = 0  # llama3, yarn: tokens of the texts that the base was trained on

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping
     """A config for the model, with data and optimizer to go on learning by."""
     if type(rows) is not int or rows < tokenizer.vocab_size:
         raise CheckpointError(
-            f"config.json: vocab_size={rows!r} must be at least {tokenizer.vocab_size}, the ids of the tokenizer beside it"
+            f"config.json: vocab_size={rows!r} must be at least {tokenizer.vocab_size}, the tokenizer's ids"
         )
     ids = tokenizer.vocab_size
     multiple = next(m for m in (128, 64, 32, 16, 8, 4, 2, 1, rows) if -(-ids // m) * m == rows)
@@ -183,7 +183,11 @@ def _check_fit(
     missing = [name for name in expected if name not in imported.names]
     extra = [files[0] for name, files in imported.names.items() if name not in expected]
     tensors = {name: found[files[0]] for name, files in imported.names.items() if name in expected}
-    wrong = [f"{name} {list(t.shape)}, not {list(expected[name])}" for name, t in tensors.items() if t.shape != expected[name]]
+    wrong = [
+        f"{name} {list(t.shape)}, not {list(expected[name])}"
+        for name, t in tensors.items()
+        if t.shape != expected[name]
+    ]
     kinds = [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in weights.DTYPES]
     for what, names in (
         ("lack", missing),
@@ -201,7 +205,9 @@ def _filled(
     """The parameters of a row, in float32, each layer read into its place."""
     arrays = [np.empty(wanted[name].shape, np.float32) for name in row.ours]
     for theirs, y in row.places():
-        for array, part in zip(arrays, tables.to_ours(row, weights.read(found[imported.names[theirs][0]])), strict=True):
+        for array, part in zip(
+            arrays, tables.to_ours(row, weights.read(found[imported.names[theirs][0]])), strict=True
+        ):
             array[... if y is None else y] = part
     return {name: jax.device_put(array, wanted[name].sharding) for name, array in zip(row.ours, arrays, strict=True)}
 
@@ -264,7 +270,7 @@ def export_run(
         _write_others(export, made, workdir)
         compare(made, export)
         yield f"compared   {len(export.wanted())} tensors, read again, equal step {loaded.step} bit for bit"
-        yield f"           {logits.compare(made, loaded.config, export.written_params(), family)}"
+        yield f"           {logits.compare(made, loaded.config, export.written_params())}"
     yield f"exported   {output}"
 
 
@@ -315,9 +321,7 @@ class Export:
             eos, pad = tokenizer.eos_id, tokenizer.pad_id
             return families.config_of(self.family, config, rows=self.rows, eos=eos, pad=pad, dtype=self.dtype)
         values = weights.read_json(kept / "config.json")
-        _, then = families.model_of(
-            values, untied=not config.model.tied_embeddings, pair_head=config.model.pair_head
-        )
+        _, then = families.model_of(values, untied=not config.model.tied_embeddings, pair_head=config.model.pair_head)
         if config.model.dropout_rate != then.dropout_rate:
             values |= families.dropout_keys(self.family, config.model.dropout_rate)
         if not self.as_it_was:
@@ -392,7 +396,7 @@ def _check_empty(place: Path, flag: str) -> None:
 
 
 class _made_beside:
-    """A directory to fill in a with statement, beside its place; renamed when that ends well, removed when it does not."""
+    """A directory to fill in a with statement, beside its place; renamed when that ends well, else removed."""
 
     def __init__(self, place: Path):
         self.place = place

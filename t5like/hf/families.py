@@ -119,7 +119,7 @@ def check(family: str, config: Config) -> None:
     for field, wanted in FIXED[family].items():
         have = 0 if field == "num_kv_heads" and heads else getattr(model, field)
         _can(family, have == wanted, f"model.{field}", getattr(model, field), wanted)
-    activations = {value for value in _mlps(family).values()}
+    activations = set(_mlps(family).values())
     _can(family, model.mlp in activations, "model.mlp", model.mlp, " or ".join(sorted(activations)))
     if family in ("gpt2", "bert"):
         joined = model.num_heads * model.head_dim
@@ -443,7 +443,7 @@ def _activation(hf: Mapping[str, Any], key: str, family: str, default: str) -> s
 
 
 def _must(hf: Mapping[str, Any], key: str, allowed: tuple, default: Any, because: str = "") -> Any:
-    value = default if key not in hf else hf[key]
+    value = hf.get(key, default)
     if not any(value == one and type(value) is type(one) for one in allowed):
         names = " or ".join(str(one) for one in allowed if one is not None)
         raise CheckpointError(
