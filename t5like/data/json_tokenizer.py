@@ -314,9 +314,8 @@ def _tokens(content: dict[str, Any], origin: str) -> tuple[dict[str, int], list[
         vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []
         if isinstance(vocabulary, list):
             vocabulary = {name: token for token, (name, _) in enumerate(vocabulary)}
-        return dict(vocabulary), [
-            {**token, "id": int(token["id"]), "content": str(token["content"])} for token in added
-        ]
+        added = [{**token, "id": int(token["id"]), "content": str(token["content"])} for token in added]
+        return {**vocabulary, **{token["content"]: token["id"] for token in added}}, added
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{origin} is no tokenizer.json: it has no model with a vocab; see `tokenizers`") from None
 

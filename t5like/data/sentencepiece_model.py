@@ -46,6 +46,9 @@ class SentencePieceModel:
         self.eos_id, self.pad_id, self.unk_id = model.eos_id(), max(model.pad_id(), 0), model.unk_id()
         self.pads_with_a_token = model.pad_id() == 0
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
+        # With a dummy prefix, decoding strips the first space, which is wanted only at the very beginning of a text.
+        spaced = next((token for token in range(pieces) if model.id_to_piece(token)[0] == SPACE), None)
+        self._strips = spaced is not None and model.decode([spaced])[:1] != " "
         self._number_of_sentinel = {int(token): number for number, token in enumerate(self.sentinel_ids)}
         self._hidden = {self.eos_id} | ({self.pad_id} if model.pad_id() == 0 else set())
         space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -104,8 +107,7 @@ class SentencePieceModel:
                 continue
             if run:
                 text = self._model.decode(run)
-                # A model with a dummy prefix strips the first space, wanted only at the very beginning.
-                lost = bool(parts) and self._model.id_to_piece(run[0])[0] == SPACE and text[:1] != " "
+                lost = self._strips and bool(parts) and self._model.id_to_piece(run[0])[0] == SPACE
                 parts.append(" " * lost + text)
                 run = []
             if token in self._number_of_sentinel:

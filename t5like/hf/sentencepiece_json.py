@@ -20,6 +20,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from t5like.data.sentencepiece_model import SENTINEL, SPACE
+from t5like.data.tokenizer import SCORE_GRID
 from t5like.errors import DataError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto, Type
@@ -79,6 +80,18 @@ def convert(model_bytes: bytes, exact: bool) -> dict[str, Any]:
         "model": model,
         "decoder": _decoder(pieces[unknown][0], space, normalizer.add_dummy_prefix),
     }
+
+
+def differences(model_bytes: bytes) -> str | None:
+    """One line on the texts that such a tokenizer.json cuts otherwise; None for models that are trained here."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
+    found = []
+    scores = [piece.score for piece in proto.pieces if piece.type == NORMAL]
+    if proto.trainer_spec.model_type == UNIGRAM and any(score * SCORE_GRID % 1 for score in scores):
+        found.append("long runs of one character (####), where equally likely pieces tie and rounding decides")
+    if proto.normalizer_spec.precompiled_charsmap:
+        found.append("letters with several combining marks, which tokenizers normalizes one by one")
+    return f"AutoTokenizer may give other ids than SentencePiece for {' and for '.join(found)}" if found else None
 
 
 def _spelled(piece, space: str) -> str:
