@@ -117,7 +117,7 @@ def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping
     multiple = next(m for m in (128, 64, 32, 16, 8, 4, 2, 1, rows) if -(-ids // m) * m == rows)
     longest = model.max_length if model.positions == "learned" else hf.get("max_position_embeddings") or 2**30
     data = {
-        "encoder_decoder": {"objective": "span_corruption" if tokenizer.num_sentinels else "prefix_lm"},
+        "encoder_decoder": _denoising(tokenizer.num_sentinels),
         "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
         "encoder": {"objective": "mlm_nsp" if model.pair_head else "mlm", "inputs_length": min(512, longest)},
     }[model.architecture]
@@ -137,6 +137,13 @@ def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping
             "train": {"num_steps": 10_000},
         }
     )
+
+
+def _denoising(sentinels: int) -> dict[str, Any]:
+    """Span corruption in rows that have a sentinel for each span, one in about 20 tokens."""
+    if sentinels < 4:
+        return {"objective": "prefix_lm"}
+    return {"inputs_length": min(512, 16 * sentinels), "targets_length": min(114, 4 * sentinels)}
 
 
 def _canonical_names(
