@@ -57,6 +57,7 @@ setup(
             "sacrebleu>=2.5,<3",
             "zstandard>=0.23,<0.26",
         ],
+        "parity": ["torch==2.13.0", "transformers>=5,<6"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
     },
 )

@@ -145,11 +145,13 @@ def _differs(config: Config, workdir: Path) -> list[str]:
     lines = config_file.difference(saved_config(workdir), config)
     if not imported(workdir):
         return [line for line in lines if not line.startswith(MAY_CHANGE)]
-    lines = config_file.difference(Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config)
+    born = Checkpoints(workdir / "checkpoints", keep=1).meta(0).config
+    lines = config_file.difference(born, config)
     fixed = ("model.", "tokenizer.vocab_size", "tokenizer.num_sentinels")
     free = tuple(f"model.{name}:" for name in MAY_CHANGE_AT_BIRTH)
     if config.model.positions == "learned":
         free = tuple(name for name in free if name != "model.max_length:")
+    free += ("model.vocab_multiple:",) if born.vocab_rows == config.vocab_rows else ()
     return [line for line in lines if line.startswith(fixed) and not line.startswith(free)]
 
 
@@ -163,10 +165,13 @@ def check_run_directory(config: Config, workdir: Path) -> None:
     try:
         if (workdir / "config.json").exists():
             if differs := _differs(config, workdir):
+                born = imported(workdir)
                 raise ConfigError(
-                    f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
+                    f"--workdir={workdir} holds {'weights of another model' if born else 'another run'}: "
+                    + "; ".join(differs[:4])
                     + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "")
-                    + "; use another --workdir"
+                    + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if born else "")
+                    + "; use another --workdir" * (not born)
                 )
         elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")

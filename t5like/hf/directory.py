@@ -174,19 +174,12 @@ def _same(one: weights.Tensor, other: weights.Tensor) -> bool:
     return np.array_equal(*(weights.read(tensor).reshape(-1).view(np.uint8) for tensor in (one, other)))
 
 
-def _shapes(row: Row, wanted: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a row's tensor, as theirs."""
-    parts = [wanted[name].shape[1:] if row.layers else wanted[name].shape for name in row.ours]
-    joined = (*parts[0][:-1], sum(part[-1] for part in parts))
-    return joined[::-1] if row.transpose else joined
-
-
 def _check_fit(
     rows: list[Row], wanted: Mapping[str, Any], imported: Imported, found: Mapping[str, weights.Tensor]
 ) -> None:
     """Refuse files that lack a tensor of the model, have one more, or have one of another shape or kind."""
     assert {name for row in rows for name in row.ours} == set(wanted), "the table names every parameter"
-    expected = {name: _shapes(row, wanted) for row in rows for name, _ in row.places()}
+    expected = {name: tables.shape_of(row, wanted) for row in rows for name, _ in row.places()}
     missing = [name for name in expected if name not in imported.names]
     extra = [files[0] for name, files in imported.names.items() if name not in expected]
     tensors = {name: found[files[0]] for name, files in imported.names.items() if name in expected}
@@ -300,7 +293,7 @@ class Export:
         made = []
         for file, name in self._canonical.items():
             row, _ = self._place[name]
-            shape = _shapes(row, self.leaves)
+            shape = tables.shape_of(row, self.leaves)
             shape = (self.rows, *shape[1:]) if row.vocabulary else shape
             made.append(weights.Wanted(file, self._dtype_of(name), shape))
         return made

@@ -5,8 +5,8 @@ transformers writes (5.24, `save_pretrained`); what older versions write besides
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,13 @@ class Row(NamedTuple):
     def places(self) -> Iterator[tuple[str, int | None]]:
         """Each of their names, and the layer."""
         yield from ((self.theirs.format(y), y) for y in range(self.layers)) if self.layers else ((self.theirs, None),)
+
+
+def shape_of(row: Row, ours: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a row's tensor, by those of our parameters."""
+    parts = [ours[name].shape[1:] if row.layers else ours[name].shape for name in row.ours]
+    joined = (*parts[0][:-1], sum(part[-1] for part in parts))
+    return joined[::-1] if row.transpose else joined
 
 
 def to_ours(row: Row, theirs: np.ndarray) -> list[np.ndarray]:

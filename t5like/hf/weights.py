@@ -89,6 +89,8 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     placed = read_json(directory / INDEX).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
         raise CheckpointError(f"{directory / INDEX} has no weight_map of file names")
+    if not placed:
+        raise CheckpointError(f"{directory / INDEX} names nothing; download it again")
     found: dict[str, Tensor] = {}
     for file in sorted(set(placed.values())):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
