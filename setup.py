@@ -47,7 +47,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda12]>=0.10,<0.11"],
-        "hf": ["datasets>=4,<6", "transformers>=5,<6"],
+        "hf": ["datasets>=4,<6", "tokenizers>=0.22,<0.24", "transformers>=5,<6"],
         "eval": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "dev": [
             "pytest>=9,<10",
@@ -55,6 +55,7 @@ setup(
             "rouge-score>=0.1.2,<0.2",
             "ruff>=0.17,<0.18",
             "sacrebleu>=2.5,<3",
+            "tokenizers>=0.22,<0.24",
             "zstandard>=0.23,<0.26",
         ],
         "parity": ["torch==2.13.0", "transformers>=5,<6"],

@@ -24,9 +24,10 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {  # which models can learn from an 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    path: str = ""  # a SentencePiece model; empty: train one on the data
+    path: str = ""  # a SentencePiece model or a tokenizer.json; empty: train one on the data
     vocab_size: int = 32_100  # ids of text and sentinels together; the model pads its rows to `model.vocab_multiple`
-    num_sentinels: int = 100  # <extra_id_0> has the highest id, and they count down (T5)
+    # <extra_id_0> has the highest id, and they count down (T5); 2, [MASK] and [CLS], of a tokenizer.json like BERT's
+    num_sentinels: int = 100
     model_type: Literal["unigram", "bpe"] = "unigram"
     sample_characters: int = 20_000_000  # how much text a new tokenizer is trained on, drawn by document
     character_coverage: float = 0.9995  # characters beyond it are spelled in bytes

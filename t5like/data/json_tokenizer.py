@@ -249,8 +249,8 @@ class JsonModel:
         for entry in content["added_tokens"]:
             if (token := tokenizer.token_to_id(entry["content"])) != entry["id"]:
                 raise DataError(
-                    f"{self._origin}: the added token {entry['content']!r} has id {entry['id']}, but tokenizers "
-                    f"{library.__version__} gives it {token}; ids of added tokens must go on without gaps"
+                    f"{self._origin}: the added token {self._names[entry['id']]!r} has id {entry['id']}, but "
+                    f"tokenizers {library.__version__} gives it {token}; ids of added tokens must go on without gaps"
                 )
         tokenizer.encode_special_tokens = True
         return tokenizer

@@ -1,8 +1,9 @@
 """Masked language modelling and sentence pairs for encoders: BERT's objectives, with exact counts.
 
 A row begins with CLS and ends in SEP. Every tokenizer here has sentinels, so they lend their ids: [MASK] is
-<extra_id_0>, [CLS] is <extra_id_1>, [SEP] is EOS. Called by `objectives`; `sentence_pairs` by `pipeline`, which reads
-the text. Source: Devlin et al. 2019 (BERT), section 3.1 and appendix A.1; whole words as in BERT's later release.
+<extra_id_0>, [CLS] is <extra_id_1>, [SEP] is EOS; BERT's own tokenizers have their own under these numbers. Called by
+`objectives`; `sentence_pairs` by `pipeline`, which reads the text. Source: Devlin et al. 2019 (BERT), section 3.1 and
+appendix A.1; whole words as in BERT's later release.
 """
 
 from typing import Protocol
