@@ -12,6 +12,8 @@ from typing import Any
 
 from t5like.config import Config, ModelConfig
 from t5like.errors import CheckpointError
+from t5like.hf import rotary
+from t5like.hf.keys import must, number, whole
 from t5like.hf.tables import DECODERS, ENCODER_DECODERS
 from t5like.model.layers import scales_logits
 
@@ -96,7 +98,7 @@ def model_of(hf: Mapping[str, Any], *, untied: bool, pair_head: bool) -> tuple[s
     if family not in FAMILIES:
         raise CheckpointError(f"config.json: model_type={family!r} is not one of {', '.join(FAMILIES)}")
     for key in ("quantization_config", "add_cross_attention", "is_decoder"):
-        _must(hf, key, (None, False), None)
+        must(hf, key, (None, False), None)
     if family in ENCODER_DECODERS:
         fields = _t5_fields(hf, family, untied=untied)
     elif family in DECODERS:
@@ -211,17 +213,17 @@ def _t5_fields(hf: Mapping[str, Any], family: str, *, untied: bool) -> dict[str,
     # scaled it keeps in a key of its own, which version 4 called tie_word_embeddings. mT5's are never scaled.
     scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
     return {
-        "num_layers": _whole(hf, "num_layers"),
-        "num_decoder_layers": _unless(_whole(hf, "num_layers"), _whole(hf, "num_decoder_layers", hf["num_layers"])),
-        "model_dim": _whole(hf, "d_model"),
-        "num_heads": _whole(hf, "num_heads"),
-        "head_dim": _whole(hf, "d_kv"),
-        "mlp_dim": _whole(hf, "d_ff"),
+        "num_layers": whole(hf, "num_layers"),
+        "num_decoder_layers": _unless(whole(hf, "num_layers"), whole(hf, "num_decoder_layers", hf["num_layers"])),
+        "model_dim": whole(hf, "d_model"),
+        "num_heads": whole(hf, "num_heads"),
+        "head_dim": whole(hf, "d_kv"),
+        "mlp_dim": whole(hf, "d_ff"),
         "mlp": _activation(hf, "feed_forward_proj", family, "relu" if family == "t5" else "gated-gelu"),
-        "relative_buckets": _whole(hf, "relative_attention_num_buckets", 32),
-        "relative_max_distance": _whole(hf, "relative_attention_max_distance", 128),
-        "norm_epsilon": _number(hf, "layer_norm_epsilon", 1e-6),
-        "dropout_rate": _number(hf, "dropout_rate", 0.1),
+        "relative_buckets": whole(hf, "relative_attention_num_buckets", 32),
+        "relative_max_distance": whole(hf, "relative_attention_max_distance", 128),
+        "norm_epsilon": number(hf, "layer_norm_epsilon", 1e-6),
+        "dropout_rate": number(hf, "dropout_rate", 0.1),
         "tied_embeddings": not untied,
         "logits_scale": _logits_scale(bool(scaled) and family != "mt5", tied=not untied),
     }
@@ -256,78 +258,32 @@ def _t5_config(family: str, config: Config) -> dict[str, Any]:
 
 
 def _llama_fields(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
-    heads = _whole(hf, "num_attention_heads")
-    biases = _must(hf, "attention_bias", (False, True) if family == "llama" else (False,), False)
+    heads = whole(hf, "num_attention_heads")
+    biases = must(hf, "attention_bias", (False, True) if family == "llama" else (False,), False)
     if family == "llama":
-        _must(hf, "mlp_bias", (biases,), False, f"attention_bias={biases}: both or neither")
+        must(hf, "mlp_bias", (biases,), False, f"attention_bias={biases}: both or neither")
     window = hf.get("sliding_window", 4096 if family == "mistral" else None)
     if family == "qwen3":
-        _must(hf, "use_sliding_window", (False,), False)
+        must(hf, "use_sliding_window", (False,), False)
     layers = hf.get("layer_types")
     same = "sliding_attention" if family == "mistral" and window else "full_attention"
     if layers and set(layers) != {same}:
         raise CheckpointError(f"config.json: layer_types={sorted(set(layers))} must all be {same} for {family}")
     return {
-        "num_layers": _whole(hf, "num_hidden_layers"),
-        "model_dim": _whole(hf, "hidden_size"),
+        "num_layers": whole(hf, "num_hidden_layers"),
+        "model_dim": whole(hf, "hidden_size"),
         "num_heads": heads,
-        "num_kv_heads": _unless(heads, _whole(hf, "num_key_value_heads", heads)),
-        "head_dim": _whole(hf, "head_dim", 128 if family == "qwen3" else _whole(hf, "hidden_size") // heads),
-        "mlp_dim": _whole(hf, "intermediate_size"),
+        "num_kv_heads": _unless(heads, whole(hf, "num_key_value_heads", heads)),
+        "head_dim": whole(hf, "head_dim", 128 if family == "qwen3" else whole(hf, "hidden_size") // heads),
+        "mlp_dim": whole(hf, "intermediate_size"),
         "mlp": _activation(hf, "hidden_act", family, "silu"),
-        "norm_epsilon": _number(hf, "rms_norm_eps", 1e-6),
+        "norm_epsilon": number(hf, "rms_norm_eps", 1e-6),
         "biases": biases,
         "attention_window": (window or 0) if family == "mistral" else 0,
-        "tied_embeddings": _must(hf, "tie_word_embeddings", (False, True), False),
+        "tied_embeddings": must(hf, "tie_word_embeddings", (False, True), False),
         "init": "gpt2",
-        **_rotary_fields(hf),
+        **rotary.fields_of(hf),
     }
-
-
-def _rotary_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    where = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise CheckpointError(
-            f"config.json: {where}.rope_type={kind!r} must be default, linear, llama3 or yarn; others are not built"
-        )
-    for key, allowed in (("partial_rotary_factor", 1.0), ("truncate", True)):
-        if rope.get(key, hf.get(key, allowed)) != allowed:
-            raise CheckpointError(f"config.json: {where}.{key}={rope.get(key, hf.get(key))!r} must be {allowed}")
-    fields: dict[str, Any] = {"rotary_base": _number({"rope_theta": 10_000.0, **hf, **rope}, "rope_theta")}
-    if kind == "default":
-        return fields
-    fields |= {"rotary_scaling": kind, "rotary_factor": _number(rope, "factor", where=where)}
-    if kind == "linear":
-        return fields
-    longest = hf.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-    fields["rotary_original_length"] = _whole(
-        {"original_max_position_embeddings": longest, **rope}, "original_max_position_embeddings"
-    )
-    if kind == "llama3":
-        low, high = (_number(rope, f"{name}_freq_factor", where=where) for name in ("low", "high"))
-        return fields | {"rotary_low": low, "rotary_high": high}
-    fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
-    attention = rope.get("attention_factor") or 0.0
-    if not attention and rope.get("mscale") and rope.get("mscale_all_dim"):
-        grown = 0.1 * math.log(max(fields["rotary_factor"], 1.0))
-        attention = (grown * rope["mscale"] + 1) / (grown * rope["mscale_all_dim"] + 1)
-    return fields | {"rotary_fast": float(fast), "rotary_slow": float(slow), "rotary_attention": float(attention)}
-
-
-def _rotary_config(model: ModelConfig) -> dict[str, Any]:
-    if model.rotary_scaling == "none":
-        return {"rope_type": "default", "rope_theta": model.rotary_base}
-    rope = {"rope_type": model.rotary_scaling, "rope_theta": model.rotary_base, "factor": model.rotary_factor}
-    if model.rotary_scaling != "linear":
-        rope["original_max_position_embeddings"] = model.rotary_original_length
-    if model.rotary_scaling == "llama3":
-        rope |= {"low_freq_factor": model.rotary_low, "high_freq_factor": model.rotary_high}
-    if model.rotary_scaling == "yarn":
-        rope |= {"beta_fast": model.rotary_fast, "beta_slow": model.rotary_slow}
-        rope |= {"attention_factor": model.rotary_attention} if model.rotary_attention else {}
-    return rope
 
 
 def _llama_config(family: str, config: Config) -> dict[str, Any]:
@@ -350,7 +306,7 @@ def _llama_config(family: str, config: Config) -> dict[str, Any]:
         "max_position_embeddings": longest,
         "tie_word_embeddings": model.tied_embeddings,
         "rope_theta": model.rotary_base,
-        "rope_parameters": _rotary_config(model),
+        "rope_parameters": rotary.config_of(model),
     }
 
 
@@ -359,19 +315,19 @@ def _llama_config(family: str, config: Config) -> dict[str, Any]:
 
 def _gpt2_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     for key, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        _must(hf, key, (needed,), needed)
-    dim, heads = _whole(hf, "n_embd", 768), _whole(hf, "n_head", 12)
+        must(hf, key, (needed,), needed)
+    dim, heads = whole(hf, "n_embd", 768), whole(hf, "n_head", 12)
     return {
-        "num_layers": _whole(hf, "n_layer", 12),
+        "num_layers": whole(hf, "n_layer", 12),
         "model_dim": dim,
         "num_heads": heads,
         "head_dim": dim // heads,
-        "mlp_dim": _whole(hf, "n_inner", 4 * dim),
+        "mlp_dim": whole(hf, "n_inner", 4 * dim),
         "mlp": _activation(hf, "activation_function", "gpt2", "gelu_new"),
-        "norm_epsilon": _number(hf, "layer_norm_epsilon", 1e-5),
-        "max_length": _whole(hf, "n_positions", 1024),
-        "dropout_rate": _number(hf, "resid_pdrop", 0.1),
-        "tied_embeddings": _must(hf, "tie_word_embeddings", (True, False), True),
+        "norm_epsilon": number(hf, "layer_norm_epsilon", 1e-5),
+        "max_length": whole(hf, "n_positions", 1024),
+        "dropout_rate": number(hf, "resid_pdrop", 0.1),
+        "tied_embeddings": must(hf, "tie_word_embeddings", (True, False), True),
         "init": "gpt2",
     }
 
@@ -392,20 +348,20 @@ def _gpt2_config(family: str, config: Config) -> dict[str, Any]:
 
 
 def _bert_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _must(hf, "position_embedding_type", ("absolute", None), None)
-    _must(hf, "tie_word_embeddings", (True,), True)
-    dim, heads = _whole(hf, "hidden_size", 768), _whole(hf, "num_attention_heads", 12)
+    must(hf, "position_embedding_type", ("absolute", None), None)
+    must(hf, "tie_word_embeddings", (True,), True)
+    dim, heads = whole(hf, "hidden_size", 768), whole(hf, "num_attention_heads", 12)
     return {
-        "num_layers": _whole(hf, "num_hidden_layers", 12),
+        "num_layers": whole(hf, "num_hidden_layers", 12),
         "model_dim": dim,
         "num_heads": heads,
         "head_dim": dim // heads,
-        "mlp_dim": _whole(hf, "intermediate_size", 3072),
+        "mlp_dim": whole(hf, "intermediate_size", 3072),
         "mlp": _activation(hf, "hidden_act", "bert", "gelu"),
-        "norm_epsilon": _number(hf, "layer_norm_eps", 1e-12),
-        "max_length": _whole(hf, "max_position_embeddings", 512),
-        "token_types": _whole(hf, "type_vocab_size", 2),
-        "dropout_rate": _number(hf, "hidden_dropout_prob", 0.1),
+        "norm_epsilon": number(hf, "layer_norm_eps", 1e-12),
+        "max_length": whole(hf, "max_position_embeddings", 512),
+        "token_types": whole(hf, "type_vocab_size", 2),
+        "dropout_rate": number(hf, "hidden_dropout_prob", 0.1),
         "init": "bert",
     }
 
@@ -439,36 +395,12 @@ def _name_of(family: str, mlp: str) -> str:
 
 def _activation(hf: Mapping[str, Any], key: str, family: str, default: str) -> str:
     names = _mlps(family)
-    return names[_must(hf, key, tuple(names), default)]
-
-
-def _must(hf: Mapping[str, Any], key: str, allowed: tuple, default: Any, because: str = "") -> Any:
-    value = hf.get(key, default)
-    if not any(value == one and type(value) is type(one) for one in allowed):
-        names = " or ".join(str(one) for one in allowed if one is not None)
-        raise CheckpointError(
-            f"config.json: {key}={value!r} must be {names}" + (f" beside {because}" if because else "")
-        )
-    return value
-
-
-def _whole(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = default if hf.get(key) is None else hf[key]
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key}={value!r} must be a whole number of at least 1")
-    return value
+    return names[must(hf, key, tuple(names), default)]
 
 
 def _unless(usual: int, value: int) -> int:
     """0 where a value is the usual one, as our fields have it."""
     return 0 if value == usual else value
-
-
-def _number(hf: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
-    value = default if hf.get(key) is None else hf[key]
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise CheckpointError(f"config.json: {where}{'.' * bool(where)}{key}={value!r} must be a finite number, >= 0")
-    return float(value)
 
 
 def _can(family: str, holds: bool, field: str, value: Any, wanted: Any) -> None:
