@@ -93,26 +93,6 @@ def _what_it_is(config: Config, loaded: run.Run, family: str) -> str:
     )
 
 
-def _kind(config: Config) -> str:
-    return KINDS[config.model.architecture][2]
-
-
-def _size(loaded: run.Run) -> str:
-    return f"{tree.num_parameters(loaded.params):,} parameters"
-
-
-def _what_it_is(config: Config, loaded: run.Run, family: str) -> str:
-    model = config.model
-    layers = f"{model.num_layers} layers"
-    if model.architecture == "encoder_decoder":
-        layers = f"{model.num_layers} encoder and {model.num_decoder_layers or model.num_layers} decoder layers"
-    return (
-        f"{'A' if model.architecture == 'decoder' else 'An'} {_kind(config)} of the {family} family, with {_size(loaded)}: {layers}, model dimension {model.model_dim}, "
-        f"{model.num_heads} heads of {model.head_dim}, MLP dimension {model.mlp_dim} ({model.mlp}), {model.positions} "
-        f"positions, a vocabulary of {loaded.tokenizer.vocab_size:,}."
-    )
-
-
 def _snippet(config: Config, loaded: run.Run) -> str:
     architecture, tokenizer = config.model.architecture, loaded.tokenizer
     name = KINDS[architecture][1]
