@@ -26,6 +26,7 @@ from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError
 from t5like.hf import card, families, logits, tables, tokenizer_files, weights
+from t5like.hf.keys import whole
 from t5like.hf.tables import Row
 from t5like.types import TrainState
 
@@ -72,6 +73,8 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     untied = len(heads) == 2 and not _same(*heads)
     pair_head = any(name.startswith("cls.seq_relationship.") for name in found)
     family, model = families.model_of(hf, untied=untied, pair_head=pair_head)
+    if max(model.num_layers, model.num_decoder_layers) > len(found):
+        raise CheckpointError(f"config.json: {model.num_layers} layers are more than the {len(found)} tensors")
     tokenizer = tokenizer_files.read(source)
     rows = hf.get("vocab_size")
     config = _new_config(model, tokenizer, rows, hf, workdir)
@@ -115,7 +118,7 @@ def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping
         )
     ids = tokenizer.vocab_size
     multiple = next(m for m in (128, 64, 32, 16, 8, 4, 2, 1, rows) if -(-ids // m) * m == rows)
-    longest = model.max_length if model.positions == "learned" else hf.get("max_position_embeddings") or 2**30
+    longest = model.max_length if model.positions == "learned" else whole(hf, "max_position_embeddings", 2**30)
     data = {
         "encoder_decoder": _denoising(tokenizer.num_sentinels),
         "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
@@ -124,19 +127,18 @@ def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping
     optimizer = {"name": "adamw", "learning_rate": 5e-5, "schedule": "linear", "warmup_steps": 500}
     if model.architecture == "encoder_decoder":  # as T5 is fine-tuned (Raffel et al. 2020, section 3.1.2)
         optimizer = {"name": "adafactor", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0}
-    return config_file.resolve(
-        {
-            "tokenizer": {
-                "path": str(workdir / "tokenizer.model"),
-                "vocab_size": ids,
-                "num_sentinels": tokenizer.num_sentinels,
-            },
-            "data": data,
-            "model": {**dataclasses.asdict(model), "vocab_multiple": multiple},
-            "optimizer": optimizer,
-            "train": {"num_steps": 10_000},
-        }
-    )
+    path = str(workdir / "tokenizer.model")
+    values = {
+        "tokenizer": {"path": path, "vocab_size": ids, "num_sentinels": tokenizer.num_sentinels},
+        "data": data,
+        "model": {**dataclasses.asdict(model), "vocab_multiple": multiple},
+        "optimizer": optimizer,
+        "train": {"num_steps": 10_000},
+    }
+    try:
+        return config_file.resolve(values)
+    except ConfigError as error:  # of what their file says
+        raise CheckpointError(f"config.json describes no model that t5like can be: {error}") from None
 
 
 def _denoising(sentinels: int) -> dict[str, Any]:

@@ -99,12 +99,15 @@ def model_of(hf: Mapping[str, Any], *, untied: bool, pair_head: bool) -> tuple[s
         raise CheckpointError(f"config.json: model_type={family!r} is not one of {', '.join(FAMILIES)}")
     for key in ("quantization_config", "add_cross_attention", "is_decoder"):
         must(hf, key, (None, False), None)
-    if family in ENCODER_DECODERS:
-        fields = _t5_fields(hf, family, untied=untied)
-    elif family in DECODERS:
-        fields = _llama_fields(hf, family)
-    else:
-        fields = {"gpt2": _gpt2_fields, "bert": _bert_fields}[family](hf)
+    try:
+        if family in ENCODER_DECODERS:
+            fields = _t5_fields(hf, family, untied=untied)
+        elif family in DECODERS:
+            fields = _llama_fields(hf, family)
+        else:
+            fields = {"gpt2": _gpt2_fields, "bert": _bert_fields}[family](hf)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"config.json is not as transformers writes it: {error}") from None
     if family == "bert":
         fields["pair_head"] = pair_head
     return family, ModelConfig(**{**FIXED[family], **fields})

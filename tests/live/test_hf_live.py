@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import SYLLABLES
 
-from t5like import losses, run, tree
+from t5like import losses, metrics, run, tree
 from t5like.generate import Generator, Prompt
 from t5like.hf import logits, tokenizer_files, weights
 from t5like.hf.directory import import_run
@@ -142,7 +142,12 @@ RUNS = {
 @pytest.mark.parametrize("family", RUNS)
 def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back(family, flags, tmp_path, command):
     changes = [f"--config.{name}={value}" for name, value in RUNS[family].items()]
-    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.num_steps=6"]
+    mesh = [
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.train.num_steps=4",
+        "--config.train.eval_batches=1",
+    ]
     code, _, err = command("train", *flags, *changes, *mesh, f"--workdir={tmp_path}/run")
     assert code == 0, err
     code, out, err = command("export", "--format=hf", f"--workdir={tmp_path}/run", f"--output={tmp_path}/out")
@@ -168,10 +173,18 @@ def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back
         said = said[1:] if family == "t5" else said[ids.shape[1] :]
         text = tokenizer.decode([token for token in said.tolist() if token > 1])  # without </s> and padding
         assert text == generator([prompt], max_new_tokens=12)[0]
-    list(import_run(tmp_path / "out", tmp_path / "again"))
+    list(import_run(tmp_path / "out", tmp_path / "again"))  # and goes on from there
     there = tree.flatten(run.load(tmp_path / "again").params)
     for name, leaf in tree.flatten(loaded.params).items():
-        leaf = {"embedding": leaf[:IDS], "head": leaf[:, :IDS], "head_bias": leaf[:IDS]}.get(name, leaf)
+        leaf = leaf[:IDS] if name in ("embedding", "head_bias") else leaf[:, :IDS] if name == "head" else leaf
         np.testing.assert_array_equal(leaf, there[name], strict=True)
+    if family == "t5":
+        code, out, err = command(
+            "train", *flags, *mesh, "--config.model.vocab_multiple=400", f"--workdir={tmp_path}/again"
+        )
+        assert code == 0, err
+        losses_of = lambda place: [x["eval/loss"] for x in metrics.read(tmp_path / place) if "eval/loss" in x]
+        assert "from the import" in out
+        assert losses_of("again")[0] == pytest.approx(losses_of("run")[-1], rel=1e-5)
     assert all(tensor.dtype == "F32" for tensor in weights.tensors(tmp_path / "out").values())
     assert jax.tree.leaves(loaded.params)[0].dtype == np.float32
