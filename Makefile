@@ -1,15 +1,17 @@
 # make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
+# make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
 # make check   set up, then lint
 # make clean   remove the environment and all caches; runs/ stays
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test check clean
+.PHONY: help train test parity check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PEERS := $(VENV)/peers_installed
 unexport PYTHONPATH PYTHONHOME
 
 help:
@@ -20,6 +22,9 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
+
+parity: $(PEERS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)
@@ -42,4 +47,10 @@ $(INSTALLED): setup.py constraints.txt
 	$$python -m venv $(VENV) && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
 	    >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
+	@touch $@
+
+$(PEERS): $(INSTALLED)
+	@echo "Installing PyTorch and transformers into $(VENV), once ..."; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parity]' \
+	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@

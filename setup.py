@@ -58,6 +58,7 @@ setup(
             "tokenizers>=0.22,<0.24",
             "zstandard>=0.23,<0.26",
         ],
+        "parity": ["torch==2.13.0", "transformers>=5,<6"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
     },
 )

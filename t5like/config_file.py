@@ -26,10 +26,10 @@ FORMAT = 1  # of a saved config; a later version upgrades older numbers and refu
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
-    """Run a config file and resolve what it returns.
+    """Read a config file and resolve it.
 
     Args:
-        path: a Python file that defines ``get_config() -> ConfigDict``.
+        path: a Python file that defines ``get_config() -> ConfigDict``, or a run's config.json.
         overrides: ("section.field", "value as text") pairs from the command line, applied in order.
 
     Raises:
@@ -38,9 +38,24 @@ def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> 
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"--config={path}: no such file; try --config=configs/tiny.py")
+    values = _saved(path) if path.suffix == ".json" else _returned(path)
+    for name, text in overrides:
+        override(values, name, text)
+    return resolve(values)
+
+
+def _saved(path: Path) -> dict:
+    try:
+        return dataclasses.asdict(from_json(path.read_text()))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config={path}: {error}") from None
+
+
+def _returned(path: Path) -> dict:
+    """What the get_config of a Python file returns."""
     spec = importlib.util.spec_from_file_location("t5like_config_file", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py")
+        raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py, or a run's config.json")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # a config may import the one beside it that it varies
     try:
@@ -52,10 +67,7 @@ def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> 
         sys.path.pop(0)
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
         raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
-    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    for name, text in overrides:
-        override(values, name, text)
-    return resolve(values)
+    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
 
 
 def override(values: dict, name: str, text: str) -> None:

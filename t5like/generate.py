@@ -182,6 +182,8 @@ class Generator:
             return Prompt(ids or [tokenizer.eos_id])
         if answers:
             return Prompt([*ids, START], len(ids))
+        if tokenizer.bos_id is not None:  # a model from elsewhere has always seen it there
+            ids = [tokenizer.bos_id, *ids]
         ids = ids or [tokenizer.eos_id]  # EOS stands between documents: it begins a new one
         return Prompt(ids, len(ids) if "prefix_lm" in objectives else 0)
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -113,6 +114,20 @@ def build_parser() -> Parser:
     sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+
+    sub = command("import", "Make a run of a model from elsewhere.")
+    sub.add_argument("--format", required=True, choices=sorted(IMPORTS), help="hf: a Hugging Face directory")
+    sub.add_argument("--input", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory to make")
+
+    sub = command("export", "Write a run's model for use elsewhere.")
+    sub.add_argument("--format", required=True, choices=sorted(EXPORTS), help="hf: a Hugging Face directory")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="absent, or an empty directory")
+    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
+    sub.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="hf: of a file of weights; such as 500MB")
     return parser
 
 
@@ -234,4 +249,41 @@ def generate(options: argparse.Namespace, _) -> None:
     print(fill(options.prompt, answer) if gaps else answer)
 
 
-COMMANDS = {"train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate}
+def import_hf(options: argparse.Namespace) -> None:
+    """`t5like import --format=hf`."""
+    from t5like.hf.directory import import_run
+
+    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):
+        print(line, flush=True)
+
+
+def export_hf(options: argparse.Namespace) -> None:
+    """`t5like export --format=hf`."""
+    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(K|M|G)?B?", options.max_shard_size.upper())
+    if not size or float(size[1]) == 0:
+        raise ConfigError(f"--max_shard_size={options.max_shard_size} must be a number of bytes; use 5GB or 500MB")
+    from t5like.hf.directory import export_run
+
+    lines = export_run(
+        options.workdir.expanduser().absolute(),
+        options.output.expanduser().absolute(),
+        step=options.step,
+        family=options.family,
+        dtype=options.dtype,
+        max_shard_size=int(float(size[1]) * {None: 1, "K": 1e3, "M": 1e6, "G": 1e9}[size[2]]),
+    )
+    for line in lines:
+        print(line, flush=True)
+
+
+HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
+IMPORTS = {"hf": import_hf}
+EXPORTS = {"hf": export_hf}
+COMMANDS = {
+    "train": train,
+    "prepare": prepare,
+    "evaluate": evaluate,
+    "generate": generate,
+    "import": lambda options, _: IMPORTS[options.format](options),
+    "export": lambda options, _: EXPORTS[options.format](options),
+}

@@ -49,6 +49,10 @@ MAY_CHANGE = (
 )
 
 
+# What may differ, with all that isn't the model, as long as nothing was learned since an import.
+MAY_CHANGE_AT_BIRTH = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length")
+
+
 class Run(NamedTuple):
     """A trained model with all that belongs to it."""
 
@@ -118,6 +122,39 @@ def begin_with(params: dict[str, Array], state: TrainState) -> TrainState:
     return state._replace(params=whole, ema=None if state.ema is None else jax.tree.map(jnp.copy, whole))
 
 
+def imported(workdir: Path) -> bool:
+    """Whether a run directory holds weights from elsewhere, with which nothing was learned yet: those of step 0."""
+    return (workdir / "checkpoints" / "0").is_dir() and Checkpoints(workdir / "checkpoints", keep=1).latest() == 0
+
+
+def with_its_tokenizer(config: Config, workdir: Path) -> Config:
+    """The config with the tokenizer that came with imported weights, where it names none."""
+    if config.tokenizer.path or not imported(workdir):
+        return config
+    path = str(workdir / "tokenizer.model")
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+
+
+def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
+    """The weights of an imported run by name, each where `abstract` says it lives."""
+    return Checkpoints(workdir / "checkpoints", keep=1).restore_params(tree.flatten(abstract.params), 0)
+
+
+def _differs(config: Config, workdir: Path) -> list[str]:
+    """The fields that keep a config from going on with a run directory."""
+    lines = config_file.difference(saved_config(workdir), config)
+    if not imported(workdir):
+        return [line for line in lines if not line.startswith(MAY_CHANGE)]
+    born = Checkpoints(workdir / "checkpoints", keep=1).meta(0).config
+    lines = config_file.difference(born, config)
+    fixed = ("model.", "tokenizer.vocab_size", "tokenizer.num_sentinels")
+    free = tuple(f"model.{name}:" for name in MAY_CHANGE_AT_BIRTH)
+    if config.model.positions == "learned":
+        free = tuple(name for name in free if name != "model.max_length:")
+    free += ("model.vocab_multiple:",) if born.vocab_rows == config.vocab_rows else ()
+    return [line for line in lines if line.startswith(fixed) and not line.startswith(free)]
+
+
 def check_run_directory(config: Config, workdir: Path) -> None:
     """Refuse a directory that could not take this run. Changes nothing, so that a run that can't begin leaves no trace.
 
@@ -127,16 +164,14 @@ def check_run_directory(config: Config, workdir: Path) -> None:
     """
     try:
         if (workdir / "config.json").exists():
-            differs = [
-                line
-                for line in config_file.difference(saved_config(workdir), config)
-                if not line.startswith(MAY_CHANGE)
-            ]
-            if differs:
+            if differs := _differs(config, workdir):
+                born = imported(workdir)
                 raise ConfigError(
-                    f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
+                    f"--workdir={workdir} holds {'weights of another model' if born else 'another run'}: "
+                    + "; ".join(differs[:4])
                     + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "")
-                    + "; use another --workdir"
+                    + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if born else "")
+                    + "; use another --workdir" * (not born)
                 )
         elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")

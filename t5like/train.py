@@ -29,7 +29,15 @@ from t5like.data.tokenizer import Tokenizer
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, Prompt, fill, spans
-from t5like.run import begin_with, check_run_directory, checkpoints_of, initial_params, open_run_directory
+from t5like.run import (
+    begin_with,
+    check_run_directory,
+    checkpoints_of,
+    imported_params,
+    initial_params,
+    open_run_directory,
+    with_its_tokenizer,
+)
 from t5like.types import COMPONENT_METRICS, Batch, Metrics, host_metrics
 
 SAMPLES = 3  # held-out passages shown at the end
@@ -43,6 +51,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     # ---- The run directory ----
     batch = pipeline.spec(config)
+    config = with_its_tokenizer(config, workdir)
     check_run_directory(config, workdir)
     say = partial(print, flush=True) if jax.process_index() == 0 else (lambda *_: None)  # a log file shows it at once
 
@@ -76,7 +85,12 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
-    initial = initial_params(config, abstract) if saved is None and config.init_from.checkpoint else None
+    initial, origin = None, "the import"
+    if saved == 0:  # weights from elsewhere, and no optimizer state
+        initial = imported_params(workdir, abstract)
+    elif saved is None and config.init_from.checkpoint:
+        initial, step_of = initial_params(config, abstract)
+        origin = f"step {step_of:,} of {config.init_from.checkpoint}"
     open_run_directory(asked, tokenizer, workdir)
 
     # ---- State: own checkpoint, or init_from, or random; the step compiles meanwhile ----
@@ -89,13 +103,13 @@ def train(config: Config, workdir: Path) -> None:
         begin = time.monotonic()
         compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
         birth = f"after step {last:,}" if last else "from random parameters"
-        if saved is not None:
+        if saved:
             state = checkpoints.restore(abstract, saved)
         else:
             state = step.new_state(config, batch, abstract)
             if initial:
-                state = begin_with(initial[0], state)
-                birth = f"from step {initial[1]:,} of {config.init_from.checkpoint}"
+                state = begin_with(initial, state)
+                birth = f"from {origin}"
         train_step = compiling.result()
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 

@@ -22,50 +22,22 @@ from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "hf_logits.npz")
-TINY = {"model_dim": 16, "mlp_dim": 24, "num_heads": 4, "vocab_multiple": 1}
-FAMILIES = {
-    "t5_1_0": {"mlp": "relu", "tied_embeddings": True, "head_dim": 6},
-    "t5_1_1": {"num_decoder_layers": 3, "head_dim": 6},
-    "llama": {
-        "architecture": "decoder",
-        "num_kv_heads": 2,
-        "head_dim": 4,
-        "mlp": "gated_silu",
-        "positions": "rotary",
-        "scale_attention": True,
-        "init": "gpt2",
-    },
-    "gpt2": {
-        "architecture": "decoder",
-        "head_dim": 4,
-        "mlp_dim": 64,
-        "mlp": "gelu",
-        "positions": "learned",
-        "norm": "layer",
-        "norm_epsilon": 1e-5,
-        "biases": True,
-        "tied_embeddings": True,
-        "scale_attention": True,
-        "init": "gpt2",
-        "max_length": 64,
-    },
-    "bert": {
-        "architecture": "encoder",
-        "head_dim": 4,
-        "mlp": "gelu_exact",
-        "positions": "learned",
-        "norm": "layer",
-        "norm_position": "post",
-        "norm_epsilon": 1e-12,
-        "embedding_norm": True,
-        "token_types": 2,
-        "head": "mlm",
-        "biases": True,
-        "tied_embeddings": True,
-        "scale_attention": True,
-        "init": "bert",
-        "max_length": 64,
-    },
+BERT = {
+    "architecture": "encoder",
+    "head_dim": 4,
+    "mlp": "gelu_exact",
+    "positions": "learned",
+    "norm": "layer",
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "embedding_norm": True,
+    "token_types": 2,
+    "head": "mlm",
+    "biases": True,
+    "tied_embeddings": True,
+    "scale_attention": True,
+    "init": "bert",
+    "max_length": 64,
 }
 
 
@@ -90,157 +62,7 @@ def mean_loss(config: Config, params, batch: Batch, key=None):
     return loss.total / loss.weight
 
 
-# ---- Hugging Face ----
-
-
-def hf_weights(family: str) -> dict:
-    """The golden weights under our names; [out, in] kernels of torch's Linear are transposed."""
-    w = {key.split(".weights.")[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(f"{family}.weights.")}
-
-    def stack(pattern, transpose=True):
-        found = [w[pattern.format(i)] for i in range(9) if pattern.format(i) in w]
-        return np.stack([x.T if transpose and x.ndim == 2 else x for x in found])
-
-    def attention(prefix, names="qkvo"):
-        parts = zip(("query", "key", "value", "out"), names, strict=True)
-        return {ours: {"kernel": stack(f"{prefix}.{theirs}.weight")} for ours, theirs in parts}
-
-    if family.startswith("t5"):
-
-        def t5_stack(side, mlp_index):
-            block = f"{side}.block.{{}}.layer"
-            wi = (
-                {"gate": "wi_0", "in": "wi_1"}
-                if f"{side}.block.0.layer.{mlp_index}.DenseReluDense.wi_0.weight" in w
-                else {"in": "wi"}
-            )
-            made = {
-                "attention": attention(f"{block}.0.SelfAttention"),
-                "attention_norm": {"scale": stack(f"{block}.0.layer_norm.weight")},
-                "mlp": {
-                    ours: {"kernel": stack(f"{block}.{mlp_index}.DenseReluDense.{theirs}.weight")}
-                    for ours, theirs in {**wi, "out": "wo"}.items()
-                },
-                "mlp_norm": {"scale": stack(f"{block}.{mlp_index}.layer_norm.weight")},
-            }
-            if side == "decoder":
-                made |= {
-                    "cross_attention": attention(f"{block}.1.EncDecAttention"),
-                    "cross_attention_norm": {"scale": stack(f"{block}.1.layer_norm.weight")},
-                }
-            bias = w[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-            return {
-                "layers": made,
-                "relative_bias": {"table": bias},
-                "final_norm": {"scale": w[f"{side}.final_layer_norm.weight"]},
-            }
-
-        params = {"embedding": w["shared.weight"], "encoder": t5_stack("encoder", 1), "decoder": t5_stack("decoder", 2)}
-        return params | ({"head": w["lm_head.weight"].T} if family == "t5_1_1" else {})
-    if family == "llama":
-        block = "model.layers.{}"
-        return {
-            "embedding": w["model.embed_tokens.weight"],
-            "head": w["lm_head.weight"].T,
-            "decoder": {
-                "final_norm": {"scale": w["model.norm.weight"]},
-                "layers": {
-                    "attention": attention(f"{block}.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
-                    "attention_norm": {"scale": stack(f"{block}.input_layernorm.weight")},
-                    "mlp_norm": {"scale": stack(f"{block}.post_attention_layernorm.weight")},
-                    "mlp": {
-                        ours: {"kernel": stack(f"{block}.mlp.{theirs}_proj.weight")}
-                        for ours, theirs in {"gate": "gate", "in": "up", "out": "down"}.items()
-                    },
-                },
-            },
-        }
-    if family == "bert":
-        block = "bert.encoder.layer.{}"
-
-        def inner(name, ours="kernel"):
-            return {ours: stack(f"{block}.{name}.weight"), "bias": stack(f"{block}.{name}.bias")}
-
-        def outer(name, ours="kernel"):
-            return {ours: w[f"{name}.weight"].T, "bias": w[f"{name}.bias"]}
-
-        return {
-            "embedding": w["bert.embeddings.word_embeddings.weight"],
-            "positions": w["bert.embeddings.position_embeddings.weight"],
-            "token_types": w["bert.embeddings.token_type_embeddings.weight"],
-            "embedding_norm": outer("bert.embeddings.LayerNorm", "scale"),
-            "encoder": {
-                "layers": {
-                    "attention": {
-                        **{ours: inner(f"attention.self.{ours}") for ours in ("query", "key", "value")},
-                        "out": inner("attention.output.dense"),
-                    },
-                    "attention_norm": inner("attention.output.LayerNorm", "scale"),
-                    "mlp": {"in": inner("intermediate.dense"), "out": inner("output.dense")},
-                    "mlp_norm": inner("output.LayerNorm", "scale"),
-                }
-            },
-            "pairs": {"pooler": outer("bert.pooler.dense"), "classes": outer("cls.seq_relationship")},
-            "mlm": {
-                "dense": outer("cls.predictions.transform.dense"),
-                "norm": outer("cls.predictions.transform.LayerNorm", "scale"),
-            },
-            "head_bias": w["cls.predictions.bias"],
-        }
-    block = "transformer.h.{}"
-
-    def dense(name):  # GPT-2's Conv1D keeps [in, out]
-        return {"kernel": stack(f"{block}.{name}.weight", transpose=False), "bias": stack(f"{block}.{name}.bias")}
-
-    def norm(name):
-        return {"scale": stack(f"{block}.{name}.weight"), "bias": stack(f"{block}.{name}.bias")}
-
-    joined = dense("attn.c_attn")
-    split = {key: np.split(value, 3, axis=-1) for key, value in joined.items()}
-    qkv = {ours: {key: split[key][i] for key in split} for i, ours in enumerate(("query", "key", "value"))}
-    return {
-        "embedding": w["transformer.wte.weight"],
-        "positions": w["transformer.wpe.weight"],
-        "decoder": {
-            "final_norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
-            "layers": {
-                "attention": {**qkv, "out": dense("attn.c_proj")},
-                "attention_norm": norm("ln_1"),
-                "mlp_norm": norm("ln_2"),
-                "mlp": {"in": dense("mlp.c_fc"), "out": dense("mlp.c_proj")},
-            },
-        },
-    }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_those_of_hugging_face(family):
-    inputs = {key.split(".inputs.")[1]: GOLDEN[key] for key in GOLDEN.files if key.startswith(f"{family}.inputs.")}
-    config = small(tokenizer={"vocab_size": 61 + 300}, model={**TINY, **FAMILIES[family]})
-    object.__setattr__(config.tokenizer, "vocab_size", 61)  # smaller than a real tokenizer may be
-    if family.startswith("t5"):
-        segments = inputs["attention_mask"].astype(np.int32)
-        decoder = inputs["decoder_input_ids"].astype(np.int32)
-        batch = Batch(
-            decoder,
-            decoder,
-            np.ones(decoder.shape, np.float32),
-            inputs["input_ids"].astype(np.int32),
-            segments,
-            np.ones_like(decoder),
-        )
-    else:
-        ids = inputs["input_ids"].astype(np.int32)
-        batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
-    params, real = jax.tree.map(jnp.asarray, hf_weights(family)), ...
-    if family == "bert":
-        mask, types = (inputs[name].astype(np.int32) for name in ("attention_mask", "token_type_ids"))
-        batch = Batch(None, ids, batch.weights_BL, ids, mask, token_types_BS=types)
-        real = mask > 0  # theirs go on computing where there is padding
-        np.testing.assert_allclose(pair_logits(config, params, batch), GOLDEN["bert.pair_logits"], atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(
-        logits(config, params, batch)[real], GOLDEN[f"{family}.logits"][real], atol=1e-4, rtol=1e-4
-    )
+# ---- Hugging Face; its families are in test_families ----
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -339,11 +161,23 @@ VARIANTS = {
             "mlp": "gated_silu",
         }
     },
+    "umt5": {"model": {"relative_bias": "per_layer"}},
+    "windowed": {
+        "model": {
+            "architecture": "decoder",
+            "positions": "rotary",
+            "qk_norm": True,
+            "attention_window": 6,
+            "rotary_scaling": "yarn",
+            "rotary_factor": 4.0,
+            "rotary_original_length": 16,
+        }
+    },
     "post_norm": {
         "model": {"norm_position": "post", "norm": "layer", "biases": True, "positions": "learned", "mlp": "relu"}
     },
     "prefix": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
-    "bert": {"model": {**FAMILIES["bert"], "head_dim": 8}, "data": {"objective": "mlm_nsp"}},
+    "bert": {"model": {**BERT, "head_dim": 8}, "data": {"objective": "mlm_nsp"}},
     "encoder": {"model": {"architecture": "encoder"}},
     "rotary_encoder": {
         "model": {"architecture": "encoder", "positions": "rotary", "norm_position": "post", "mlp": "gated_silu"}
@@ -375,6 +209,7 @@ def unchanged(config: Config):
         ("t5", {"layers": "scan", "remat": "dots"}),
         ("llama", {"layers": "scan", "remat": "full"}),
         ("post_norm", {"layers": "scan"}),
+        ("umt5", {"layers": "scan"}),
         ("prefix", {"remat": "dots"}),
         ("bert", {"layers": "scan", "remat": "dots"}),
         ("encoder", {"layers": "scan", "remat": "full"}),
@@ -423,6 +258,15 @@ def test_no_future_token_moves_a_causal_output():
         matrix = influence(config, random_batch(config))
         assert (matrix[np.triu_indices(len(matrix), 1)] == 0).all()
         assert (matrix[np.tril_indices(len(matrix))] > 0).all()
+
+
+def test_a_window_is_all_that_a_token_sees_wherever_its_document_begins():
+    config = small(model={**VARIANTS["windowed"]["model"], "num_layers": 1}, data={"document_borders": "segments"})
+    batch = random_batch(config)
+    place, segments = np.arange(batch.targets_BL.shape[1]), batch.decoder_segments_BL[0]
+    distance = place[:, None] - place[None]
+    visible = (distance >= 0) & (distance < 6) & (segments[:, None] == segments[None])
+    np.testing.assert_array_equal(influence(config, batch) > 0, visible)
 
 
 def test_a_prefix_is_seen_by_all_and_the_rest_is_causal():
@@ -514,7 +358,7 @@ def test_padding_rows_of_the_vocabulary_never_win():
     assert mean_loss(padded, params, batch) == pytest.approx(float(mean_loss(exact, cut, batch)), rel=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["t5", "causal", "llama"])
+@pytest.mark.parametrize("variant", ["t5", "causal", "llama", "umt5", "windowed"])
 def test_cached_decoding_equals_the_full_forward(variant):
     config = small(**VARIANTS[variant])
     params, batch = init(config), random_batch(config)
