@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import FAST_COMPILES
 
 from t5like.checkpoint import Checkpoints
 from t5like.metrics import read
 
 ROOT = Path(__file__).parent.parent
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # the machine's own: conftest's flags but for its eight
+ONE_DEVICE = FAST_COMPILES  # the machine's own, without the eight that conftest makes
 SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
 
 # `t5like ...` that sends itself a signal when a step has been reported, after a checkpoint is complete.
