@@ -29,8 +29,9 @@ from t5like.data.tokenizer import Tokenizer
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, Prompt, fill, spans
-from t5like.run import begin_with, check_run_directory, checkpoints_of, initial_params, open_run_directory
+from t5like.run import check_run_directory, checkpoints_of, open_run_directory
 from t5like.types import COMPONENT_METRICS, Batch, Metrics, host_metrics
+from t5like.warm_start import REPORT, begin_with, initial_params, write_report
 
 SAMPLES = 3  # held-out passages shown at the end
 
@@ -76,8 +77,14 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
-    initial = initial_params(config, abstract) if saved is None and config.init_from.checkpoint else None
+    begins = saved is None and config.init_from.checkpoint
+    initial = initial_params(config, abstract, tokenizer) if begins else None
     open_run_directory(asked, tokenizer, workdir)
+    if initial:
+        write_report(workdir, config, initial)
+        say(f"init_from  step {initial.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
+        for line in initial.report if config.init_from.adapt else ():
+            say(f"           {line}")
 
     # ---- State: own checkpoint, or init_from, or random; the step compiles meanwhile ----
     with ThreadPoolExecutor(1) as pool:
@@ -94,8 +101,8 @@ def train(config: Config, workdir: Path) -> None:
         else:
             state = step.new_state(config, batch, abstract)
             if initial:
-                state = begin_with(initial[0], state)
-                birth = f"from step {initial[1]:,} of {config.init_from.checkpoint}"
+                state = begin_with(initial.params, state)
+                birth = f"from step {initial.step:,} of {config.init_from.checkpoint}"
         train_step = compiling.result()
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 
