@@ -81,7 +81,18 @@ class ModelConfig:
     positions: Literal["relative", "rotary", "learned"] = "relative"
     relative_buckets: int = 32
     relative_max_distance: int = 128  # tokens
+    relative_bias: Literal["shared", "per_layer"] = "shared"  # one for all layers of a stack (T5), or one each (UMT5)
     rotary_base: float = 10_000.0
+    # Rotary positions for texts longer than those that the base was trained on: linear divides all frequencies by
+    # rotary_factor, llama3 the low ones, yarn by a ramp and scales attention; see `model.layers.rotary_frequencies`.
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    rotary_factor: float = 1.0  # how much longer texts may get
+    rotary_original_length: int = 0  # llama3, yarn: tokens of the texts that the base was trained on
+    rotary_low: float = 1.0  # llama3: full turns in the original length below which a frequency counts as low
+    rotary_high: float = 4.0  # llama3: turns above which it stays
+    rotary_slow: float = 1.0  # yarn: turns below which a frequency is divided
+    rotary_fast: float = 32.0  # yarn: turns above which it stays
+    rotary_attention: float = 0.0  # yarn: factor on queries and keys; 0: 0.1 ln(rotary_factor) + 1
     max_length: int = 1024  # rows of learned positions
     norm: Literal["rms", "layer"] = "rms"
     norm_position: Literal["pre", "post"] = "pre"
@@ -90,11 +101,16 @@ class ModelConfig:
     biases: bool = False  # on every dense layer
     tied_embeddings: bool = False
     scale_attention: bool = False  # multiply q k by head_dim**-0.5; T5 does not, it folds that into the init
+    qk_norm: bool = False  # a norm on each head's query and key (Qwen3)
+    attention_window: int = 0  # decoder-only: how many tokens each sees, itself and those just before; 0: all
+    # model_dim: logits are multiplied by model_dim**-0.5. auto: where embeddings are tied and init is t5, as in T5 1.0.
+    logits_scale: Literal["auto", "none", "model_dim"] = "auto"
     # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks; bert: N(0, 0.02) everywhere
     init: Literal["t5", "gpt2", "bert"] = "t5"
     # Encoder-only: rows of the embeddings of a pair's first and second text. If there are any, there is also BERT's
     # pooler with the next-sentence classifier, whatever the objective: parameters follow from this section alone.
     token_types: int = 0
+    pair_head: bool = True  # false: without that pooler and classifier, as in BertForMaskedLM
     head: Literal["plain", "mlm"] = "plain"  # mlm, encoder-only: a dense layer and a norm first, a bias on the logits
     dropout_rate: float = 0.0
     vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax

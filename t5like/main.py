@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -116,7 +117,10 @@ def build_parser() -> Parser:
 
     sub = command("import", "Make a run of a model from elsewhere.")
     sub.add_argument(
-        "--format", required=True, choices=sorted(IMPORTS), help="t5x: a checkpoint of T5X, with --config for its model"
+        "--format",
+        required=True,
+        choices=sorted(IMPORTS),
+        help="hf: a Hugging Face directory; t5x: a checkpoint of T5X, with --config for its model",
     )
     sub.add_argument("--input", required=True, type=Path, metavar="DIR")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory to make")
@@ -126,11 +130,17 @@ def build_parser() -> Parser:
 
     sub = command("export", "Write a run's model for use elsewhere.")
     sub.add_argument(
-        "--format", required=True, choices=sorted(EXPORTS), help="stablehlo: programs for cpu, cuda and tpu"
+        "--format",
+        required=True,
+        choices=sorted(EXPORTS),
+        help="hf: a Hugging Face directory; stablehlo: programs for cpu, cuda and tpu",
     )
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
     sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="absent, or an empty directory")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
+    sub.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="hf: of a file of weights; such as 500MB")
     sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="stablehlo: that generate makes")
     sub.add_argument(
         "--prompt_length", type=int, metavar="N", help="stablehlo: tokens that generate reads; default: as in training"
@@ -256,6 +266,35 @@ def generate(options: argparse.Namespace, _) -> None:
     print(fill(options.prompt, answer) if gaps else answer)
 
 
+def import_hf(options: argparse.Namespace, _) -> None:
+    """`t5like import --format=hf`."""
+    if options.config:
+        raise ConfigError("--config is for --format=t5x: a Hugging Face directory has its own; leave it out")
+    from t5like.hf.directory import import_run
+
+    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):
+        print(line, flush=True)
+
+
+def export_hf(options: argparse.Namespace, _) -> None:
+    """`t5like export --format=hf`."""
+    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(K|M|G)?B?", options.max_shard_size.upper())
+    if not size or float(size[1]) == 0:
+        raise ConfigError(f"--max_shard_size={options.max_shard_size} must be a number of bytes; use 5GB or 500MB")
+    from t5like.hf.directory import export_run
+
+    lines = export_run(
+        options.workdir.expanduser().absolute(),
+        options.output.expanduser().absolute(),
+        step=options.step,
+        family=options.family,
+        dtype=options.dtype,
+        max_shard_size=int(float(size[1]) * {None: 1, "K": 1e3, "M": 1e6, "G": 1e9}[size[2]]),
+    )
+    for line in lines:
+        print(line, flush=True)
+
+
 def import_t5x(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like import --format=t5x`."""
     if not options.config:
@@ -286,8 +325,9 @@ def export_stablehlo(options: argparse.Namespace, _) -> None:
         print(line, flush=True)
 
 
-IMPORTS = {"t5x": import_t5x}
-EXPORTS = {"stablehlo": export_stablehlo}
+HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
+IMPORTS = {"hf": import_hf, "t5x": import_t5x}
+EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
 COMMANDS = {
     "train": train,
     "prepare": prepare,

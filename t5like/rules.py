@@ -40,6 +40,9 @@ AT_LEAST_ZERO = (
     "model.num_decoder_layers",
     "model.num_kv_heads",
     "model.token_types",
+    "model.attention_window",
+    "model.rotary_original_length",
+    "model.rotary_attention",
     "optimizer.warmup_steps",
     "optimizer.decay_steps",
     "optimizer.weight_decay",
@@ -52,7 +55,15 @@ AT_LEAST_ZERO = (
     "init_from.step",
     "evaluate.max_new_tokens",
 )
-ABOVE_ZERO = ("optimizer.learning_rate", "optimizer.epsilon", "model.norm_epsilon", "model.rotary_base")
+ABOVE_ZERO = (
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "model.norm_epsilon",
+    "model.rotary_base",
+    "model.rotary_factor",
+    "model.rotary_low",
+    "model.rotary_slow",
+)
 SHARES = (  # at least 0 and less than 1
     "optimizer.b1",
     "optimizer.b2",
@@ -78,7 +89,19 @@ def check(config: Config) -> None:
     for field in SHARES:
         _require(config, 0 <= _get(config, field) < 1, field, "must be at least 0 and less than 1")
     _require(config, config.seed < 2**32, "seed", "must be less than 2**32")
-    for part in (_tokenizer, _data, _objectives, _rates, _init_from, _evaluate, _model, _lengths, _train, _mesh):
+    for part in (
+        _tokenizer,
+        _data,
+        _objectives,
+        _rates,
+        _init_from,
+        _evaluate,
+        _model,
+        _rotary,
+        _lengths,
+        _train,
+        _mesh,
+    ):
         part(config)
 
 
@@ -90,6 +113,14 @@ def _tokenizer(config: Config) -> None:
         "tokenizer.character_coverage",
         "must be above 0 and at most 1; use 0.9995",
     )
+    if tokenizer.path:  # a tokenizer from elsewhere has what it has
+        _require(
+            config,
+            tokenizer.vocab_size > tokenizer.num_sentinels,
+            "tokenizer.vocab_size",
+            f"must be more than tokenizer.num_sentinels={tokenizer.num_sentinels}; use what tokenizer.path has",
+        )
+        return
     smallest = 3 + 256 + tokenizer.num_sentinels
     _require(
         config,
@@ -170,6 +201,12 @@ def _objectives(config: Config) -> None:
         "mlm_nsp" not in data.objective or model.token_types >= 2,
         "model.token_types",
         "must be at least 2 for data.objective=mlm_nsp; use 2",
+    )
+    _require(
+        config,
+        "mlm_nsp" not in data.objective or model.pair_head,
+        "model.pair_head",
+        "must be true for data.objective=mlm_nsp, or use data.objective=mlm",
     )
 
 
@@ -261,6 +298,47 @@ def _model(config: Config) -> None:
         "model.head",
         f"needs model.architecture=encoder, not {model.architecture}; use plain",
     )
+    _require(
+        config,
+        model.architecture == "decoder" or not model.attention_window,
+        "model.attention_window",
+        f"needs model.architecture=decoder, not {model.architecture}; use 0",
+    )
+    _require(
+        config,
+        model.positions == "relative" or model.relative_bias == "shared",
+        "model.relative_bias",
+        f"needs model.positions=relative, not {model.positions}; use shared",
+    )
+
+
+def _rotary(config: Config) -> None:
+    model = config.model
+    _require(
+        config,
+        model.rotary_scaling == "none" or model.positions == "rotary",
+        "model.rotary_scaling",
+        f"needs model.positions=rotary, not {model.positions}; use none",
+    )
+    _require(
+        config,
+        model.rotary_scaling != "none" or model.rotary_factor == 1,
+        "model.rotary_factor",
+        "needs model.rotary_scaling, such as linear; use 1.0",
+    )
+    _require(
+        config,
+        model.rotary_scaling not in ("llama3", "yarn") or model.rotary_original_length > 0,
+        "model.rotary_original_length",
+        f"must be at least 1 for model.rotary_scaling={model.rotary_scaling}; use the length of the first training",
+    )
+    for low, high in (("rotary_low", "rotary_high"), ("rotary_slow", "rotary_fast")):
+        _require(
+            config,
+            getattr(model, high) > getattr(model, low),
+            f"model.{high}",
+            f"must be more than model.{low}={getattr(model, low)}; use {4 * getattr(model, low)}",
+        )
 
 
 def _lengths(config: Config) -> None:

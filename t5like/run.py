@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from t5like import config_file
+from t5like import config_file, tree
 from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.checkpoint import Checkpoints
@@ -20,7 +20,7 @@ from t5like.config import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, DataError
-from t5like.types import Tree
+from t5like.types import Array, TrainState, Tree
 
 # What may differ when a run continues: how it runs and what it reports, not what it learns. A longer num_steps
 # stretches schedules that depend on it; the loop says so.
@@ -46,6 +46,10 @@ MAY_CHANGE = (
     "tokenizer.path",
     "evaluate.",
 )
+
+
+# What may differ, with all that isn't the model, as long as nothing was learned since an import.
+MAY_CHANGE_AT_BIRTH = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length")
 
 
 class Run(NamedTuple):
@@ -87,6 +91,37 @@ def load(workdir: Path, step: int | None = None) -> Run:
     return Run(meta.step, config, mesh, params, tokenizer)
 
 
+def imported(workdir: Path) -> bool:
+    """Whether a run directory holds weights from elsewhere, with which nothing was learned yet: those of step 0."""
+    return (workdir / "checkpoints" / "0").is_dir() and Checkpoints(workdir / "checkpoints", keep=1).latest() == 0
+
+
+def with_its_tokenizer(config: Config, workdir: Path) -> Config:
+    """The config with the tokenizer that came with imported weights, where it names none."""
+    if config.tokenizer.path or not imported(workdir):
+        return config
+    path = str(workdir / "tokenizer.model")
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+
+
+def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
+    """The weights of an imported run by name, each where `abstract` says it lives."""
+    return Checkpoints(workdir / "checkpoints", keep=1).restore_params(tree.flatten(abstract.params), 0)
+
+
+def _differs(config: Config, workdir: Path) -> list[str]:
+    """The fields that keep a config from going on with a run directory."""
+    lines = config_file.difference(saved_config(workdir), config)
+    if not imported(workdir):
+        return [line for line in lines if not line.startswith(MAY_CHANGE)]
+    lines = config_file.difference(Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config)
+    fixed = ("model.", "tokenizer.vocab_size", "tokenizer.num_sentinels")
+    free = tuple(f"model.{name}:" for name in MAY_CHANGE_AT_BIRTH)
+    if config.model.positions == "learned":
+        free = tuple(name for name in free if name != "model.max_length:")
+    return [line for line in lines if line.startswith(fixed) and not line.startswith(free)]
+
+
 def check_run_directory(config: Config, workdir: Path) -> None:
     """Refuse a directory that could not take this run. Changes nothing, so that a run that can't begin leaves no trace.
 
@@ -96,12 +131,7 @@ def check_run_directory(config: Config, workdir: Path) -> None:
     """
     try:
         if (workdir / "config.json").exists():
-            differs = [
-                line
-                for line in config_file.difference(saved_config(workdir), config)
-                if not line.startswith(MAY_CHANGE)
-            ]
-            if differs:
+            if differs := _differs(config, workdir):
                 raise ConfigError(
                     f"--workdir={workdir} holds another run: {'; '.join(differs[:4])}"
                     + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "")

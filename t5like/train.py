@@ -29,9 +29,15 @@ from t5like.data.tokenizer import Tokenizer
 from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, Prompt, fill, spans
-from t5like.run import check_run_directory, checkpoints_of, open_run_directory
+from t5like.run import (
+    check_run_directory,
+    checkpoints_of,
+    imported_params,
+    open_run_directory,
+    with_its_tokenizer,
+)
 from t5like.types import COMPONENT_METRICS, Batch, Metrics, host_metrics
-from t5like.warm_start import REPORT, begin_with, initial_params, write_report
+from t5like.warm_start import REPORT, Initial, begin_with, initial_params, write_report
 
 SAMPLES = 3  # held-out passages shown at the end
 
@@ -44,6 +50,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     # ---- The run directory ----
     batch = pipeline.spec(config)
+    config = with_its_tokenizer(config, workdir)
     check_run_directory(config, workdir)
     say = partial(print, flush=True) if jax.process_index() == 0 else (lambda *_: None)  # a log file shows it at once
 
@@ -77,10 +84,13 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
-    begins = saved is None and config.init_from.checkpoint
-    initial = initial_params(config, abstract, tokenizer) if begins else None
+    initial = None
+    if saved == 0:  # weights from elsewhere, and no optimizer state
+        initial = Initial(imported_params(workdir, abstract), 0, [])
+    elif saved is None and config.init_from.checkpoint:
+        initial = initial_params(config, abstract, tokenizer)
     open_run_directory(asked, tokenizer, workdir)
-    if initial:
+    if initial and initial.report:
         write_report(workdir, config, initial)
         say(f"init_from  step {initial.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
         for line in initial.report if config.init_from.adapt else ():
@@ -96,13 +106,14 @@ def train(config: Config, workdir: Path) -> None:
         begin = time.monotonic()
         compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
         birth = f"after step {last:,}" if last else "from random parameters"
-        if saved is not None:
+        if saved:
             state = checkpoints.restore(abstract, saved)
         else:
             state = step.new_state(config, batch, abstract)
             if initial:
                 state = begin_with(initial.params, state)
                 birth = f"from step {initial.step:,} of {config.init_from.checkpoint}"
+                birth = birth if initial.report else "from the import"
         train_step = compiling.result()
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 

@@ -1,1 +1,1 @@
-"""Hugging Face directories, in and out: weights, tokenizers, model cards. Nothing imports transformers to run."""
+"""Hugging Face model directories: read in as runs, written from runs."""

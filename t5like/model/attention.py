@@ -5,7 +5,7 @@ differently. T5 does not divide scores by sqrt(H) (it folds that into the query'
 families set `scale_attention`.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from t5like.config import ModelConfig
 from t5like.mesh import constrain
 from t5like.model import cpu
-from t5like.model.layers import MASKED, Dense, dropout, rotate
+from t5like.model.layers import MASKED, Dense, Norm, dropout, rotate
 
 
 class KeyValues(NamedTuple):
@@ -22,6 +22,11 @@ class KeyValues(NamedTuple):
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
+
+
+def window_mask(queries: int, keys: int, first_query: jax.Array | int, window: int) -> jax.Array:
+    """[1, 1, L, S]: True where the key is the query itself, one of the window - 1 before it, or after it."""
+    return (jnp.arange(keys)[None, :] > jnp.arange(queries)[:, None] + (first_query - window))[None, None]
 
 
 def causal_mask(queries: int, keys: int, first_query: jax.Array | int = 0) -> jax.Array:
@@ -98,12 +103,22 @@ class Attention(nn.Module):
         self.key = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"))
         self.value = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"))
         self.out = Dense(config, config.model_dim, ("heads", "embed"), residual=True)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = Norm(config), Norm(config)
 
-    def _heads(self, x: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
-        """[B, L, heads * H] -> [B, heads, L, H], rotated where the config says so."""
+    def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
+        return self._scale(self._heads(self.query(x_BLD), positions_BL, self.config.qk_norm and self.query_norm))
+
+    def _keys(self, x_BSD: jax.Array, positions_BS: jax.Array | None = None) -> jax.Array:
+        return self._heads(self.key(x_BSD), positions_BS, self.config.qk_norm and self.key_norm)
+
+    def _heads(self, x: jax.Array, positions_BL: jax.Array | None = None, norm: Norm | Literal[False] = False):
+        """[B, L, heads * H] -> [B, heads, L, H], normed and then rotated where the config says so."""
         x_BLNH = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        if norm:
+            x_BLNH = norm(x_BLNH)
         if positions_BL is not None:
-            x_BLNH = rotate(x_BLNH, positions_BL, self.config.rotary_base)
+            x_BLNH = rotate(x_BLNH, positions_BL, self.config)
         return constrain(x_BLNH.transpose(0, 2, 1, 3), "batch", "act_heads", "length", None)
 
     def _scale(self, q: jax.Array) -> jax.Array:
@@ -111,11 +126,11 @@ class Attention(nn.Module):
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValues:
         """Keys and values of a source, for `cross`."""
-        return KeyValues(self._heads(self.key(source_BSD)), self._heads(self.value(source_BSD)))
+        return KeyValues(self._keys(source_BSD), self._heads(self.value(source_BSD)))
 
     def cross(self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | None, train: bool) -> jax.Array:
         """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
-        q_BNLH = self._scale(self._heads(self.query(x_BLD)))
+        q_BNLH = self._queries(x_BLD)
         return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
 
     def __call__(
@@ -144,8 +159,8 @@ class Attention(nn.Module):
             the output [B, L, D] and the new cache, or None without one.
         """
         rotary_BL = positions_BL if self.config.positions == "rotary" else None
-        q_BNLH = self._scale(self._heads(self.query(x_BLD), rotary_BL))
-        new = KeyValues(self._heads(self.key(x_BLD), rotary_BL), self._heads(self.value(x_BLD)))
+        q_BNLH = self._queries(x_BLD, rotary_BL)
+        new = KeyValues(self._keys(x_BLD, rotary_BL), self._heads(self.value(x_BLD)))
         if cache is not None:
             new = cache = KeyValues(
                 *(

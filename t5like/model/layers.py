@@ -172,6 +172,13 @@ def embed(table_VD: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
     return jnp.take(constrain(table_VD.astype(dtype), "vocab", None), ids, axis=0)
 
 
+def scales_logits(config: ModelConfig) -> bool:
+    """Whether logits are multiplied by model_dim**-0.5."""
+    if config.logits_scale == "auto":
+        return config.tied_embeddings and config.init == "t5"
+    return config.logits_scale == "model_dim"
+
+
 @jax.custom_vjp
 def project_to_vocabulary(x_BLD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     """Float32 logits from operands of any dtype; the backward matmuls run in the operands' dtype again.
@@ -268,11 +275,45 @@ def shift_rows(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
     return shifted[:, :, rows - 1 : rows - 1 + columns]
 
 
-def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
+def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians per token of each pair of a head's dims, float32 [H / 2], and the factor on queries and keys.
+
+    A frequency f makes t = rotary_original_length * f / 2 pi turns in a text of the original length. llama3 (Llama
+    3.1's released code): f for t > rotary_high, f / rotary_factor for t < rotary_low, between them both, mixed linearly
+    by t. yarn (Peng et al. 2023, section 3): the same with a mixture that is linear in the pair's index, from the first
+    that turns fewer than rotary_fast times, rounded down, to the one that turns rotary_slow times, rounded up; and
+    queries and keys are scaled.
+    """
+    half = config.head_dim // 2
+    frequency = config.rotary_base ** (-np.arange(half, dtype=np.float32) / half)
+    if config.rotary_scaling == "none":
+        return frequency, 1.0
+    low, scale = frequency / np.float32(config.rotary_factor), 1.0
+    if config.rotary_scaling == "linear":
+        return low, scale
+    if config.rotary_scaling == "llama3":
+        turns = config.rotary_original_length * frequency / np.float32(2 * math.pi)
+        kept = (turns - config.rotary_low) / (config.rotary_high - config.rotary_low)
+    else:
+
+        def index_of(turns: float) -> float:  # of the pair that turns so often, as a real number
+            ratio = config.rotary_original_length / (turns * 2 * math.pi)
+            return half * math.log(ratio) / math.log(config.rotary_base)
+
+        first = max(math.floor(index_of(config.rotary_fast)), 0)
+        last = min(math.ceil(index_of(config.rotary_slow)), config.head_dim - 1)
+        kept = 1 - (np.arange(half) - first) / max(last - first, 0.001)
+        scale = config.rotary_attention or 0.1 * math.log(max(config.rotary_factor, 1.0)) + 1.0
+    kept = np.clip(kept, 0, 1).astype(np.float32)
+    return frequency * kept + low * (1 - kept), scale
+
+
+def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotary positions (Su et al. 2021) in Llama's layout: the first and second half of H form the pairs."""
-    half = x_BLNH.shape[-1] // 2
-    frequency = base ** (-np.arange(half, dtype=np.float32) / half)
+    frequency, scale = rotary_frequencies(config)
     angle_BL1H = positions_BL[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle_BL1H), jnp.sin(angle_BL1H)
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)

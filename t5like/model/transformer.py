@@ -19,7 +19,7 @@ from t5like.config import Config, ModelConfig
 from t5like.mesh import constrain
 from t5like.model import cpu
 from t5like.model import layers as lay
-from t5like.model.attention import Attention, KeyValues, causal_mask, segment_mask
+from t5like.model.attention import Attention, KeyValues, causal_mask, segment_mask, window_mask
 from t5like.types import Batch, Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
@@ -32,7 +32,7 @@ class Context(NamedTuple):
     """What every layer of a stack reads besides its input; the same for all of them.
 
     Attributes:
-        bias_1NLS: relative bias of self-attention, or None.
+        bias_1NLS: relative bias of self-attention that all layers share, or None.
         mask_B1LS: what self-attention may see, or None: everything.
         positions_BL: position of each token in its text.
         encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
@@ -65,9 +65,12 @@ class Block(nn.Module):
 
     config: ModelConfig
     cross: bool = False
+    causal: bool = False
 
     def setup(self) -> None:
         config = self.config
+        if config.positions == "relative" and config.relative_bias == "per_layer":
+            self.relative_bias = lay.RelativeBias(config, bidirectional=not self.causal)
         self.attention, self.attention_norm = Attention(config), lay.Norm(config)
         if self.cross:
             self.cross_attention, self.cross_attention_norm = Attention(config), lay.Norm(config)
@@ -77,13 +80,16 @@ class Block(nn.Module):
         self, x_BLD: jax.Array, context: Context, cache: Cache | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Cache | None]:
         """Map [B, L, D] to [B, L, D]; the cache comes back with this call's keys and values in it."""
-        own = None
+        own, bias_1NLS = None, context.bias_1NLS
+        if self.config.positions == "relative" and self.config.relative_bias == "per_layer":
+            keys = x_BLD.shape[1] if cache is None else cache.own.k_BKSH.shape[2]
+            bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first)
 
         def attend(y_BLD):
             nonlocal own
             y_BLD, own = self.attention(
                 y_BLD,
-                bias_1NLS=context.bias_1NLS,
+                bias_1NLS=bias_1NLS,
                 mask_B1LS=context.mask_B1LS,
                 positions_BL=context.positions_BL,
                 train=train,
@@ -116,7 +122,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Y blocks with stacked parameters, the relative bias that they share, and the norm behind them."""
+    """Y blocks with stacked parameters, the relative bias that they may share, and the norm behind them."""
 
     config: ModelConfig
     num_layers: int
@@ -125,7 +131,7 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if config.positions == "relative":
+        if config.positions == "relative" and config.relative_bias == "shared":
             self.relative_bias = lay.RelativeBias(config, bidirectional=not self.causal)
         if config.norm_position == "pre":
             self.final_norm = lay.Norm(config)
@@ -134,7 +140,7 @@ class Stack(nn.Module):
     @property
     def block(self) -> Block:
         """One layer, bound to no parameters: it is applied to slices of `layers`."""
-        return Block(self.config, self.cross, parent=None)
+        return Block(self.config, self.cross, self.causal, parent=None)
 
     def _init(self, key: jax.Array) -> Tree:
         """Initialise each layer from its own key; every leaf gets a leading dim `layers`."""
@@ -159,10 +165,13 @@ class Stack(nn.Module):
         train: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Run all layers and the final norm on [B, L, D]; with a cache, on tokens that continue it at `first`."""
-        bias_1NLS = None
-        if self.config.positions == "relative":
-            keys = x_BLD.shape[1] if cache is None else cache.own.k_BKSH.shape[3]
+        bias_1NLS, keys = None, x_BLD.shape[1] if cache is None else cache.own.k_BKSH.shape[3]
+        if self.config.positions == "relative" and self.config.relative_bias == "shared":
             bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=first)
+        if self.config.attention_window:
+            # By place in the row: padding on the left and documents behind each other shift query and key alike.
+            window = window_mask(x_BLD.shape[1], keys, first, self.config.attention_window)
+            mask_B1LS = window if mask_B1LS is None else mask_B1LS & window
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
         dropping = train and self.config.dropout_rate > 0
         keys_Y = jax.random.split(self.make_rng("dropout"), self.num_layers) if dropping else None
@@ -209,7 +218,8 @@ class Transformer(nn.Module):
         if model.token_types:
             types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
             self.token_types = self.param("token_types", types, (model.token_types, model.model_dim), jnp.float32)
-            self.pairs = lay.PairClassifier(model)
+            if model.pair_head:
+                self.pairs = lay.PairClassifier(model)
         if model.embedding_norm:
             self.embedding_norm = lay.Norm(model)
         encodes = model.architecture != "decoder"
@@ -231,7 +241,7 @@ class Transformer(nn.Module):
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""
         hidden_BLD = self.hidden(batch, train=train)
-        if self.is_initializing() and self.config.model.token_types:
+        if self.is_initializing() and self.config.model.token_types and self.config.model.pair_head:
             self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
         return self.logits(hidden_BLD)
 
@@ -294,7 +304,7 @@ class Transformer(nn.Module):
         if model.head == "mlm":
             hidden_BLD = self.mlm(hidden_BLD)
         kernel_DV = self.embedding.T if model.tied_embeddings else self.head
-        if model.tied_embeddings and model.init == "t5":
+        if lay.scales_logits(model):
             # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
             hidden_BLD = hidden_BLD * model.model_dim**-0.5
         multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else lay.project_to_vocabulary

@@ -1,0 +1,436 @@
+"""A Hugging Face model directory in, as a run directory with a checkpoint of step 0; a run out, as such a directory.
+
+Both build what they make beside its place and rename it when it is whole; an export reads its own files again first and
+compares every tensor, and, where transformers is installed, logits. What an import keeps of the directory (config.json
+and other small files, byte for byte, and which names and dtypes the tensors had) lies in `RUN/hf/` for the way back.
+Called by `main`.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5like import config_file, run, tree
+from t5like import mesh as meshes
+from t5like import step as steps
+from t5like.config import Config, ModelConfig
+from t5like.data import pipeline
+from t5like.data.tokenizer import Tokenizer
+from t5like.errors import CheckpointError, ConfigError
+from t5like.hf import card, families, logits, tables, tokenizer_files, weights
+from t5like.hf.tables import Row
+from t5like.types import TrainState
+
+KEPT = "hf"  # the folder in a run directory
+RECORD = "import.json"  # what an import knew, beside the kept files
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # kept, but for weights' indices
+LARGEST_SIDE_FILE = 64 * 2**20  # bytes
+SHOWN = 4  # tensors named in one message
+
+
+class Imported(NamedTuple):
+    """What an import remembers for the way back.
+
+    Attributes:
+        family: one of `families.FAMILIES`.
+        names: names in the files of each of the table's tensors; more than one are copies.
+        dtypes: safetensors' name of the dtype that each of the table's tensors had.
+        rows: of the embedding.
+    """
+
+    family: str
+    names: dict[str, list[str]]
+    dtypes: dict[str, str]
+    rows: int
+
+
+# ---- In ----
+
+
+def import_run(source: Path, workdir: Path) -> Iterator[str]:
+    """Make a run directory of a model directory; yields lines that say what happened.
+
+    Raises:
+        ConfigError: `workdir` is not empty.
+        CheckpointError: the directory holds something else than a model that ours can be, or is damaged.
+        DataError: its tokenizer can't be used.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"--input={source} is not a directory; name one with config.json and model.safetensors")
+    _check_empty(workdir, "--workdir")
+    hf = weights.read_json(source / "config.json")
+    found = weights.tensors(source)
+    heads = [found[name] for name in ("lm_head.weight", "shared.weight") if name in found]
+    untied = len(heads) == 2 and not _same(*heads)
+    pair_head = any(name.startswith("cls.seq_relationship.") for name in found)
+    family, model = families.model_of(hf, untied=untied, pair_head=pair_head)
+    tokenizer = tokenizer_files.read(source)
+    rows = hf.get("vocab_size")
+    config = _new_config(model, tokenizer, rows, hf, workdir)
+    names, left_out = _canonical_names(family, model, found)
+    imported = Imported(family, names, {name: found[files[0]].dtype for name, files in names.items()}, rows)
+
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    settled = meshes.settle(config, mesh)
+    shape = steps.abstract_state(settled, pipeline.spec(settled), mesh)
+    wanted = tree.flatten(shape.params)
+    rows_of_table = tables.table(family, model)
+    _check_fit(rows_of_table, wanted, imported, found)
+    yield f"model      {tree.num_parameters(wanted):,} parameters, {family}, {config.model.architecture}"
+
+    with _made_beside(workdir) as made:
+        leaves = {}
+        for row in rows_of_table:
+            leaves |= _filled(row, wanted, imported, found)
+        params = jax.tree.unflatten(jax.tree.structure(shape.params), [leaves.pop(name) for name in wanted])
+        run.open_run_directory(config, tokenizer, made)
+        checkpoints = run.checkpoints_of(made, config)
+        checkpoints.save(
+            TrainState(jnp.zeros((), jnp.int32), params, None),
+            config=config,
+            tokenizer=tokenizer.model_bytes,
+            tokenizer_hash=tokenizer.hash,
+        )
+        checkpoints.close()
+        _keep(source, made / KEPT, imported)
+    if left_out:
+        yield f"           left out, no weights: {_few(left_out)}"
+    yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
+    yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... speaks with it"
+
+
+def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping[str, Any], workdir: Path) -> Config:
+    """A config for the model, with data and optimizer to go on learning by."""
+    if type(rows) is not int or rows < tokenizer.vocab_size:
+        raise CheckpointError(
+            f"config.json: vocab_size={rows!r} must be at least {tokenizer.vocab_size}, the tokenizer's ids"
+        )
+    ids = tokenizer.vocab_size
+    multiple = next(m for m in (128, 64, 32, 16, 8, 4, 2, 1, rows) if -(-ids // m) * m == rows)
+    longest = model.max_length if model.positions == "learned" else hf.get("max_position_embeddings") or 2**30
+    data = {
+        "encoder_decoder": _denoising(tokenizer.num_sentinels),
+        "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
+        "encoder": {"objective": "mlm_nsp" if model.pair_head else "mlm", "inputs_length": min(512, longest)},
+    }[model.architecture]
+    optimizer = {"name": "adamw", "learning_rate": 5e-5, "schedule": "linear", "warmup_steps": 500}
+    if model.architecture == "encoder_decoder":  # as T5 is fine-tuned (Raffel et al. 2020, section 3.1.2)
+        optimizer = {"name": "adafactor", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0}
+    return config_file.resolve(
+        {
+            "tokenizer": {
+                "path": str(workdir / "tokenizer.model"),
+                "vocab_size": ids,
+                "num_sentinels": tokenizer.num_sentinels,
+            },
+            "data": data,
+            "model": {**dataclasses.asdict(model), "vocab_multiple": multiple},
+            "optimizer": optimizer,
+            "train": {"num_steps": 10_000},
+        }
+    )
+
+
+def _denoising(sentinels: int) -> dict[str, Any]:
+    """Span corruption in rows that have a sentinel for each span, one in about 20 tokens."""
+    if sentinels < 4:
+        return {"objective": "prefix_lm"}
+    return {"inputs_length": min(512, 16 * sentinels), "targets_length": min(114, 4 * sentinels)}
+
+
+def _canonical_names(
+    family: str, model: ModelConfig, found: Mapping[str, weights.Tensor]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The file names of each of the table's tensors, and those of what is no weight."""
+    names: dict[str, list[str]] = {}
+    left_out = []
+    for name in found:
+        if (known := tables.canonical(family, name, tied=model.tied_embeddings)) is None:
+            left_out.append(name)
+        else:
+            names.setdefault(known, []).append(name)
+    for files in names.values():
+        for copy in files[1:]:
+            if not _same(found[files[0]], found[copy]):
+                raise CheckpointError(
+                    f"{copy} must be a copy of {files[0]}, as config.json says tie_word_embeddings, but they differ; "
+                    "set tie_word_embeddings to false"
+                )
+    return names, left_out
+
+
+def _same(one: weights.Tensor, other: weights.Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return np.array_equal(*(weights.read(tensor).reshape(-1).view(np.uint8) for tensor in (one, other)))
+
+
+def _shapes(row: Row, wanted: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a row's tensor, as theirs."""
+    parts = [wanted[name].shape[1:] if row.layers else wanted[name].shape for name in row.ours]
+    joined = (*parts[0][:-1], sum(part[-1] for part in parts))
+    return joined[::-1] if row.transpose else joined
+
+
+def _check_fit(
+    rows: list[Row], wanted: Mapping[str, Any], imported: Imported, found: Mapping[str, weights.Tensor]
+) -> None:
+    """Refuse files that lack a tensor of the model, have one more, or have one of another shape or kind."""
+    assert {name for row in rows for name in row.ours} == set(wanted), "the table names every parameter"
+    expected = {name: _shapes(row, wanted) for row in rows for name, _ in row.places()}
+    missing = [name for name in expected if name not in imported.names]
+    extra = [files[0] for name, files in imported.names.items() if name not in expected]
+    tensors = {name: found[files[0]] for name, files in imported.names.items() if name in expected}
+    wrong = [
+        f"{name} {list(t.shape)}, not {list(expected[name])}"
+        for name, t in tensors.items()
+        if t.shape != expected[name]
+    ]
+    kinds = [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in weights.DTYPES]
+    for what, names in (
+        ("lack", missing),
+        ("hold what the model of config.json has not", extra),
+        ("have another shape than config.json says", wrong),
+        (f"have a dtype that is not one of {', '.join(weights.DTYPES)}", kinds),
+    ):
+        if names:
+            raise CheckpointError(f"the {imported.family} weights {what}: {_few(names)}")
+
+
+def _filled(
+    row: Row, wanted: Mapping[str, Any], imported: Imported, found: Mapping[str, weights.Tensor]
+) -> dict[str, jax.Array]:
+    """The parameters of a row, in float32, each layer read into its place."""
+    arrays = [np.empty(wanted[name].shape, np.float32) for name in row.ours]
+    for theirs, y in row.places():
+        for array, part in zip(
+            arrays, tables.to_ours(row, weights.read(found[imported.names[theirs][0]])), strict=True
+        ):
+            array[... if y is None else y] = part
+    return {name: jax.device_put(array, wanted[name].sharding) for name, array in zip(row.ours, arrays, strict=True)}
+
+
+def _keep(source: Path, place: Path, imported: Imported) -> None:
+    """Copy the small files, so that an export has them again. Code that a file names is forgotten: it is never run."""
+    place.mkdir()
+    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
+        small = path.is_file() and path.stat().st_size <= LARGEST_SIDE_FILE
+        if not small or path.name.endswith(".index.json") or path.name == RECORD:
+            continue
+        content = path.read_bytes()
+        if b'"auto_map"' in content and path.suffix == ".json":
+            values = weights.read_json(path)
+            values.pop("auto_map", None)
+            content = json.dumps(values, indent=2).encode()
+        (place / path.name).write_bytes(content)
+    (place / RECORD).write_text(json.dumps(imported._asdict(), indent=1))
+
+
+# ---- Out ----
+
+
+def export_run(
+    workdir: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> Iterator[str]:
+    """Write a run as a model directory that transformers loads; yields lines that say what happened.
+
+    Args:
+        workdir: the run.
+        output: absent, or an empty directory.
+        step: of the checkpoint; None: the latest.
+        family: None: what it was imported from, or the nearest one.
+        dtype: of the weights: float32, bfloat16 or float16. None: what an import had, where nothing was learned since;
+            else float32.
+        max_shard_size: bytes of weights in a file.
+
+    Raises:
+        ConfigError: `output` is not empty.
+        CheckpointError: the family can't express the model, or a comparison fails; nothing is left behind then.
+    """
+    _check_empty(output, "--output")
+    loaded = run.load(workdir, step)
+    imported = _record(workdir / KEPT)
+    family = family or (imported.family if imported else families.default_family(loaded.config.model))
+    families.check(family, loaded.config)
+    imported = imported if imported and imported.family == family else None
+    export = Export(loaded, family, imported, dtype)
+    with _made_beside(output) as made:
+        files = weights.write(made, export.wanted(), export.value, max_shard_size=max_shard_size)
+        size = sum((made / file).stat().st_size for file in files)
+        yield f"weights    {size:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {family}"
+        _write_json(made / "config.json", export.config_json(workdir / KEPT))
+        _write_others(export, made, workdir)
+        compare(made, export)
+        yield f"compared   {len(export.wanted())} tensors, read again, equal step {loaded.step} bit for bit"
+        yield f"           {logits.compare(made, loaded.config, export.written_params())}"
+    yield f"exported   {output}"
+
+
+class Export:
+    """A run on its way out: which tensors there are, and what is in each."""
+
+    def __init__(self, loaded: run.Run, family: str, imported: Imported | None, dtype: str | None):
+        self.loaded, self.family, self.imported = loaded, family, imported
+        self.leaves = tree.flatten(loaded.params)
+        self.table = tables.table(family, loaded.config.model)
+        self.rows = imported.rows if imported else loaded.config.tokenizer.vocab_size
+        self.as_it_was = dtype is None and imported is not None and loaded.step == 0
+        self.dtype = dtype or "float32"
+        self._place = {name: (row, y) for row in self.table for name, y in row.places()}
+        files = imported.names if imported else {name: [name] for name in self._place}
+        self._canonical = {file: name for name in self._place for file in files[name]}
+
+    def wanted(self) -> list[weights.Wanted]:
+        """All tensors that are to be written."""
+        made = []
+        for file, name in self._canonical.items():
+            row, _ = self._place[name]
+            shape = _shapes(row, self.leaves)
+            shape = (self.rows, *shape[1:]) if row.vocabulary else shape
+            made.append(weights.Wanted(file, self._dtype_of(name), shape))
+        return made
+
+    def _dtype_of(self, name: str) -> str:
+        names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        return self.imported.dtypes[name] if self.as_it_was else names[self.dtype]
+
+    def value(self, file: str) -> np.ndarray:
+        """A tensor as it is written. Vocabulary rows that are padding of ours alone are cut off: theirs has no mask."""
+        row, y = self._place[self._canonical[file]]
+        parts = [np.asarray(self.leaves[name]) for name in row.ours]
+        array = tables.to_theirs(row, [part if y is None else part[y] for part in parts])
+        array = array[: self.rows] if row.vocabulary else array
+        with np.errstate(over="ignore"):
+            cast = array.astype(weights.DTYPES[self._dtype_of(self._canonical[file])])
+        if cast.dtype == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(array)):
+            raise CheckpointError(f"--dtype=float16 can't hold {file}: its largest is above 65,504; use bfloat16")
+        return cast
+
+    def config_json(self, kept: Path) -> dict[str, Any]:
+        """config.json: the imported one with what has changed since, or a new one."""
+        config, tokenizer = self.loaded.config, self.loaded.tokenizer
+        if self.imported is None:
+            eos, pad = tokenizer.eos_id, tokenizer.pad_id
+            return families.config_of(self.family, config, rows=self.rows, eos=eos, pad=pad, dtype=self.dtype)
+        values = weights.read_json(kept / "config.json")
+        _, then = families.model_of(values, untied=not config.model.tied_embeddings, pair_head=config.model.pair_head)
+        if config.model.dropout_rate != then.dropout_rate:
+            values |= families.dropout_keys(self.family, config.model.dropout_rate)
+        if not self.as_it_was:
+            values |= {key: self.dtype for key in ("dtype", "torch_dtype") if key in values} or {"dtype": self.dtype}
+        return values
+
+    def written_params(self) -> Any:
+        """The parameters as the files hold them, for a comparison of logits; those of the run are given up."""
+        if self.as_it_was or self.dtype == "float32":
+            return self.loaded.params
+        round_to = jnp.dtype(self.dtype)
+        rounded = [self.leaves.pop(name).astype(round_to).astype(jnp.float32) for name in list(self.leaves)]
+        return jax.tree.unflatten(jax.tree.structure(self.loaded.params), rounded)
+
+
+def compare(directory: Path, export: Export) -> None:
+    """Read a written directory as an import would, and refuse it if anything differs from the run.
+
+    Raises:
+        CheckpointError: it does; the disk or this program is at fault.
+    """
+    model = export.loaded.config.model
+    found = weights.tensors(directory)
+    family, read = families.model_of(
+        weights.read_json(directory / "config.json"), untied=not model.tied_embeddings, pair_head=model.pair_head
+    )
+    if family != export.family or families.numerics(read) != families.numerics(model):
+        raise CheckpointError(f"{directory / 'config.json'} does not say what it was to say; please report this")
+    for tensor in export.wanted():
+        there, value = weights.read(found[tensor.name]), export.value(tensor.name)
+        if there.dtype != value.dtype or not np.array_equal(*(x.reshape(-1).view(np.uint8) for x in (there, value))):
+            raise CheckpointError(f"{tensor.name} was not written as it is; check the disk of {directory}")
+
+
+def _write_others(export: Export, made: Path, workdir: Path) -> None:
+    """Tokenizer, generation settings and model card."""
+    loaded, config = export.loaded, export.loaded.config
+    kept = workdir / KEPT
+    if export.imported:
+        for path in kept.iterdir():
+            if path.name not in (RECORD, "config.json"):
+                shutil.copyfile(path, made / path.name)
+    else:
+        longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
+        tokenizer_files.write(loaded.tokenizer, made, family=export.family, max_length=longest)
+    if config.model.architecture != "encoder" and not (made / "generation_config.json").exists():
+        eos, pad = loaded.tokenizer.eos_id, loaded.tokenizer.pad_id
+        start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
+        settings = {"eos_token_id": eos, "pad_token_id": pad, **start, "max_new_tokens": 64}  # `t5like generate`'s
+        _write_json(made / "generation_config.json", settings)
+    card.write(made, workdir, loaded, export.family)
+
+
+def _record(kept: Path) -> Imported | None:
+    """What the import that made a run remembered, if one did."""
+    if not (kept / RECORD).is_file():
+        return None
+    try:
+        return Imported(**weights.read_json(kept / RECORD))
+    except TypeError:
+        raise CheckpointError(f"{kept / RECORD} is not as an import wrote it; move it away") from None
+
+
+# ---- Both ----
+
+
+def _check_empty(place: Path, flag: str) -> None:
+    if place.is_dir() and not any(place.iterdir()):
+        return
+    if place.exists():
+        raise ConfigError(f"{flag}={place} exists and is not an empty directory; name another one")
+
+
+class _made_beside:
+    """A directory to fill in a with statement, beside its place; renamed when that ends well, else removed."""
+
+    def __init__(self, place: Path):
+        self.place = place
+        self.beside = place.with_name(f".{place.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        try:
+            self.beside.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.place} can't be made: {error.strerror}") from None
+        return self.beside
+
+    def __exit__(self, kind, error, _) -> None:
+        try:
+            if kind is None:
+                self.beside.rename(self.place)
+        except OSError as failed:
+            raise CheckpointError(f"{self.place} can't be made: {failed.strerror}") from None
+        finally:
+            shutil.rmtree(self.beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{self.place} can't be written: {error.strerror}") from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

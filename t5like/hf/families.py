@@ -1,0 +1,476 @@
+"""A family's config.json as our model fields and back; what it has no word for is refused, naming the field.
+
+Read and written are the keys of transformers 5.24 (`rope_parameters`, `dtype`, `scale_decoder_outputs`); those of
+version 4 (`rope_theta` and `rope_scaling`, `torch_dtype`) are read too, and written beside the new ones where version 5
+allows it. A key that a file lacks has the default that transformers gives it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from t5like.config import Config, ModelConfig
+from t5like.errors import CheckpointError
+from t5like.hf.tables import DECODERS, ENCODER_DECODERS
+from t5like.model.layers import scales_logits
+
+FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert")
+ARCHITECTURES = {
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+    "umt5": "UMT5ForConditionalGeneration",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "bert": "BertForPreTraining",
+}
+
+# What every model of a family is here: an import begins with it, an export refuses anything else.
+_T5 = {
+    "architecture": "encoder_decoder",
+    "positions": "relative",
+    "norm": "rms",
+    "norm_position": "pre",
+    "embedding_norm": False,
+    "biases": False,
+    "scale_attention": False,
+    "qk_norm": False,
+    "num_kv_heads": 0,
+}
+_DECODER = {"architecture": "decoder", "norm_position": "pre", "embedding_norm": False, "scale_attention": True}
+_LLAMA = {**_DECODER, "positions": "rotary", "norm": "rms", "mlp": "gated_silu"}
+FIXED: dict[str, dict[str, Any]] = {
+    "t5": {**_T5, "relative_bias": "shared"},
+    "mt5": {**_T5, "relative_bias": "shared"},
+    "umt5": {**_T5, "relative_bias": "per_layer"},
+    "llama": {**_LLAMA, "qk_norm": False, "attention_window": 0},
+    "qwen3": {**_LLAMA, "qk_norm": True, "attention_window": 0, "biases": False},
+    "mistral": {**_LLAMA, "qk_norm": False, "biases": False},
+    "gpt2": {
+        **_DECODER,
+        "positions": "learned",
+        "norm": "layer",
+        "biases": True,
+        "qk_norm": False,
+        "attention_window": 0,
+        "num_kv_heads": 0,
+    },
+    "bert": {
+        "architecture": "encoder",
+        "positions": "learned",
+        "norm": "layer",
+        "norm_position": "post",
+        "embedding_norm": True,
+        "biases": True,
+        "tied_embeddings": True,
+        "scale_attention": True,
+        "qk_norm": False,
+        "num_kv_heads": 0,
+        "head": "mlm",
+    },
+}
+# The activation's name in config.json, the first of several that mean the same, -> model.mlp.
+_PLAIN = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
+MLPS = {
+    "t5": {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu", "gelu_new": "gelu"}
+    | {"gated-gelu_new": "gated_gelu", "gelu": "gelu_exact"},
+    "llama": {"silu": "gated_silu"},
+    "plain": _PLAIN,
+}
+
+
+def model_of(hf: Mapping[str, Any], *, untied: bool, pair_head: bool) -> tuple[str, ModelConfig]:
+    """The family, and the model that a config.json describes.
+
+    Args:
+        hf: the parsed file.
+        untied: whether the files hold an output head that is not the embedding.
+        pair_head: whether they hold BERT's pooler and next-sentence classifier.
+
+    Raises:
+        CheckpointError: a key has a value that none of our models has; with key, value, and what works.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise CheckpointError(f"config.json: model_type={family!r} is not one of {', '.join(FAMILIES)}")
+    for key in ("quantization_config", "add_cross_attention", "is_decoder"):
+        _must(hf, key, (None, False), None)
+    if family in ENCODER_DECODERS:
+        fields = _t5_fields(hf, family, untied=untied)
+    elif family in DECODERS:
+        fields = _llama_fields(hf, family)
+    else:
+        fields = {"gpt2": _gpt2_fields, "bert": _bert_fields}[family](hf)
+    if family == "bert":
+        fields["pair_head"] = pair_head
+    return family, ModelConfig(**{**FIXED[family], **fields})
+
+
+def check(family: str, config: Config) -> None:
+    """Refuse a model that the family has no words for.
+
+    Raises:
+        CheckpointError: with our field, its value, and what the family needs.
+    """
+    model = config.model
+    heads = model.num_kv_heads == model.num_heads  # the same as 0
+    for field, wanted in FIXED[family].items():
+        have = 0 if field == "num_kv_heads" and heads else getattr(model, field)
+        _can(family, have == wanted, f"model.{field}", getattr(model, field), wanted)
+    activations = set(_mlps(family).values())
+    _can(family, model.mlp in activations, "model.mlp", model.mlp, " or ".join(sorted(activations)))
+    if family in ("gpt2", "bert"):
+        joined = model.num_heads * model.head_dim
+        _can(family, joined == model.model_dim, "model.head_dim", model.head_dim, "model_dim / num_heads")
+    if family == "bert":
+        _can(family, model.token_types > 0, "model.token_types", model.token_types, "1 or more; use 2")
+    if family not in ("t5", "umt5"):
+        scaled = f"{model.logits_scale} (model_dim, as embeddings are tied and model.init=t5)"
+        _can(family, not scales_logits(model), "model.logits_scale", scaled, "none")
+    if model.architecture == "decoder" and config.data.objective != ("causal_lm",) and not config.data.messages_field:
+        # Elsewhere a prompt's tokens see those before them only.
+        both_ways = [name for name in config.data.objective if name != "causal_lm"]
+        _can(family, not both_ways, "data.objective", ",".join(both_ways), "causal_lm, for a prompt read one way")
+
+
+def numerics(model: ModelConfig) -> dict[str, Any]:
+    """The fields that a family's config.json carries, in one form: equal where two models compute the same."""
+    fields = dataclasses.asdict(model)
+    for name in ("init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat"):
+        del fields[name]
+    fields["logits_scale"] = scales_logits(model)
+    fields["num_kv_heads"] = model.num_kv_heads or model.num_heads
+    fields["num_decoder_layers"] = model.num_decoder_layers or model.num_layers
+    used = {"relative": ("relative_",), "rotary": ("rotary_",), "learned": ("max_length",)}
+    idle = tuple(prefix for kind, names in used.items() if kind != model.positions for prefix in names)
+    if model.positions == "rotary":
+        apart = {"llama3": ("rotary_low", "rotary_high"), "yarn": ("rotary_slow", "rotary_fast", "rotary_attention")}
+        idle += tuple(name for kind, names in apart.items() if kind != model.rotary_scaling for name in names)
+    return {name: value for name, value in fields.items() if not name.startswith(idle)}
+
+
+def default_family(model: ModelConfig) -> str:
+    """The family that a model trained here is nearest to."""
+    if model.architecture == "encoder_decoder":
+        return "umt5" if model.relative_bias == "per_layer" else "t5"
+    if model.architecture == "encoder":
+        return "bert"
+    if model.positions == "learned":
+        return "gpt2"
+    return "qwen3" if model.qk_norm else "mistral" if model.attention_window else "llama"
+
+
+def config_of(family: str, config: Config, *, rows: int, eos: int, pad: int, dtype: str) -> dict[str, Any]:
+    """The config.json of a model that `check` has let through.
+
+    Args:
+        rows: of the embedding, as it is written.
+        eos: id that ends a text.
+        pad: id that fills a row.
+        dtype: of the weights, such as float32.
+    """
+    write = {"gpt2": _gpt2_config, "bert": _bert_config}
+    keys = (_t5_config if family in ENCODER_DECODERS else _llama_config if family in DECODERS else write[family])(
+        family, config
+    )
+    architecture = ARCHITECTURES[family]
+    if family == "bert":
+        architecture = architecture if config.model.pair_head else "BertForMaskedLM"
+    return {
+        "model_type": family,
+        "architectures": [architecture],
+        **keys,
+        "vocab_size": rows,
+        **({"decoder_start_token_id": 0} if family in ENCODER_DECODERS else {}),
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def dropout_keys(family: str, rate: float) -> dict[str, float]:
+    """Dropout, where the family has it."""
+    if family in ENCODER_DECODERS:
+        return {"dropout_rate": rate}
+    if family in DECODERS:
+        return {"attention_dropout": rate}
+    if family == "gpt2":
+        return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), rate)
+    return dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), rate)
+
+
+# ---- T5, mT5, UMT5 ----
+
+
+def _t5_fields(hf: Mapping[str, Any], family: str, *, untied: bool) -> dict[str, Any]:
+    # transformers 5 ties the weights whatever the file says, unless there is a head and it differs; whether logits are
+    # scaled it keeps in a key of its own, which version 4 called tie_word_embeddings. mT5's are never scaled.
+    scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
+    return {
+        "num_layers": _whole(hf, "num_layers"),
+        "num_decoder_layers": _unless(_whole(hf, "num_layers"), _whole(hf, "num_decoder_layers", hf["num_layers"])),
+        "model_dim": _whole(hf, "d_model"),
+        "num_heads": _whole(hf, "num_heads"),
+        "head_dim": _whole(hf, "d_kv"),
+        "mlp_dim": _whole(hf, "d_ff"),
+        "mlp": _activation(hf, "feed_forward_proj", family, "relu" if family == "t5" else "gated-gelu"),
+        "relative_buckets": _whole(hf, "relative_attention_num_buckets", 32),
+        "relative_max_distance": _whole(hf, "relative_attention_max_distance", 128),
+        "norm_epsilon": _number(hf, "layer_norm_epsilon", 1e-6),
+        "dropout_rate": _number(hf, "dropout_rate", 0.1),
+        "tied_embeddings": not untied,
+        "logits_scale": _logits_scale(bool(scaled) and family != "mt5", tied=not untied),
+    }
+
+
+def _logits_scale(scaled: bool, *, tied: bool) -> str:
+    """auto where that means the same, so that the model is the one that our configs describe."""
+    return "auto" if scaled == tied else "model_dim" if scaled else "none"
+
+
+def _t5_config(family: str, config: Config) -> dict[str, Any]:
+    model = config.model
+    return {
+        "num_layers": model.num_layers,
+        "num_decoder_layers": model.num_decoder_layers or model.num_layers,
+        "d_model": model.model_dim,
+        "num_heads": model.num_heads,
+        "d_kv": model.head_dim,
+        "d_ff": model.mlp_dim,
+        "feed_forward_proj": _name_of(family, model.mlp),
+        "relative_attention_num_buckets": model.relative_buckets,
+        "relative_attention_max_distance": model.relative_max_distance,
+        "layer_norm_epsilon": model.norm_epsilon,
+        **dropout_keys(family, model.dropout_rate),
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": model.tied_embeddings,
+        **({} if family == "mt5" else {"scale_decoder_outputs": scales_logits(model)}),
+    }
+
+
+# ---- Llama, Qwen3, Mistral ----
+
+
+def _llama_fields(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
+    heads = _whole(hf, "num_attention_heads")
+    biases = _must(hf, "attention_bias", (False, True) if family == "llama" else (False,), False)
+    if family == "llama":
+        _must(hf, "mlp_bias", (biases,), False, f"attention_bias={biases}: both or neither")
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    if family == "qwen3":
+        _must(hf, "use_sliding_window", (False,), False)
+    layers = hf.get("layer_types")
+    same = "sliding_attention" if family == "mistral" and window else "full_attention"
+    if layers and set(layers) != {same}:
+        raise CheckpointError(f"config.json: layer_types={sorted(set(layers))} must all be {same} for {family}")
+    return {
+        "num_layers": _whole(hf, "num_hidden_layers"),
+        "model_dim": _whole(hf, "hidden_size"),
+        "num_heads": heads,
+        "num_kv_heads": _unless(heads, _whole(hf, "num_key_value_heads", heads)),
+        "head_dim": _whole(hf, "head_dim", 128 if family == "qwen3" else _whole(hf, "hidden_size") // heads),
+        "mlp_dim": _whole(hf, "intermediate_size"),
+        "mlp": _activation(hf, "hidden_act", family, "silu"),
+        "norm_epsilon": _number(hf, "rms_norm_eps", 1e-6),
+        "biases": biases,
+        "attention_window": (window or 0) if family == "mistral" else 0,
+        "tied_embeddings": _must(hf, "tie_word_embeddings", (False, True), False),
+        "init": "gpt2",
+        **_rotary_fields(hf),
+    }
+
+
+def _rotary_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    where = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise CheckpointError(
+            f"config.json: {where}.rope_type={kind!r} must be default, linear, llama3 or yarn; others are not built"
+        )
+    for key, allowed in (("partial_rotary_factor", 1.0), ("truncate", True)):
+        if rope.get(key, hf.get(key, allowed)) != allowed:
+            raise CheckpointError(f"config.json: {where}.{key}={rope.get(key, hf.get(key))!r} must be {allowed}")
+    fields: dict[str, Any] = {"rotary_base": _number({"rope_theta": 10_000.0, **hf, **rope}, "rope_theta")}
+    if kind == "default":
+        return fields
+    fields |= {"rotary_scaling": kind, "rotary_factor": _number(rope, "factor", where=where)}
+    if kind == "linear":
+        return fields
+    longest = hf.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    fields["rotary_original_length"] = _whole(
+        {"original_max_position_embeddings": longest, **rope}, "original_max_position_embeddings"
+    )
+    if kind == "llama3":
+        low, high = (_number(rope, f"{name}_freq_factor", where=where) for name in ("low", "high"))
+        return fields | {"rotary_low": low, "rotary_high": high}
+    fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
+    attention = rope.get("attention_factor") or 0.0
+    if not attention and rope.get("mscale") and rope.get("mscale_all_dim"):
+        grown = 0.1 * math.log(max(fields["rotary_factor"], 1.0))
+        attention = (grown * rope["mscale"] + 1) / (grown * rope["mscale_all_dim"] + 1)
+    return fields | {"rotary_fast": float(fast), "rotary_slow": float(slow), "rotary_attention": float(attention)}
+
+
+def _rotary_config(model: ModelConfig) -> dict[str, Any]:
+    if model.rotary_scaling == "none":
+        return {"rope_type": "default", "rope_theta": model.rotary_base}
+    rope = {"rope_type": model.rotary_scaling, "rope_theta": model.rotary_base, "factor": model.rotary_factor}
+    if model.rotary_scaling != "linear":
+        rope["original_max_position_embeddings"] = model.rotary_original_length
+    if model.rotary_scaling == "llama3":
+        rope |= {"low_freq_factor": model.rotary_low, "high_freq_factor": model.rotary_high}
+    if model.rotary_scaling == "yarn":
+        rope |= {"beta_fast": model.rotary_fast, "beta_slow": model.rotary_slow}
+        rope |= {"attention_factor": model.rotary_attention} if model.rotary_attention else {}
+    return rope
+
+
+def _llama_config(family: str, config: Config) -> dict[str, Any]:
+    model = config.model
+    longest = max(config.row_length, math.ceil(model.rotary_original_length * model.rotary_factor))
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.model_dim,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads or model.num_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.mlp_dim,
+        "hidden_act": _name_of(family, model.mlp),
+        "rms_norm_eps": model.norm_epsilon,
+        **({"attention_bias": model.biases} if family != "mistral" else {}),
+        **({"mlp_bias": model.biases} if family == "llama" else {}),
+        **({"sliding_window": model.attention_window or None} if family == "mistral" else {}),
+        **({"use_sliding_window": False, "sliding_window": None} if family == "qwen3" else {}),
+        **dropout_keys(family, model.dropout_rate),
+        "max_position_embeddings": longest,
+        "tie_word_embeddings": model.tied_embeddings,
+        "rope_theta": model.rotary_base,
+        "rope_parameters": _rotary_config(model),
+    }
+
+
+# ---- GPT-2, BERT ----
+
+
+def _gpt2_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    for key, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        _must(hf, key, (needed,), needed)
+    dim, heads = _whole(hf, "n_embd", 768), _whole(hf, "n_head", 12)
+    return {
+        "num_layers": _whole(hf, "n_layer", 12),
+        "model_dim": dim,
+        "num_heads": heads,
+        "head_dim": dim // heads,
+        "mlp_dim": _whole(hf, "n_inner", 4 * dim),
+        "mlp": _activation(hf, "activation_function", "gpt2", "gelu_new"),
+        "norm_epsilon": _number(hf, "layer_norm_epsilon", 1e-5),
+        "max_length": _whole(hf, "n_positions", 1024),
+        "dropout_rate": _number(hf, "resid_pdrop", 0.1),
+        "tied_embeddings": _must(hf, "tie_word_embeddings", (True, False), True),
+        "init": "gpt2",
+    }
+
+
+def _gpt2_config(family: str, config: Config) -> dict[str, Any]:
+    model = config.model
+    return {
+        "n_layer": model.num_layers,
+        "n_embd": model.model_dim,
+        "n_head": model.num_heads,
+        "n_inner": model.mlp_dim,
+        "n_positions": model.max_length,
+        "activation_function": _name_of(family, model.mlp),
+        "layer_norm_epsilon": model.norm_epsilon,
+        **dropout_keys(family, model.dropout_rate),
+        "tie_word_embeddings": model.tied_embeddings,
+    }
+
+
+def _bert_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    _must(hf, "position_embedding_type", ("absolute", None), None)
+    _must(hf, "tie_word_embeddings", (True,), True)
+    dim, heads = _whole(hf, "hidden_size", 768), _whole(hf, "num_attention_heads", 12)
+    return {
+        "num_layers": _whole(hf, "num_hidden_layers", 12),
+        "model_dim": dim,
+        "num_heads": heads,
+        "head_dim": dim // heads,
+        "mlp_dim": _whole(hf, "intermediate_size", 3072),
+        "mlp": _activation(hf, "hidden_act", "bert", "gelu"),
+        "norm_epsilon": _number(hf, "layer_norm_eps", 1e-12),
+        "max_length": _whole(hf, "max_position_embeddings", 512),
+        "token_types": _whole(hf, "type_vocab_size", 2),
+        "dropout_rate": _number(hf, "hidden_dropout_prob", 0.1),
+        "init": "bert",
+    }
+
+
+def _bert_config(family: str, config: Config) -> dict[str, Any]:
+    model = config.model
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.model_dim,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_dim,
+        "hidden_act": _name_of(family, model.mlp),
+        "layer_norm_eps": model.norm_epsilon,
+        "max_position_embeddings": model.max_length,
+        "type_vocab_size": model.token_types,
+        **dropout_keys(family, model.dropout_rate),
+        "tie_word_embeddings": True,
+    }
+
+
+# ---- Single keys ----
+
+
+def _mlps(family: str) -> dict[str, str]:
+    return MLPS["t5" if family in ENCODER_DECODERS else "llama" if family in DECODERS else "plain"]
+
+
+def _name_of(family: str, mlp: str) -> str:
+    return next(name for name, ours in _mlps(family).items() if ours == mlp)
+
+
+def _activation(hf: Mapping[str, Any], key: str, family: str, default: str) -> str:
+    names = _mlps(family)
+    return names[_must(hf, key, tuple(names), default)]
+
+
+def _must(hf: Mapping[str, Any], key: str, allowed: tuple, default: Any, because: str = "") -> Any:
+    value = hf.get(key, default)
+    if not any(value == one and type(value) is type(one) for one in allowed):
+        names = " or ".join(str(one) for one in allowed if one is not None)
+        raise CheckpointError(
+            f"config.json: {key}={value!r} must be {names}" + (f" beside {because}" if because else "")
+        )
+    return value
+
+
+def _whole(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = default if hf.get(key) is None else hf[key]
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json: {key}={value!r} must be a whole number of at least 1")
+    return value
+
+
+def _unless(usual: int, value: int) -> int:
+    """0 where a value is the usual one, as our fields have it."""
+    return 0 if value == usual else value
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
+    value = default if hf.get(key) is None else hf[key]
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise CheckpointError(f"config.json: {where}{'.' * bool(where)}{key}={value!r} must be a finite number, >= 0")
+    return float(value)
+
+
+def _can(family: str, holds: bool, field: str, value: Any, wanted: Any) -> None:
+    if not holds:
+        raise CheckpointError(f"{field}={value} can't be said by {family}, which needs {wanted}; see --family")
