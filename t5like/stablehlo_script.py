@@ -104,8 +104,11 @@ class Model:
         for token in [*ids, None]:
             if token is not None and token not in names:
                 plain.append(token)
-            else:
-                text, plain = text + model.decode(plain) + names.get(token, ""), []
+                continue
+            part = model.decode(plain)
+            if text and plain and model.id_to_piece(plain[0])[0] == "\u2581" and part[:1] != " ":
+                part = " " + part  # which some models leave out at the beginning of a text
+            text, plain = text + part + names.get(token, ""), []
         return text
 
 

@@ -17,6 +17,7 @@ which have a relative bias per layer. Kernels of attention may have heads and he
 Called by `main`.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ import tensorstore
 from t5like import mesh as meshes
 from t5like import run, tree
 from t5like import step as steps
-from t5like.config import Config
+from t5like.config import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, UserError
@@ -115,26 +116,37 @@ def import_run(source: Path, workdir: Path, config: Config) -> Iterator[str]:
     _check_config(config)
     tokenizer = Tokenizer.load(config.tokenizer.path, num_sentinels=config.tokenizer.num_sentinels)
     tokenizer.check(config.tokenizer)
-    found = {name: Stored(source, name, leaf) for name, leaf in read_index(source).items()}
-    layout, gated = _layout(found), config.model.mlp.startswith("gated")
-
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    settled = meshes.settle(config, mesh)
-    shape = steps.abstract_state(settled, pipeline.spec(settled), mesh)
+    one = dataclasses.replace(config, mesh=MeshConfig(data=1))
+    mesh = meshes.make_mesh(one, jax.devices()[:1])
+    shape = steps.abstract_state(meshes.settle(one, mesh), pipeline.spec(one), mesh)
     wanted = tree.flatten(shape.params)
-    places = {name: place(name, leaf.shape[0], layout, gated=gated) for name, leaf in wanted.items()}
-    _check_fit(places, wanted, found)
-    yield f"model      {tree.num_parameters(wanted):,} parameters, T5X, {layout}"
-
     with made_whole(workdir) as made:
-        leaves = [_filled(places[name], leaf, found) for name, leaf in wanted.items()]
+        layout, leaves = read_params(source, wanted)
+        yield f"model      {tree.num_parameters(wanted):,} parameters, T5X, {layout}"
         params = jax.tree.unflatten(jax.tree.structure(shape.params), leaves)
+        own = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.model"))
+        config = dataclasses.replace(config, tokenizer=own)
         run.open_run_directory(config, tokenizer, made)
         checkpoints = run.checkpoints_of(made, config)
         state = TrainState(jnp.zeros((), jnp.int32), params, None)
         checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
         checkpoints.close()
-    yield f"imported   {workdir}"
+    yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
+    yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... speaks with it"
+
+
+def read_params(source: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, list[Array]]:
+    """The parameters of a checkpoint, in the order of `wanted` and each where it says; and which layout they have.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or does not fit. Nothing but shapes has been read by then, unless a
+            file is damaged inside.
+    """
+    found = {name: Stored(source, name, leaf) for name, leaf in read_index(source).items()}
+    layout, gated = _layout(found), any(name.endswith("mlp/gate/kernel") for name in wanted)
+    places = {name: place(name, leaf.shape[0], layout, gated=gated) for name, leaf in wanted.items()}
+    _check_fit(places, wanted, found)
+    return layout, [_filled(places[name], leaf, found) for name, leaf in wanted.items()]
 
 
 def _check_config(config: Config) -> None:
