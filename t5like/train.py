@@ -86,14 +86,14 @@ def train(config: Config, workdir: Path) -> None:
     saved = checkpoints.latest()
     initial = None
     if saved == 0:  # weights from elsewhere, and no optimizer state
-        initial = Initial(imported_params(workdir, abstract), 0, [])
+        initial = Initial(imported_params(workdir, abstract), 0, [], [])
     elif saved is None and config.init_from.checkpoint:
         initial = initial_params(config, abstract, tokenizer)
     open_run_directory(asked, tokenizer, workdir)
     if initial and initial.report:
         write_report(workdir, config, initial)
         say(f"init_from  step {initial.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
-        for line in initial.report if config.init_from.adapt else ():
+        for line in [*(initial.report if config.init_from.adapt else ()), *initial.differs]:
             say(f"           {line}")
 
     # ---- State: own checkpoint, or init_from, or random; the step compiles meanwhile ----

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5like import tree
+from t5like import config_file, tree
 from t5like.checkpoint import Checkpoints, Leaf, Meta
 from t5like.config import Config
 from t5like.data.token_store import written_whole
@@ -36,6 +36,19 @@ from t5like.types import Array, TrainState
 
 ROW_DIMS = {"embedding": 0, "head": 1, "head_bias": 0}  # the parameters with a row for each id, and which dim that is
 REPORT = "init_from.txt"  # in the run directory
+FREE = tuple(  # fields of the model that change no output, and those that `Initial.report` tells of
+    f"model.{name}:"
+    for name in (
+        "architecture",
+        "num_layers",
+        "num_decoder_layers",
+        "dtype",
+        "layers",
+        "kernels",
+        "remat",
+        "vocab_multiple",
+    )
+)
 MEAN = -1  # in a row map: no old row
 
 
@@ -74,11 +87,13 @@ class Initial(NamedTuple):
         params: by name, each where the run's mesh has it; without those that begin at random.
         step: of the checkpoint.
         report: a line for each parameter: its name, and how it begins.
+        differs: what else of the model is not as it was there, a line for each field: it may be meant.
     """
 
     params: dict[str, Array]
     step: int
     report: list[str]
+    differs: list[str]
 
 
 def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -> Initial:
@@ -127,7 +142,10 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
             del array
     width = max(map(len, origins))
     report = [f"{name:{width}}  {_words(name, origin, rows)}" for name, origin in origins.items()]
-    return Initial(params, meta.step, report)
+    differs = config_file.difference(meta.config, config)
+    return Initial(
+        params, meta.step, report, [line for line in differs if line.startswith("model.") and not line.startswith(FREE)]
+    )
 
 
 def begin_with(params: dict[str, Array], state: TrainState) -> TrainState:
@@ -146,7 +164,10 @@ def write_report(workdir: Path, config: Config, initial: Initial) -> None:
         return
     init = config.init_from
     adapted = f", init_from.adapt={','.join(init.adapt)}" if init.adapt else ""
-    text = "\n".join([f"step {initial.step:,} of {init.checkpoint}{adapted}", "", *initial.report]) + "\n"
+    text = (
+        "\n".join([f"step {initial.step:,} of {init.checkpoint}{adapted}", "", *initial.report, *initial.differs])
+        + "\n"
+    )
     try:
         with written_whole(workdir / REPORT) as file:
             file.write(text.encode())

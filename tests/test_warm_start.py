@@ -26,7 +26,7 @@ def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
     """A tokenizer of 300 ids and so many, with `extra` pieces of its own, in front of all that both have."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([" ".join(SYLLABLES)] * 3),
+        sentence_iterator=iter(f"{first}{second} {second}" for first in SYLLABLES for second in SYLLABLES),
         model_writer=model,
         vocab_size=300 + len(extra),
         pad_id=0,
