@@ -145,6 +145,9 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--prompt_length", type=int, metavar="N", help="stablehlo: tokens that generate reads; default: as in training"
     )
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="stablehlo: of generate; 0: the likeliest token"
+    )
     return parser
 
 
@@ -313,6 +316,8 @@ def export_stablehlo(options: argparse.Namespace, _) -> None:
     for field in ("max_new_tokens", "prompt_length"):
         if (value := getattr(options, field)) is not None and value < 1:
             raise ConfigError(f"--{field}={value} must be at least 1; use --{field}=64")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature={options.temperature:g} must be at least 0; use --temperature=0.8")
     from t5like.stablehlo import export_run
 
     for line in export_run(
@@ -321,6 +326,7 @@ def export_stablehlo(options: argparse.Namespace, _) -> None:
         step=options.step,
         max_new_tokens=options.max_new_tokens,
         prompt_length=options.prompt_length,
+        temperature=options.temperature,
     ):
         print(line, flush=True)
 

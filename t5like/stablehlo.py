@@ -58,7 +58,13 @@ class Program(NamedTuple):
 
 
 def export_run(
-    workdir: Path, output: Path, *, step: int | None = None, max_new_tokens: int = 64, prompt_length: int | None = None
+    workdir: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    max_new_tokens: int = 64,
+    prompt_length: int | None = None,
+    temperature: float = 0.0,
 ) -> Iterator[str]:
     """Write a run's model as StableHLO into a directory; yields lines that say what happened.
 
@@ -68,6 +74,8 @@ def export_run(
         step: of the checkpoint; None: the latest.
         max_new_tokens: how many tokens `generate` makes.
         prompt_length: tokens of a prompt, padded; None: as long as the run's rows.
+        temperature: 0: `generate` takes the likeliest token; else it samples softmax(logits / temperature), and takes a
+            seed.
 
     Raises:
         ConfigError: the output is taken, or the lengths can't be.
@@ -76,7 +84,13 @@ def export_run(
     check_free(output, "--output")
     loaded = run.load(workdir, step)
     config = portable(loaded.config, run.saved_config(workdir).model.dtype)
-    made = programs(config, loaded.tokenizer.eos_id, max_new_tokens, prompt_length)
+    made = programs(
+        config,
+        loaded.tokenizer.eos_id,
+        max_new_tokens=max_new_tokens,
+        prompt_length=prompt_length,
+        temperature=temperature,
+    )
     params = tree.flatten(loaded.params)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     with made_whole(output) as directory:
@@ -102,8 +116,10 @@ def portable(config: Config, dtype: str) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def programs(config: Config, eos: int, max_new_tokens: int, prompt_length: int | None = None) -> dict[str, Program]:
-    """`forward` and `generate` of a model, by its architecture; parameters are a dict by name."""
+def programs(
+    config: Config, eos: int, *, max_new_tokens: int, prompt_length: int | None = None, temperature: float = 0.0
+) -> dict[str, Program]:
+    """`forward` and `generate` of a model, by its architecture; parameters are a dict by name. See `export_run`."""
     data, model = config.data, config.model
     inputs = {"encoder_decoder": data.inputs_length, "decoder": config.row_length}.get(
         model.architecture, data.inputs_length
@@ -137,7 +153,10 @@ def programs(config: Config, eos: int, max_new_tokens: int, prompt_length: int |
             ),
         }
 
-    def answer(params, prompt, lengths, prefix, temperature, seed):
+    decoder = model.architecture == "decoder"
+
+    def answer(params, prompt, lengths, *rest):
+        *prefix, seed = rest if temperature else (*rest, 0)
         return generate(
             config,
             nested(params),
@@ -146,11 +165,11 @@ def programs(config: Config, eos: int, max_new_tokens: int, prompt_length: int |
             jax.random.key(seed),
             max_new_tokens=max_new_tokens,
             eos=eos,
-            prefix_B=prefix if model.architecture == "decoder" else None,
+            prefix_B=prefix[0] if decoder else None,
             temperature=temperature,
         )
 
-    if model.architecture == "decoder":
+    if decoder:
         forward = Program(
             lambda params, ids, segments, prefix: apply(
                 params, Batch(ids, ids, segments, decoder_segments_BL=segments, prefix_BL=prefix != 0)
@@ -166,11 +185,9 @@ def programs(config: Config, eos: int, max_new_tokens: int, prompt_length: int |
             of(inputs="S", input_segments="S", ids="L", segments="L"),
             "logits [b, L, V]",
         )
-    scalars = {
-        "temperature": jax.ShapeDtypeStruct((), jnp.float32),
-        "seed": jax.ShapeDtypeStruct((), jnp.uint32),
-    }
-    arguments = of(prompt="P", lengths="", prefix="") | scalars
+    arguments = of(prompt="P", lengths="", **({"prefix": ""} if decoder else {}))
+    if temperature:
+        arguments["seed"] = jax.ShapeDtypeStruct((), jnp.uint32)
     return {"forward": forward, "generate": Program(answer, arguments, f"ids [b, {max_new_tokens}], 0 after EOS")}
 
 
@@ -296,7 +313,7 @@ weights is a dict of the arrays of weights.npz; b, the number of rows, is free. 
 padding; more texts in a row have the numbers 2, 3, ... Prompts are padded with 0, on the {
         "left" if config.model.architecture == "decoder" else "right"
     }; lengths says how many tokens are real, and prefix (decoder-only
-models) how many of those, or which places, see each other in both directions. temperature 0 takes the likeliest token.
+models) how many of those, or which places, see each other in both directions.
 
   import jax, jax.export, numpy
   weights = dict(numpy.load("weights.npz"))

@@ -31,7 +31,7 @@ class Model:
         program = jax.export.deserialize(bytearray((self.directory / f"{name}.jax").read_bytes()))
         return np.asarray(program.call(self.weights, *arguments))
 
-    def generate(self, ids: list[int], prefix: int = 0, temperature: float = 0.0, seed: int = 0) -> list[int]:
+    def generate(self, ids: list[int], prefix: int = 0, seed: int = 0) -> list[int]:
         """The ids that answer a prompt; of an encoder, the prompt's with its masks filled."""
         if self.architecture == "encoder":
             row, real = self.padded(ids, "generate", "ids")
@@ -39,8 +39,9 @@ class Model:
             mask = self.text["sentinels"]["<extra_id_0>"]
             return [int(said[i]) if token == mask else token for i, token in enumerate(ids)][1:-1]
         row, _ = self.padded(ids, "generate", "prompt", left=self.architecture == "decoder")
-        counts = (np.array([count], np.int32) for count in (len(ids), prefix))
-        said = self.call("generate", row, *counts, np.float32(temperature), np.uint32(seed))[0].tolist()
+        wanted = self.signature["programs"]["generate"]["arguments"]
+        values = {"lengths": np.int32([len(ids)]), "prefix": np.int32([prefix]), "seed": np.uint32(seed)}
+        said = self.call("generate", row, *(values[name] for name in wanted if name != "prompt"))[0].tolist()
         return said[: [*said, self.text["eos"]].index(self.text["eos"])]
 
     def forward(self, ids: list[int], prefix: int = 0) -> np.ndarray:
@@ -119,8 +120,7 @@ def main() -> None:
     given.add_argument("--prompt")
     given.add_argument("--ids", help="token ids of a prompt, separated by commas, as the model reads them")
     parser.add_argument("--prefix", type=int, default=0, help="with --ids: how many of them see each other")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of programs that sample")
     parser.add_argument("--logits", metavar="FILE", help="write forward's logits there instead of generating")
     options = parser.parse_args()
     model = Model(Path(__file__).resolve().parent)
@@ -131,7 +131,7 @@ def main() -> None:
     if options.logits:
         np.save(options.logits, model.forward(ids, prefix))
         return
-    said = model.generate(ids, prefix, options.temperature, options.seed)
+    said = model.generate(ids, prefix, options.seed)
     print(model.decode(said) if options.ids is None else ",".join(map(str, said)))
 
 

@@ -16,8 +16,8 @@ Called by `train`.
 """
 
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,19 +275,26 @@ def _as_stored(
 
 def _adapted(array: Array, sharding: NamedSharding, origin: Origin, rows: Rows | None) -> Array:
     if origin.layers:
-        place = np.array(origin.layers)
-        array = jax.jit(lambda x: x[place], out_shardings=sharding)(array)
+        array = _stacker(origin.layers, sharding)(array)
     if origin.rows is not None:
-        array = jax.jit(partial(_mapped, dim=origin.rows, rows=rows), out_shardings=sharding)(array)
+        known = (rows.old_V != MEAN).reshape([-1 if dim == origin.rows else 1 for dim in range(array.ndim)])
+        array = _mapper(origin.rows, rows.old_size, sharding)(array, np.maximum(rows.old_V, 0), known)
     return array
 
 
-def _mapped(x: Array, *, dim: int, rows: Rows) -> Array:
-    real = jax.lax.slice_in_dim(x, 0, rows.old_size, axis=dim)
-    mean = real.mean(dim, keepdims=True)
-    known = (rows.old_V != MEAN).reshape([-1 if d == dim else 1 for d in range(x.ndim)])
-    taken = jnp.take(x, np.maximum(rows.old_V, 0), axis=dim)
-    return jnp.where(jnp.broadcast_to(known, taken.shape), taken, jnp.broadcast_to(mean, taken.shape))
+@cache  # one program for all parameters of a shape
+def _stacker(layers: tuple[int, ...], sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x[np.array(layers)], out_shardings=sharding)
+
+
+@cache
+def _mapper(dim: int, old_size: int, sharding: NamedSharding) -> Callable[[Array, np.ndarray, np.ndarray], Array]:
+    def mapped(x: Array, old_V: Array, known: Array) -> Array:
+        mean = jax.lax.slice_in_dim(x, 0, old_size, axis=dim).mean(dim, keepdims=True)
+        taken = jnp.take(x, old_V, axis=dim)
+        return jnp.where(jnp.broadcast_to(known, taken.shape), taken, jnp.broadcast_to(mean, taken.shape))
+
+    return jax.jit(mapped, out_shardings=sharding)
 
 
 def _words(name: str, origin: Origin, rows: Rows | None) -> str:

@@ -1,6 +1,7 @@
 """Answers to held-out examples: what is asked, what is chosen against the whole forward pass, what is written."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -109,10 +110,12 @@ def test_a_run_begins_with_the_weights_of_another(supervised):
 def test_parameters_that_are_named_new_begin_at_random(supervised):
     first, records, _ = supervised("first", **{"train.num_steps": 20})
     begin = {"init_from.checkpoint": first, "train.num_steps": 1}
-    _, again, _ = supervised("second", **begin, **{"init_from.new": "head,decoder/.*"})
+    workdir, again, _ = supervised("second", **begin, **{"init_from.new": "head,decoder/.*"})
     untrained = next(record["eval/loss"] for record in records if "eval/loss" in record)
     assert again[1]["eval/loss"] > records[-1]["eval/loss"] + 0.5
     assert abs(again[1]["eval/loss"] - untrained) < 1
+    report = (workdir / "init_from.txt").read_text()
+    assert re.search(r"(?m)^encoder/final_norm/scale +copied$", report) and re.search(r"(?m)^head +new, at ran", report)
 
 
 @pytest.mark.parametrize(

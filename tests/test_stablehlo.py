@@ -81,7 +81,7 @@ def test_programs_of_every_architecture_export_without_a_custom_call(architectur
     if architecture == "decoder":
         model |= {"positions": "rotary", "mlp": "gated_silu", "num_kv_heads": 1}
     config = portable(small(model=model), "auto")
-    made = programs(config, 1, 3, 8)
+    made = programs(config, 1, max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0)
     batch = jax.tree.map(lambda x: x, Batch(*[None] * 3)._replace(**_rows(architecture)))
     params = steps.init_params(config, batch, jax.random.key(0))
     params = tree.flatten(jax.tree.map(lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names")))

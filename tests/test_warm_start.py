@@ -2,13 +2,12 @@
 
 import dataclasses
 import io
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import SYLLABLES, contents, random_batch, small
+from conftest import SYLLABLES, random_batch, small
 
 from t5like import config_file, tree
 from t5like import mesh as meshes
@@ -41,7 +40,6 @@ def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
 
 
 OLD, NEW = made_tokenizer([], 20), made_tokenizer(["alpha", "beta", "gamma"], 25)
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
 VOCABULARY = {"tokenizer": {"vocab_size": OLD.vocab_size}}
 
 
@@ -168,25 +166,10 @@ def test_what_differs_unnamed_is_refused_and_the_refusal_names_what_would_adapt_
         begun(decoder, tokenizer, model=model, data={"objective": "prefix_lm"})
 
 
-def test_a_run_grows_from_another_and_says_how_each_parameter_began(command, flags, trained, tmp_path, monkeypatch):
-    before = contents(trained)
-    monkeypatch.chdir(trained.parent)
-    flags = [flags[0].replace("configs/tiny.py", str(CONFIG)), *flags[1:]]
-    values = {
-        "init_from.checkpoint": trained.name,
-        "init_from.adapt": "vocabulary,depth",
-        "tokenizer.vocab_size": 420,
-        "model.num_layers": 2,
-        "train.num_steps": 1,
-    }
-    settings = [f"--config.{field}={value}" for field, value in values.items()]
-    code, out, err = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
-    assert code == 0, err
-    report = (tmp_path / "run" / "init_from.txt").read_text()
-    assert report.startswith(f"step 2 of {trained}, init_from.adapt=vocabulary,depth\n")
-    assert "of 420 rows by piece" in report and report.count("stacked from layers 0 0\n") > 20
-    assert all(line in out for line in report.splitlines()[2:])
-    monkeypatch.chdir(tmp_path)  # a relative checkpoint stays where it was
-    settings[0] = f"--config.init_from.checkpoint={trained}"
-    code, out, err = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
-    assert code == 0 and "complete" in out and contents(trained) == before, err
+def test_a_relative_checkpoint_is_made_absolute_so_that_the_run_goes_on_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small(init_from={"checkpoint": "runs/first"}, tokenizer={"vocab_size": 400})
+    assert config.init_from.checkpoint == f"{tmp_path}/runs/first"
+    assert config.tokenizer.path == f"{tmp_path}/runs/first/tokenizer.model"
+    far = {"checkpoint": "gs://bucket/first", "adapt": "vocabulary"}
+    assert small(init_from=far).init_from.checkpoint == "gs://bucket/first" and not small(init_from=far).tokenizer.path
