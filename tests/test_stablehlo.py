@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -76,25 +77,28 @@ def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported,
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder", "encoder"])
-def test_programs_of_every_architecture_export_without_a_custom_call(architecture, rng):
+def test_programs_of_every_architecture_export_without_a_custom_call_to_run(architecture, rng):
     model = {"architecture": architecture, "num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 16}
     if architecture == "decoder":
         model |= {"positions": "rotary", "mlp": "gated_silu", "num_kv_heads": 1}
     config = portable(small(model=model), "auto")
     made = programs(config, 1, max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0)
-    batch = jax.tree.map(lambda x: x, Batch(*[None] * 3)._replace(**_rows(architecture)))
-    params = steps.init_params(config, batch, jax.random.key(0))
-    params = tree.flatten(jax.tree.map(lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names")))
+    batch = Batch(*[None] * 3)._replace(**_rows(architecture))
+    boxes = jax.eval_shape(lambda: steps.init_params(config, batch, jax.random.key(0)))
+    shapes = tree.flatten(jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names")))
+    params = {name: rng.standard_normal(leaf.shape, np.float32) / 4 for name, leaf in shapes.items()}
     for program in made.values():
-        artifact = exported_program(program, jax.eval_shape(lambda: params))
+        artifact = exported_program(program, shapes)
         assert not artifact.disabled_safety_checks
-        assert "custom_call" not in artifact.mlir_module() and artifact.platforms == ("cpu", "cuda", "tpu")
+        calls = set(re.findall(r"custom_call @(\w+)", artifact.mlir_module()))
+        assert calls <= {"shape_assertion"}, calls  # resolved by jax before anything is compiled
+        assert artifact.platforms == ("cpu", "cuda", "tpu")
         assert "b" in str(artifact.in_avals) and config.model.dtype == "float32"
     if architecture == "encoder_decoder":
         return
     arguments = [stablehlo.example(leaf) for leaf in made["forward"].arguments.values()]
     ids = rng.integers(3, 400, arguments[0].shape).astype(np.int32)
-    forward = jax.export.deserialize(exported_program(made["forward"], jax.eval_shape(lambda: params)).serialize())
+    forward = jax.export.deserialize(exported_program(made["forward"], shapes).serialize())
     there = forward.call(params, ids, *arguments[1:])
     one = np.ones_like(ids)
     batch = Batch(ids, ids, one, prefix_BL=one > 0) if architecture == "decoder" else Batch(None, ids, one, ids, one)
