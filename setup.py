@@ -28,6 +28,7 @@ setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<0.9",
         "etils[epath,epy]>=1.9.1,<2",
+        "flatbuffers>=24.3,<26",  # jax.export, which reads and writes artifacts with it, does not ask for it
         "flax>=0.12,<0.13",
         "grain>=0.2.15,<0.3",
         "importlib_resources>=6.4,<8",  # TFDS imports it on every Python, but asks for it only on old ones

@@ -11,6 +11,7 @@ import ml_collections
 
 Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
 Metric = Literal["exact_match", "f1", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
+Adaptation = Literal["architecture", "vocabulary", "depth"]
 ARCHITECTURES: dict[str, tuple[str, ...]] = {  # which models can learn from an objective's rows
     "span_corruption": ("encoder_decoder", "decoder"),
     "mlm": ("encoder",),
@@ -165,9 +166,16 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    checkpoint: str = ""  # a run directory whose weights this run begins with, at step 0; its tokenizer comes with them
+    # A run directory whose weights this run begins with, at step 0. Its tokenizer comes with them, unless adapt has
+    # vocabulary. A relative path is made absolute.
+    checkpoint: str = ""
     step: int = 0  # of its checkpoints; 0: the latest
     new: tuple[str, ...] = ()  # parameter names, as regular expressions, that begin at random all the same
+    # What may differ from the model that the weights are of; anything else has to fit. RUN/init_from.txt says for each
+    # parameter how it began. architecture: an encoder-decoder from a decoder-only model, both stacks from its layers,
+    # cross-attention at random. vocabulary: another tokenizer; rows go by piece, those of new pieces begin at the mean.
+    # depth: more layers, the old stack repeated.
+    adapt: tuple[Adaptation, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,18 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
 
+from t5like import __version__
 from t5like.config import Config
 from t5like.errors import ConfigError
 from t5like.rules import check
 
-FORMAT = 1  # of a saved config; a later version upgrades older numbers and refuses newer ones
+FORMAT = 2  # of a saved config; older numbers are upgraded (`UPGRADES`), newer ones refused
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
@@ -95,8 +96,12 @@ def override(values: dict, name: str, text: str) -> None:
 def resolve(values: Mapping) -> Config:
     """Make the frozen config from nested dicts. Absent fields take their default; `rules` refuses."""
     config = _build(Config, values, "")
-    if config.init_from.checkpoint and not config.tokenizer.path:
-        path = str(Path(config.init_from.checkpoint) / "tokenizer.model")
+    if (checkpoint := config.init_from.checkpoint) and "://" not in checkpoint:
+        # The run may be continued from another folder.
+        checkpoint = str(Path(checkpoint).expanduser().absolute())
+        config = dataclasses.replace(config, init_from=dataclasses.replace(config.init_from, checkpoint=checkpoint))
+    if checkpoint and not config.tokenizer.path and "vocabulary" not in config.init_from.adapt:
+        path = str(Path(checkpoint) / "tokenizer.model")
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
     check(config)
     return config
@@ -115,9 +120,25 @@ def from_json(text: str) -> Config:
         values = None
     if not isinstance(values, dict):
         raise ConfigError("this is not a saved config: it must be a JSON object")
-    if (written := values.pop("format", None)) != FORMAT:
-        raise ConfigError(f"config format={written} is not the format {FORMAT} that this version reads")
+    written = values.pop("format", None)
+    if type(written) is not int or written < 1:
+        raise ConfigError(f"config format={written!r} is none of ours: they are 1 to {FORMAT}")
+    if written > FORMAT:
+        raise ConfigError(
+            f"config format={written} is newer than {FORMAT}, which t5like {__version__} reads; install a newer t5like"
+        )
+    for number in range(written, FORMAT):
+        values = UPGRADES[number](values)
     return resolve(values)
+
+
+def _from_1(values: dict) -> dict:
+    """Format 1 (written until commit e76e9e6) had fewer fields; what it did without them is what their defaults do."""
+    return values
+
+
+# What turns the values of a saved config of each older format into those of the next one.
+UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1}
 
 
 def difference(old: Config, new: Config) -> list[str]:

@@ -116,18 +116,38 @@ def build_parser() -> Parser:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
     sub = command("import", "Make a run of a model from elsewhere.")
-    sub.add_argument("--format", required=True, choices=sorted(IMPORTS), help="hf: a Hugging Face directory")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=sorted(IMPORTS),
+        help="hf: a Hugging Face directory; t5x: a checkpoint of T5X, with --config for its model",
+    )
     sub.add_argument("--input", required=True, type=Path, metavar="DIR")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory to make")
+    sub.add_argument(
+        "--config", metavar="FILE", help="t5x: the model, and tokenizer.path; --config.SECTION.FIELD=VALUE"
+    )
 
     sub = command("export", "Write a run's model for use elsewhere.")
-    sub.add_argument("--format", required=True, choices=sorted(EXPORTS), help="hf: a Hugging Face directory")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=sorted(EXPORTS),
+        help="hf: a Hugging Face directory; stablehlo: programs for cpu, cuda and tpu",
+    )
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
     sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="absent, or an empty directory")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
     sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
     sub.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="hf: of a file of weights; such as 500MB")
+    sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="stablehlo: that generate makes")
+    sub.add_argument(
+        "--prompt_length", type=int, metavar="N", help="stablehlo: tokens that generate reads; default: as in training"
+    )
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="stablehlo: of generate; 0: the likeliest token"
+    )
     return parser
 
 
@@ -249,15 +269,17 @@ def generate(options: argparse.Namespace, _) -> None:
     print(fill(options.prompt, answer) if gaps else answer)
 
 
-def import_hf(options: argparse.Namespace) -> None:
+def import_hf(options: argparse.Namespace, _) -> None:
     """`t5like import --format=hf`."""
+    if options.config:
+        raise ConfigError("--config is for --format=t5x: a Hugging Face directory has its own; leave it out")
     from t5like.hf.directory import import_run
 
     for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):
         print(line, flush=True)
 
 
-def export_hf(options: argparse.Namespace) -> None:
+def export_hf(options: argparse.Namespace, _) -> None:
     """`t5like export --format=hf`."""
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(K|M|G)?B?", options.max_shard_size.upper())
     if not size or float(size[1]) == 0:
@@ -276,14 +298,47 @@ def export_hf(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
+def import_t5x(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like import --format=t5x`."""
+    if not options.config:
+        raise ConfigError(
+            "--format=t5x needs --config: a T5X checkpoint has no config; use --config=configs/t5_small.py"
+        )
+    config = load_config(options, overrides)
+    from t5like.t5x import import_run
+
+    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute(), config):
+        print(line, flush=True)
+
+
+def export_stablehlo(options: argparse.Namespace, _) -> None:
+    """`t5like export --format=stablehlo`."""
+    for field in ("max_new_tokens", "prompt_length"):
+        if (value := getattr(options, field)) is not None and value < 1:
+            raise ConfigError(f"--{field}={value} must be at least 1; use --{field}=64")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature={options.temperature:g} must be at least 0; use --temperature=0.8")
+    from t5like.stablehlo import export_run
+
+    for line in export_run(
+        options.workdir.expanduser().absolute(),
+        options.output.expanduser().absolute(),
+        step=options.step,
+        max_new_tokens=options.max_new_tokens,
+        prompt_length=options.prompt_length,
+        temperature=options.temperature,
+    ):
+        print(line, flush=True)
+
+
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
-IMPORTS = {"hf": import_hf}
-EXPORTS = {"hf": export_hf}
+IMPORTS = {"hf": import_hf, "t5x": import_t5x}
+EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
 COMMANDS = {
     "train": train,
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
-    "import": lambda options, _: IMPORTS[options.format](options),
-    "export": lambda options, _: EXPORTS[options.format](options),
+    "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
+    "export": lambda options, overrides: EXPORTS[options.format](options, overrides),
 }

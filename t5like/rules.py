@@ -167,7 +167,7 @@ def _data(config: Config) -> None:
 
 
 def _init_from(config: Config) -> None:
-    for field in ("step", "new"):
+    for field in ("step", "new", "adapt"):
         _require(
             config,
             bool(config.init_from.checkpoint) or not getattr(config.init_from, field),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from t5like import config_file, tree
 from t5like import mesh as meshes
@@ -90,36 +89,6 @@ def load(workdir: Path, step: int | None = None) -> Run:
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
     params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
-
-
-def initial_params(config: Config, abstract: TrainState) -> tuple[dict[str, Array], int]:
-    """The weights of `init_from.checkpoint` by name, each where `abstract` says it lives, and the step they are from.
-
-    A parameter whose name matches `init_from.new` is not among them; every other one has to be there, with the same
-    shape and type, and nothing may be left over. The moving average is taken where that run keeps one.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it does not fit; with a list of the differences.
-        ConfigError: a pattern matches no parameter.
-    """
-    init = config.init_from
-    source = Path(init.checkpoint).expanduser()
-    if not (source / "config.json").is_file():
-        raise CheckpointError(
-            f"init_from.checkpoint={init.checkpoint} holds no run; name the directory of a trained one"
-        )
-    tree.mask(abstract.params, init.new, field="init_from.new")
-    checkpoints = Checkpoints(source / "checkpoints", keep=1)
-    meta = checkpoints.meta(init.step or None)
-    wanted = {name: leaf for name, leaf in tree.flatten(abstract.params).items() if not tree.matches(name, init.new)}
-    ema = any(name.startswith("ema/") for name in meta.leaves)
-    return checkpoints.restore_params(wanted, meta.step, ema=ema, without=init.new), meta.step
-
-
-def begin_with(params: dict[str, Array], state: TrainState) -> TrainState:
-    """A new state with these weights in place of random ones; step and optimizer are those of the beginning."""
-    whole = tree.map_named(lambda name, random: params.get(name, random), state.params)
-    return state._replace(params=whole, ema=None if state.ema is None else jax.tree.map(jnp.copy, whole))
 
 
 def imported(workdir: Path) -> bool:

@@ -30,15 +30,14 @@ from t5like.errors import Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, Prompt, fill, spans
 from t5like.run import (
-    begin_with,
     check_run_directory,
     checkpoints_of,
     imported_params,
-    initial_params,
     open_run_directory,
     with_its_tokenizer,
 )
 from t5like.types import COMPONENT_METRICS, Batch, Metrics, host_metrics
+from t5like.warm_start import REPORT, Initial, begin_with, initial_params, write_report
 
 SAMPLES = 3  # held-out passages shown at the end
 
@@ -85,13 +84,17 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
-    initial, origin = None, "the import"
+    initial = None
     if saved == 0:  # weights from elsewhere, and no optimizer state
-        initial = imported_params(workdir, abstract)
+        initial = Initial(imported_params(workdir, abstract), 0, [], [])
     elif saved is None and config.init_from.checkpoint:
-        initial, step_of = initial_params(config, abstract)
-        origin = f"step {step_of:,} of {config.init_from.checkpoint}"
+        initial = initial_params(config, abstract, tokenizer)
     open_run_directory(asked, tokenizer, workdir)
+    if initial and initial.report:
+        write_report(workdir, config, initial)
+        say(f"init_from  step {initial.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
+        for line in [*(initial.report if config.init_from.adapt else ()), *initial.differs]:
+            say(f"           {line}")
 
     # ---- State: own checkpoint, or init_from, or random; the step compiles meanwhile ----
     with ThreadPoolExecutor(1) as pool:
@@ -108,8 +111,9 @@ def train(config: Config, workdir: Path) -> None:
         else:
             state = step.new_state(config, batch, abstract)
             if initial:
-                state = begin_with(initial, state)
-                birth = f"from {origin}"
+                state = begin_with(initial.params, state)
+                birth = f"from step {initial.step:,} of {config.init_from.checkpoint}"
+                birth = birth if initial.report else "from the import"
         train_step = compiling.result()
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 

@@ -1,6 +1,7 @@
 """Answers to held-out examples: what is asked, what is chosen against the whole forward pass, what is written."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -107,8 +108,10 @@ def test_a_run_begins_with_the_weights_of_another_but_for_those_that_are_named_n
     _, again, said = supervised("second", **begin)
     assert again[1]["eval/loss"] == pytest.approx(learned, rel=1e-6)
     assert f"from step 20 of {first}" in said
-    _, renewed, _ = supervised("third", **begin, **{"init_from.new": "head,decoder/.*"})
+    workdir, renewed, _ = supervised("third", **begin, **{"init_from.new": "head,decoder/.*"})
     assert renewed[1]["eval/loss"] > learned + 0.5 and abs(renewed[1]["eval/loss"] - untrained) < 1
+    report = (workdir / "init_from.txt").read_text()
+    assert re.search(r"(?m)^encoder/final_norm/scale +copied$", report) and re.search(r"(?m)^head +new, at ran", report)
 
 
 @pytest.mark.parametrize(

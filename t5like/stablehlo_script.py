@@ -1,0 +1,139 @@
+"""Run the exported model beside this script: jax and numpy, and for text sentencepiece, are all that it needs.
+
+python run.py --prompt="def <extra_id_0>(self):"
+python run.py --ids=17,4,1
+python run.py --ids=17,4,1 --logits=logits.npy     what `forward` says, instead of generating
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.export
+import numpy as np
+
+
+class Model:
+    """The programs, weights and tokenizer of a directory that `t5like export --format=stablehlo` wrote."""
+
+    def __init__(self, directory: Path):
+        """Read the weights onto jax's default device."""
+        self.directory = directory
+        self.signature = json.loads((directory / "signature.json").read_text())
+        self.architecture, self.text = self.signature["architecture"], self.signature["text"]
+        with np.load(directory / "weights.npz", allow_pickle=False) as archive:
+            self.weights = {name: jax.numpy.asarray(archive[name]) for name in archive.files}
+
+    def call(self, name: str, *arguments) -> np.ndarray:
+        """Run `forward` or `generate` on the arguments that signature.json lists."""
+        program = jax.export.deserialize(bytearray((self.directory / f"{name}.jax").read_bytes()))
+        return np.asarray(program.call(self.weights, *arguments))
+
+    def generate(self, ids: list[int], prefix: int = 0, seed: int = 0) -> list[int]:
+        """The ids that answer a prompt; of an encoder, the prompt's with its masks filled."""
+        if self.architecture == "encoder":
+            row, real = self.padded(ids, "generate", "ids")
+            said = self.call("generate", row, real, *self.token_types("generate", row))[0]
+            mask = self.text["sentinels"]["<extra_id_0>"]
+            return [int(said[i]) if token == mask else token for i, token in enumerate(ids)][1:-1]
+        row, _ = self.padded(ids, "generate", "prompt", left=self.architecture == "decoder")
+        wanted = self.signature["programs"]["generate"]["arguments"]
+        values = {"lengths": np.int32([len(ids)]), "prefix": np.int32([prefix]), "seed": np.uint32(seed)}
+        said = self.call("generate", row, *(values[name] for name in wanted if name != "prompt"))[0].tolist()
+        return said[: [*said, self.text["eos"]].index(self.text["eos"])]
+
+    def forward(self, ids: list[int], prefix: int = 0) -> np.ndarray:
+        """Logits [L, V] at each id; of an encoder-decoder, which reads the ids, those of the first answered one."""
+        if self.architecture == "encoder_decoder":
+            read = self.padded(ids, "forward", "inputs")
+            return self.call("forward", *read, *self.padded([self.text["start"]], "forward", "ids"))[0, :1]
+        row, real = self.padded(ids, "forward", "ids")
+        more = self.token_types("forward", row)
+        if self.architecture == "decoder":
+            more = [(np.arange(row.shape[1]) < prefix).astype(np.int32)[None]]
+        return self.call("forward", row, real, *more)[0, : len(ids)]
+
+    def token_types(self, name: str, row: np.ndarray) -> list[np.ndarray]:
+        """The argument of a model that reads pairs: all of it is the first text."""
+        return [np.zeros_like(row)] if "token_types" in self.signature["programs"][name]["arguments"] else []
+
+    def padded(self, ids: list[int], name: str, argument: str, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """One row of ids, as long as the argument, and one that says which of them are real."""
+        length = int(self.signature["programs"][name]["arguments"][argument][1][1])
+        if not 0 < len(ids) <= length:
+            raise SystemExit(f"run.py: {len(ids)} tokens, but the exported program reads 1 to {length}")
+        gap, ones = [0] * (length - len(ids)), [1] * len(ids)
+        row, real = (gap + ids, gap + ones) if left else (ids + gap, ones + gap)
+        return np.array([row], np.int32), np.array([real], np.int32)
+
+    def tokenizer(self):
+        """The SentencePiece model."""
+        if not self.text["sentencepiece"]:
+            raise SystemExit("run.py: this model has no SentencePiece tokenizer; use --ids")
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=(self.directory / "tokenizer.model").read_bytes())
+
+    def encode(self, text: str) -> tuple[list[int], int]:
+        """A text as the prompt that the model was trained to read, and how many of its ids see each other."""
+        model, rules = self.tokenizer(), self.text
+
+        def ids_of(text: str) -> list[int]:
+            ids: list[int] = []
+            for part in re.split(r"(<extra_id_\d+>)", text):
+                ids += [rules["sentinels"][part]] if part in rules["sentinels"] else model.encode(part)
+            return ids
+
+        decoder = self.architecture == "decoder"
+        if self.architecture == "encoder":
+            return [rules["sentinels"]["<extra_id_1>"], *ids_of(text), rules["eos"]], 0
+        if rules["turns"]:
+            ids = [i for turn in rules["turns"] for i in (*ids_of(turn.replace("\0", text)), rules["eos"])]
+            return ([rules["start"], *ids] if decoder else ids), 0
+        answers = rules["answers"] and (not rules["goes_on"] or "<extra_id_" in text)
+        ids = (ids_of(text) + ([rules["eos"]] if answers else [])) or [rules["eos"]]
+        if decoder and answers:
+            return [*ids, rules["start"]], len(ids)
+        return ids, len(ids) if decoder and rules["sees_prompt"] else 0
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids as text, sentinels by their names."""
+        model, names = self.tokenizer(), {token: name for name, token in self.text["sentinels"].items()}
+        text, plain = "", []
+        for token in [*ids, None]:
+            if token is not None and token not in names:
+                plain.append(token)
+                continue
+            part = model.decode(plain)
+            if text and plain and model.id_to_piece(plain[0])[0] == "\u2581" and part[:1] != " ":
+                part = " " + part  # which some models leave out at the beginning of a text
+            text, plain = text + part + names.get(token, ""), []
+        return text
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser()
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt")
+    given.add_argument("--ids", help="token ids of a prompt, separated by commas, as the model reads them")
+    parser.add_argument("--prefix", type=int, default=0, help="with --ids: how many of them see each other")
+    parser.add_argument("--seed", type=int, default=0, help="of programs that sample")
+    parser.add_argument("--logits", metavar="FILE", help="write forward's logits there instead of generating")
+    options = parser.parse_args()
+    model = Model(Path(__file__).resolve().parent)
+    if options.ids is None:
+        ids, prefix = model.encode(options.prompt)
+    else:
+        ids, prefix = [int(token) for token in options.ids.split(",")], options.prefix
+    if options.logits:
+        np.save(options.logits, model.forward(ids, prefix))
+        return
+    said = model.generate(ids, prefix, options.seed)
+    print(model.decode(said) if options.ids is None else ",".join(map(str, said)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""StableHLO exports: what the programs say, that they run without t5like, that they are portable, what is refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from conftest import SYLLABLES, small
+
+from t5like import run, stablehlo, tree
+from t5like import step as steps
+from t5like.errors import CheckpointError
+from t5like.generate import Generator
+from t5like.model.transformer import Transformer
+from t5like.stablehlo import export_run, exported_program, portable, programs
+from t5like.types import Batch
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The export of an encoder-decoder, for eight new tokens."""
+    output = tmp_path_factory.mktemp("export") / "out"
+    lines = list(export_run(trained, output, max_new_tokens=8))
+    assert "int32[b, 32]" in lines[0]
+    return output
+
+
+def script(directory, *arguments, cwd) -> str:
+    """What run.py says in a process that can't import t5like: other folder, isolated, only what it needs at hand."""
+    code = (
+        "import sys, runpy; sys.modules['t5like'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(directory / "run.py"), *arguments],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_exported_forward_says_what_the_run_says_for_any_number_of_rows(exported, trained, rng):
+    loaded = run.load(trained)
+    program = jax.export.deserialize(bytearray((exported / "forward.jax").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    weights = dict(np.load(exported / "weights.npz"))
+    for rows in (1, 3):
+        inputs, ids = (rng.integers(3, 380, (rows, length)).astype(np.int32) for length in (32, 12))
+        real = (np.arange(32) < rng.integers(5, 33, (rows, 1))).astype(np.int32)
+        there = program.call(weights, inputs, real, ids, np.ones_like(ids))
+        batch = Batch(ids, ids, np.ones(ids.shape), inputs, real, np.ones_like(ids))
+        ours = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
+        np.testing.assert_allclose(there[..., :400], ours[..., :400], rtol=1e-6, atol=1e-6)
+        assert (np.asarray(there)[..., 400:] < -1e8).all()
+
+
+def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported, trained, tmp_path):
+    loaded = run.load(trained)
+    generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+    prompt = f"{SYLLABLES[0]}{SYLLABLES[3]} <extra_id_0> {SYLLABLES[5]}."
+    [answer] = generator([prompt], max_new_tokens=8)
+    assert script(exported, f"--prompt={prompt}", cwd=tmp_path).rstrip("\n") == answer
+    ids = generator.prompt(prompt).ids
+    script(exported, f"--ids={','.join(map(str, ids))}", f"--logits={tmp_path}/logits.npy", cwd=tmp_path)
+    row, zero = np.array([ids], np.int32), np.zeros((1, 1), np.int32)
+    batch = Batch(zero, zero, np.ones((1, 1)), row)
+    ours = Transformer(loaded.config).apply({"params": loaded.params}, batch)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder", "encoder"])
+def test_programs_of_every_architecture_export_without_a_custom_call_to_run(architecture, rng):
+    model = {"architecture": architecture, "num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 16}
+    if architecture == "decoder":
+        model |= {"positions": "rotary", "mlp": "gated_silu", "num_kv_heads": 1}
+    config = portable(small(model=model), "auto")
+    made = programs(config, 1, max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0)
+    batch = Batch(*[None] * 3)._replace(**_rows(architecture))
+    boxes = jax.eval_shape(lambda: steps.init_params(config, batch, jax.random.key(0)))
+    shapes = tree.flatten(jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names")))
+    params = {name: rng.standard_normal(leaf.shape, np.float32) / 4 for name, leaf in shapes.items()}
+    for program in made.values():
+        artifact = exported_program(program, shapes)
+        assert not artifact.disabled_safety_checks
+        calls = set(re.findall(r"custom_call @(\w+)", artifact.mlir_module()))
+        assert calls <= {"shape_assertion"}, calls  # resolved by jax before anything is compiled
+        assert artifact.platforms == ("cpu", "cuda", "tpu")
+        assert "b" in str(artifact.in_avals) and config.model.dtype == "float32"
+    if architecture == "encoder_decoder":
+        return
+    arguments = [stablehlo.example(leaf) for leaf in made["forward"].arguments.values()]
+    ids = rng.integers(3, 400, arguments[0].shape).astype(np.int32)
+    forward = jax.export.deserialize(exported_program(made["forward"], shapes).serialize())
+    there = forward.call(params, ids, *arguments[1:])
+    one = np.ones_like(ids)
+    batch = Batch(ids, ids, one, prefix_BL=one > 0) if architecture == "decoder" else Batch(None, ids, one, ids, one)
+    ours = Transformer(config).apply({"params": stablehlo.nested(params)}, batch)
+    np.testing.assert_allclose(there, ours, rtol=1e-5, atol=1e-6)
+
+
+def _rows(architecture: str) -> dict:
+    ids = np.ones((1, 4), np.int32)
+    read = {"encoder_BS": ids} if architecture != "decoder" else {}
+    said = {"decoder_BL": ids} if architecture != "encoder" else {}
+    return {"targets_BL": ids, "weights_BL": ids, **read, **said}
+
+
+def test_the_files_are_as_the_signature_says_and_a_damaged_one_is_noticed(exported, trained, tmp_path, monkeypatch):
+    signature = json.loads((exported / "signature.json").read_text())
+    assert signature["programs"]["generate"]["arguments"]["prompt"] == ["int32", ["b", "32"]]
+    assert (
+        signature["step"] == 2
+        and (exported / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
+    )
+    save = stablehlo.save_weights
+    monkeypatch.setattr(
+        stablehlo, "save_weights", lambda path, params: save(path, params | {"head": params["head"] * 2})
+    )
+    with pytest.raises(CheckpointError, match="head was not written as it is"):
+        list(export_run(trained, tmp_path / "out", max_new_tokens=8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_exports_and_refuses_a_taken_place(command, trained, exported):
+    arguments = ["export", "--format=stablehlo", f"--workdir={trained}", f"--output={exported}"]
+    code, _, err = command(*arguments)
+    assert code == 2 and "is not an empty directory" in err
+    assert command(*arguments, "--max_new_tokens=0")[0] == 2
