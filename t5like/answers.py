@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5like import scores
+from t5like import losses, scores
 from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
@@ -145,7 +144,7 @@ class Answers:
         for begin in range(0, len(pairs), ROWS):
             some = pairs[begin : begin + ROWS]
             batch = answered(self.config, some + some[:1] * (ROWS - len(some)), width, max(map(len, self._choices)))
-            nats += nats_of(self.config, params, batch)[: len(some)].tolist()
+            nats += scored(self.config, params, batch).nats_B[: len(some)].tolist()
         nats_NC = np.reshape(nats, (len(self.questions), -1))
         return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC
 
@@ -177,13 +176,25 @@ def answered(config: Config, pairs: Sequence[tuple[Prompt, Sequence[int]]], widt
     return Batch(ids_BL, targets_BL, weights_BL, ids_BS, segments_BS, ones_BL)
 
 
+class Scored(NamedTuple):
+    """Of each row's weighted targets together.
+
+    Attributes:
+        nats_B: float32, their -log p; the likeliest has the fewest.
+        greedy_B: bool, whether each of them is the likeliest token at its place.
+    """
+
+    nats_B: jax.Array
+    greedy_B: jax.Array
+
+
 @partial(jax.jit, static_argnames="config")
-def nats_of(config: Config, params: Tree, batch: Batch) -> jax.Array:
-    """float32 [B]: nats of each row's weighted targets together; the likeliest has the fewest."""
+def scored(config: Config, params: Tree, batch: Batch) -> Scored:
+    """How likely the rows' targets are, given what the rows read."""
     logits_BLV = Transformer(config).apply({"params": params}, batch)
-    log_p_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
-    nats_BL = -jnp.take_along_axis(log_p_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
-    return (nats_BL * batch.weights_BL).sum(1)
+    nats_BL = losses.nats(logits_BLV, batch.targets_BL)
+    likeliest_BL = (logits_BLV.argmax(-1) == batch.targets_BL) | (batch.weights_BL == 0)
+    return Scored((nats_BL * batch.weights_BL).sum(1), likeliest_BL.all(1))
 
 
 def write_predictions(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> Path:

@@ -9,7 +9,7 @@ from conftest import random_batch, small
 
 from t5like import mesh as meshes
 from t5like import step
-from t5like.answers import answered, nats_of
+from t5like.answers import answered, scored
 from t5like.generate import Prompt
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
@@ -32,7 +32,7 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
     else:
         prompts = [Prompt(ids) for ids in asked]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    found = nats_of(config, params, answered(config, pairs, 9, 4))
+    found = scored(config, params, answered(config, pairs, 9, 4)).nats_B
     for (prompt, answer), nats in zip(pairs, found, strict=True):
         ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
         if architecture == "decoder":
