@@ -197,9 +197,9 @@ def scored(config: Config, params: Tree, batch: Batch) -> Scored:
     return Scored((nats_BL * batch.weights_BL).sum(1), likeliest_BL.all(1))
 
 
-def write_predictions(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> Path:
-    """Write ``predictions/STEP.jsonl`` in a run directory, whole or not at all."""
-    path = workdir / "predictions" / f"{step}.jsonl"
+def write_predictions(workdir: Path, name: int | str, records: Sequence[dict[str, Any]]) -> Path:
+    """Write ``predictions/NAME.jsonl`` in a run directory, whole or not at all; NAME is or begins with the step."""
+    path = workdir / "predictions" / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     with written_whole(path) as file:
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())

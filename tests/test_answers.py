@@ -32,8 +32,8 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
     else:
         prompts = [Prompt(ids) for ids in asked]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    found = scored(config, params, answered(config, pairs, 9, 4)).nats_B
-    for (prompt, answer), nats in zip(pairs, found, strict=True):
+    found = scored(config, params, answered(config, pairs, 9, 4))
+    for (prompt, answer), nats, greedy in zip(pairs, *found, strict=True):
         ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
         if architecture == "decoder":
             row = np.array([[*prompt.ids, *answer[:-1]]])
@@ -43,7 +43,7 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
             batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
         logits = Transformer(config).apply({"params": params}, batch)[0, -len(answer) :]
         wanted = -jax.nn.log_softmax(logits)[np.arange(len(answer)), answer].sum()
-        assert nats == pytest.approx(float(wanted), rel=1e-5)
+        assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (logits.argmax(-1) == answer).all()
 
 
 # ---- Through the command line ----
