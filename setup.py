@@ -57,6 +57,8 @@ setup(
             "sacrebleu>=2.5,<3",
             "zstandard>=0.23,<0.26",
         ],
+        "harness": ["datasets>=4,<6", "lm-eval>=0.4.9,<0.5"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
+        "parity": ["datasets>=4,<6", "lm-eval>=0.4.9,<0.5", "torch==2.13.0", "transformers>=5,<6"],  # of tests/live
     },
 )

@@ -129,7 +129,7 @@ def evaluate_tasks(
 
     Args:
         tasks: names of tasks, groups or tags.
-        directory: with YAML files of more tasks.
+        directory: with YAML files of more tasks; paths in them are relative to it.
         limit: the first examples of each task; None: all.
         shots: examples with answers before each question; None: what the task says.
 
@@ -144,7 +144,9 @@ def evaluate_tasks(
     for name in ("lm_eval", "lm-eval", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
+    directory = None if directory is None else directory.expanduser().absolute()
+    # Standard output is for the result alone; data files that a task names are found from its directory.
+    with contextlib.redirect_stdout(sys.stderr), contextlib.chdir(directory or "."):
         manager = TaskManager(include_path=None if directory is None else str(directory))
         check_tasks(manager, tasks, directory)
         model = T5LikeLM(run)

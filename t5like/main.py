@@ -108,7 +108,9 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--tasks", metavar="NAME[,NAME]", help="of lm-evaluation-harness instead (pip install 't5like[harness]')"
     )
-    sub.add_argument("--tasks_dir", type=Path, metavar="DIR", help="of YAML files with more tasks")
+    sub.add_argument(
+        "--tasks_dir", type=Path, metavar="DIR", help="of YAML files with more tasks; paths in them start there"
+    )
     sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
     sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
 
