@@ -7,7 +7,7 @@ Choosing among given answers by their total log-likelihood is the rank classific
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,10 +89,20 @@ class Answers:
                 f"evaluate.choices in tokens; use {longest}"
             )
 
-    def __call__(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """``eval/score/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats."""
+    @property
+    def count(self) -> int:
+        """How many rows one call takes: questions, each with all of its choices."""
+        return len(self.questions) * max(len(self._choices), 1)
+
+    def __call__(
+        self, params: Tree, progress: Callable[[int], None] = lambda done: None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """``eval/score/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats.
+
+        `progress` hears how many rows of `count` are done.
+        """
         with jax.set_mesh(self.mesh):
-            said, nats_NC = self._choose(params) if self._choices else self._generate(params)
+            said, nats_NC = (self._choose if self._choices else self._generate)(params, progress)
         records = [
             {"inputs": self.tokenizer.decode(question.read), "target": right, "prediction": text}
             for question, [right], text in zip(self.questions, self.right, said, strict=True)
@@ -126,7 +136,7 @@ class Answers:
         found = scores.score(self.config.evaluate.metrics, said, self.right)
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
-    def _generate(self, params: Tree) -> tuple[list[str], None]:
+    def _generate(self, params: Tree, progress: Callable[[int], None]) -> tuple[list[str], None]:
         generator = Generator(self.config, params, self.tokenizer)
         width = max(len(question.prompt.ids) for question in self.questions)
         said: list[str] = []
@@ -135,9 +145,10 @@ class Answers:
             filled = prompts + prompts[:1] * (ROWS - len(prompts))  # one shape for all, so that one program does
             most = self.config.evaluate.max_new_tokens or self.config.data.targets_length
             said += generator.texts(generator.ids(filled, max_new_tokens=most, width=width)[: len(prompts)])
+            progress(len(said))
         return said, None
 
-    def _choose(self, params: Tree) -> tuple[list[str], np.ndarray]:
+    def _choose(self, params: Tree, progress: Callable[[int], None]) -> tuple[list[str], np.ndarray]:
         pairs = [(question.prompt, choice) for question in self.questions for choice in self._choices]
         width = max(len(question.prompt.ids) for question in self.questions)
         nats: list[float] = []
@@ -145,6 +156,7 @@ class Answers:
             some = pairs[begin : begin + ROWS]
             batch = answered(self.config, some + some[:1] * (ROWS - len(some)), width, max(map(len, self._choices)))
             nats += scored(self.config, params, batch).nats_B[: len(some)].tolist()
+            progress(len(nats))
         nats_NC = np.reshape(nats, (len(self.questions), -1))
         return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC
 

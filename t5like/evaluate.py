@@ -6,9 +6,8 @@ held-out row counts once, and rows that only fill the last batch weigh nothing.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +117,17 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float], list
     heldout = pipeline.open_split(config, stores, "heldout")
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer, every=True)
-    count, begin = evaluator.num_batches, time.monotonic()
-    with Progress(count, log_every=100, primary=jax.process_index() == 0, unit="batch") as progress:
-        left = lambda done: (time.monotonic() - begin) / done * (count - done)
-        found = evaluator(run.params, lambda done: progress.update(done, {}, left(done)))
+    shown = partial(Progress, log_every=100, primary=jax.process_index() == 0)
+    with shown(evaluator.num_batches, unit="batch") as progress:
+        found = evaluator(run.params, progress.timed())
     values = {"step": run.step, **found, **evaluator.baselines()}
     if left_out := sum(getattr(part, "too_long", 0) for part in heldout):
         values["eval/left_out"] = left_out
     if not config.evaluate.metrics:
         return values, []
     answers = Answers(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
-    found, records = answers(run.params)
+    with shown(answers.count, unit="answer") as progress:
+        found, records = answers(run.params, progress.timed())
     return values | found | answers.baselines(), records
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,13 +109,12 @@ class Shown:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._begin = 0.0
 
     def __call__(self, what: str, done: int, count: int) -> None:
         if self._bar is None:
-            self._bar, self._begin = Progress(count, log_every=1000, unit=what), time.monotonic()
-            self._bar.__enter__()
-        self._bar.update(done, {}, (time.monotonic() - self._begin) / done * (count - done))
+            self._bar = Progress(count, log_every=1000, unit=what).__enter__()
+            self._show = self._bar.timed()
+        self._show(done)
         if done == count:
             self._bar.__exit__(None, None, None)
             self._bar = None

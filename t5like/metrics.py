@@ -373,6 +373,12 @@ class Progress:
             self._printed = step
             print(text, file=sys.stderr, flush=True)
 
+    def timed(self) -> Callable[[int], None]:
+        """A function to call with how much is done, from now on; it shows that, and the time left."""
+        begin = time.monotonic()
+        left = lambda done: (time.monotonic() - begin) / done * (self._num_steps - done)
+        return lambda done: self.update(done, {}, left(done))
+
     def note(self, text: str) -> None:
         """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""
         if self._primary:

@@ -64,11 +64,14 @@ def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte
     evaluator, params = evaluator_of(texts, **MIXED)
     config, values = evaluator.config, evaluator(params)
     nats_C, tokens_C, bytes_C = np.zeros(4), np.zeros(4), np.zeros(4)
+    zero = step.zero_metrics(config, evaluator.heldout.at(0))
     for index in range(evaluator.num_batches):
         batch = evaluator.heldout.at(index)
         for component in range(4):  # the loss of its rows alone, and their targets' text
             mine = batch._replace(weights_BL=batch.weights_BL * (batch.component_B1 == component))
-            nats_C[component] += evaluator._step(params, mine, step.zero_metrics(config, batch))["loss"].total
+            with jax.set_mesh(evaluator.mesh):
+                on_device = meshes.to_global(mine, evaluator.mesh, config.data.batch_size)
+                nats_C[component] += evaluator._step(params, on_device, zero)["loss"].total
             for targets, weights in zip(mine.targets_BL, mine.weights_BL, strict=True):
                 text = re.sub("<extra_id_[0-9]+>", "", evaluator.tokenizer.decode(targets[weights > 0]))
                 bytes_C[component] += len(text.encode())

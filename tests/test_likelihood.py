@@ -170,9 +170,13 @@ def test_windows_predict_every_token_once_behind_all_that_has_room(shape, models
 def test_what_is_said_ends_before_the_first_stop_text(models):
     model, contexts = models("decoder"), ["ba de fi", "go"]
     said = model.continuations(contexts, most=8)
-    likely = [model.case(context, "") for context in contexts]  # whose first token the model finds the likeliest
-    firsts = [case._replace(answer=[model.tokenizer.encode(text)[0]]) for case, text in zip(likely, said, strict=True)]
-    assert all(one.greedy for one in model.score(firsts))
+    prompts = [model.case(context, "").prompt for context in contexts]
+    ids_BL = model.generator.ids(prompts + prompts[:1] * (ROWS - 2), max_new_tokens=8, width=32)[:2]
+    assert said == model.generator.texts(ids_BL) and all(said)
+    answers = [
+        Case(prompt, [token for token in ids if token]) for prompt, ids in zip(prompts, ids_BL.tolist(), strict=True)
+    ]
+    assert all(one.greedy for one in model.score(answers))
     stop = said[0][len(said[0]) // 2 :][:2]
     assert model.continuations(contexts, most=8, stop=[stop, "\n\n"])[0] == said[0][: said[0].index(stop)]
 
