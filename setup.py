@@ -59,6 +59,6 @@ setup(
         ],
         "harness": ["datasets>=4,<6", "lm-eval>=0.4.9,<0.5"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
-        "parity": ["datasets>=4,<6", "lm-eval>=0.4.9,<0.5", "torch==2.13.0", "transformers>=5,<6"],  # of tests/live
+        "parity": ["datasets>=4,<6", "lm-eval[hf]>=0.4.9,<0.5", "torch==2.13.0", "transformers>=5,<6"],  # of tests/live
     },
 )
