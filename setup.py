@@ -59,7 +59,8 @@ setup(
             "tokenizers>=0.22,<0.24",
             "zstandard>=0.23,<0.26",
         ],
-        "parity": ["torch==2.13.0", "transformers>=5,<6"],
+        "harness": ["datasets>=4,<6", "lm-eval>=0.4.9,<0.5"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
+        "parity": ["datasets>=4,<6", "lm-eval[hf]>=0.4.9,<0.5", "torch==2.13.0", "transformers>=5,<6"],  # of tests/live
     },
 )

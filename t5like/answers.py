@@ -7,17 +7,16 @@ Choosing among given answers by their total log-likelihood is the rank classific
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5like import scores
+from t5like import losses, scores
 from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
@@ -90,10 +89,20 @@ class Answers:
                 f"evaluate.choices in tokens; use {longest}"
             )
 
-    def __call__(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """``eval/score/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats."""
+    @property
+    def count(self) -> int:
+        """How many rows one call takes: questions, each with all of its choices."""
+        return len(self.questions) * max(len(self._choices), 1)
+
+    def __call__(
+        self, params: Tree, progress: Callable[[int], None] = lambda done: None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """``eval/score/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats.
+
+        `progress` hears how many rows of `count` are done.
+        """
         with jax.set_mesh(self.mesh):
-            said, nats_NC = self._choose(params) if self._choices else self._generate(params)
+            said, nats_NC = (self._choose if self._choices else self._generate)(params, progress)
         records = [
             {"inputs": self.tokenizer.decode(question.read), "target": right, "prediction": text}
             for question, [right], text in zip(self.questions, self.right, said, strict=True)
@@ -127,7 +136,7 @@ class Answers:
         found = scores.score(self.config.evaluate.metrics, said, self.right)
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
-    def _generate(self, params: Tree) -> tuple[list[str], None]:
+    def _generate(self, params: Tree, progress: Callable[[int], None]) -> tuple[list[str], None]:
         generator = Generator(self.config, params, self.tokenizer)
         width = max(len(question.prompt.ids) for question in self.questions)
         said: list[str] = []
@@ -136,16 +145,18 @@ class Answers:
             filled = prompts + prompts[:1] * (ROWS - len(prompts))  # one shape for all, so that one program does
             most = self.config.evaluate.max_new_tokens or self.config.data.targets_length
             said += generator.texts(generator.ids(filled, max_new_tokens=most, width=width)[: len(prompts)])
+            progress(len(said))
         return said, None
 
-    def _choose(self, params: Tree) -> tuple[list[str], np.ndarray]:
+    def _choose(self, params: Tree, progress: Callable[[int], None]) -> tuple[list[str], np.ndarray]:
         pairs = [(question.prompt, choice) for question in self.questions for choice in self._choices]
         width = max(len(question.prompt.ids) for question in self.questions)
         nats: list[float] = []
         for begin in range(0, len(pairs), ROWS):
             some = pairs[begin : begin + ROWS]
             batch = answered(self.config, some + some[:1] * (ROWS - len(some)), width, max(map(len, self._choices)))
-            nats += nats_of(self.config, params, batch)[: len(some)].tolist()
+            nats += scored(self.config, params, batch).nats_B[: len(some)].tolist()
+            progress(len(nats))
         nats_NC = np.reshape(nats, (len(self.questions), -1))
         return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC
 
@@ -177,18 +188,30 @@ def answered(config: Config, pairs: Sequence[tuple[Prompt, Sequence[int]]], widt
     return Batch(ids_BL, targets_BL, weights_BL, ids_BS, segments_BS, ones_BL)
 
 
+class Scored(NamedTuple):
+    """Of each row's weighted targets together.
+
+    Attributes:
+        nats_B: float32, their -log p; the likeliest has the fewest.
+        greedy_B: bool, whether each of them is the likeliest token at its place.
+    """
+
+    nats_B: jax.Array
+    greedy_B: jax.Array
+
+
 @partial(jax.jit, static_argnames="config")
-def nats_of(config: Config, params: Tree, batch: Batch) -> jax.Array:
-    """float32 [B]: nats of each row's weighted targets together; the likeliest has the fewest."""
+def scored(config: Config, params: Tree, batch: Batch) -> Scored:
+    """How likely the rows' targets are, given what the rows read."""
     logits_BLV = Transformer(config).apply({"params": params}, batch)
-    log_p_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
-    nats_BL = -jnp.take_along_axis(log_p_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
-    return (nats_BL * batch.weights_BL).sum(1)
+    nats_BL = losses.nats(logits_BLV, batch.targets_BL)
+    likeliest_BL = (logits_BLV.argmax(-1) == batch.targets_BL) | (batch.weights_BL == 0)
+    return Scored((nats_BL * batch.weights_BL).sum(1), likeliest_BL.all(1))
 
 
-def write_predictions(workdir: Path, step: int, records: Sequence[dict[str, Any]]) -> Path:
-    """Write ``predictions/STEP.jsonl`` in a run directory, whole or not at all."""
-    path = workdir / "predictions" / f"{step}.jsonl"
+def write_predictions(workdir: Path, name: int | str, records: Sequence[dict[str, Any]]) -> Path:
+    """Write ``predictions/NAME.jsonl`` in a run directory, whole or not at all; NAME is or begins with the step."""
+    path = workdir / "predictions" / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     with written_whole(path) as file:
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())

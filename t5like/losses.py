@@ -1,6 +1,7 @@
 """Losses on targets, as sums: (total, weight) is divided once, after microbatches, devices and hosts are added.
 
-All in float32. `step` decides whether the logits exist whole (`cross_entropy`) or a chunk at a time (`in_chunks`).
+All in float32. `step` decides whether the logits exist whole (`cross_entropy`) or a chunk at a time (`in_chunks`);
+`nats` gives each token's own, for answers and choices.
 Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with; label smoothing is Szegedy et al. 2016;
 next-sentence prediction is BERT's (Devlin et al. 2019, section 3.1).
 """
@@ -100,6 +101,24 @@ def next_sentence(logits_B2: jax.Array, follows_B1: jax.Array, *, row_weight: fl
     )
 
 
+def nats(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
+    """float32 [B, L]: nats of each target, -log p: the numbers that `cross_entropy` weights and sums.
+
+    Args:
+        logits_BLV: any float; computed in float32.
+        targets_BL: ids below V.
+    """
+    log_z_BL, true_BL, _ = _log_z(logits_BLV.astype(jnp.float32), targets_BL)
+    return log_z_BL - true_BL
+
+
+def _log_z(logits_BLV, targets_BL):
+    """log Z, the target's logit and the highest one, each [B, L], of float32 logits."""
+    top_BL = logits_BLV.max(-1)
+    log_z_BL = top_BL + jnp.log(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1))
+    return log_z_BL, jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0], top_BL
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _per_token(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size):
     """Objective, nats, log Z and whether the target is the likeliest, each [B, L]; only the objective has a gradient.
@@ -110,9 +129,7 @@ def _per_token(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size):
 
 
 def _per_token_forward(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size):
-    top_BL = logits_BLV.max(-1)
-    log_z_BL = top_BL + jnp.log(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1))
-    true_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    log_z_BL, true_BL, top_BL = _log_z(logits_BLV, targets_BL)
     nats_BL = objective_BL = log_z_BL - true_BL
     if label_smoothing:
         even_BL = log_z_BL - logits_BLV[..., :vocab_size].mean(-1)

@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from t5like import config_file
 from t5like.errors import CheckpointError, ConfigError, UserError
@@ -103,9 +103,17 @@ def build_parser() -> Parser:
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument("--workdir", type=Path, metavar="RUN", help="also put config and tokenizer into a run directory")
 
-    sub = command("evaluate", "Print and write a run's held-out metrics as JSON.")
+    sub = command("evaluate", "Print and write a run's held-out metrics, or those of public tasks, as JSON.")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument(
+        "--tasks", metavar="NAME[,NAME]", help="of lm-evaluation-harness instead (pip install 't5like[harness]')"
+    )
+    sub.add_argument(
+        "--tasks_dir", type=Path, metavar="DIR", help="of YAML files with more tasks; paths in them start there"
+    )
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
+    sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
 
     sub = command("generate", "Continue a prompt, or fill its <extra_id_N> gaps.")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
@@ -230,21 +238,61 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
 
 
 def evaluate(options: argparse.Namespace, _) -> None:
-    """`t5like evaluate`."""
-    from t5like import evaluate, run
-    from t5like.answers import write_predictions
+    """`t5like evaluate`: the result as JSON on standard output, for people a table on standard error."""
+    from t5like import run
 
+    check_tasks_options(options)
     workdir = options.workdir.expanduser().absolute()
-    loaded = run.load(workdir, options.step)
-    values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
-    text = json.dumps(values, indent=1)
-    path = workdir / "evaluations" / f"{loaded.step}.json"
+    if options.tasks is None:
+        from t5like import evaluate
+
+        loaded = run.load(workdir, options.step)
+        values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+        print(evaluate.table(values), file=sys.stderr)
+        write_evaluation(workdir, str(loaded.step), values, {str(loaded.step): records})
+        return
+    from t5like import harness  # says at once what is not installed
+
+    loaded, tasks = run.load(workdir, options.step), options.tasks.split(",")
+    values, records = harness.evaluate_tasks(
+        loaded, tasks, directory=options.tasks_dir, limit=options.limit, shots=options.num_fewshot
+    )
+    print(harness.table(values), file=sys.stderr)
+    name = "+".join(tasks)[:100]
+    write_evaluation(
+        workdir, f"{loaded.step}.{name}", values, {f"{loaded.step}.{task}": records[task] for task in records}
+    )
+
+
+def check_tasks_options(options: argparse.Namespace) -> None:
+    """Refuse what could not be meant."""
+    for name in ("tasks_dir", "limit", "num_fewshot"):
+        if options.tasks is None and getattr(options, name) is not None:
+            raise ConfigError(f"--{name} goes with --tasks; use --tasks=NAME")
+    if options.tasks is not None and not all(options.tasks.split(",")):
+        raise ConfigError(f"--tasks={options.tasks} must be names with commas between them; use --tasks=lambada_openai")
+    if options.tasks_dir is not None and not options.tasks_dir.is_dir():
+        raise ConfigError(f"--tasks_dir={options.tasks_dir} is no directory; name one with the tasks' YAML files")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ConfigError(f"--{name}={value} must be at least {least}; use --{name}=5")
+
+
+def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictions: dict[str, list[Any]]) -> None:
+    """Print values, and write them to ``evaluations/NAME.json`` and each list of records to ``predictions/``."""
+    from t5like.answers import write_predictions
+    from t5like.data.token_store import written_whole
+
+    text = json.dumps(values, indent=1, ensure_ascii=False)
     print(text)
+    path = workdir / "evaluations" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n")
-        if records:
-            write_predictions(workdir, loaded.step, records)
+        with written_whole(path) as file:
+            file.write(text.encode() + b"\n")
+        for each, records in predictions.items():
+            if records:
+                write_predictions(workdir, each, records)
     except OSError as error:
         raise CheckpointError(f"{path} can't be written: {error.strerror}; the metrics are above") from None
 

@@ -204,17 +204,20 @@ class Throughput:
         return (self._clock() - self._first) / self._steps * steps_left if self._steps else None
 
 
-def by_component(prefix: str, names: Sequence[Mapping[str, str]], sums: Metrics) -> dict[str, float]:
-    """Loss, learned tokens and share of the rows, for each source, objective and denoiser, where there are several.
+def by_component(
+    prefix: str, names: Sequence[Mapping[str, str]], sums: Metrics, bytes_C: np.ndarray | None = None
+) -> dict[str, float]:
+    """Loss, learned tokens and share of the rows, for each source, objective and denoiser that is named.
 
     Args:
         prefix: "train" or "eval".
         names: `pipeline.component_names`.
         sums: `types.COMPONENT_METRICS` as numpy arrays [components].
+        bytes_C: UTF-8 bytes of each component's targets; adds perplexity and bits per byte to each loss.
 
     Returns:
         ``train/loss/objective/ul2``, ``train/tokens/denoiser/X3_50``, ``train/share/source/text:a.txt``, ...; a loss
-        only where something was learned.
+        only where something was learned; bits per byte only where its targets are text.
     """
     nats, rows = (sums[name] for name in COMPONENT_METRICS)
     values = {}
@@ -222,10 +225,20 @@ def by_component(prefix: str, names: Sequence[Mapping[str, str]], sums: Metrics)
         for name in dict.fromkeys(each[kind] for each in names):
             mine = np.array([each[kind] == name for each in names])
             if weight := float(nats.weight[mine].sum()):
-                values[f"{prefix}/loss/{kind}/{name}"] = float(nats.total[mine].sum()) / weight
+                total = float(nats.total[mine].sum())
+                values[f"{prefix}/loss/{kind}/{name}"] = total / weight
+                if bytes_C is not None:
+                    values[f"{prefix}/perplexity/{kind}/{name}"] = perplexity(total / weight)
+                    if size := float(bytes_C[mine].sum()):
+                        values[f"{prefix}/bits_per_byte/{kind}/{name}"] = total / math.log(2) / size
             values[f"{prefix}/tokens/{kind}/{name}"] = weight
             values[f"{prefix}/share/{kind}/{name}"] = float(rows.total[mine].sum() / rows.total.sum())
     return values
+
+
+def perplexity(nats: float) -> float:
+    """exp of a loss, and a large number instead of an overflow."""
+    return math.exp(min(nats, 700.0))
 
 
 # ---- Files ----
@@ -319,10 +332,12 @@ class Progress:
     """The state of the run on standard error: a bar on a terminal, elsewhere a plain line every `log_every` steps.
 
     step 120/600  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:32
+
+    `unit` names what is counted, where that is not training's steps.
     """
 
-    def __init__(self, num_steps: int, *, log_every: int, step: int = 0, primary: bool = True):
-        self._num_steps, self._log_every, self._printed = num_steps, log_every, step
+    def __init__(self, num_steps: int, *, log_every: int, step: int = 0, primary: bool = True, unit: str = "step"):
+        self._num_steps, self._log_every, self._printed, self._unit = num_steps, log_every, step, unit
         self._values: dict[str, float] = {}
         self._primary, self._bar = primary, None
         console = rich.console.Console(stderr=True)
@@ -335,7 +350,7 @@ class Progress:
                 expand=True,
                 redirect_stdout=sys.stdout.isatty(),
             )  # what is piped elsewhere must arrive there
-            self._task = self._bar.add_task(f"step {step}/{num_steps}", total=num_steps, completed=step)
+            self._task = self._bar.add_task(f"{unit} {step}/{num_steps}", total=num_steps, completed=step)
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -351,12 +366,18 @@ class Progress:
         if not self._primary:
             return
         self._values |= values
-        text = _line(step, self._num_steps, self._values, seconds_left)
+        text = _line(f"{self._unit} {step}/{self._num_steps}", self._values, seconds_left)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step // self._log_every > self._printed // self._log_every or step == self._num_steps > self._printed:
             self._printed = step
             print(text, file=sys.stderr, flush=True)
+
+    def timed(self) -> Callable[[int], None]:
+        """A function to call with how much is done, from now on; it shows that, and the time left."""
+        begin = time.monotonic()
+        left = lambda done: (time.monotonic() - begin) / done * (self._num_steps - done)
+        return lambda done: self.update(done, {}, left(done))
 
     def note(self, text: str) -> None:
         """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""
@@ -364,8 +385,8 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-def _line(step: int, num_steps: int, values: dict[str, float], seconds_left: float | None) -> str:
-    parts = [f"step {step}/{num_steps}"]
+def _line(begin: str, values: dict[str, float], seconds_left: float | None) -> str:
+    parts = [begin]
     for name, form in (("train/loss", "loss {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
         if name in values:
             parts.append(form.format(values[name]))

@@ -10,7 +10,7 @@ from conftest import random_batch, small
 
 from t5like import mesh as meshes
 from t5like import step
-from t5like.answers import answered, nats_of
+from t5like.answers import answered, scored
 from t5like.generate import Prompt
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
@@ -33,9 +33,9 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
     else:
         prompts = [Prompt(ids) for ids in asked]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    found = nats_of(config, params, answered(config, pairs, 9, 4))
+    found = scored(config, params, answered(config, pairs, 9, 4))
     logits_of = jax.jit(lambda batch: Transformer(config).apply({"params": params}, batch))
-    for (prompt, answer), nats in zip(pairs, found, strict=True):
+    for (prompt, answer), nats, greedy in zip(pairs, *found, strict=True):
         ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
         if architecture == "decoder":
             row = np.array([[*prompt.ids, *answer[:-1]]])
@@ -45,7 +45,7 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
             batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
         logits = logits_of(batch)[0, -len(answer) :]
         wanted = -jax.nn.log_softmax(logits)[np.arange(len(answer)), answer].sum()
-        assert nats == pytest.approx(float(wanted), rel=1e-5)
+        assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (logits.argmax(-1).tolist() == answer)
 
 
 # ---- Through the command line ----

@@ -89,8 +89,8 @@ def test_own_text_becomes_a_model_that_has_learned_something(train, command, tmp
     )
 
     code, out, err = command("evaluate", f"--workdir={workdir}")
-    assert code == 0 and err == ""
     values = json.loads(out)
+    assert code == 0 and "held out, step 60" in err and f"{values['eval/loss']:.4f}" in err  # a table for people
     assert values == json.loads((workdir / "evaluations" / "60.json").read_text())
     assert values["step"] == 60 and values["eval/loss"] == pytest.approx(losses[2], rel=1e-5)
     assert values["baseline/unigram"] == pytest.approx(series(workdir, "baseline/unigram")[0])

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def refused(command):
             "--config.seed can't be set for evaluate: it takes the run's own config",
         ),
         (["evaluate", "--workdir=/proc/nowhere", "--step=x"], "argument --step: invalid int value: 'x'"),
+        (["evaluate", "--workdir=/proc/nowhere", "--limit=3"], "--limit goes with --tasks; use --tasks=NAME"),
+        (["evaluate", "--workdir=/proc/nowhere", "--tasks=a,,b"], "--tasks=a,,b must be names with commas between"),
+        (["evaluate", "--workdir=/proc/nowhere", "--tasks=a", "--limit=0"], "--limit=0 must be at least 1"),
+        (
+            ["evaluate", "--workdir=/proc/nowhere", "--tasks=a", "--tasks_dir=/proc/nowhere"],
+            "--tasks_dir=/proc/nowhere is no directory",
+        ),
         (
             ["generate", "--workdir=/proc/nowhere"],
             "the following arguments are required: --prompt; see t5like generate --help",
@@ -297,6 +305,16 @@ def test_the_directory_of_another_run_is_refused_by_field_and_both_values(refuse
     assert contents(trained) == before
 
 
+def test_public_tasks_without_their_package_say_how_to_get_it(refused, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # set for the process that asks
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delitem(sys.modules, "t5like.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    code, said = refused("evaluate", "--workdir=/proc/nowhere", "--tasks=lambada_openai")
+    assert code == 2 and said.startswith("--tasks needs the package lm-eval")
+    assert said.endswith("pip install 't5like[harness]'")
+
+
 def test_a_damaged_config_of_a_run_is_refused(refused, flags, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text("{")
@@ -341,5 +359,5 @@ def test_metrics_that_can_not_be_written_are_still_printed(command, trained, tmp
     assert (
         code == 4
         and json.loads(out)["step"] == 2
-        and err.startswith(f"t5like: {tmp_path}/run/evaluations/2.json can't be written")
+        and err.splitlines()[-1].startswith(f"t5like: {tmp_path}/run/evaluations/2.json can't be written")
     )

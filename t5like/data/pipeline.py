@@ -67,8 +67,13 @@ def components(config: Config) -> tuple[Component, ...]:
     )
 
 
-def component_names(config: Config) -> list[dict[str, str]]:
-    """For each component its names in the metrics, by kind: only of the kinds of which there is more than one."""
+def component_names(config: Config, *, every: bool = False) -> list[dict[str, str]]:
+    """For each component its names in the metrics, by kind: source, objective, denoiser.
+
+    Args:
+        every: also a kind that has one name only, and the kind `component`: source and denoiser together. Else only
+            kinds that tell components apart.
+    """
     found = components(config)
     names = [
         {
@@ -78,10 +83,11 @@ def component_names(config: Config) -> list[dict[str, str]]:
         }
         for each in found
     ]
-    several = {kind for kind in names[0] if len({name[kind] for name in names}) > 1}
+    several = {kind for kind in names[0] if every or len({name[kind] for name in names}) > 1}
     if {name["denoiser"] for name in names} == {name["objective"] for name in names}:
         several.discard("denoiser")  # each objective is its own only one
-    return [{kind: name[kind] for kind in name if kind in several} for name in names]
+    component = lambda name: {"component": f"{name['source']}/{name['denoiser']}"} if every else {}
+    return [{kind: name[kind] for kind in name if kind in several} | component(name) for name in names]
 
 
 def open_split(config: Config, stores: Sequence[TokenStore], split: str) -> list[Stream | Examples]:

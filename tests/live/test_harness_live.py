@@ -1,0 +1,182 @@
+"""lm-eval itself on our checkpoints, offline; and next to its own model class on the same weights.
+
+Needs the extra `parity`; not part of `make test`: python -m pytest tests/live/test_harness_live.py
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import test_model
+import torch
+from conftest import small
+from lm_eval.models.huggingface import HFLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from t5like import mesh as meshes
+from t5like import run
+from t5like.data.tokenizer import Tokenizer
+from t5like.harness import T5LikeLM, decoding
+
+TASKS = Path(__file__).parent / "tasks"
+DOCS = [json.loads(line) for line in (TASKS / "choice.jsonl").read_text().splitlines()]
+OBJECTIVES = {"decoder": "causal_lm", "encoder": "mlm"}
+
+
+@pytest.fixture(scope="module")
+def workdirs(trained, flags, tmp_path_factory):
+    """A run of each shape."""
+    from t5like.main import main
+
+    found = {"encoder_decoder": trained}
+    for shape, objective in OBJECTIVES.items():
+        found[shape] = tmp_path_factory.mktemp(shape) / "run"
+        more = {"model.architecture": shape, "data.objective": objective, "train.num_steps": 1}
+        settings = [f"--config.{name}={value}" for name, value in more.items()]
+        assert main(["train", *flags, f"--workdir={found[shape]}", *settings]) == 0
+    return found
+
+
+@pytest.mark.parametrize("shape", ["encoder_decoder", "decoder", "encoder"])
+def test_tasks_run_on_a_checkpoint_of_any_shape(shape, workdirs, command):
+    workdir, tasks = workdirs[shape], ["t5like_choice", "t5like_text"]
+    if shape != "encoder":
+        tasks.append("t5like_say")
+    code, out, err = command(
+        "evaluate", f"--workdir={workdir}", f"--tasks={','.join(tasks)}", f"--tasks_dir={TASKS}", "--num_fewshot=1"
+    )
+    assert code == 0, err
+    values = json.loads(out)
+    assert values == json.loads((workdir / "evaluations" / f"{values['step']}.{'+'.join(tasks)}.json").read_text())
+    assert set(values["results"]) == set(tasks) and values["contexts"]["cut"] > 0  # rows of 32 tokens are short
+    assert f"{values['contexts']['cut']} of {values['contexts']['asked']} contexts were cut" in err
+    lines = (workdir / "predictions" / f"{values['step']}.t5like_choice.jsonl").read_text().splitlines()
+    said = [json.loads(line) for line in lines]
+    right = [record["acc"] for record in said]
+    assert len(said) == len(DOCS) and np.mean(right) == pytest.approx(values["results"]["t5like_choice"]["acc,none"])
+
+
+def test_the_choice_is_the_one_that_we_find_likeliest(workdirs, command):
+    args = (f"--workdir={workdirs['decoder']}", "--tasks=t5like_choice", f"--tasks_dir={TASKS}", "--limit=6")
+    code, out, err = command("evaluate", *args)
+    assert code == 0, err
+    asked = T5LikeLM(run.load(workdirs["decoder"])).likelihoods
+    best = [
+        np.argmax(
+            [found.log_p for found in asked.pairs([(f"{doc['question']} Answer:", f" {c}") for c in doc["choices"]])]
+        )
+        for doc in DOCS[:6]
+    ]
+    right = np.mean([choice == doc["answer"] for choice, doc in zip(best, DOCS, strict=False)])
+    assert json.loads(out)["results"]["t5like_choice"]["acc,none"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--tasks=t5like_choise", f"--tasks_dir={TASKS}"], 2, "use t5like_choice"),
+        (["--tasks=lambada_openai"], 3, "--tasks=lambada_openai can't be loaded"),
+        (["--tasks=t5like_say", f"--tasks_dir={TASKS}"], 2, "model.architecture=encoder can't generate text"),
+    ],
+)
+def test_what_can_not_be_run_is_refused_in_one_line(arguments, code, message, workdirs, command):
+    found, out, err = command("evaluate", f"--workdir={workdirs['encoder']}", *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("t5like: ")]
+    assert found == code and len(lines) == 1 and message in lines[0] and out == ""
+    assert "Traceback" not in err
+
+
+def test_what_a_task_asks_of_generation_is_known_or_refused():
+    assert decoding({"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}) == {
+        "stop": ["\n"], "most": 5, "temperature": 0.0,
+    }  # fmt: skip
+    with pytest.raises(Exception, match=r"generation_kwargs\.num_beams=4"):
+        decoding({"num_beams": 4})
+
+
+# ---- Next to lm-eval's own model class ----
+
+
+class Peer(HFLM):
+    """lm-eval's model of Hugging Face's classes, with our token ids."""
+
+    ours: Tokenizer
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_):
+        ids = self.ours.encode(string)
+        # An encoder's text ends in EOS, as T5's own tokenizer has it.
+        return [*ids, self.ours.eos_id] if self.backend == "seq2seq" and add_special_tokens is None else ids
+
+    @property
+    def prefix_token_id(self):
+        return self.ours.eos_id
+
+
+def peers(family: str, tokenizer: Tokenizer, monkeypatch) -> tuple[Peer, T5LikeLM]:
+    """Random weights in Hugging Face's class and in ours."""
+    torch.manual_seed(0)
+    if family == "llama":
+        hf = LlamaForCausalLM(LlamaConfig(
+            vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=44, initializer_range=0.4,
+        ))  # fmt: skip
+    else:
+        hf = T5ForConditionalGeneration(T5Config(
+            num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            dropout_rate=0.0, decoder_start_token_id=0, **{**PEER_T5, "initializer_factor": 3.0},
+        ))  # fmt: skip
+    weights = {f"{family}.weights.{name}": x.detach().numpy() for name, x in hf.state_dict().items()}
+    golden = type("Golden", (dict,), {"files": property(list)})(weights)
+    monkeypatch.setattr(test_model, "GOLDEN", golden)
+    config = small(
+        model={**test_model.TINY, **test_model.FAMILIES[family], "num_layers": 2},
+        tokenizer={"vocab_size": 400, "num_sentinels": 20},
+    )
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config = meshes.settle(config, mesh)
+    ours = T5LikeLM(run.Run(0, config, mesh, test_model.hf_weights(family), tokenizer))
+    theirs = Peer(
+        pretrained=hf.eval(), backend="causal" if family == "llama" else "seq2seq", tokenizer=stand_in(),
+        batch_size=4, max_length=ours.likelihoods.length, device="cpu",
+    )  # fmt: skip
+    theirs.ours = tokenizer
+    return theirs, ours
+
+
+PEER_T5 = {
+    "vocab_size": 400, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_heads": 4, "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}  # fmt: skip
+
+
+def stand_in():
+    """A tokenizer that HFLM holds, and `Peer` never asks."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5_1_1"])
+def test_likelihoods_are_those_of_lm_evals_own_model_class(family, trained, monkeypatch):
+    tokenizer = Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
+    theirs, ours = peers(family, tokenizer, monkeypatch)
+    pairs = [(f"{doc['question']} ", choice) for doc in DOCS for choice in doc["choices"]]
+    pairs += [(f"{DOCS[0]['question']} " * 6, "ba de")]  # does not fit: is cut from the left
+    pairs += [("", "ba de")] if family == "llama" else []
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    want, got = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests)
+    np.testing.assert_allclose([x[0] for x in got], [x[0] for x in want], rtol=2e-4)
+    assert [x[1] for x in got] == [x[1] for x in want] and ours.likelihoods.cut >= 1
+    if family == "llama":
+        texts = [
+            SimpleNamespace(args=(" ".join(doc["question"] for doc in DOCS[:3]),)),
+            SimpleNamespace(args=("ba de",)),
+        ]
+        want = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+        np.testing.assert_allclose(ours.loglikelihood_rolling(texts), want, rtol=2e-4)
