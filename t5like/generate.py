@@ -19,15 +19,17 @@ from t5like.data.objectives import MODES
 from t5like.data.templates import render_prompt
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
+from t5like.decoding import Decoding, Made, Numbers, beam_search, sample
 from t5like.errors import ConfigError
+from t5like.mesh import constrain
 from t5like.model.attention import causal_mask, segment_mask
-from t5like.model.transformer import Transformer
+from t5like.model.transformer import Transformer, longer, unstacked
 from t5like.types import Batch, Tree
 
+STACKS = ("encoder", "decoder")
 BUCKET = 32  # prompt lengths are padded up to a multiple, so that few shapes are compiled
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
 def generate(
     config: Config,
     params: Tree,
@@ -38,78 +40,108 @@ def generate(
     max_new_tokens: int,
     eos: int,
     prefix_B: jax.Array | None = None,
-    temperature: jax.Array | float = 0.0,
+    temperature: float = 0.0,
 ) -> jax.Array:
-    """Continue each prompt until EOS or for `max_new_tokens`.
-
-    Args:
-        config: a settled one (no `auto`).
-        params: the model's parameters.
-        prompt_BP: ids. Encoder-decoder: what the encoder reads, padded on the right. Decoder-only: the text to
-            continue, padded on the left, at least one token each.
-        lengths_B: real tokens of each prompt.
-        key: of the sampling.
-        max_new_tokens: at most so many tokens are made.
-        eos: the id that ends a row.
-        prefix_B: decoder-only: how many of each prompt's tokens see each other in both directions; None: none.
-        temperature: 0 takes the likeliest token; else softmax(logits / temperature) is sampled.
+    """Continue each prompt until EOS or for `max_new_tokens`: `make_texts` for one text a prompt.
 
     Returns:
         int32 ids [B, max_new_tokens], without the prompt; after EOS all 0.
     """
-    model = Transformer(config)
-    apply = partial(model.apply, {"params": params})
+    numbers = Numbers(temperature=np.float32(temperature) if temperature else None)
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompt_BP)))
+    stops_E = np.array([eos], np.int32)
+    made = make_texts(
+        config, params, prompt_BP, lengths_B, keys_B, stops_E, numbers, prefix_B, max_new_tokens=max_new_tokens
+    )
+    return made.ids_BGL[:, 0]
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "texts", "beams", "top_k"))
+def make_texts(
+    config: Config,
+    params: Tree,
+    prompt_BP: jax.Array,
+    lengths_B: jax.Array,
+    keys_B: jax.Array,
+    stops_E: jax.Array,
+    numbers: Numbers,
+    prefix_B: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    texts: int = 1,
+    beams: bool = False,
+    top_k: int = 0,
+) -> Made:
+    """Encode or read the prompts, then make their texts token by token.
+
+    Args:
+        config: a settled one (no `auto`).
+        params: the model's parameters, as they are or `unstacked_params`.
+        prompt_BP: ids. Encoder-decoder: what the encoder reads, padded on the right. Decoder-only: the text to
+            continue, padded on the left, at least one token each.
+        lengths_B: real tokens of each prompt.
+        keys_B: a random key for each prompt's samples.
+        stops_E: the ids that end a text.
+        numbers: settings that may change without compiling again.
+        prefix_B: decoder-only: how many of each prompt's tokens see each other in both directions; None: none.
+        max_new_tokens: at most so many tokens are made.
+        texts: how many are made side by side: beams, or samples.
+        beams: whether to search, instead of sampling or taking the likeliest.
+        top_k: see `Decoding`.
+    """
+    params = unstacked_params(config, params)
+    apply = partial(Transformer(config).apply, {"params": params})
     rows, width = prompt_BP.shape
-    place_1P = jnp.arange(width)[None]
+    prompt_BP = constrain(prompt_BP, "batch", None)
     if config.model.architecture == "encoder_decoder":
-        real_BP = (place_1P < lengths_B[:, None]).astype(jnp.int32)
+        real_BP = (jnp.arange(width)[None] < lengths_B[:, None]).astype(jnp.int32)
         encoded_BSD = apply(prompt_BP, real_BP, method="encode")
-        cache = apply(rows, max_new_tokens, encoded_BSD, method="prepare_cache")
+        cache = apply(rows, 1, encoded_BSD, method="prepare_cache")
         cross_mask = segment_mask(jnp.ones((rows, 1), jnp.int32), real_BP)
-        offset_B, first, length = jnp.zeros((rows,), jnp.int32), 0, max_new_tokens
-        logits_B1V, cache = apply(jnp.full((rows, 1), START), cache, 0, cross_mask_B1LS=cross_mask, method="decode")
+        offset_B, fork, read_BP = jnp.zeros((rows,), jnp.int32), 1, jnp.full((rows, 1), START)
+        decode = partial(apply, cross_mask_B1LS=cross_mask, method="decode")
+        logits_B1V, cache = decode(read_BP, cache, 0)
     else:
-        offset_B, first, length = width - lengths_B, width - 1, width + max_new_tokens
-        cache, cross_mask = apply(rows, length, method="prepare_cache"), None
-        key_1S = jnp.arange(length)[None]
-        visible_B1LS = causal_mask(width, length)
+        offset_B, fork, read_BP, decode = width - lengths_B, width, prompt_BP, partial(apply, method="decode")
+        place_1P = jnp.arange(width)[None]
+        visible_B1LS = causal_mask(width, width)
         if prefix_B is not None:
-            visible_B1LS = visible_B1LS | (key_1S < (offset_B + prefix_B)[:, None])[:, None, None]
-        visible_B1LS = visible_B1LS & (key_1S >= offset_B[:, None])[:, None, None]
+            visible_B1LS = visible_B1LS | (place_1P < (offset_B + prefix_B)[:, None])[:, None, None]
+        visible_B1LS = visible_B1LS & (place_1P >= offset_B[:, None])[:, None, None]
         positions_BP = jnp.maximum(place_1P - offset_B[:, None], 0)
-        logits_BPV, cache = apply(
-            prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, method="decode"
+        cache = apply(rows, width, method="prepare_cache")
+        logits_B1V, cache = decode(
+            prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, last_only=True
         )
-        logits_B1V = logits_BPV[:, -1:]
+    cache = longer(cache, fork + (max_new_tokens - 1) * texts)
+    place_1P = jnp.arange(fork)[None]
+    real_BP = place_1P >= offset_B[:, None]
 
-    def choose(logits_B1V, step):
-        scores_BV = logits_B1V[:, 0]
-        sampled = jax.random.categorical(jax.random.fold_in(key, step), scores_BV / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, sampled, scores_BV.argmax(-1)).astype(jnp.int32)
-
-    def unfinished(carry):
-        step, _, done_B, _, _ = carry
-        return (step < max_new_tokens) & ~done_B.all()
-
-    def advance(carry):
-        step, ids_BL, done_B, logits_B1V, cache = carry
-        next_B = jnp.where(done_B, 0, choose(logits_B1V, step))
-        ids_BL = jax.lax.dynamic_update_index_in_dim(ids_BL, next_B, step, axis=1)
-        index = first + 1 + step
-        mask = (jnp.arange(length)[None] <= index) & (jnp.arange(length)[None] >= offset_B[:, None])
-        logits_B1V, cache = apply(
-            next_B[:, None],
-            cache,
-            index,
-            positions_BL=(index - offset_B)[:, None],
-            mask_B1LS=mask[:, None, None],
-            cross_mask_B1LS=cross_mask,
-            method="decode",
+    def read(tokens_BG, step, ancestors_BGL, cache):
+        branch_BGLG = ancestors_BGL[:, :, : max_new_tokens - 1, None] == jnp.arange(texts).reshape(1, 1, 1, -1)
+        prompt_BGP = jnp.broadcast_to(real_BP[:, None], (rows, texts, fork))
+        mask_BGS = jnp.concatenate([prompt_BGP, branch_BGLG.reshape(rows, texts, -1)], axis=2)
+        positions_BG = jnp.broadcast_to((fork + step - offset_B)[:, None], (rows, texts))
+        return decode(
+            tokens_BG, cache, fork + step * texts, positions_BL=positions_BG, mask_B1LS=mask_BGS[:, None], fork=fork
         )
-        return step + 1, ids_BL, done_B | (next_B == eos), logits_B1V, cache
 
-    start = (0, jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros((rows,), bool), logits_B1V, cache)
-    return jax.lax.while_loop(unfinished, advance, start)[1]
+    seen_BV = None
+    if numbers.repetition_penalty is not None:
+        seen_BV = jnp.zeros((rows, config.vocab_rows), bool)
+        seen_BV = seen_BV.at[jnp.arange(rows)[:, None], read_BP].max(real_BP)
+    settings = {"stops_E": stops_E, "seen_BV": seen_BV, "numbers": numbers, "max_new_tokens": max_new_tokens}
+    if beams:
+        return beam_search(read, logits_B1V, cache, beams=texts, **settings)
+    return sample(read, logits_B1V, cache, keys_B=keys_B, texts=texts, top_k=top_k, **settings)
+
+
+def unstacked_params(config: Config, params: Tree) -> Tree:
+    """Parameters with a tree per layer where the layers are unrolled: slices in a loop would be copied in each turn."""
+    if config.model.layers != "unroll":
+        return params
+    stacks = {name: {**params[name], "layers": unstacked(params[name]["layers"])} for name in STACKS if name in params}
+    return {**params, **stacks}
 
 
 @partial(jax.jit, static_argnames="config")

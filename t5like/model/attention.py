@@ -58,7 +58,9 @@ def attend(
     Returns:
         [B, N, L, H] in the dtype of v.
     """
-    groups = q_BNLH.shape[1] // k_BKSH.shape[1]
+    groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
+    if groups > 1 and length == 1:
+        return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels)
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
     if kernels == "cpu":
@@ -68,6 +70,17 @@ def attend(
     if mask_B1LS is not None:
         out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
     return out_BNLH.astype(v_BKSH.dtype)
+
+
+def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels) -> jax.Array:
+    """One query: the heads of a group stand as queries side by side, so that a long cache need not be repeated."""
+    rows, _, _, dim = q_BNLH.shape
+    heads = k_BKSH.shape[1]
+    side = lambda x: x.reshape(x.shape[0], heads, -1, x.shape[-1])
+    if bias_1NLS is not None:
+        bias_1NLS = side(bias_1NLS)
+    out = attend(side(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS, kernels=kernels)
+    return out.reshape(rows, -1, 1, dim)
 
 
 def _attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS) -> jax.Array:
