@@ -1,7 +1,8 @@
 """Text from a model: encode or read the prompt once, then one token at a time from the key-value cache.
 
-`generate` is one jitted program on ids; `Generator` puts a tokenizer around it, for the command line and for what a
-training run shows at its end. Greedy, or sampled with a temperature. Prompts of a batch may differ in length.
+`make_texts` is one jitted program on ids, which `decoding` tells what to choose; `Generator` puts a tokenizer around
+it, for `prompting` (the command line), `answers`, and what a training run shows at its end. Prompts of a batch may
+differ in length, and none depends on the others: neither its text nor its samples.
 """
 
 import re
@@ -136,6 +137,12 @@ def make_texts(
     return sample(read, logits_B1V, cache, keys_B=keys_B, texts=texts, top_k=top_k, **settings)
 
 
+@jax.jit
+def row_keys(seed: jax.Array | int, rows_B: jax.Array) -> jax.Array:
+    """A random key for each row, by its number."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows_B)
+
+
 def unstacked_params(config: Config, params: Tree) -> Tree:
     """Parameters with a tree per layer where the layers are unrolled: slices in a loop would be copied in each turn."""
     if config.model.layers != "unroll":
@@ -162,12 +169,29 @@ class Prompt(NamedTuple):
     prefix: int = 0
 
 
+class Answer(NamedTuple):
+    """A text that a model made.
+
+    Attributes:
+        text: without what ended it.
+        ids: the tokens, with the one that ended it (EOS, or the last of a text to stop at).
+        log_prob: nats of all of them together, under the model as it is: no temperature, no penalty.
+        token_log_probs: nats of each.
+    """
+
+    text: str
+    ids: list[int]
+    log_prob: float
+    token_log_probs: list[float]
+
+
 class Generator:
-    """Prompts as text in, text out."""
+    """Prompts as text in, text out. Works on the mesh that the caller has set (`jax.set_mesh`)."""
 
     def __init__(self, config: Config, params: Tree, tokenizer: Tokenizer):
         """`config` is settled; `params` may be sharded."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
+        self._unstacked: Tree = None
 
     def __call__(
         self, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
@@ -217,6 +241,31 @@ class Generator:
         ids = ids or [tokenizer.eos_id]  # EOS stands between documents: it begins a new one
         return Prompt(ids, len(ids) if "prefix_lm" in objectives else 0)
 
+    def answer(
+        self, prompts: Sequence[Prompt], decoding: Decoding, width: int = 1, rows: Sequence[int] | None = None
+    ) -> list[list[Answer]]:
+        """`decoding.num_returned` answers to each prompt, the best first.
+
+        Args:
+            prompts: see `prompt`.
+            decoding: how.
+            width: pad prompts at least to this length, so that calls share a compiled program.
+            rows: numbers that with `decoding.seed` make each prompt's random key; default: 0, 1, ...
+
+        Raises:
+            ConfigError: a prompt or the answer is longer than the model's learned positions, or there are more beams
+                than the vocabulary has tokens for.
+        """
+        stops = self._stops(decoding)
+        made = jax.tree.map(np.asarray, self._make(prompts, decoding, width, rows))
+        return [
+            [
+                self._answer(ids, log_p, stops, decoding.stop)
+                for ids, log_p in zip(ids_GL.tolist(), log_p_GL.tolist(), strict=True)
+            ][: decoding.num_returned]
+            for ids_GL, log_p_GL in zip(made.ids_BGL, made.log_p_BGL, strict=True)
+        ]
+
     def ids(
         self,
         prompts: Sequence[Prompt],
@@ -226,26 +275,66 @@ class Generator:
         seed: int = 0,
         width: int = 1,
     ) -> np.ndarray:
-        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS. `width`: pad prompts at least to it."""
-        rows, model = [prompt.ids for prompt in prompts], self.config.model
-        longest = max(map(len, rows))
+        """Ids of one text each: int32 [len(prompts), max_new_tokens], 0 after EOS. `width` is as of `answer`."""
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return np.asarray(self._make(prompts, decoding, width, None).ids_BGL[:, 0])
+
+    def check(self, prompt: Prompt, decoding: Decoding) -> None:
+        """Refuse what the model can't do.
+
+        Raises:
+            ConfigError: see `answer`.
+        """
+        longest, new = len(prompt.ids), decoding.max_new_tokens
         # The last token that is made is never read.
-        decoder_only = model.architecture == "decoder"
-        self._check_length(longest + max_new_tokens - 1 if decoder_only else max(longest, max_new_tokens))
-        width = -(-max(longest, width) // BUCKET) * BUCKET
-        prompt_BP, lengths_B = self._padded(rows, width, left=decoder_only)
-        ids = generate(
+        self._check_length(longest + new - 1 if self._decoder_only else max(longest, new))
+        most = self.config.tokenizer.vocab_size // (1 + len(self._stops(decoding)))
+        if 1 < decoding.num_beams > most:
+            raise ConfigError(
+                f"--num_beams={decoding.num_beams} is too many for a vocabulary of "
+                f"{self.config.tokenizer.vocab_size}; use at most --num_beams={most}"
+            )
+
+    @property
+    def _decoder_only(self) -> bool:
+        return self.config.model.architecture == "decoder"
+
+    def _make(self, prompts: Sequence[Prompt], decoding: Decoding, width: int, rows: Sequence[int] | None) -> Made:
+        for prompt in prompts:
+            self.check(prompt, decoding)
+        width = -(-max(width, *(len(prompt.ids) for prompt in prompts)) // BUCKET) * BUCKET
+        prompt_BP, lengths_B = self._padded([prompt.ids for prompt in prompts], width, left=self._decoder_only)
+        if self._unstacked is None:
+            self._unstacked = jax.jit(partial(unstacked_params, self.config))(self.params)
+        return make_texts(
             self.config,
-            self.params,
+            self._unstacked,
             prompt_BP,
             lengths_B,
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            eos=self.tokenizer.eos_id,
-            prefix_B=np.array([prompt.prefix for prompt in prompts], np.int32),
-            temperature=np.float32(temperature),
+            row_keys(decoding.seed, np.arange(len(prompts)) if rows is None else np.asarray(rows)),
+            np.array(self._stops(decoding), np.int32),
+            jax.tree.map(np.float32, decoding.numbers),
+            np.array([prompt.prefix for prompt in prompts], np.int32),
+            max_new_tokens=decoding.max_new_tokens,
+            texts=decoding.texts,
+            beams=decoding.num_beams > 1,
+            top_k=decoding.top_k,
         )
-        return np.asarray(ids)
+
+    def _stops(self, decoding: Decoding) -> list[int]:
+        """Ids that end a text: EOS, and the sentinels among the texts to stop at; other texts are cut behind."""
+        encoded = [self.tokenizer.encode_with_sentinels(text) for text in decoding.stop if "<extra_id_" in text]
+        sentinels = {int(token) for token in self.tokenizer.sentinel_ids}
+        return [self.tokenizer.eos_id, *(ids[0] for ids in encoded if len(ids) == 1 and ids[0] in sentinels)]
+
+    def _answer(self, ids: list[int], log_p: list[float], ends: list[int], stop: Sequence[str]) -> Answer:
+        decode = self.tokenizer.decode
+        count = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        text = decode(ids[: count - 1] if ids[count - 1] in ends else ids[:count])
+        if found := [text.find(one) for one in stop if one in text]:
+            text = text[: min(found)]
+            count = next(n for n in range(1, count + 1) if any(one in decode(ids[:n]) for one in stop))
+        return Answer(text, ids[:count], float(np.sum(log_p[:count])), log_p[:count])
 
     def texts(self, ids_BL: np.ndarray) -> list[str]:
         """Generated ids as text, up to EOS: what is behind it is padding, whatever its id means."""
