@@ -305,13 +305,14 @@ class Generator:
         width = -(-max(width, *(len(prompt.ids) for prompt in prompts)) // BUCKET) * BUCKET
         prompt_BP, lengths_B = self._padded([prompt.ids for prompt in prompts], width, left=self._decoder_only)
         if self._unstacked is None:
-            self._unstacked = jax.jit(partial(unstacked_params, self.config))(self.params)
+            unrolled = self.config.model.layers == "unroll"
+            self._unstacked = jax.jit(partial(unstacked_params, self.config))(self.params) if unrolled else self.params
         return make_texts(
             self.config,
             self._unstacked,
             prompt_BP,
             lengths_B,
-            row_keys(decoding.seed, np.arange(len(prompts)) if rows is None else np.asarray(rows)),
+            row_keys(np.uint32(decoding.seed), np.arange(len(prompts)) if rows is None else np.asarray(rows)),
             np.array(self._stops(decoding), np.int32),
             jax.tree.map(np.float32, decoding.numbers),
             np.array([prompt.prefix for prompt in prompts], np.int32),

@@ -17,6 +17,9 @@ from t5like.model import cpu
 from t5like.model.layers import MASKED, Dense, dropout, rotate
 
 
+FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
+
+
 class KeyValues(NamedTuple):
     """Keys and values of one attention: a decoding cache (S the longest text), or those of the encoder's output."""
 
@@ -59,7 +62,7 @@ def attend(
         [B, N, L, H] in the dtype of v.
     """
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
-    if groups > 1 and length == 1:
+    if groups > 1 and length < k_BKSH.shape[2] and length * groups <= FEW:
         return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels)
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
@@ -73,14 +76,14 @@ def attend(
 
 
 def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels) -> jax.Array:
-    """One query: the heads of a group stand as queries side by side, so that a long cache need not be repeated."""
-    rows, _, _, dim = q_BNLH.shape
-    heads = k_BKSH.shape[1]
+    """A group's heads stand side by side as queries: decoding would else repeat its whole cache in every step."""
+    heads, groups = k_BKSH.shape[1], q_BNLH.shape[1] // k_BKSH.shape[1]
     side = lambda x: x.reshape(x.shape[0], heads, -1, x.shape[-1])
-    if bias_1NLS is not None:
-        bias_1NLS = side(bias_1NLS)
-    out = attend(side(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1NLS, mask_B1LS=mask_B1LS, kernels=kernels)
-    return out.reshape(rows, -1, 1, dim)
+    bias_1KLS = None if bias_1NLS is None else side(bias_1NLS)
+    if mask_B1LS is not None:
+        mask_B1LS = jnp.tile(mask_B1LS, (1, 1, groups, 1))
+    out = attend(side(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1KLS, mask_B1LS=mask_B1LS, kernels=kernels)
+    return out.reshape(q_BNLH.shape)
 
 
 def _attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS) -> jax.Array:
