@@ -16,7 +16,6 @@ from t5like.mesh import constrain
 from t5like.model import cpu
 from t5like.model.layers import MASKED, Dense, dropout, rotate
 
-
 FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
 
 
