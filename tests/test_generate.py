@@ -88,7 +88,7 @@ def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
         np.testing.assert_array_equal(whole_logits(config, params, prompt, answer).argmax(-1), answer)
 
 
-@pytest.mark.parametrize("shape", ["scanned encoder_decoder", "relative decoder", "rotary decoder"])
+@pytest.mark.parametrize("shape", ["scanned encoder_decoder", "relative decoder"])
 def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
     lengths = [3, 16, 9]
