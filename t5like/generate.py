@@ -1,7 +1,8 @@
 """Text from a model: encode or read the prompt once, then one token at a time from the key-value cache.
 
-`generate` is one jitted program on ids; `Generator` puts a tokenizer around it, for the command line and for what a
-training run shows at its end. Greedy, or sampled with a temperature. Prompts of a batch may differ in length.
+`make_texts` is one jitted program on ids, which `decoding` tells what to choose; `Generator` puts a tokenizer around
+it, for `prompting` (the command line), `answers`, and what a training run shows at its end. Prompts of a batch may
+differ in length, and none depends on the others: neither its text nor its samples.
 """
 
 import re
@@ -19,15 +20,17 @@ from t5like.data.objectives import MODES
 from t5like.data.templates import render_prompt
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
+from t5like.decoding import Decoding, Made, Numbers, beam_search, sample
 from t5like.errors import ConfigError
+from t5like.mesh import constrain
 from t5like.model.attention import causal_mask, segment_mask
-from t5like.model.transformer import Transformer
+from t5like.model.transformer import Transformer, longer, unstacked
 from t5like.types import Batch, Tree
 
+STACKS = ("encoder", "decoder")
 BUCKET = 32  # prompt lengths are padded up to a multiple, so that few shapes are compiled
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
 def generate(
     config: Config,
     params: Tree,
@@ -38,78 +41,114 @@ def generate(
     max_new_tokens: int,
     eos: int,
     prefix_B: jax.Array | None = None,
-    temperature: jax.Array | float = 0.0,
+    temperature: float = 0.0,
 ) -> jax.Array:
-    """Continue each prompt until EOS or for `max_new_tokens`.
-
-    Args:
-        config: a settled one (no `auto`).
-        params: the model's parameters.
-        prompt_BP: ids. Encoder-decoder: what the encoder reads, padded on the right. Decoder-only: the text to
-            continue, padded on the left, at least one token each.
-        lengths_B: real tokens of each prompt.
-        key: of the sampling.
-        max_new_tokens: at most so many tokens are made.
-        eos: the id that ends a row.
-        prefix_B: decoder-only: how many of each prompt's tokens see each other in both directions; None: none.
-        temperature: 0 takes the likeliest token; else softmax(logits / temperature) is sampled.
+    """Continue each prompt until EOS or for `max_new_tokens`: `make_texts` for one text a prompt.
 
     Returns:
         int32 ids [B, max_new_tokens], without the prompt; after EOS all 0.
     """
-    model = Transformer(config)
-    apply = partial(model.apply, {"params": params})
+    numbers = Numbers(temperature=np.float32(temperature) if temperature else None)
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompt_BP)))
+    stops_E = np.array([eos], np.int32)
+    made = make_texts(
+        config, params, prompt_BP, lengths_B, keys_B, stops_E, numbers, prefix_B, max_new_tokens=max_new_tokens
+    )
+    return made.ids_BGL[:, 0]
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "texts", "beams", "top_k"))
+def make_texts(
+    config: Config,
+    params: Tree,
+    prompt_BP: jax.Array,
+    lengths_B: jax.Array,
+    keys_B: jax.Array,
+    stops_E: jax.Array,
+    numbers: Numbers,
+    prefix_B: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    texts: int = 1,
+    beams: bool = False,
+    top_k: int = 0,
+) -> Made:
+    """Encode or read the prompts, then make their texts token by token.
+
+    Args:
+        config: a settled one (no `auto`).
+        params: the model's parameters, as they are or `unstacked_params`.
+        prompt_BP: ids. Encoder-decoder: what the encoder reads, padded on the right. Decoder-only: the text to
+            continue, padded on the left, at least one token each.
+        lengths_B: real tokens of each prompt.
+        keys_B: a random key for each prompt's samples.
+        stops_E: the ids that end a text.
+        numbers: settings that may change without compiling again.
+        prefix_B: decoder-only: how many of each prompt's tokens see each other in both directions; None: none.
+        max_new_tokens: at most so many tokens are made.
+        texts: how many are made side by side: beams, or samples.
+        beams: whether to search, instead of sampling or taking the likeliest.
+        top_k: see `Decoding`.
+    """
+    params = unstacked_params(config, params)
+    apply = partial(Transformer(config).apply, {"params": params})
     rows, width = prompt_BP.shape
-    place_1P = jnp.arange(width)[None]
+    prompt_BP = constrain(prompt_BP, "batch", None)
     if config.model.architecture == "encoder_decoder":
-        real_BP = (place_1P < lengths_B[:, None]).astype(jnp.int32)
+        real_BP = (jnp.arange(width)[None] < lengths_B[:, None]).astype(jnp.int32)
         encoded_BSD = apply(prompt_BP, real_BP, method="encode")
-        cache = apply(rows, max_new_tokens, encoded_BSD, method="prepare_cache")
+        cache = apply(rows, 1, encoded_BSD, method="prepare_cache")
         cross_mask = segment_mask(jnp.ones((rows, 1), jnp.int32), real_BP)
-        offset_B, first, length = jnp.zeros((rows,), jnp.int32), 0, max_new_tokens
-        logits_B1V, cache = apply(jnp.full((rows, 1), START), cache, 0, cross_mask_B1LS=cross_mask, method="decode")
+        offset_B, fork, read_BP = jnp.zeros((rows,), jnp.int32), 1, jnp.full((rows, 1), START)
+        decode = partial(apply, cross_mask_B1LS=cross_mask, method="decode")
+        logits_B1V, cache = decode(read_BP, cache, 0)
     else:
-        offset_B, first, length = width - lengths_B, width - 1, width + max_new_tokens
-        cache, cross_mask = apply(rows, length, method="prepare_cache"), None
-        key_1S = jnp.arange(length)[None]
-        visible_B1LS = causal_mask(width, length)
+        offset_B, fork, read_BP, decode = width - lengths_B, width, prompt_BP, partial(apply, method="decode")
+        place_1P = jnp.arange(width)[None]
+        visible_B1LS = causal_mask(width, width)
         if prefix_B is not None:
-            visible_B1LS = visible_B1LS | (key_1S < (offset_B + prefix_B)[:, None])[:, None, None]
-        visible_B1LS = visible_B1LS & (key_1S >= offset_B[:, None])[:, None, None]
+            visible_B1LS = visible_B1LS | (place_1P < (offset_B + prefix_B)[:, None])[:, None, None]
+        visible_B1LS = visible_B1LS & (place_1P >= offset_B[:, None])[:, None, None]
         positions_BP = jnp.maximum(place_1P - offset_B[:, None], 0)
-        logits_BPV, cache = apply(
-            prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, method="decode"
+        cache = apply(rows, width, method="prepare_cache")
+        logits_B1V, cache = decode(
+            prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, last_only=True
         )
-        logits_B1V = logits_BPV[:, -1:]
+    cache = longer(cache, fork + (max_new_tokens - 1) * texts)
+    place_1P = jnp.arange(fork)[None]
+    real_BP = place_1P >= offset_B[:, None]
 
-    def choose(logits_B1V, step):
-        scores_BV = logits_B1V[:, 0]
-        sampled = jax.random.categorical(jax.random.fold_in(key, step), scores_BV / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, sampled, scores_BV.argmax(-1)).astype(jnp.int32)
-
-    def unfinished(carry):
-        step, _, done_B, _, _ = carry
-        return (step < max_new_tokens) & ~done_B.all()
-
-    def advance(carry):
-        step, ids_BL, done_B, logits_B1V, cache = carry
-        next_B = jnp.where(done_B, 0, choose(logits_B1V, step))
-        ids_BL = jax.lax.dynamic_update_index_in_dim(ids_BL, next_B, step, axis=1)
-        index = first + 1 + step
-        mask = (jnp.arange(length)[None] <= index) & (jnp.arange(length)[None] >= offset_B[:, None])
-        logits_B1V, cache = apply(
-            next_B[:, None],
-            cache,
-            index,
-            positions_BL=(index - offset_B)[:, None],
-            mask_B1LS=mask[:, None, None],
-            cross_mask_B1LS=cross_mask,
-            method="decode",
+    def read(tokens_BG, step, ancestors_BGL, cache):
+        branch_BGLG = ancestors_BGL[:, :, : max_new_tokens - 1, None] == jnp.arange(texts).reshape(1, 1, 1, -1)
+        prompt_BGP = jnp.broadcast_to(real_BP[:, None], (rows, texts, fork))
+        mask_BGS = jnp.concatenate([prompt_BGP, branch_BGLG.reshape(rows, texts, -1)], axis=2)
+        positions_BG = jnp.broadcast_to((fork + step - offset_B)[:, None], (rows, texts))
+        return decode(
+            tokens_BG, cache, fork + step * texts, positions_BL=positions_BG, mask_B1LS=mask_BGS[:, None], fork=fork
         )
-        return step + 1, ids_BL, done_B | (next_B == eos), logits_B1V, cache
 
-    start = (0, jnp.zeros((rows, max_new_tokens), jnp.int32), jnp.zeros((rows,), bool), logits_B1V, cache)
-    return jax.lax.while_loop(unfinished, advance, start)[1]
+    seen_BV = None
+    if numbers.repetition_penalty is not None:
+        seen_BV = jnp.zeros((rows, config.vocab_rows), bool)
+        seen_BV = seen_BV.at[jnp.arange(rows)[:, None], read_BP].max(real_BP)
+    settings = {"stops_E": stops_E, "seen_BV": seen_BV, "numbers": numbers, "max_new_tokens": max_new_tokens}
+    if beams:
+        return beam_search(read, logits_B1V, cache, beams=texts, **settings)
+    return sample(read, logits_B1V, cache, keys_B=keys_B, texts=texts, top_k=top_k, **settings)
+
+
+@jax.jit
+def row_keys(seed: jax.Array | int, rows_B: jax.Array) -> jax.Array:
+    """A random key for each row, by its number."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows_B)
+
+
+def unstacked_params(config: Config, params: Tree) -> Tree:
+    """Parameters with a tree per layer where the layers are unrolled: slices in a loop would be copied in each turn."""
+    if config.model.layers != "unroll":
+        return params
+    stacks = {name: {**params[name], "layers": unstacked(params[name]["layers"])} for name in STACKS if name in params}
+    return {**params, **stacks}
 
 
 @partial(jax.jit, static_argnames="config")
@@ -130,12 +169,29 @@ class Prompt(NamedTuple):
     prefix: int = 0
 
 
+class Answer(NamedTuple):
+    """A text that a model made.
+
+    Attributes:
+        text: without what ended it.
+        ids: the tokens, with the one that ended it (EOS, or the last of a text to stop at).
+        log_prob: nats of all of them together, under the model as it is: no temperature, no penalty.
+        token_log_probs: nats of each.
+    """
+
+    text: str
+    ids: list[int]
+    log_prob: float
+    token_log_probs: list[float]
+
+
 class Generator:
-    """Prompts as text in, text out."""
+    """Prompts as text in, text out. Works on the mesh that the caller has set (`jax.set_mesh`)."""
 
     def __init__(self, config: Config, params: Tree, tokenizer: Tokenizer):
         """`config` is settled; `params` may be sharded."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
+        self._unstacked: Tree = None
 
     def __call__(
         self, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
@@ -187,6 +243,31 @@ class Generator:
         ids = ids or [tokenizer.eos_id]  # EOS stands between documents: it begins a new one
         return Prompt(ids, len(ids) if "prefix_lm" in objectives else 0)
 
+    def answer(
+        self, prompts: Sequence[Prompt], decoding: Decoding, width: int = 1, rows: Sequence[int] | None = None
+    ) -> list[list[Answer]]:
+        """`decoding.num_returned` answers to each prompt, the best first.
+
+        Args:
+            prompts: see `prompt`.
+            decoding: how.
+            width: pad prompts at least to this length, so that calls share a compiled program.
+            rows: numbers that with `decoding.seed` make each prompt's random key; default: 0, 1, ...
+
+        Raises:
+            ConfigError: a prompt or the answer is longer than the model's learned positions, or there are more beams
+                than the vocabulary has tokens for.
+        """
+        stops = self._stops(decoding)
+        made = jax.tree.map(np.asarray, self._make(prompts, decoding, width, rows))
+        return [
+            [
+                self._answer(ids, log_p, stops, decoding.stop)
+                for ids, log_p in zip(ids_GL.tolist(), log_p_GL.tolist(), strict=True)
+            ][: decoding.num_returned]
+            for ids_GL, log_p_GL in zip(made.ids_BGL, made.log_p_BGL, strict=True)
+        ]
+
     def ids(
         self,
         prompts: Sequence[Prompt],
@@ -196,26 +277,67 @@ class Generator:
         seed: int = 0,
         width: int = 1,
     ) -> np.ndarray:
-        """The same on ids: int32 [len(prompts), max_new_tokens], 0 after EOS. `width`: pad prompts at least to it."""
-        rows, model = [prompt.ids for prompt in prompts], self.config.model
-        longest = max(map(len, rows))
+        """Ids of one text each: int32 [len(prompts), max_new_tokens], 0 after EOS. `width` is as of `answer`."""
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return np.asarray(self._make(prompts, decoding, width, None).ids_BGL[:, 0])
+
+    def check(self, prompt: Prompt, decoding: Decoding) -> None:
+        """Refuse what the model can't do.
+
+        Raises:
+            ConfigError: see `answer`.
+        """
+        longest, new = len(prompt.ids), decoding.max_new_tokens
         # The last token that is made is never read.
-        decoder_only = model.architecture == "decoder"
-        self._check_length(longest + max_new_tokens - 1 if decoder_only else max(longest, max_new_tokens))
-        width = -(-max(longest, width) // BUCKET) * BUCKET
-        prompt_BP, lengths_B = self._padded(rows, width, left=decoder_only)
-        ids = generate(
+        self._check_length(longest + new - 1 if self._decoder_only else max(longest, new))
+        most = self.config.tokenizer.vocab_size // (1 + len(self._stops(decoding)))
+        if 1 < decoding.num_beams > most:
+            raise ConfigError(
+                f"--num_beams={decoding.num_beams} is too many for a vocabulary of "
+                f"{self.config.tokenizer.vocab_size}; use at most --num_beams={most}"
+            )
+
+    @property
+    def _decoder_only(self) -> bool:
+        return self.config.model.architecture == "decoder"
+
+    def _make(self, prompts: Sequence[Prompt], decoding: Decoding, width: int, rows: Sequence[int] | None) -> Made:
+        for prompt in prompts:
+            self.check(prompt, decoding)
+        width = -(-max(width, *(len(prompt.ids) for prompt in prompts)) // BUCKET) * BUCKET
+        prompt_BP, lengths_B = self._padded([prompt.ids for prompt in prompts], width, left=self._decoder_only)
+        if self._unstacked is None:
+            unrolled = self.config.model.layers == "unroll"
+            self._unstacked = jax.jit(partial(unstacked_params, self.config))(self.params) if unrolled else self.params
+        return make_texts(
             self.config,
-            self.params,
+            self._unstacked,
             prompt_BP,
             lengths_B,
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            eos=self.tokenizer.eos_id,
-            prefix_B=np.array([prompt.prefix for prompt in prompts], np.int32),
-            temperature=np.float32(temperature),
+            row_keys(np.uint32(decoding.seed), np.arange(len(prompts)) if rows is None else np.asarray(rows)),
+            np.array(self._stops(decoding), np.int32),
+            jax.tree.map(np.float32, decoding.numbers),
+            np.array([prompt.prefix for prompt in prompts], np.int32),
+            max_new_tokens=decoding.max_new_tokens,
+            texts=decoding.texts,
+            beams=decoding.num_beams > 1,
+            top_k=decoding.top_k,
         )
-        return np.asarray(ids)
+
+    def _stops(self, decoding: Decoding) -> list[int]:
+        """Ids that end a text: EOS, and the sentinels among the texts to stop at; other texts are cut behind."""
+        encoded = [self.tokenizer.encode_with_sentinels(text) for text in decoding.stop if "<extra_id_" in text]
+        sentinels = {int(token) for token in self.tokenizer.sentinel_ids}
+        return [self.tokenizer.eos_id, *(ids[0] for ids in encoded if len(ids) == 1 and ids[0] in sentinels)]
+
+    def _answer(self, ids: list[int], log_p: list[float], ends: list[int], stop: Sequence[str]) -> Answer:
+        decode = self.tokenizer.decode
+        count = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        text = decode(ids[: count - 1] if ids[count - 1] in ends else ids[:count])
+        if found := [text.find(one) for one in stop if one in text]:
+            text = text[: min(found)]
+            count = next(n for n in range(1, count + 1) if any(one in decode(ids[:n]) for one in stop))
+        return Answer(text, ids[:count], float(np.sum(log_p[:count])), log_p[:count])
 
     def texts(self, ids_BL: np.ndarray) -> list[str]:
         """Generated ids as text, up to EOS: what is behind it is padding, whatever its id means."""

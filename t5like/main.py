@@ -7,6 +7,7 @@ no traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import json
 import math
@@ -115,13 +116,28 @@ def build_parser() -> Parser:
     sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
     sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
 
-    sub = command("generate", "Continue a prompt, or fill its <extra_id_N> gaps.")
+    sub = command("generate", "Continue prompts, or fill their <extra_id_N> gaps: one, a file's, or as they are typed.")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
-    sub.add_argument("--prompt", required=True, metavar="TEXT")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
-    sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    sub.add_argument("--prompt", metavar="TEXT", help="without it or a file, lines of standard input are prompts")
+    sub.add_argument("--prompts_file", type=Path, metavar="F", help='JSON lines with the field "prompt"')
+    sub.add_argument(
+        "--output", type=Path, metavar="F", help="the same rows with predictions; the same command again continues it"
+    )
+    for name, kind, default, text in (
+        ("max_new_tokens", int, 64, "at most so many tokens"),
+        ("temperature", float, 0.0, "of the sampling; 0: the likeliest token"),
+        ("top_k", int, 0, "sample the k likeliest tokens; 0: all"),
+        ("top_p", float, 1.0, "sample the likeliest tokens that together have this probability"),
+        ("min_p", float, 0.0, "sample tokens at least this fraction as likely as the likeliest"),
+        ("repetition_penalty", float, 1.0, "above 1: what was said becomes less likely"),
+        ("num_beams", int, 1, "of a beam search; 1: none"),
+        ("length_penalty", float, 1.0, "a beam's log-probability is divided by length ** this"),
+        ("num_returned", int, 1, "answers per prompt: the best beams, or samples"),
+        ("seed", int, 0, "of the sampling"),
+    ):
+        sub.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X", help=text)
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given again")
 
     sub = command("import", "Make a run of a model from elsewhere.")
     sub.add_argument(
@@ -299,22 +315,29 @@ def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictio
 
 def generate(options: argparse.Namespace, _) -> None:
     """`t5like generate`."""
-    from t5like import run
-    from t5like.generate import Generator, fill
+    import jax
 
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max_new_tokens={options.max_new_tokens} must be at least 1; use --max_new_tokens=64")
-    if not 0 <= options.temperature < math.inf:
-        raise ConfigError(f"--temperature={options.temperature:g} must be at least 0; use --temperature=0.8")
-    if not 0 <= options.seed < 2**32:
-        raise ConfigError(f"--seed={options.seed} must be at least 0 and less than 2**32; use --seed=0")
-    loaded = run.load(options.workdir.expanduser().absolute(), options.step)
+    from t5like import prompting, run
+    from t5like.decoding import Decoding
+    from t5like.generate import Generator
+
+    if options.prompt is not None and options.prompts_file:
+        raise ConfigError("--prompt and --prompts_file can't both be given; use one")
+    if options.output and not options.prompts_file:
+        raise ConfigError(f"--output={options.output} needs --prompts_file; without, answers are printed")
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Decoding)}
+    decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
+    rows = prompting.read_prompts(options.prompts_file) if options.prompts_file else []
+    loaded = run.load(options.workdir.expanduser().absolute(), options.step, jax.devices())
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
-    [answer] = generator(
-        [options.prompt], max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
-    )
-    gaps = "<extra_id_" in options.prompt and loaded.config.model.architecture != "encoder"
-    print(fill(options.prompt, answer) if gaps else answer)
+    with jax.set_mesh(loaded.mesh):
+        if options.prompts_file:
+            made_by = {"workdir": str(options.workdir.expanduser().absolute()), "step": loaded.step}
+            prompting.answer_file(generator, decoding, options.prompts_file, rows, options.output, made_by)
+        elif options.prompt is not None:
+            prompting.show(generator, decoding, options.prompt)
+        else:
+            prompting.converse(generator, decoding)
 
 
 def import_hf(options: argparse.Namespace, _) -> None:

@@ -7,6 +7,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +68,8 @@ def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
     return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_every=config.train.keep_every)
 
 
-def load(workdir: Path, step: int | None = None) -> Run:
-    """Open a run at a checkpoint (default: the latest) on this process's devices, whatever it was trained on.
+def load(workdir: Path, step: int | None = None, devices: Sequence[jax.Device] | None = None) -> Run:
+    """Open a run at a checkpoint (default: the latest) on some devices (default: one), whatever it was trained on.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -82,13 +83,25 @@ def load(workdir: Path, step: int | None = None) -> Run:
         raise DataError(
             f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
         )
-    # Any mesh will do; the batch only has to divide among the devices here.
-    config = dataclasses.replace(meta.config, mesh=MeshConfig(data=1, fsdp=1))
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    devices = devices or jax.devices()[:1]
+    config = on_devices(meta.config, len(devices))
+    mesh = meshes.make_mesh(config, devices)
     config = meshes.settle(config, mesh)
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
     params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
+
+
+def on_devices(config: Config, count: int) -> Config:
+    """The config with a mesh of so many devices: its own, if that fits, else all of them on `data`."""
+    try:
+        meshes.axis_sizes(config, count)
+    except ConfigError:
+        # Here a batch is no step of training: its rows only have to divide among the devices.
+        data = dataclasses.replace(config.data, batch_size=count)
+        train = dataclasses.replace(config.train, microbatches=1)
+        return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig(data=count, fsdp=1))
+    return config
 
 
 def imported(workdir: Path) -> bool:

@@ -11,8 +11,9 @@ from conftest import random_batch, small
 from t5like import mesh as meshes
 from t5like import step
 from t5like.data.tokenizer import Tokenizer, train_tokenizer
+from t5like.decoding import Numbers
 from t5like.errors import ConfigError
-from t5like.generate import Generator, Prompt, fill, generate, spans
+from t5like.generate import Generator, Prompt, fill, generate, make_texts, row_keys, spans
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
@@ -23,6 +24,7 @@ SHAPES = {
     "rotary decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 2}},
     "learned decoder": {"model": {"architecture": "decoder", "positions": "learned"}},
     "prefix decoder": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
+    "scanned encoder_decoder": {"model": {"layers": "scan", "num_layers": 2}},
 }
 
 
@@ -84,6 +86,30 @@ def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
     assert len(np.unique(answers)) > 5
     for prompt, answer in zip(prompts, answers, strict=True):
         np.testing.assert_array_equal(whole_logits(config, params, prompt, answer).argmax(-1), answer)
+
+
+@pytest.mark.parametrize("shape", ["scanned encoder_decoder", "relative decoder"])
+def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
+    config, params = model_of(**SHAPES[shape])
+    lengths = [3, 16, 9]
+    prompt_BP, prompts = prompts_of(config, lengths)
+    made = make_texts(
+        config,
+        params,
+        prompt_BP,
+        np.array(lengths, np.int32),
+        row_keys(0, np.arange(3)),
+        np.array([499], np.int32),
+        Numbers(length_penalty=np.float32(1)),
+        max_new_tokens=NEW,
+        texts=3,
+        beams=True,
+    )
+    for prompt, ids_GL, log_p_GL, scores_G in zip(prompts, *map(np.asarray, made), strict=True):
+        assert len({tuple(ids) for ids in ids_GL.tolist()}) == 3 and (np.diff(scores_G) <= 0).all()
+        for ids, log_p in zip(ids_GL, log_p_GL, strict=True):
+            wanted = jax.nn.log_softmax(whole_logits(config, params, prompt, ids))[np.arange(NEW), ids]
+            np.testing.assert_allclose(log_p, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["encoder_decoder", "rotary decoder"])

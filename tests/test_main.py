@@ -68,8 +68,20 @@ def refused(command):
             "--tasks_dir=/proc/nowhere is no directory",
         ),
         (
-            ["generate", "--workdir=/proc/nowhere"],
-            "the following arguments are required: --prompt; see t5like generate --help",
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--output=b.jsonl"],
+            "--output=b.jsonl needs --prompts_file; without, answers are printed",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--num_beams=4", "--temperature=1"],
+            "--temperature=1 must be 0 with --num_beams=4; use --temperature=0",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--num_returned=2"],
+            "--num_returned=2 must be 1 where the likeliest token is taken (--temperature=0 and --num_beams=1)",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--top_p=0.9"],
+            "--top_p=0.9 must be left away where nothing is sampled (--temperature=0)",
         ),
         (
             ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--max_new_tokens=0"],

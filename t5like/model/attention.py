@@ -16,6 +16,8 @@ from t5like.mesh import constrain
 from t5like.model import cpu
 from t5like.model.layers import MASKED, Dense, Norm, dropout, rotate
 
+FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
+
 
 class KeyValues(NamedTuple):
     """Keys and values of one attention: a decoding cache (S the longest text), or those of the encoder's output."""
@@ -24,9 +26,16 @@ class KeyValues(NamedTuple):
     v_BKSH: jax.Array
 
 
-def window_mask(queries: int, keys: int, first_query: jax.Array | int, window: int) -> jax.Array:
-    """[1, 1, L, S]: True where the key is the query itself, one of the window - 1 before it, or after it."""
-    return (jnp.arange(keys)[None, :] > jnp.arange(queries)[:, None] + (first_query - window))[None, None]
+def window_mask(
+    queries: int, keys: int, first_query: jax.Array | int, window: int, fork: int | None = None
+) -> jax.Array:
+    """[1, 1, L, S]: True where the key is the query itself, one of the window - 1 before it, or after it.
+
+    From place `fork` on, each L keys that follow each other stand at the same position, as the queries do.
+    """
+    position = lambda place: place if fork is None else jnp.where(place < fork, place, fork + (place - fork) // queries)
+    query_L1 = position(jnp.arange(queries)[:, None] + first_query)
+    return (position(jnp.arange(keys)[None, :]) > query_L1 - window)[None, None]
 
 
 def causal_mask(queries: int, keys: int, first_query: jax.Array | int = 0) -> jax.Array:
@@ -63,7 +72,9 @@ def attend(
     Returns:
         [B, N, L, H] in the dtype of v.
     """
-    groups = q_BNLH.shape[1] // k_BKSH.shape[1]
+    groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
+    if groups > 1 and length < k_BKSH.shape[2] and length * groups <= FEW:
+        return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels)
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
     if kernels == "cpu":
@@ -73,6 +84,17 @@ def attend(
     if mask_B1LS is not None:
         out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
     return out_BNLH.astype(v_BKSH.dtype)
+
+
+def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels) -> jax.Array:
+    """A group's heads stand side by side as queries: decoding would else repeat its whole cache in every step."""
+    heads, groups = k_BKSH.shape[1], q_BNLH.shape[1] // k_BKSH.shape[1]
+    side = lambda x: x.reshape(x.shape[0], heads, -1, x.shape[-1])
+    bias_1KLS = None if bias_1NLS is None else side(bias_1NLS)
+    if mask_B1LS is not None:
+        mask_B1LS = jnp.tile(mask_B1LS, (1, 1, groups, 1))
+    out = attend(side(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1KLS, mask_B1LS=mask_B1LS, kernels=kernels)
+    return out.reshape(q_BNLH.shape)
 
 
 def _attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS) -> jax.Array:

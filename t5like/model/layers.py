@@ -230,8 +230,12 @@ class RelativeBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, queries: int, keys: int, *, first_query: jax.Array | int = 0) -> jax.Array:
+    def __call__(
+        self, queries: int, keys: int, *, first_query: jax.Array | int = 0, fork: int | None = None
+    ) -> jax.Array:
         """The bias [1, N, L, S] for queries at first_query, first_query + 1, ... and keys at 0, 1, ...
+
+        From place `fork` on, each L keys that follow each other stand at the same position, as the queries do.
 
         The bias depends on key - query only, so there are L + S - 1 different columns; they are looked up once and
         laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
@@ -243,6 +247,15 @@ class RelativeBias(nn.Module):
             (config.relative_buckets, config.num_heads),
             jnp.float32,
         )
+        if fork is None:
+            return self._bias(table_RN, queries, keys, first_query)
+        positions = fork + (keys - fork) // queries
+        bias_1N1S = self._bias(table_RN, 1, positions, fork + (first_query - fork) // queries)
+        forked_1N1S = jnp.repeat(bias_1N1S[..., fork:], queries, axis=-1)
+        bias_1N1S = jnp.concatenate([bias_1N1S[..., :fork], forked_1N1S], axis=-1)
+        return jnp.broadcast_to(bias_1N1S, (*bias_1N1S.shape[:2], queries, keys))
+
+    def _bias(self, table_RN: jax.Array, queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
         if isinstance(first_query, int):
             distance = np.arange(keys + queries - 1) - (queries - 1) - first_query
             buckets = self._buckets(distance)
@@ -250,7 +263,7 @@ class RelativeBias(nn.Module):
             known = self._buckets(np.arange(-(queries - 1) - (keys - 1), keys))
             buckets = jax.lax.dynamic_slice(jnp.asarray(known), (keys - 1 - first_query,), (keys + queries - 1,))
         diagonals_N = table_RN[buckets].T  # [N, L + S - 1]; entry i is distance i - (L - 1)
-        return shift_rows(diagonals_N, queries, keys)[None].astype(config.dtype)
+        return shift_rows(diagonals_N, queries, keys)[None].astype(self.config.dtype)
 
     def _buckets(self, distance: np.ndarray) -> np.ndarray:
         config = self.config

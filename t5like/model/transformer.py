@@ -49,7 +49,7 @@ class Context(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values for decoding; in a stack with a leading dim Y, in a block without.
+    """Keys and values for decoding, of one layer. A stack has a tuple of them, or, scanned, one with a leading dim Y.
 
     Attributes:
         own: of the text decoded so far.
@@ -58,6 +58,28 @@ class Cache(NamedTuple):
 
     own: KeyValues
     cross: KeyValues | None
+
+
+Caches = Cache | tuple[Cache, ...]
+
+
+def cache_length(cache: Caches) -> int:
+    """Tokens that a stack's cache has places for."""
+    return jax.tree.leaves(cache)[0].shape[-2]
+
+
+def longer(cache: Caches, length: int) -> Caches:
+    """A stack's cache with places for `length` tokens."""
+    pad = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, length - x.shape[-2]), (0, 0)])
+    is_cache = lambda x: isinstance(x, Cache)
+    return jax.tree.map(lambda each: Cache(jax.tree.map(pad, each.own), each.cross), cache, is_leaf=is_cache)
+
+
+def unstacked(layers: Tree) -> tuple[Tree, ...]:
+    """The parameters of each layer of a stack, by slices, which are copies; those of an unstacked one as they are."""
+    if isinstance(layers, tuple):
+        return layers
+    return tuple(jax.tree.map(itemgetter(y), layers) for y in range(jax.tree.leaves(layers)[0].shape[0]))
 
 
 class Block(nn.Module):
@@ -77,13 +99,19 @@ class Block(nn.Module):
         self.mlp, self.mlp_norm = lay.Mlp(config), lay.Norm(config)
 
     def __call__(
-        self, x_BLD: jax.Array, context: Context, cache: Cache | None = None, *, train: bool = False
+        self,
+        x_BLD: jax.Array,
+        context: Context,
+        cache: Cache | None = None,
+        *,
+        fork: int | None = None,
+        train: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Map [B, L, D] to [B, L, D]; the cache comes back with this call's keys and values in it."""
         own, bias_1NLS = None, context.bias_1NLS
         if self.config.positions == "relative" and self.config.relative_bias == "per_layer":
-            keys = x_BLD.shape[1] if cache is None else cache.own.k_BKSH.shape[2]
-            bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first)
+            keys = x_BLD.shape[1] if cache is None else cache_length(cache)
+            bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first, fork=fork)
 
         def attend(y_BLD):
             nonlocal own
@@ -135,7 +163,8 @@ class Stack(nn.Module):
             self.relative_bias = lay.RelativeBias(config, bidirectional=not self.causal)
         if config.norm_position == "pre":
             self.final_norm = lay.Norm(config)
-        self.layers = self.param("layers", self._init)
+        unstacked = self.has_variable("params", "layers") and isinstance(self.get_variable("params", "layers"), tuple)
+        self.layers = self.get_variable("params", "layers") if unstacked else self.param("layers", self._init)
 
     @property
     def block(self) -> Block:
@@ -160,17 +189,21 @@ class Stack(nn.Module):
         positions_BL: jax.Array,
         encoded_BSD: jax.Array | None = None,
         cross_mask_B1LS: jax.Array | None = None,
-        cache: Cache | None = None,
+        cache: Caches | None = None,
         first: jax.Array | int = 0,
+        fork: int | None = None,
         train: bool = False,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Run all layers and the final norm on [B, L, D]; with a cache, on tokens that continue it at `first`."""
-        bias_1NLS, keys = None, x_BLD.shape[1] if cache is None else cache.own.k_BKSH.shape[3]
+    ) -> tuple[jax.Array, Caches | None]:
+        """Run all layers and the final norm on [B, L, D]; with a cache, on tokens that continue it at `first`.
+
+        From place `fork` of the cache on, each L tokens that follow each other stand at the same position.
+        """
+        bias_1NLS, queries, keys = None, x_BLD.shape[1], x_BLD.shape[1] if cache is None else cache_length(cache)
         if self.config.positions == "relative" and self.config.relative_bias == "shared":
-            bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=first)
+            bias_1NLS = self.relative_bias(queries, keys, first_query=first, fork=fork)
         if self.config.attention_window:
             # By place in the row: padding on the left and documents behind each other shift query and key alike.
-            window = window_mask(x_BLD.shape[1], keys, first, self.config.attention_window)
+            window = window_mask(queries, keys, first, self.config.attention_window, fork)
             mask_B1LS = window if mask_B1LS is None else mask_B1LS & window
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
         dropping = train and self.config.dropout_rate > 0
@@ -178,7 +211,7 @@ class Stack(nn.Module):
 
         def layer(x_BLD, context, params, key, cache):
             rngs = {"dropout": key} if dropping else None
-            return self.block.apply({"params": params}, x_BLD, context, cache, train=train, rngs=rngs)
+            return self.block.apply({"params": params}, x_BLD, context, cache, fork=fork, train=train, rngs=rngs)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=self.config.layers == "unroll")
@@ -188,18 +221,29 @@ class Stack(nn.Module):
             x_BLD, cache = self._unroll(layer, x_BLD, context, keys_Y, cache)
         return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
 
-    def _unroll(self, layer, x_BLD, context: Context, keys_Y, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        caches = []
+    def _unroll(self, layer, x_BLD, context: Context, keys_Y, cache: tuple[Cache, ...] | None):
+        caches, layers = [], unstacked(self.layers)
         for y in range(self.num_layers):
-            each = jax.tree.map(itemgetter(y), (self.layers, keys_Y, cache))
-            x_BLD, new = layer(x_BLD, context, *each)
+            key = None if keys_Y is None else keys_Y[y]
+            x_BLD, new = layer(x_BLD, context, layers[y], key, cache and cache[y])
             caches.append(new)
-        return x_BLD, cache and jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+        return x_BLD, cache and tuple(caches)
 
-    def keys_values(self, encoded_BSD: jax.Array) -> KeyValues:
-        """Every layer's cross-attention keys and values, with a leading dim Y."""
-        apply = lambda params: self.block.apply({"params": params}, encoded_BSD, method="keys_values")
-        return jax.lax.map(apply, self.layers)
+    def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None) -> Caches:
+        """An empty cache for `length` tokens, with the keys and values of the encoder's output."""
+        config = self.config
+        shape = (rows, config.num_kv_heads or config.num_heads, length, config.head_dim)
+        zeros = constrain(jnp.zeros(shape, config.dtype), "batch", "act_heads", None, None)
+
+        def layer(params):
+            cross = None
+            if encoded_BSD is not None:
+                cross = self.block.apply({"params": params}, encoded_BSD, method="keys_values")
+            return Cache(KeyValues(zeros, zeros), cross)
+
+        if config.layers == "scan":
+            return jax.lax.map(layer, self.layers)
+        return tuple(layer(params) for params in unstacked(self.layers))
 
 
 class Transformer(nn.Module):
@@ -317,23 +361,22 @@ class Transformer(nn.Module):
         real_V = jnp.arange(config.vocab_rows) < config.tokenizer.vocab_size
         return jnp.where(real_V[None, None], logits_BLV, lay.MASKED)
 
-    def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None = None) -> Cache:
+    def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None = None) -> Caches:
         """An empty cache for `length` decoded tokens, cross-attention's keys and values computed."""
-        model, stack = self.config.model, self.decoder
-        shape = (stack.num_layers, rows, model.num_kv_heads or model.num_heads, length, model.head_dim)
-        zeros = jnp.zeros(shape, model.dtype)
-        return Cache(KeyValues(zeros, zeros), None if encoded_BSD is None else stack.keys_values(encoded_BSD))
+        return self.decoder.prepare_cache(rows, length, encoded_BSD)
 
     def decode(
         self,
         ids_BL: jax.Array,
-        cache: Cache,
+        cache: Caches,
         first: jax.Array | int,
         *,
         positions_BL: jax.Array | None = None,
         mask_B1LS: jax.Array | None = None,
         cross_mask_B1LS: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
+        fork: int | None = None,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, Caches]:
         """Run tokens that continue a cached text.
 
         Args:
@@ -343,14 +386,17 @@ class Transformer(nn.Module):
             positions_BL: positions in the text, where they differ from the index (rows padded on the left).
             mask_B1LS: what may be seen of the cache; None: everything up to the token itself.
             cross_mask_B1LS: what may be seen of the encoder's output; None: everything.
+            fork: where a row's text branches into L that go on side by side: of each L places from there on, one
+                belongs to each, all at the same position. `positions_BL` and `mask_B1LS` must say the same.
+            last_only: whether only the last token's logits are wanted.
 
         Returns:
-            float32 logits [B, L, V] and the longer cache.
+            float32 logits [B, L or 1, V] and the longer cache.
         """
         if positions_BL is None:
             positions_BL = _positions(ids_BL, None) + first
         if mask_B1LS is None:
-            mask_B1LS = causal_mask(ids_BL.shape[1], cache.own.k_BKSH.shape[3], first)
+            mask_B1LS = causal_mask(ids_BL.shape[1], cache_length(cache), first)
         x_BLD, cache = self.decoder(
             self._embed(ids_BL, positions_BL, train=False),
             mask_B1LS=mask_B1LS,
@@ -358,8 +404,9 @@ class Transformer(nn.Module):
             cross_mask_B1LS=cross_mask_B1LS,
             cache=cache,
             first=first,
+            fork=fork,
         )
-        return self.logits(x_BLD), cache
+        return self.logits(x_BLD[:, -1:] if last_only else x_BLD), cache
 
     def _embed(
         self, ids_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None = None, *, train: bool

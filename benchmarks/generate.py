@@ -1,0 +1,209 @@
+"""Decoding in t5like and in PyTorch `transformers.generate`, side by side in one call.
+
+    python benchmarks/generate.py [--shapes=small,dec] [--rows=1,32] [--ways=greedy,beams] [--rounds=5]
+                                  [--torch_python=PYTHON]
+
+Models as in `peers.py` (T5 1.1 small; a Llama-like decoder of its size), random weights, float32, prompts of 64 tokens,
+64 new tokens without an end, greedy or by 4 beams. For each case every side gets a process of its own; after their
+warm-up they decode in turn, so that what else the machine does meets both, and the ratio is the median over rounds.
+`floor ms` is what one token costs at least: the bytes of the weights that a step reads, over the bandwidth at which
+this process sums an array of that size with all its cores.
+
+Prints a JSON line per case and side, and at the end, on standard error, a table in Markdown. This file is all sides: it
+imports JAX, or torch, where it serves one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import measurement
+from peers import SHAPES, Peer, Shape, t5like_command
+
+PROMPT, NEW, BEAMS = 64, 64, 4
+
+
+def serve_t5like(shape: Shape, rows: int, way: str) -> None:
+    """Decode on request, by `generate.make_texts` as `t5like generate` calls it."""
+    from t5like.main import keep_freed_memory
+
+    keep_freed_memory()
+    import jax
+    import numpy as np
+
+    from t5like import config_file, step
+    from t5like import mesh as meshes
+    from t5like.data import pipeline
+    from t5like.decoding import Decoding
+    from t5like.generate import make_texts, row_keys, unstacked_params
+
+    settings = argparse.Namespace(dtype="float32", optimizer="adamw")
+    _, fields = measurement.split(t5like_command(shape, settings)[2:])
+    path = Path(__file__).parent.parent / "configs" / ("t5_small.py" if shape.inputs else "llama_7b.py")
+    config = config_file.load(path, fields)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config = meshes.settle(config, mesh)
+    params = jax.jit(lambda key: step.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    params = jax.jit(lambda params: unstacked_params(config, params))(params)
+    prompts = np.random.default_rng(0).integers(3, shape.vocabulary, (rows, PROMPT)).astype(np.int32)
+    lengths, no_end = np.full(rows, PROMPT, np.int32), np.array([-1], np.int32)
+    decoding = Decoding(max_new_tokens=NEW, num_beams=BEAMS if way == "beams" else 1)
+    numbers = jax.tree.map(np.float32, decoding.numbers)
+
+    def run(times: int) -> list[float]:
+        seconds = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            made = make_texts(
+                config,
+                params,
+                prompts,
+                lengths,
+                row_keys(0, np.arange(rows)),
+                no_end,
+                numbers,
+                max_new_tokens=NEW,
+                texts=decoding.texts,
+                beams=decoding.num_beams > 1,
+            )
+            assert (np.asarray(made.ids_BGL) != 0).mean() > 0.9
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    _served(run, count, measurement.machine("jax", "jaxlib"), sum_gbps())
+
+
+def serve_torch(shape: Shape, rows: int, way: str) -> None:
+    """Decode on request, by `transformers.generate`."""
+    import torch
+    from torch_peer import llama, t5
+
+    torch.manual_seed(0)
+    model = (t5 if shape.inputs else llama)(shape).eval()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    prompts = torch.randint(3, shape.vocabulary, (rows, PROMPT))
+    settings = {"num_beams": BEAMS if way == "beams" else 1, "do_sample": False, "use_cache": True}
+
+    def run(times: int) -> list[float]:
+        seconds = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                made = model.generate(
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    max_new_tokens=NEW,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    **settings,
+                )
+            assert made.shape[1] == NEW + (1 if shape.inputs else PROMPT), made.shape
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    _served(run, count, measurement.machine("torch", "transformers"), None)
+
+
+def _served(run, count: int, machine: dict, gbps: float | None) -> None:
+    [first] = run(1)
+    measurement.emit(**machine)
+    measurement.emit(params=count, first_s=first, sum_gbps=gbps)
+    measurement.serve(run)
+    measurement.emit(peak_rss_mb=measurement.peak_memory_mb())
+
+
+def sum_gbps() -> float:
+    """GB/s at which JAX sums 256 MB."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(2**26)
+    add = jax.jit(jnp.sum)
+    add(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        add(x).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return x.nbytes / min(seconds) / 1e9
+
+
+def weights_per_token(shape: Shape) -> int:
+    """Bytes of float32 weights that a decoding step reads: layers of the decoder and the head."""
+    attention = 4 * shape.model_dim * shape.heads * 64
+    own = attention + 3 * shape.model_dim * shape.mlp_dim
+    cross = attention // 2 if shape.inputs else 0  # keys and values are there
+    return 4 * (shape.layers * (own + cross) + shape.model_dim * shape.vocabulary)
+
+
+def compare(name: str, rows: int, way: str, options: argparse.Namespace) -> list[dict]:
+    """Run both sides of a case and return a result for each."""
+    sides, peers = {"t5like": sys.executable, "transformers": options.torch_python}, []
+    case = {"shape": name, "rows": rows, "way": way}
+    try:
+        for side, python in sides.items():
+            peers.append(Peer(side, [python, str(Path(__file__)), f"--serve={side}", f"--case={json.dumps(case)}"]))
+        ours, theirs = peers
+        if ours.start["params"] != theirs.start["params"]:
+            raise SystemExit(f"generate.py: {name}: {ours.start['params']:,} parameters, {theirs.start['params']:,}")
+        for _ in range(options.warmup + options.rounds):
+            for peer in peers:
+                time.sleep(options.pause)
+                peer.step()
+        times = {peer.name: [each["step_ms"][0] for each in peer.rounds[options.warmup :]] for peer in peers}
+        ratios = [a / b for a, b in zip(times["t5like"], times["transformers"], strict=True)]
+        floor = weights_per_token(SHAPES[name]) / ours.start["sum_gbps"] / 1e6
+        return [
+            {
+                **case,
+                "peer": peer.name,
+                "tokens/s": 1e3 * rows * NEW / statistics.median(times[peer.name]),
+                "ms a token": statistics.median(times[peer.name]) / NEW,
+                "floor ms": floor,
+                "transformers' time / ours": statistics.median(1 / ratio for ratio in ratios),
+                "first s": peer.start["first_s"],
+                "peak MB": peer.stop()["peak_rss_mb"],
+                **peer.machine,
+            }
+            for peer in peers
+        ]
+    finally:
+        for peer in peers:
+            peer.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare decoding with transformers.generate.")
+    parser.add_argument("--shapes", default="small,dec")
+    parser.add_argument("--rows", default="1,32")
+    parser.add_argument("--ways", default="greedy,beams")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds before each call")
+    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and transformers")
+    parser.add_argument("--serve", choices=["t5like", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        case = options.case
+        serve = serve_t5like if options.serve == "t5like" else serve_torch
+        serve(SHAPES[case["shape"]], case["rows"], case["way"])
+        return
+    rows = []
+    for shape in options.shapes.split(","):
+        for count in map(int, options.rows.split(",")):
+            for way in options.ways.split(","):
+                for values in compare(shape, count, way, options):
+                    measurement.emit(**values)
+                    rows.append({key: values[key] for key in list(values)[:9]})
+    print(f"\n{measurement.table(rows)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main()

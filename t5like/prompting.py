@@ -1,0 +1,261 @@
+"""`t5like generate` behind its flags: one prompt, a file of prompts, or a conversation on standard input.
+
+Called by `main`; `generate` makes the answers. A file's answers are written in its order, some dozens at a time, so
+that a killed command continues where it was. A row's answer depends on the row, its number and the settings alone.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich.console
+import rich.progress
+
+from t5like.data.token_store import written_whole
+from t5like.decoding import Decoding
+from t5like.errors import CheckpointError, ConfigError, DataError, UserError
+from t5like.generate import Answer, Generator, fill
+
+ROWS = 32  # prompts of one call
+WINDOW = 8 * ROWS  # prompts that are ordered by length before they are answered, and written together
+MADE = ("prediction", "filled", "log_prob", "num_tokens", "predictions")  # fields of an answered row
+
+
+def show(generator: Generator, decoding: Decoding, prompt: str) -> None:
+    """Print the answer to a prompt, or several with their log-probabilities."""
+    answers = _answers(generator, decoding, prompt)
+    for answer in answers:
+        text = _filled(generator, prompt, answer.text)
+        print(f"{answer.log_prob:.3f}\t{text}" if len(answers) > 1 else text, flush=True)
+
+
+def converse(generator: Generator, decoding: Decoding) -> None:
+    """Answer each line of standard input, until it ends."""
+    typed = sys.stdin.isatty()
+    while True:
+        if typed:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        try:
+            show(generator, decoding, line.rstrip("\r\n"))
+        except UserError as error:
+            if not typed:
+                raise
+            print(f"t5like: {error}", file=sys.stderr)
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of prompts; blank lines are none.
+
+    Raises:
+        DataError: it can't be read, or a line is not as it must be; with its number.
+    """
+    rows = []
+    for number, line in _lines(path, "--prompts_file"):
+        if not line.strip():
+            continue
+        row = _parsed(path, number, line, "--prompts_file")
+        if not isinstance(row.get("prompt"), str):
+            raise DataError(
+                f'--prompts_file={path}: line {number} must have a text in "prompt"; as in {{"prompt": "a text"}}'
+            )
+        if taken := [name for name in MADE if name in row]:
+            raise DataError(f'--prompts_file={path}: line {number} already has a "{taken[0]}"; rename that field')
+        rows.append(row)
+    if not rows:
+        raise DataError(f'--prompts_file={path} has no prompts; a line is one, as in {{"prompt": "a text"}}')
+    return rows
+
+
+def answer_file(
+    generator: Generator,
+    decoding: Decoding,
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    output: Path | None,
+    made_by: dict[str, Any],
+) -> None:
+    """Answer a file's rows, in order, into a file (or to standard output); what stands there already is kept.
+
+    Args:
+        generator: the model.
+        decoding: how.
+        path: where the rows are from, for messages.
+        rows: of `read_prompts`.
+        output: JSON lines, each a row and what was made of it.
+        made_by: what else the answers depend on; kept beside the output, and refused to change, as are the settings.
+
+    Raises:
+        DataError: a prompt can't be answered, or the output has rows of other prompts.
+        ConfigError: the output was begun with other settings.
+        CheckpointError: the output can't be written.
+    """
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            if generator.config.model.architecture != "encoder":
+                prompts.append(generator.prompt(row["prompt"]))
+                generator.check(prompts[-1], decoding)
+        except UserError as error:
+            raise type(error)(f"--prompts_file={path}: prompt {number}: {error}") from None
+    if output is None:
+        for answered in _answered(generator, decoding, rows, prompts, 0):
+            print(_text(answered), end="", flush=True)
+        return
+    try:
+        done = _kept(output, rows, {**made_by, "decoding": dataclasses.asdict(decoding)})
+        with open(output, "a", encoding="utf-8") as file, _progress(len(rows), done) as bar:
+            for answered in _answered(generator, decoding, rows, prompts, done):
+                _write(file, _text(answered))
+                bar.advance(bar.task_ids[0], len(answered))
+    except OSError as error:
+        raise CheckpointError(f"--output={output} can't be written: {error.strerror}; use another --output") from None
+    print(f"answers  {output}: {len(rows)} rows" + (f", {done} of them kept" if done else ""))
+
+
+def _answered(generator, decoding, rows, prompts, begin: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows from `begin` on with their answers, a window at a time."""
+    if generator.config.model.architecture == "encoder":
+        for row in rows[begin:]:
+            yield [{**row, "prediction": generator([row["prompt"]])[0]}]
+        return
+    for first in range(begin, len(rows), WINDOW):
+        numbers = range(first, min(first + WINDOW, len(rows)))
+        by_length = sorted(numbers, key=lambda number: len(prompts[number].ids))
+        found: dict[int, list[Answer]] = {}
+        for start in range(0, len(by_length), ROWS):
+            some = by_length[start : start + ROWS]
+            filled = some + some[:1] * (ROWS - len(some) if len(rows) > ROWS else 0)  # one shape for all calls
+            answers = generator.answer([prompts[number] for number in filled], decoding, rows=filled)
+            found |= dict(zip(some, answers[: len(some)], strict=True))
+        yield [_row(generator, rows[number], found[number]) for number in numbers]
+
+
+def _row(generator: Generator, row: dict[str, Any], answers: Sequence[Answer]) -> dict[str, Any]:
+    def values(answer: Answer) -> dict[str, Any]:
+        filled = {}
+        if "<extra_id_" in row["prompt"]:
+            filled = {"filled": _filled(generator, row["prompt"], answer.text)}
+        return {
+            "prediction": answer.text,
+            **filled,
+            "log_prob": round(answer.log_prob, 5),
+            "num_tokens": len(answer.ids),
+        }
+
+    several = {"predictions": [values(answer) for answer in answers]} if len(answers) > 1 else {}
+    return {**row, **values(answers[0]), **several}
+
+
+def _answers(generator: Generator, decoding: Decoding, prompt: str) -> list[Answer]:
+    if generator.config.model.architecture == "encoder":
+        return [Answer(generator([prompt])[0], [], 0.0, [])]
+    return generator.answer([generator.prompt(prompt)], decoding)[0]
+
+
+def _filled(generator: Generator, prompt: str, text: str) -> str:
+    """The prompt with its gaps filled, if it has any; else the answer."""
+    gaps = "<extra_id_" in prompt and generator.config.model.architecture != "encoder"
+    return fill(prompt, text) if gaps else text
+
+
+# ---- Files ----
+
+
+def _kept(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> int:
+    """Make ready to append to an output: cut an unfinished last line; the number of rows that it has.
+
+    Raises:
+        DataError, ConfigError: see `answer_file`.
+    """
+    beside = output.with_name(f"{output.name}.settings.json")
+    settings = json.loads(json.dumps(settings))
+    count = 0
+    if output.exists():
+        _refuse_other_settings(output, beside, settings)
+        content = output.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for number, line in _lines(output, "--output", content[:whole]):
+            row = _parsed(output, number, line, "--output")
+            if number > len(rows) or {name: row.get(name) for name in row if name not in MADE} != rows[number - 1]:
+                raise DataError(
+                    f"--output={output}: line {number} answers another prompt than --prompts_file has there; "
+                    "use another --output"
+                )
+            count = number
+        if whole < len(content):
+            os.truncate(output, whole)
+    if not beside.exists():
+        with written_whole(beside) as file:
+            file.write((json.dumps(settings, indent=1) + "\n").encode())
+    return count
+
+
+def _refuse_other_settings(output: Path, beside: Path, settings: dict[str, Any]) -> None:
+    try:
+        before = json.loads(beside.read_text())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise DataError(f"{beside} can't be read: it is not JSON; remove it, or use another --output") from None
+    for was, now in ((before, settings), (before.get("decoding", {}), settings["decoding"])):
+        for name, value in now.items():
+            if name != "decoding" and was.get(name) != value:
+                raise ConfigError(
+                    f"--output={output} was begun with {name}={was.get(name)}, which is now {value}; "
+                    "use another --output"
+                )
+
+
+def _lines(path: Path, flag: str, content: bytes | None = None) -> Iterator[tuple[int, str]]:
+    try:
+        content = path.expanduser().read_bytes() if content is None else content
+    except OSError as error:
+        raise DataError(f"{flag}={path} can't be read: {error.strerror}") from None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if number == content.count(b"\n") + 1 and not line:
+            return
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError:
+            raise DataError(f"{flag}={path}: line {number} is not UTF-8; save the file as that") from None
+
+
+def _parsed(path: Path, number: int, line: str, flag: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{flag}={path}: line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f'{flag}={path}: line {number} must be an object, as in {{"prompt": "a text"}}')
+    return row
+
+
+def _text(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write(file: TextIO, text: str) -> None:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _progress(total: int, done: int) -> rich.progress.Progress:
+    """A bar on a terminal's standard error; elsewhere nothing."""
+    console = rich.console.Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("prompts"),
+        rich.progress.BarColumn(None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    bar = rich.progress.Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+    bar.add_task("prompts", total=total, completed=done)
+    return bar
