@@ -33,7 +33,10 @@ def test_a_card_states_the_runs_own_numbers(trained, loaded, text):
     size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     assert f"{size:,} parameters" in text and "1 encoder and 1 decoder layers" in text
     config = run.saved_config(trained)
-    manifest = json.loads(next(Path(config.data.directory).glob("stores/*/manifest.json")).read_text())
+    stores = [json.loads(path.read_text()) for path in Path(config.data.directory).glob("stores/*/manifest.json")]
+    manifest = next(
+        each for each in stores if (each["source"], each["tokenizer"]) == (config.data.source[0], loaded.tokenizer.hash)
+    )
     assert f"`{config.data.source[0]}`, {manifest['splits']['train']['tokens']:,} tokens" in text
     assert "**Steps**: 2, each of 8 rows of 32 input and 12 target tokens; 704 tokens at most" in text
     assert "AutoModelForSeq2SeqLM" in text and "jax 0." in text and "*Fill in.*" in text

@@ -143,11 +143,13 @@ def _training(config: Config, loaded: run.Run) -> str:
 
 def _sources(config: Config, tokenizer_hash: str) -> Iterator[tuple[str, str]]:
     """Each source, and the size of its token store where that is still there."""
-    sizes = {}
+    sizes, settings = {}, dataclasses.asdict(config.data)
+    del settings["source"]  # compared below, each by itself
     for path in Path(config.data.directory).expanduser().glob("stores/*/manifest.json"):
         try:
             manifest = json.loads(path.read_text())
-            if manifest["tokenizer"] == tokenizer_hash:
+            same = all(settings[name] == value for name, value in manifest.items() if name in settings)
+            if same and manifest["tokenizer"] == tokenizer_hash:
                 sizes[manifest["source"]] = manifest["splits"]["train"]
         except (OSError, ValueError, KeyError):  # a store in the making, or a damaged one: no matter here
             continue
