@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5like import scores
+from t5like import distributed, scores
 from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
@@ -25,6 +25,7 @@ from t5like.data.token_store import written_whole
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
 from t5like.generate import Generator, Prompt
+from t5like.mesh import to_host
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
 
@@ -92,7 +93,7 @@ class Answers:
 
     def __call__(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """``eval/score/METRIC`` in percent, and a record of each example: inputs, target, prediction, choices' nats."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), distributed.limit("answers", times=2 + len(self.questions) // ROWS):
             said, nats_NC = self._choose(params) if self._choices else self._generate(params)
         records = [
             {"inputs": self.tokenizer.decode(question.read), "target": right, "prediction": text}
@@ -145,7 +146,7 @@ class Answers:
         for begin in range(0, len(pairs), ROWS):
             some = pairs[begin : begin + ROWS]
             batch = answered(self.config, some + some[:1] * (ROWS - len(some)), width, max(map(len, self._choices)))
-            nats += nats_of(self.config, params, batch)[: len(some)].tolist()
+            nats += to_host(nats_of(self.config, params, batch))[: len(some)].tolist()
         nats_NC = np.reshape(nats, (len(self.questions), -1))
         return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC
 

@@ -6,7 +6,7 @@ held-out row counts once, and rows that only fill the last batch weigh nothing.
 
 import dataclasses
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from t5like import distributed
 from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.answers import Answers
@@ -48,11 +49,11 @@ class Evaluator:
         """
         size = self.config.data.batch_size
         total = steps.zero_metrics(self.config, pipeline.spec(self.config))
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), distributed.limit("evaluation", times=2 + self.num_batches // 16):
             for index in range(self.num_batches):
                 rows = self.heldout.at(index, self._rows)
                 total = self._step(params, meshes.to_global(rows, self.mesh, size), total)
-        total = jax.device_get(total)
+            total = jax.device_get(total)
         values = host_metrics(total)
         found = {
             "eval/loss": values["loss"],
@@ -81,8 +82,10 @@ class Evaluator:
 
     @cached_property
     def _counts_V(self) -> np.ndarray:
-        """How often each id is a target of the evaluated rows."""
+        """How often each id is a target of the evaluated rows; counted by the process that writes it down."""
         counts_V = np.zeros(self.config.vocab_rows)
+        if not distributed.primary():
+            return counts_V
         for index in range(self.num_batches):
             batch = self.heldout.at(index)
             counts_V += np.bincount(batch.targets_BL.reshape(-1), batch.weights_BL.reshape(-1), self.config.vocab_rows)
@@ -106,11 +109,14 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float], list
         tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
         train=dataclasses.replace(run.config.train, eval_batches=2**31),
     )
-    stores = corpus.prepare(config).stores
+    directory = Path(config.data.directory).expanduser()
+    work = partial(corpus.prepare, config)
+    stores = distributed.once_per_file_system("preparing the data", directory, work).stores
     heldout = pipeline.open_split(config, stores, "heldout")
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer)
-    values = {"step": run.step, **evaluator(run.params), **evaluator.baselines()}
+    values = {"step": run.step, **evaluator(run.params)}
+    values |= evaluator.baselines() if distributed.primary() else {}
     if left_out := sum(getattr(part, "too_long", 0) for part in heldout):
         values["eval/left_out"] = left_out
     if not config.evaluate.metrics:

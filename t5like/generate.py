@@ -20,6 +20,7 @@ from t5like.data.templates import render_prompt
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
+from t5like.mesh import to_host
 from t5like.model.attention import causal_mask, segment_mask
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
@@ -213,7 +214,7 @@ class Generator:
             prefix_B=np.array([prompt.prefix for prompt in prompts], np.int32),
             temperature=np.float32(temperature),
         )
-        return np.asarray(ids)
+        return to_host(ids)
 
     def texts(self, ids_BL: np.ndarray) -> list[str]:
         """Generated ids as text, up to EOS: what is behind it is padding, whatever its id means."""
@@ -224,7 +225,7 @@ class Generator:
 
     def likeliest(self, batch: Batch) -> np.ndarray:
         """An encoder-only model's guess at each place of a batch's rows: int32 [B, S]."""
-        return np.asarray(likeliest(self.config, self.params, batch))
+        return to_host(likeliest(self.config, self.params, batch))
 
     def _unmask(self, prompt: str) -> str:
         tokenizer = self.tokenizer

@@ -1,13 +1,15 @@
 """The command line: reads it, settles what must be settled before JAX starts, runs one command, gives the exit code.
 
 Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each,
-no traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
+no traceback unless --debug); 75 preempted and saved, 76 another process of the run lost or stuck (both: start again);
+70 a bug of ours.
 """
 
 import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -18,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t5like import config_file
+from t5like import __version__, config_file
+from t5like.environment import Start, cloud_tpu, environment
 from t5like.errors import CheckpointError, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parse(arguments)
         start_devices(options.fake_devices)
+        options.begin = place(options)
         COMMANDS[options.command](options, overrides)
     except UserError as error:
         if debug:
@@ -98,6 +102,8 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory")
 
+    start_flags(sub)
+
     sub = command("prepare", "Make the tokenizer and the token store, without training.")
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument("--workdir", type=Path, metavar="RUN", help="also put config and tokenizer into a run directory")
@@ -105,6 +111,8 @@ def build_parser() -> Parser:
     sub = command("evaluate", "Print and write a run's held-out metrics as JSON.")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+
+    start_flags(sub)
 
     sub = command("generate", "Continue a prompt, or fill its <extra_id_N> gaps.")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
@@ -114,6 +122,47 @@ def build_parser() -> Parser:
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
     return parser
+
+
+STARTS = {
+    "coordinator": "T5LIKE_COORDINATOR",
+    "num_processes": "T5LIKE_NUM_PROCESSES",
+    "process_id": "T5LIKE_PROCESS_ID",
+}
+
+
+def start_flags(command: Parser) -> None:
+    """The flags of a process that no launcher tells its place, or another one than the user wants."""
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, for several processes")
+    command.add_argument("--num_processes", metavar="N", help="of the run; 1: alone, whatever a launcher says")
+    command.add_argument("--process_id", metavar="I", help="this process, from 0")
+
+
+def place(options: argparse.Namespace) -> Start | None:
+    """This process's place among several that run the same command; None if it is alone.
+
+    Raises:
+        ConfigError: a launcher did not say all of it, or the command is for one process.
+    """
+    flags = {name: getattr(options, flag, None) for flag, name in STARTS.items()}
+    variables = {**os.environ, **{name: value for name, value in flags.items() if value}}
+    if options.command in ("train", "evaluate"):
+        return environment(variables | cloud_tpu(variables))
+    if options.command == "prepare":  # several make one store side by side, and need not know of each other
+        return None
+    with contextlib.suppress(ConfigError):  # half of what a launcher says, as in a shell on a login node
+        begin = environment(variables)
+        if begin:
+            raise UserError(
+                f"t5like {options.command} is for one process, and {begin.environment} started {begin.num_processes}; "
+                "start one, or set T5LIKE_NUM_PROCESSES=1 in each"
+            )
+    return None
+
+
+def versions() -> dict[str, str]:
+    """What all processes of a run must have alike besides its config."""
+    return {"versions": f"t5like {__version__}, jax {importlib.metadata.version('jax')}"}
 
 
 def start_devices(fake_devices: int | None) -> None:
@@ -165,9 +214,12 @@ def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like train`."""
     config = load_config(options, overrides)
+    from t5like.distributed import joined
     from t5like.train import train
 
-    train(config, options.workdir.expanduser().absolute())
+    workdir = options.workdir.expanduser().absolute()
+    with joined(options.begin, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
+        train(config, workdir)
 
 
 def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -198,10 +250,15 @@ def evaluate(options: argparse.Namespace, _) -> None:
     """`t5like evaluate`."""
     from t5like import evaluate, run
     from t5like.answers import write_predictions
+    from t5like.distributed import joined, primary
 
     workdir = options.workdir.expanduser().absolute()
-    loaded = run.load(workdir, options.step)
-    values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+    config = run.config_of(workdir)
+    with joined(options.begin, config, {**versions(), "--step": str(options.step)}, debug=options.debug):
+        loaded = run.load(workdir, options.step, all_devices=True)
+        values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+        if not primary():
+            return
     text = json.dumps(values, indent=1)
     path = workdir / "evaluations" / f"{loaded.step}.json"
     print(text)

@@ -5,7 +5,9 @@
 `train` writes it; `main`'s other commands read it through `load`.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5like import config_file, tree
+from t5like import config_file, distributed, tree
 from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.checkpoint import Checkpoints
@@ -35,6 +37,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.profile_step",
+    "train.wait_seconds",
     "train.max_bad_steps",
     "train.microbatches",
     "train.loss_chunk",
@@ -64,28 +67,44 @@ def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
     return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_every=config.train.keep_every)
 
 
-def load(workdir: Path, step: int | None = None) -> Run:
-    """Open a run at a checkpoint (default: the latest) on this process's devices, whatever it was trained on.
+def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -> Run:
+    """Open a run at a checkpoint (default: the latest), whatever it was trained on.
+
+    On one device, or on all devices of all processes: on the run's own mesh if they fit it, else split by fsdp as far
+    as it goes; the batch is then rounded up to what they can share.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    if not (workdir / "config.json").is_file():
-        raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
-    checkpoints = checkpoints_of(workdir, saved_config(workdir))
+    checkpoints = checkpoints_of(workdir, config_of(workdir))
     meta = checkpoints.meta(step)
     tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
     if tokenizer.hash != meta.tokenizer_hash:
         raise DataError(
             f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
         )
-    # Any mesh will do; the batch only has to divide among the devices here.
-    config = dataclasses.replace(meta.config, mesh=MeshConfig(data=1, fsdp=1))
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    devices = jax.devices() if all_devices else jax.devices()[:1]
+    config = on_devices(meta.config, len(devices))
+    mesh = meshes.make_mesh(config, devices)
     config = meshes.settle(config, mesh)
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
     params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
+
+
+def on_devices(config: Config, count: int) -> Config:
+    """A config for evaluation on so many devices: its own mesh if that fits, else one that does."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
+    with contextlib.suppress(ConfigError):
+        meshes.axis_sizes(config, count)
+        return config
+    fsdp = math.gcd(config.model.model_dim, count)
+    rows = -(-config.data.batch_size // count) * count
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=count // fsdp, fsdp=fsdp),
+        data=dataclasses.replace(config.data, batch_size=rows),
+    )
 
 
 def initial_params(config: Config, abstract: TrainState) -> tuple[dict[str, Array], int]:
@@ -163,7 +182,8 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         raise DataError(
             f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it"
         )
-    if jax.process_index() != 0:
+    if not distributed.primary():
+        distributed.check_shared(workdir)
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -178,6 +198,18 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         raise CheckpointError(
             f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir"
         ) from None
+    distributed.check_shared(workdir)
+
+
+def config_of(workdir: Path) -> Config:
+    """As `saved_config`, of a directory that a user names.
+
+    Raises:
+        CheckpointError: there is no run, or it is damaged.
+    """
+    if not (workdir / "config.json").is_file():
+        raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
+    return saved_config(workdir)
 
 
 def saved_config(workdir: Path) -> Config:
