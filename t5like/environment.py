@@ -89,9 +89,9 @@ def environment(env: Env) -> Start | None:
     if said["num_processes"][0] == "1":
         return None
     address = _first(env, COORDINATOR) or row.coordinator(env)
-    missing = [names[0] for value, names in said.values() if value is None and isinstance(names, tuple)]
+    missing = [row.address_from if callable(names) else names[0] for value, names in said.values() if value is None]
     missing += [] if address else [row.address_from]
-    if missing:
+    if missing := list(dict.fromkeys(missing)):
         sign = next(sign for sign in row.signs if sign in env)
         raise ConfigError(
             f"{sign}={env[sign]} says {row.name}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "

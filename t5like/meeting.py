@@ -69,7 +69,7 @@ def _receive_all(begin: Start, mine: dict, address: str, guests: dict, until: fl
         server = socket.create_server((address, port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
-            f"process 0 can't listen at {address}:{port} ({begin.environment}): {error.strerror}; "
+            f"process 0 can't listen at {address}:{port} ({begin.environment}): {os.strerror(error.errno)}; "
             "use a free port and an address of its own host in T5LIKE_COORDINATOR"
         ) from None
     with server:

@@ -43,6 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "classes": None,
     "batch": ("data", "fsdp"),
     "length": "context",
+    "parts": "context",  # a dim with one entry for each part of a split length
     "act_embed": None,
     "act_mlp": "tensor",
     "act_heads": "tensor",
