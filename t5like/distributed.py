@@ -250,12 +250,12 @@ def limit(phase: str, step: int | None = None, *, times: int = 1) -> Iterator[No
     if run is None:
         yield
         return
-    before = run.phase, run.step, run.until
+    before = run.until
     run.phase, run.step, run.until = phase, step, time.monotonic() + times * run.seconds
     try:
         yield
     finally:
-        run.phase, run.step, run.until = before
+        run.until = before  # the phase stays: what fails before the next one is best told by it
 
 
 def stop_agreed(step: int) -> bool:
