@@ -37,7 +37,7 @@ from t5like import config_file
 from t5like.config import Config
 from t5like.environment import Start
 from t5like.errors import ConfigError, PeerLost, Preempted, UserError
-from t5like.meeting import GRACE, disagreement, meet, processes
+from t5like.meeting import GRACE, REMEDY, disagreement, meet, processes
 
 PREPARING = 3600.0  # seconds without progress after which making the data has failed: a tokenizer is trained in silence
 OVER = "t5like/over"  # the key that ends the run: empty, or who failed and why
@@ -144,7 +144,7 @@ def _start(begin: Start, config: Config, facts: Mapping[str, str]) -> None:
             f"{begin.environment} started {begin.num_processes} processes, but the devices' runtime knows of "
             f"{jax.process_count()}; start one process per host, or set the runtime's variables for several"
         )
-    agree("devices", f"{count} x {kind}")
+    agree("devices", f"{count} x {kind}", "give each process as many")
 
 
 def _leave() -> None:
@@ -218,7 +218,7 @@ def _raise_if_over(run: _Run) -> None:
         raise PeerFailed(failed["message"], failed["code"])
 
 
-def agree(name: str, value: str) -> None:
+def agree(name: str, value: str, remedy: str = REMEDY) -> None:
     """Make sure that all processes have the same value.
 
     Raises:
@@ -228,9 +228,8 @@ def agree(name: str, value: str) -> None:
     (host, ours), *others = map(json.loads, values)
     for number, (their_host, theirs) in enumerate(others, start=1):
         if theirs != ours:
-            raise ConfigError(
-                disagreement(name, f"process {number} on {their_host}", f"process 0 on {host}", theirs, ours)
-            )
+            them, us = f"process {number} on {their_host}", f"process 0 on {host}"
+            raise ConfigError(disagreement(name, them, us, theirs, ours, remedy))
 
 
 def told(name: str, value: str) -> str:

@@ -21,6 +21,7 @@ from t5like import config_file
 from t5like.environment import Start
 from t5like.errors import ConfigError, PeerLost
 
+REMEDY = "start all with the same command"
 GRACE = 5.0  # seconds that others get to say or to hear why the run ends
 
 
@@ -112,14 +113,15 @@ def _objection(first: dict, guest: dict) -> str:
     return ""
 
 
-def disagreement(name: str, them: str, us: str, theirs: str, ours: str) -> str:
+def disagreement(name: str, them: str, us: str, theirs: str, ours: str, remedy: str = REMEDY) -> str:
+    """The line that names both sides of it; of configs their hashes and the fields that differ."""
     detail = ""
     if name == "config":
         with contextlib.suppress(ConfigError):
             differs = config_file.difference(*map(config_file.from_json, (ours, theirs)))
             detail = ": " + "; ".join(differs[:3]) + ("; ..." if differs[3:] else "")
         theirs, ours = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in (theirs, ours))
-    return f"{them} has {name} {theirs}, {us} has {ours}{detail}; start all with the same command"
+    return f"{them} has {name} {theirs}, {us} has {ours}{detail}; {remedy}"
 
 
 def _visit(begin: Start, mine: dict, seconds: float) -> None:

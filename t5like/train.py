@@ -83,7 +83,7 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
-    distributed.agree("as its newest checkpoint", f"{saved} in {workdir}")
+    distributed.agree("checkpoint", str(saved), "use a --workdir on a file system that all share")
     initial = initial_params(config, abstract) if saved is None and config.init_from.checkpoint else None
     open_run_directory(asked, tokenizer, workdir)
 
