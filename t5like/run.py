@@ -88,7 +88,8 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     mesh = meshes.make_mesh(config, devices)
     config = meshes.settle(config, mesh)
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
-    params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
+    with distributed.limit("reading a checkpoint", meta.step, times=3):
+        params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
 
 
@@ -128,7 +129,8 @@ def initial_params(config: Config, abstract: TrainState) -> tuple[dict[str, Arra
     meta = checkpoints.meta(init.step or None)
     wanted = {name: leaf for name, leaf in tree.flatten(abstract.params).items() if not tree.matches(name, init.new)}
     ema = any(name.startswith("ema/") for name in meta.leaves)
-    return checkpoints.restore_params(wanted, meta.step, ema=ema, without=init.new), meta.step
+    with distributed.limit("reading a checkpoint", meta.step, times=3):
+        return checkpoints.restore_params(wanted, meta.step, ema=ema, without=init.new), meta.step
 
 
 def begin_with(params: dict[str, Array], state: TrainState) -> TrainState:

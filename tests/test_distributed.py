@@ -50,7 +50,8 @@ def start_all(count: int, arguments: list, interrupted: tuple[int, int, int]) ->
     """Exit code, stdout and stderr of so many processes; one, (which, after which step, signal), is told off."""
     victim, step, number = interrupted
     flags = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}", "--fake_devices=1"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
+    environment = {**os.environ, "XLA_FLAGS": quick}
     begun = [
         subprocess.Popen(
             [sys.executable]
@@ -103,7 +104,8 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step_and_saves(handed_o
     for _, _, err in two:
         assert f"stopped by a signal after step {step:,}; saved in {workdir}" in err
     assert records[-1]["step"] == step < STEPS
-    assert "2 x cpu in 2 processes, data 2" in two[0][1] and two[1][1] == ""  # one process speaks
+    assert "2 x cpu in 2 processes, data 2" in two[0][1]
+    assert not [line for line in two[1][1].splitlines() if "[Gloo]" not in line]  # one process speaks
 
 
 def test_a_killed_process_makes_the_others_end_with_76(handed_on):
