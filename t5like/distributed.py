@@ -276,7 +276,7 @@ def sharers(name: str, directory: Path) -> list[int]:
         return [0]
     number = told(f"a number for {name}", secrets.token_hex(8))
     mine = directory / f".{number}-{_run.begin.process}"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         mine.touch()
     wait(f"marking {name}")
     found = sorted(int(path.name.rpartition("-")[2]) for path in directory.glob(f".{number}-*"))
@@ -317,7 +317,7 @@ def once_per_file_system(name: str, directory: Path, work: Callable[[], Value]) 
         value = work()
         done.set()
         run.client.key_value_set(f"{key}/done", "yes")
-        wait(f"the end of {name}")
+        gather(f"the end of {name}", seconds=PREPARING)  # on other file systems it may take longer
         return value
     began = shown = moved = time.monotonic()
     growth = ""
@@ -338,7 +338,7 @@ def once_per_file_system(name: str, directory: Path, work: Callable[[], Value]) 
             )
     with limit(f"the end of {name}"):
         value = work()
-    wait(f"the end of {name}")
+    gather(f"the end of {name}", seconds=PREPARING)
     return value
 
 

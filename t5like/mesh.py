@@ -163,7 +163,10 @@ def settle(config: Config, mesh: Mesh) -> Config:
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
             # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
             layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
-            kernels=("cpu" if platform == "cpu" else "plain") if model.kernels == "auto" else model.kernels,
+            # The CPU's products flatten rows and their length, which would gather a length that is split.
+            kernels=("cpu" if platform == "cpu" and mesh.shape["context"] == 1 else "plain")
+            if model.kernels == "auto"
+            else model.kernels,
         ),
     )
 

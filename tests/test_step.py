@@ -288,7 +288,10 @@ def test_an_impossible_mesh_is_refused_with_a_way_out(sections, devices, message
 
 def test_the_memory_of_a_step_falls_as_context_grows():
     def memory(context):
-        sections = {"data": {"inputs_length": 250, "targets_length": 6}, "model": SHAPES["prefix"]["model"]}
+        sections = {
+            "data": {"inputs_length": 250, "targets_length": 6},
+            "model": {"architecture": "decoder", "kernels": "plain"},
+        }
         config = small(**sections, mesh={"data": 1, "context": context})
         mesh = meshes.make_mesh(config, jax.devices()[:context])
         config, batch = meshes.settle(config, mesh), random_batch(config)
