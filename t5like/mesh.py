@@ -81,10 +81,15 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slices: int) 
         # Only a TPU has a physical torus to follow.
         from jax.experimental import mesh_utils
 
-        if slices == 1:
-            return mesh_utils.create_device_mesh(shape, devices)
-        inside = (shape[0] // slices, *shape[1:])
-        return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+        for split in (False, True):  # an axis along a part of the torus's, such as 2 of 4 x 4, only if it must be
+            try:
+                if slices == 1:
+                    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+                inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+                return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
+            except NotImplementedError:
+                if split:
+                    raise
     if platform != "cpu":
         devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
     grid = np.empty(len(devices), object)
