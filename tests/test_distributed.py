@@ -1,7 +1,7 @@
 """Real processes over gloo: they train as one does, stop together, and miss the one that is killed.
 
-One run is handed on: two processes train it until one of them gets SIGTERM, four go on until one is killed, and one
-process with eight fake devices ends it. A straight run on those eight devices is what it has to equal.
+One run is handed on: two processes train it until one of them gets SIGTERM, and four go on until one is killed. One
+process with eight fake devices trains straight on: they have to equal that.
 """
 
 import os
@@ -21,6 +21,7 @@ from t5like import distributed
 from t5like import mesh as meshes
 from t5like.checkpoint import Checkpoints
 from t5like.metrics import read
+from t5like.run import load
 from t5like.types import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -120,13 +121,11 @@ def test_a_killed_process_makes_the_others_end_with_76(handed_on):
 
 def test_two_and_four_processes_and_one_train_and_evaluate_alike(handed_on, arguments, command, tmp_path):
     workdir, _, (step,), by_two, _, by_four = handed_on
-    last = step + 5
-    code, _, err = command(*arguments, f"--workdir={tmp_path}/run", f"--config.train.num_steps={last}")
+    code, _, err = command(*arguments, f"--workdir={tmp_path}/run", f"--config.train.num_steps={step + 3}")
     assert code == 0, err
-    code, out, err = command(*arguments, f"--workdir={workdir}", f"--config.train.num_steps={last}")
-    assert code == 0 and f"after step {step}" in out, err  # one process on eight devices takes over
+    assert load(workdir).step == step  # one process reads what two have saved, and verifies it
     straight = values(read(tmp_path / "run"))
-    for records, done in ((by_two, step), (by_four, step + 2), (read(workdir), last)):
+    for records, done in ((by_two, step), (by_four, step + 2)):
         found = values(records)
         wanted = {key: value for key, value in straight.items() if key[0] <= done}
         assert wanted.keys() <= found.keys() and (0, "eval/bits_per_byte") in wanted
