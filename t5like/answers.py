@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from t5like import losses, scores
+from t5like import distributed, losses, scores
 from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
@@ -24,6 +24,7 @@ from t5like.data.token_store import written_whole
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
 from t5like.generate import Generator, Prompt
+from t5like.mesh import to_host
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
 
@@ -101,7 +102,7 @@ class Answers:
 
         `progress` hears how many rows of `count` are done.
         """
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), distributed.limit("answers", times=2 + len(self.questions) // ROWS):
             said, nats_NC = (self._choose if self._choices else self._generate)(params, progress)
         records = [
             {"inputs": self.tokenizer.decode(question.read), "target": right, "prediction": text}
@@ -155,7 +156,7 @@ class Answers:
         for begin in range(0, len(pairs), ROWS):
             some = pairs[begin : begin + ROWS]
             batch = answered(self.config, some + some[:1] * (ROWS - len(some)), width, max(map(len, self._choices)))
-            nats += scored(self.config, params, batch).nats_B[: len(some)].tolist()
+            nats += to_host(scored(self.config, params, batch).nats_B)[: len(some)].tolist()
             progress(len(nats))
         nats_NC = np.reshape(nats, (len(self.questions), -1))
         return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC

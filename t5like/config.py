@@ -153,6 +153,7 @@ class TrainConfig:
     keep_checkpoints: int = 3  # the newest ones
     keep_every: int = 0  # steps whose checkpoints are kept for good; 0: none
     max_bad_steps: int = 3  # updates with a non-finite gradient that are skipped in a row before the run gives up
+    wait_seconds: int = 600  # that a process waits for the others, where there are several, before the run ends (76)
     profile_step: int = 0  # writes a profile of the 3 steps from this one; 0: none
 
 
@@ -161,7 +162,10 @@ class MeshConfig:
     data: int = -1  # devices per axis; at most one axis is -1: what is left
     fsdp: int = 1
     tensor: int = 1
+    # Splits a row's length, for inputs too long for one device. It must divide data.inputs_length (decoder-only: the
+    # row); targets that it does not divide stay whole.
     context: int = 1
+    slices: int = 1  # parts of the machine that a slower network joins (TPU slices); data is split over them first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,3 +39,9 @@ class Preempted(UserError):
     """The run was told to stop, has saved its state, and should be queued again."""
 
     exit_code = 75
+
+
+class PeerLost(UserError):
+    """Another process of the run died, hangs or never came; all of them should be started again."""
+
+    exit_code = 76

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from t5like import distributed
 from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.answers import Answers
@@ -49,13 +50,13 @@ class Evaluator:
         """
         size = self.config.data.batch_size
         total = steps.zero_metrics(self.config, pipeline.spec(self.config))
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), distributed.limit("evaluation", times=2 + self.num_batches // 16):
             for index in range(self.num_batches):
                 rows = self.heldout.at(index, self._rows)
                 before, total = total, self._step(params, meshes.to_global(rows, self.mesh, size), total)
                 jax.block_until_ready(before)  # so that no more than two batches wait on the device
                 progress(index + 1)
-        total = jax.device_get(total)
+            total = jax.device_get(total)
         values = host_metrics(total)
         found = {
             "eval/loss": values["loss"],
@@ -87,8 +88,13 @@ class Evaluator:
 
     @cached_property
     def _targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the targets of the evaluated rows: how often each id occurs [V], UTF-8 bytes of each component's [C]."""
+        """Of the targets of the evaluated rows: how often each id occurs [V], UTF-8 bytes of each component's [C].
+
+        Counted by the process that writes it down.
+        """
         counts_V, bytes_C = np.zeros(self.config.vocab_rows), np.zeros(len(pipeline.components(self.config)))
+        if not distributed.primary():
+            return counts_V, bytes_C
         bytes_V = np.pad(self.tokenizer.bytes_V, (0, len(counts_V) - self.tokenizer.vocab_size))
         for index in range(self.num_batches):
             batch = self.heldout.at(index)
@@ -113,14 +119,16 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float], list
         tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
         train=dataclasses.replace(run.config.train, eval_batches=2**31),
     )
-    stores = corpus.prepare(config).stores
+    directory = Path(config.data.directory).expanduser()
+    work = partial(corpus.prepare, config)
+    stores = distributed.once_per_file_system("preparing the data", directory, work).stores
     heldout = pipeline.open_split(config, stores, "heldout")
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer, every=True)
-    shown = partial(Progress, log_every=100, primary=jax.process_index() == 0)
+    shown = partial(Progress, log_every=100, primary=distributed.primary())
     with shown(evaluator.num_batches, unit="batch") as progress:
         found = evaluator(run.params, progress.timed())
-    values = {"step": run.step, **found, **evaluator.baselines()}
+    values = {"step": run.step, **found, **(evaluator.baselines() if distributed.primary() else {})}
     if left_out := sum(getattr(part, "too_long", 0) for part in heldout):
         values["eval/left_out"] = left_out
     if not config.evaluate.metrics:

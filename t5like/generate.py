@@ -22,7 +22,7 @@ from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.decoding import Decoding, Made, Numbers, beam_search, sample
 from t5like.errors import ConfigError
-from t5like.mesh import constrain
+from t5like.mesh import constrain, to_host
 from t5like.model.attention import causal_mask, segment_mask
 from t5like.model.transformer import Transformer, longer, unstacked
 from t5like.types import Batch, Tree
@@ -348,7 +348,7 @@ class Generator:
 
     def likeliest(self, batch: Batch) -> np.ndarray:
         """An encoder-only model's guess at each place of a batch's rows: int32 [B, S]."""
-        return np.asarray(likeliest(self.config, self.params, batch))
+        return to_host(likeliest(self.config, self.params, batch))
 
     def _unmask(self, prompt: str) -> str:
         tokenizer = self.tokenizer

@@ -1,7 +1,8 @@
 """The command line: reads it, settles what must be settled before JAX starts, runs one command, gives the exit code.
 
 Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each,
-no traceback unless --debug); 75 preempted and saved; 70 a bug of ours.
+no traceback unless --debug); 75 preempted and saved, 76 another process of the run lost or stuck (both: start again);
+70 a bug of ours.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -20,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t5like import config_file
+from t5like import __version__, config_file
+from t5like.environment import Start, cloud_tpu, environment
 from t5like.errors import CheckpointError, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parse(arguments)
         start_devices(options.fake_devices)
+        options.begin = place(options)
         COMMANDS[options.command](options, overrides)
     except UserError as error:
         if debug:
@@ -100,6 +104,8 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory")
 
+    start_flags(sub)
+
     sub = command("prepare", "Make the tokenizer and the token store, without training.")
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument("--workdir", type=Path, metavar="RUN", help="also put config and tokenizer into a run directory")
@@ -115,6 +121,8 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
     sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+
+    start_flags(sub)
 
     sub = command("generate", "Continue prompts, or fill their <extra_id_N> gaps: one, a file's, or as they are typed.")
     sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
@@ -175,6 +183,47 @@ def build_parser() -> Parser:
     return parser
 
 
+STARTS = {
+    "coordinator": "T5LIKE_COORDINATOR",
+    "num_processes": "T5LIKE_NUM_PROCESSES",
+    "process_id": "T5LIKE_PROCESS_ID",
+}
+
+
+def start_flags(command: Parser) -> None:
+    """The flags of a process that no launcher tells its place, or another one than the user wants."""
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, for several processes")
+    command.add_argument("--num_processes", metavar="N", help="of the run; 1: alone, whatever a launcher says")
+    command.add_argument("--process_id", metavar="I", help="this process, from 0")
+
+
+def place(options: argparse.Namespace) -> Start | None:
+    """This process's place among several that run the same command; None if it is alone.
+
+    Raises:
+        ConfigError: a launcher did not say all of it, or the command is for one process.
+    """
+    flags = {name: getattr(options, flag, None) for flag, name in STARTS.items()}
+    variables = {**os.environ, **{name: value for name, value in flags.items() if value}}
+    if options.command == "train" or (options.command == "evaluate" and options.tasks is None):
+        return environment(variables | cloud_tpu(variables))
+    if options.command == "prepare":  # several make one store side by side, and need not know of each other
+        return None
+    with contextlib.suppress(ConfigError):  # half of what a launcher says, as in a shell on a login node
+        begin = environment(variables)
+        if begin:
+            raise UserError(
+                f"t5like {options.command} is for one process, and {begin.environment} started {begin.num_processes}; "
+                "start one, or set T5LIKE_NUM_PROCESSES=1 in each"
+            )
+    return None
+
+
+def versions() -> dict[str, str]:
+    """What all processes of a run must have alike besides its config."""
+    return {"versions": f"t5like {__version__}, jax {importlib.metadata.version('jax')}"}
+
+
 def start_devices(fake_devices: int | None) -> None:
     """Set what JAX and the allocator read once, when they start."""
     if fake_devices is not None and fake_devices < 1:
@@ -224,9 +273,12 @@ def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like train`."""
     config = load_config(options, overrides)
+    from t5like.distributed import joined
     from t5like.train import train
 
-    train(config, options.workdir.expanduser().absolute())
+    workdir = options.workdir.expanduser().absolute()
+    with joined(options.begin, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
+        train(config, workdir)
 
 
 def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -261,9 +313,14 @@ def evaluate(options: argparse.Namespace, _) -> None:
     workdir = options.workdir.expanduser().absolute()
     if options.tasks is None:
         from t5like import evaluate
+        from t5like.distributed import joined, primary
 
-        loaded = run.load(workdir, options.step)
-        values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+        config = run.config_of(workdir)
+        with joined(options.begin, config, {**versions(), "--step": str(options.step)}, debug=options.debug):
+            loaded = run.load(workdir, options.step, all_devices=True)
+            values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+            if not primary():
+                return
         print(evaluate.table(values), file=sys.stderr)
         write_evaluation(workdir, str(loaded.step), values, {str(loaded.step): records})
         return
@@ -328,7 +385,7 @@ def generate(options: argparse.Namespace, _) -> None:
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
     rows = prompting.read_prompts(options.prompts_file) if options.prompts_file else []
-    loaded = run.load(options.workdir.expanduser().absolute(), options.step, jax.devices())
+    loaded = run.load(options.workdir.expanduser().absolute(), options.step, all_devices=True)
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     with jax.set_mesh(loaded.mesh):
         if options.prompts_file:

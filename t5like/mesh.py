@@ -7,7 +7,9 @@ calls `constrain` on activations, `step` takes `state_shardings`, the loop feeds
     data     copies of the parameters, each with its own rows
     fsdp     rows too, and every parameter split as well: it is gathered where it is used (ZeRO-3)
     tensor   heads, MLP dim and vocabulary split inside a layer (Megatron-LM)
-    context  the length of a row split
+    context  the length of a row split; attention gathers keys and values, and a device makes the scores of its queries
+
+Where a slower network joins parts of the machine (`mesh.slices`), `data` is split over them first: gradients cross it.
 """
 
 import dataclasses
@@ -41,6 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "classes": None,
     "batch": ("data", "fsdp"),
     "length": "context",
+    "parts": "context",  # a dim with one entry for each part of a split length
     "act_embed": None,
     "act_mlp": "tensor",
     "act_heads": "tensor",
@@ -55,30 +58,64 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
         ConfigError: the axes don't multiply to the number of devices, or a dim can't be split as they say.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = axis_sizes(config, len(devices))
-    if len(devices) > 1 and devices[0].platform == "tpu":
-        # Only a TPU has a physical torus to follow.
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
-    else:
-        grid = np.array(devices).reshape(tuple(sizes.values()))
+    sizes = axis_sizes(config, len(devices), len({device.process_index for device in devices}))
+    grid = arrange(devices, tuple(sizes.values()), config.mesh.slices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slices: int) -> np.ndarray:
+    """The devices as a grid of this shape, whose first dim (`data`) goes over the slices first.
+
+    Raises:
+        ConfigError: the devices are in another number of slices.
+    """
+    platform, found = devices[0].platform, {getattr(device, "slice_index", 0) for device in devices}
+    # A GPU's slice is what NVLink joins, mostly a host: several of them may make up one of ours. CPUs are as fake as
+    # their slices.
+    fits = {"tpu": len(found) == slices, "cpu": True}.get(platform, len(found) % slices == 0)
+    if not fits:
+        raise ConfigError(
+            f"mesh.slices={slices} does not fit the {len(found)} slices of these devices; use {len(found)}"
+        )
+    if platform == "tpu" and len(devices) > 1:
+        # Only a TPU has a physical torus to follow.
+        from jax.experimental import mesh_utils
+
+        for split in (False, True):  # an axis along a part of the torus's, such as 2 of 4 x 4, only if it must be
+            try:
+                if slices == 1:
+                    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+                inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+                return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
+            except NotImplementedError:
+                if split:
+                    raise
+    if platform != "cpu":
+        devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    grid = np.empty(len(devices), object)
+    grid[:] = devices
+    return grid.reshape(shape)
+
+
+def axis_sizes(config: Config, num_devices: int, num_processes: int = 1) -> dict[str, int]:
     """Devices per axis, the free one filled in; pure arithmetic, and every refusal that it can make."""
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     elif free or fixed != num_devices:
+        counted = f" ({num_processes} processes x {num_devices // num_processes})" if num_processes > 1 else ""
         raise ConfigError(
-            f"mesh {wanted} does not fit {num_devices} devices: the product must be {num_devices}; "
+            f"mesh {wanted} does not fit {num_devices} devices{counted}: the product must be {num_devices}; "
             f"use --config.mesh.data=-1 and for the other axes divisors of {num_devices}: "
             f"{', '.join(str(d) for d in range(1, num_devices + 1) if num_devices % d == 0)}"
+        )
+    if sizes["data"] % config.mesh.slices:
+        raise ConfigError(
+            f"mesh.slices={config.mesh.slices} must divide mesh.data={sizes['data']}, which goes over the slices; "
+            f"use {math.gcd(sizes['data'], config.mesh.slices)}"
         )
     _check_divisible(config, sizes)
     return sizes
@@ -93,19 +130,31 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
             f"{sizes['fsdp']} x train.microbatches {config.train.microbatches}); use "
             + (f"{low} or {low + step}" if low else f"{step}")
         )
-    length = config.row_length if model.architecture == "decoder" else config.data.inputs_length
+    length = "data.inputs_length", config.data.inputs_length
+    if model.architecture == "decoder":
+        length = "data.inputs_length + data.targets_length", config.row_length
     for field, value, axis in (
         ("model.model_dim", model.model_dim, "fsdp"),
         ("model.num_heads", model.num_heads, "tensor"),
         ("model.num_kv_heads", model.num_kv_heads or model.num_heads, "tensor"),
         ("model.mlp_dim", model.mlp_dim, "tensor"),
         ("vocabulary rows", config.vocab_rows, "tensor"),
-        ("tokens per row", length, "context"),
+        (*length, "context"),
     ):
         if value % sizes[axis]:
             raise ConfigError(
                 f"mesh.{axis}={sizes[axis]} must divide {field}={value}; use mesh.{axis}={math.gcd(value, sizes[axis])}"
+                + (f" or a length of {-(-value // sizes[axis]) * sizes[axis]}" if axis == "context" else "")
             )
+
+
+def whole_lengths(config: Config, mesh: Mesh) -> list[str]:
+    """What the user should know of lengths that `context` does not split."""
+    context, length = mesh.shape["context"], config.data.targets_length
+    if config.model.architecture != "encoder_decoder" or length % context == 0:
+        return []
+    up = -(-length // context) * context
+    return [f"data.targets_length={length} is not split over context {context}: only a multiple is, such as {up}"]
 
 
 def settle(config: Config, mesh: Mesh) -> Config:
@@ -119,7 +168,10 @@ def settle(config: Config, mesh: Mesh) -> Config:
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
             # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
             layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
-            kernels=("cpu" if platform == "cpu" else "plain") if model.kernels == "auto" else model.kernels,
+            # The CPU's products flatten rows and their length, which would gather a length that is split.
+            kernels=("cpu" if platform == "cpu" and mesh.shape["context"] == 1 else "plain")
+            if model.kernels == "auto"
+            else model.kernels,
         ),
     )
 
@@ -183,22 +235,38 @@ def _named_axes(axes: Tree) -> dict[str, tuple[str | None, ...]]:
     return {tree.name_of(path): logical for path, logical in leaves}
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """The half-open range of a global batch's rows that this process's devices hold."""
+def context_size() -> int:
+    """Over how many devices the length of a row is split where this is traced; 1 without a mesh (`jax.set_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["context"]
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The numbers of a global batch's rows that this process's devices hold, ascending."""
     sharding = NamedSharding(mesh, spec(("batch",)))
-    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
-    return min(s.start or 0 for s in slices), max(batch_size if s.stop is None else s.stop for s in slices)
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
 
 
 def to_global(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
     """Put this process's rows (those of `local_rows`) on its devices as part of one global batch."""
-    first, _ = local_rows(mesh, batch_size)
+    held = local_rows(mesh, batch_size)
 
     def place(sharding: NamedSharding, rows: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return rows[(slice(start - first, stop - first), *index[1:])]
+            first, last = np.searchsorted(held, (start, stop))
+            return rows[(slice(first, last), *index[1:])]
 
         return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch_shardings(batch, mesh), batch)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """A whole array as numpy in every process, wherever its parts are; all processes must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)

@@ -5,15 +5,16 @@
 `train` writes it; `main`'s other commands read it through `load`.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from t5like import config_file, tree
+from t5like import config_file, distributed, tree
 from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.checkpoint import Checkpoints
@@ -35,6 +36,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.keep_every",
     "train.profile_step",
+    "train.wait_seconds",
     "train.max_bad_steps",
     "train.microbatches",
     "train.loss_chunk",
@@ -68,40 +70,45 @@ def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
     return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_every=config.train.keep_every)
 
 
-def load(workdir: Path, step: int | None = None, devices: Sequence[jax.Device] | None = None) -> Run:
-    """Open a run at a checkpoint (default: the latest) on some devices (default: one), whatever it was trained on.
+def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -> Run:
+    """Open a run at a checkpoint (default: the latest), whatever it was trained on.
+
+    On one device, or on all devices of all processes: on the run's own mesh if they fit it, else split by fsdp as far
+    as it goes; the batch is then rounded up to what they can share.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    if not (workdir / "config.json").is_file():
-        raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
-    checkpoints = checkpoints_of(workdir, saved_config(workdir))
+    checkpoints = checkpoints_of(workdir, config_of(workdir))
     meta = checkpoints.meta(step)
     tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
     if tokenizer.hash != meta.tokenizer_hash:
         raise DataError(
             f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
         )
-    devices = devices or jax.devices()[:1]
+    devices = jax.devices() if all_devices else jax.devices()[:1]
     config = on_devices(meta.config, len(devices))
     mesh = meshes.make_mesh(config, devices)
     config = meshes.settle(config, mesh)
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
-    params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
+    with distributed.limit("reading a checkpoint", meta.step, times=3):
+        params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
 
 
 def on_devices(config: Config, count: int) -> Config:
-    """The config with a mesh of so many devices: its own, if that fits, else all of them on `data`."""
-    try:
+    """A config for evaluation on so many devices: its own mesh if that fits, else one that does."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
+    with contextlib.suppress(ConfigError):
         meshes.axis_sizes(config, count)
-    except ConfigError:
-        # Here a batch is no step of training: its rows only have to divide among the devices.
-        data = dataclasses.replace(config.data, batch_size=count)
-        train = dataclasses.replace(config.train, microbatches=1)
-        return dataclasses.replace(config, data=data, train=train, mesh=MeshConfig(data=count, fsdp=1))
-    return config
+        return config
+    fsdp = math.gcd(config.model.model_dim, count)
+    rows = -(-config.data.batch_size // count) * count
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=count // fsdp, fsdp=fsdp),
+        data=dataclasses.replace(config.data, batch_size=rows),
+    )
 
 
 def imported(workdir: Path) -> bool:
@@ -180,7 +187,8 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         raise DataError(
             f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it"
         )
-    if jax.process_index() != 0:
+    if not distributed.primary():
+        distributed.check_shared(workdir)
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -195,6 +203,18 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         raise CheckpointError(
             f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir"
         ) from None
+    distributed.check_shared(workdir)
+
+
+def config_of(workdir: Path) -> Config:
+    """As `saved_config`, of a directory that a user names.
+
+    Raises:
+        CheckpointError: there is no run, or it is damaged.
+    """
+    if not (workdir / "config.json").is_file():
+        raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
+    return saved_config(workdir)
 
 
 def saved_config(workdir: Path) -> Config:

@@ -3,9 +3,11 @@
 It does no math and makes no choices that the config does not make. Everything that it leaves behind lies in the run
 directory: config.json, tokenizer.model, checkpoints/, metrics.jsonl, tensorboard/, loss.png, samples.txt. Starting the
 same command again continues after the last checkpoint, bitwise as if it had not stopped, or says that it is complete.
+Several processes (`distributed.joined`) all run this; the first one speaks and writes.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -17,8 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from t5like import distributed, metrics, step, tree
 from t5like import mesh as meshes
-from t5like import metrics, step, tree
 from t5like.answers import Answers, Question, write_predictions
 from t5like.config import Config
 from t5like.data import corpus, pipeline
@@ -52,7 +54,8 @@ def train(config: Config, workdir: Path) -> None:
     batch = pipeline.spec(config)
     config = with_its_tokenizer(config, workdir)
     check_run_directory(config, workdir)
-    say = partial(print, flush=True) if jax.process_index() == 0 else (lambda *_: None)  # a log file shows it at once
+    primary = distributed.primary()
+    say = partial(print, flush=True) if primary else (lambda *_: None)  # a log file shows it at once
 
     # ---- Devices ----
     mesh = meshes.make_mesh(config)
@@ -61,10 +64,14 @@ def train(config: Config, workdir: Path) -> None:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     size = f"{tree.num_parameters(abstract.params):,} parameters"
     say(f"model      {size}, {config.model.architecture}, {config.model.dtype}")
-    say(f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}")
+    counted = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}{counted}, {axes}")
+    for line in meshes.whole_lengths(config, mesh):
+        say(f"           {line}")
 
     # ---- Data ----
-    prepared = corpus.prepare(config)
+    directory = Path(config.data.directory).expanduser()
+    prepared = distributed.once_per_file_system("preparing the data", directory, partial(corpus.prepare, config))
     for note in prepared.notes:
         say(note)
     tokenizer = prepared.tokenizer
@@ -84,6 +91,7 @@ def train(config: Config, workdir: Path) -> None:
     # ---- Nothing is written until here: a run that can't begin leaves no trace ----
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
+    distributed.agree("checkpoint", str(saved), "use a --workdir on a file system that all share")
     initial = None
     if saved == 0:  # weights from elsewhere, and no optimizer state
         initial = Initial(imported_params(workdir, abstract), 0, [], [])
@@ -106,19 +114,20 @@ def train(config: Config, workdir: Path) -> None:
         begin = time.monotonic()
         compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
         birth = f"after step {last:,}" if last else "from random parameters"
-        if saved:
-            state = checkpoints.restore(abstract, saved)
-        else:
-            state = step.new_state(config, batch, abstract)
-            if initial:
-                state = begin_with(initial.params, state)
-                birth = f"from step {initial.step:,} of {config.init_from.checkpoint}"
-                birth = birth if initial.report else "from the import"
+        with distributed.limit("the first state", last, times=3):
+            if saved:
+                state = checkpoints.restore(abstract, saved)
+            else:
+                state = step.new_state(config, batch, abstract)
+                if initial:
+                    state = begin_with(initial.params, state)
+                    birth = f"from step {initial.step:,} of {config.init_from.checkpoint}"
+                    birth = birth if initial.report else "from the import"
         train_step = compiling.result()
+        distributed.wait("the first step", step=last)  # compiling takes as long as it takes
         say(f"start      {birth}, compiled in {time.monotonic() - begin:.1f} s")
 
     # ---- Steps ----
-    primary = jax.process_index() == 0
     writer = metrics.Writer(workdir, step=last, primary=primary)
     progress = metrics.Progress(config.train.num_steps, log_every=config.train.log_every, step=last, primary=primary)
     throughput = metrics.Throughput(metrics.model_flops(config), metrics.peak_flops(mesh.devices.flatten()))
@@ -138,18 +147,23 @@ def train(config: Config, workdir: Path) -> None:
             writer.write(done, values)
             progress.note(text)
 
-    def save() -> None:
-        with throughput.pause():
+    def save(done: int) -> None:
+        with throughput.pause(), distributed.limit("saving a checkpoint", done, times=2):
             checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
+
+    def finish(done: int) -> None:
+        with distributed.limit("completing a checkpoint", done, times=2):
+            checkpoints.wait()
 
     report = Report(config, writer, progress, throughput)
     profiler = Profiler(workdir / "profile", config.train.profile_step)
     with preemption() as preempted, progress:
         if last == 0:
-            baselines = evaluator.baselines() | (answers.baselines() if answers else {})
-            writer.write(0, baselines)
-            uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
-            progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
+            if primary:
+                baselines = evaluator.baselines() | (answers.baselines() if answers else {})
+                writer.write(0, baselines)
+                uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
+                progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
             evaluate(0)
         pending = None  # the metrics of the step before, read while the device works on the next
         # On a CPU nothing is won by sending the next step off early, and its buffers would be a second set.
@@ -160,11 +174,12 @@ def train(config: Config, workdir: Path) -> None:
             if pending:
                 report(*pending)
             pending, done = (index + 1, values), index + 1
+            stop = preempted(done)  # asked once: a signal may come between two questions
             at_end = done == config.train.num_steps
             if (
                 one_by_one
                 or at_end
-                or preempted()
+                or stop
                 or done % config.train.eval_every == 0
                 or done % config.train.checkpoint_every == 0
             ):
@@ -172,22 +187,23 @@ def train(config: Config, workdir: Path) -> None:
                 pending = None
             if done % config.train.eval_every == 0 or at_end:
                 evaluate(done)
-            if done % config.train.checkpoint_every == 0 or at_end or preempted():
-                save()
-            if preempted() and not at_end:
-                checkpoints.wait()
+            if done % config.train.checkpoint_every == 0 or at_end or stop:
+                save(done)
+            if stop and not at_end:
+                finish(done)
                 raise Preempted(
                     f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues"
                 )
-        checkpoints.wait()
+        finish(config.train.num_steps)
     profiler.stop()
     writer.close()
 
     # ---- What came out ----
+    params = state.params if state.ema is None else state.ema
+    with distributed.limit("showing samples", times=2):
+        text = samples(Generator(config, params, tokenizer), heldout, mesh)
     if primary:
         picture = metrics.draw_loss_curve(workdir)
-        params = state.params if state.ema is None else state.ema
-        text = samples(Generator(config, params, tokenizer), heldout, mesh)
         (workdir / "samples.txt").write_text(text)
         say(f"\n{text}\n{summary(workdir, config)}\nloss curve  {picture}")
 
@@ -213,7 +229,8 @@ class Report:
         Raises:
             Diverged: too many updates in a row had a gradient that is not finite.
         """
-        sums = jax.device_get(on_device)
+        with distributed.limit("a training step", done):
+            sums = jax.device_get(on_device)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
         self._bad_steps = self._bad_steps + 1 if values["train/bad_steps"] else 0
         self._throughput.tick(values.pop("train/tokens"))
@@ -240,18 +257,26 @@ class Report:
 
 @contextlib.contextmanager
 def preemption() -> Iterator:
-    """Note SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying: yields a function that says whether one has come."""
+    """Note SIGTERM, SIGUSR1 and the first Ctrl-C instead of dying.
+
+    Yields a function of the step that has been done, which says whether to stop after it. Of several processes all say
+    so after the same step, whichever got the signal; there JAX keeps the watch for SIGTERM.
+    """
     received = []
+    several = distributed.several()
 
     def note(number, _):
         received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, old[signal.SIGINT])  # a second Ctrl-C stops at once
             print("stopping after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    caught = [signal.SIGUSR1, signal.SIGINT] + ([] if several else [signal.SIGTERM])
+    old = {number: signal.signal(number, note) for number in caught}
     try:
-        yield lambda: bool(received)
+        yield distributed.stop_agreed if several else (lambda done: bool(received))
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

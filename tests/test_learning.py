@@ -105,7 +105,7 @@ def test_packed_rows_are_the_same_whoever_makes_them_and_an_epoch_has_each_examp
     whole = [batches.at(number) for number in range(2 * int(batches.num_rows[0]) // 8)]
     for processes in (2, 4):
         size = 8 // processes
-        parts = [batches.at(3, (size * p, size * p + size)) for p in range(processes)]
+        parts = [batches.at(3, np.arange(size * p, size * p + size)) for p in range(processes)]
         for together, field in zip(zip(*parts, strict=True), whole[3], strict=True):
             assert field is None or (np.concatenate(together) == field).all()
     segments = np.concatenate([batch.decoder_segments_BL for batch in whole])[: int(batches.num_rows[0])]

@@ -296,16 +296,15 @@ class Batches:
             lines.append(f"{each.name}{where}: {count:,} rows an epoch{filled}, {drawn / count:.2f} epochs{share}")
         return lines
 
-    def at(self, step: int, rows: tuple[int, int] | None = None) -> Batch:
+    def at(self, step: int, rows: np.ndarray | None = None) -> Batch:
         """The batch of a step, numpy.
 
         Args:
             step: from 0.
-            rows: half-open range of the global batch's rows to make (a process's own); None: all.
+            rows: which of the global batch's rows to make (a process's own); None: all.
         """
         size = self.config.data.batch_size
-        first, stop = rows or (0, size)
-        row_B = np.arange(step * size + first, step * size + stop, dtype=np.uint64)
+        row_B = (step * size + (np.arange(size) if rows is None else rows)).astype(np.uint64)
         if not self.heldout:
             return self._make(*self._locate(row_B), self._bits(CORRUPTION, row_B))
         real_B = row_B < self.num_heldout
@@ -385,7 +384,7 @@ class Batches:
         return whole._replace(component_B1=component_B[:, None].astype(np.int32))
 
 
-def prefetch(batches: Batches, start: int, stop: int, rows: tuple[int, int] | None = None) -> Iterator[Batch]:
+def prefetch(batches: Batches, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
     """The batches of steps [start, stop), made ahead in a background thread."""
     steps = grain.MapDataset.range(start, stop).map(lambda step: batches.at(int(step), rows))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=batches.config.data.prefetch)

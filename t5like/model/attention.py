@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config import ModelConfig
-from t5like.mesh import constrain
+from t5like.mesh import constrain, context_size
 from t5like.model import cpu
 from t5like.model.layers import MASKED, Dense, Norm, dropout, rotate
 
@@ -77,6 +77,11 @@ def attend(
         return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels)
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
+    if context_size() > 1:
+        # Keys and values are gathered, queries stay split: so are scores, their largest use, and all that follows.
+        k_BKSH, v_BKSH = (constrain(x, "batch", "act_heads", None, None) for x in (k_BKSH, v_BKSH))
+        if mask_B1LS is not None:
+            mask_B1LS = constrain(mask_B1LS, None if mask_B1LS.shape[0] == 1 else "batch", None, "length", None)
     if kernels == "cpu":
         out_BNLH = cpu.attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS)
     else:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5like.config import ModelConfig
-from t5like.mesh import constrain
+from t5like.mesh import constrain, context_size
 from t5like.model import cpu
 
 MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
@@ -263,7 +263,22 @@ class RelativeBias(nn.Module):
             known = self._buckets(np.arange(-(queries - 1) - (keys - 1), keys))
             buckets = jax.lax.dynamic_slice(jnp.asarray(known), (keys - 1 - first_query,), (keys + queries - 1,))
         diagonals_N = table_RN[buckets].T  # [N, L + S - 1]; entry i is distance i - (L - 1)
-        return shift_rows(diagonals_N, queries, keys)[None].astype(self.config.dtype)
+        parts = context_size()
+        if parts == 1 or queries % parts:
+            return shift_rows(diagonals_N, queries, keys)[None].astype(self.config.dtype)
+        # Each device lays out the rows of its own queries; the whole would be L x S numbers on every one of them.
+        rows = queries // parts
+        windows = jnp.stack(
+            [
+                diagonals_N[:, first : first + rows + keys - 1]
+                for first in range(queries - rows, -1, -rows)  # of the first queries, of the next ones, ...
+            ]
+        )
+        windows = constrain(windows, "parts", "act_heads", None)
+        bias = jax.vmap(partial(shift_rows, rows=rows, columns=keys))(windows)  # [parts, N, rows, S]
+        bias = constrain(bias, "parts", "act_heads", None, None).transpose(1, 0, 2, 3)
+        bias_1NLS = bias.reshape(1, self.config.num_heads, queries, keys).astype(self.config.dtype)
+        return constrain(bias_1NLS, None, "act_heads", "length", None)
 
     def _buckets(self, distance: np.ndarray) -> np.ndarray:
         config = self.config

@@ -1,0 +1,96 @@
+"""Processes that meet, as threads: all there, one missing, one too many, one with another config."""
+
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import small
+
+from t5like import meeting
+from t5like.config_file import to_json
+from t5like.environment import Start
+from t5like.errors import ConfigError, PeerLost
+from t5like.meeting import bind_address, meet
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def outcomes(starts, facts=lambda process: {}, seconds=20.0):
+    """What `meet` gives or raises in each process, all at once."""
+    with ThreadPoolExecutor(len(starts)) as pool:
+        jobs = [pool.submit(meet, start, facts(start.process), seconds=seconds) for start in starts]
+        return [job.exception() or job.result() for job in jobs]
+
+
+def of(count, *processes, port=None, told=None):
+    address = f"localhost:{port or free_port()}"
+    return [Start("a test", address, (told or {}).get(p, count), p) for p in processes]
+
+
+def test_all_meet_and_process_0_knows_the_one_address_to_listen_on():
+    found = outcomes(of(4, 3, 1, 0, 2), lambda process: {"versions": "1"})
+    assert found[2] in ("127.0.0.1", "::1") and [*found[:2], found[3]] == ["", "", ""]
+
+
+def test_another_config_is_told_to_everyone_in_the_same_line():
+    configs = [to_json(small(seed=seed)) for seed in (0, 0, 7)]
+    found = outcomes(of(3, 0, 1, 2), lambda process: {"config": configs[process]})
+    assert {type(error) for error in found} == {ConfigError} and len({str(error) for error in found}) == 1
+    here = socket.gethostname()
+    assert str(found[0]).startswith(f"process 2 on {here} has config ") and "seed: 0 -> 7" in str(found[0])
+    assert f"process 0 on {here} has " in str(found[0])
+
+
+def test_a_missing_process_is_named(monkeypatch):
+    found = outcomes(of(4, 0, 2), seconds=0.5)
+    assert {type(error) for error in found} == {PeerLost}
+    assert all("for processes 1, 3 of 4 to start" in str(error) for error in found)
+    monkeypatch.setattr(meeting, "GRACE", 0.0)
+    [alone] = outcomes(of(4, 2), seconds=0.3)
+    assert isinstance(alone, PeerLost) and "waited 0 s to start for process 0 of 4 at localhost:" in str(alone)
+
+
+@pytest.mark.parametrize(
+    "told, processes, message",
+    [
+        ({1: 3}, (0, 1), "process 1 on .* is one of 3 processes, process 0 on .* one of 2"),
+        ({}, (0, 1, 1), "two processes are process 1 of 3, on .* and on "),
+    ],
+)
+def test_a_wrong_number_of_processes_and_two_of_the_same_number_are_refused(told, processes, message, monkeypatch):
+    monkeypatch.setattr(meeting, "GRACE", 0.5)
+    count = 2 if told else 3
+    found = outcomes(of(count, *processes, told=told))
+    assert {type(error) for error in found} == {ConfigError}
+    assert all(re.search(message, str(error)) for error in found)
+
+
+def test_strangers_are_sent_away_and_a_port_in_use_is_refused():
+    starts = of(2, 0, 1)
+    port = int(starts[0].coordinator.rpartition(":")[2])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, starts[0], {}, seconds=20)
+        while True:
+            try:
+                with socket.create_connection(("localhost", port), timeout=1) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                break
+            except OSError:
+                pass
+        assert meet(starts[1], {}, seconds=20) == "" and first.result()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = Start("a test", f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
+        with pytest.raises(ConfigError, match="can't listen at .*: Address already in use; use a free port"):
+            meet(taken, {}, seconds=1)
+
+
+def test_the_coordinator_never_listens_on_all_interfaces(monkeypatch):
+    assert bind_address(Start("a test", "127.0.0.1:5", 2, 0), 1) == "127.0.0.1"
+    # A host whose own name means a loopback address to itself, as on Debian.
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 5))])
+    assert bind_address(Start("a test", "node7:5", 2, 0), 1) not in ("127.0.1.1", "0.0.0.0", "::")
