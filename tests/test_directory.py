@@ -106,11 +106,6 @@ def test_a_run_trained_here_goes_out_and_comes_back_equal_but_for_padding_rows(t
     for name, leaf in tree.flatten(before.params).items():
         cut = leaf[:400] if name == "embedding" else leaf[:, :400] if name == "head" else leaf
         np.testing.assert_array_equal(cut, there[name], strict=True)
-    text = [
-        command("generate", f"--workdir={place}", "--prompt=ba de <extra_id_0> go", "--max_new_tokens=8")
-        for place in (trained, tmp_path / "run")
-    ]
-    assert text[0][0] == 0 and text[0][1] == text[1][1]
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (hf["model_type"], hf["vocab_size"], hf["architectures"]) == ("t5", 400, ["T5ForConditionalGeneration"])
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())

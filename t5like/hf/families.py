@@ -41,8 +41,8 @@ _T5 = {
     "qk_norm": False,
     "num_kv_heads": 0,
 }
-_DECODER = {"architecture": "decoder", "norm_position": "pre", "embedding_norm": False, "scale_attention": True}
-_LLAMA = {**_DECODER, "positions": "rotary", "norm": "rms", "mlp": "gated_silu"}
+_DECODER = {"norm_position": "pre", "embedding_norm": False, "scale_attention": True}
+_LLAMA = {"architecture": "decoder", "positions": "rotary", **_DECODER, "norm": "rms", "mlp": "gated_silu"}
 FIXED: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "relative_bias": "shared"},
     "mt5": {**_T5, "relative_bias": "shared"},
@@ -51,8 +51,9 @@ FIXED: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA, "qk_norm": True, "attention_window": 0, "biases": False},
     "mistral": {**_LLAMA, "qk_norm": False, "biases": False},
     "gpt2": {
-        **_DECODER,
+        "architecture": "decoder",
         "positions": "learned",
+        **_DECODER,
         "norm": "layer",
         "biases": True,
         "qk_norm": False,

@@ -52,6 +52,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     if model.rotary_scaling == "llama3":
         rope |= {"low_freq_factor": model.rotary_low, "high_freq_factor": model.rotary_high}
     if model.rotary_scaling == "yarn":
-        rope |= {"beta_fast": model.rotary_fast, "beta_slow": model.rotary_slow}
+        rope |= {"beta_fast": model.rotary_fast} if model.rotary_fast != 32 else {}
+        rope |= {"beta_slow": model.rotary_slow} if model.rotary_slow != 1 else {}
         rope |= {"attention_factor": model.rotary_attention} if model.rotary_attention else {}
     return rope
