@@ -144,6 +144,7 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    slices: int = 1  # parts of the machine that a slower network joins (TPU slices); data is split over them first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ calls `constrain` on activations, `step` takes `state_shardings`, the loop feeds
     fsdp     rows too, and every parameter split as well: it is gathered where it is used (ZeRO-3)
     tensor   heads, MLP dim and vocabulary split inside a layer (Megatron-LM)
     context  the length of a row split
+
+Where a slower network joins parts of the machine (`mesh.slices`), `data` is split over them first: gradients cross it.
 """
 
 import dataclasses
@@ -56,19 +58,42 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
-    if len(devices) > 1 and devices[0].platform == "tpu":
+    grid = arrange(devices, tuple(sizes.values()), config.mesh.slices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slices: int) -> np.ndarray:
+    """The devices as a grid of this shape, whose first dim (`data`) goes over the slices first.
+
+    Raises:
+        ConfigError: the devices are in another number of slices.
+    """
+    platform, found = devices[0].platform, {getattr(device, "slice_index", 0) for device in devices}
+    # A GPU's slice is what NVLink joins, mostly a host: several of them may make up one of ours. CPUs are as fake as
+    # their slices.
+    fits = {"tpu": len(found) == slices, "cpu": True}.get(platform, len(found) % slices == 0)
+    if not fits:
+        raise ConfigError(
+            f"mesh.slices={slices} does not fit the {len(found)} slices of these devices; use {len(found)}"
+        )
+    if platform == "tpu" and len(devices) > 1:
         # Only a TPU has a physical torus to follow.
         from jax.experimental import mesh_utils
 
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
-    else:
-        grid = np.array(devices).reshape(tuple(sizes.values()))
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices)
+        inside = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+    if platform != "cpu":
+        devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    grid = np.empty(len(devices), object)
+    grid[:] = devices
+    return grid.reshape(shape)
 
 
 def axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
     """Devices per axis, the free one filled in; pure arithmetic, and every refusal that it can make."""
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
@@ -79,6 +104,11 @@ def axis_sizes(config: Config, num_devices: int) -> dict[str, int]:
             f"mesh {wanted} does not fit {num_devices} devices: the product must be {num_devices}; "
             f"use --config.mesh.data=-1 and for the other axes divisors of {num_devices}: "
             f"{', '.join(str(d) for d in range(1, num_devices + 1) if num_devices % d == 0)}"
+        )
+    if sizes["data"] % config.mesh.slices:
+        raise ConfigError(
+            f"mesh.slices={config.mesh.slices} must divide mesh.data={sizes['data']}, which goes over the slices; "
+            f"use {math.gcd(sizes['data'], config.mesh.slices)}"
         )
     _check_divisible(config, sizes)
     return sizes
@@ -110,7 +140,11 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
 
 def settle(config: Config, mesh: Mesh) -> Config:
     """Replace every `auto` of the model by what suits the mesh's devices (which need not be this process's own)."""
-    platform = mesh.devices.flat[0].platform
+    return settle_on(config, mesh.devices.flat[0].platform)
+
+
+def settle_on(config: Config, platform: str) -> Config:
+    """`settle` for devices that are only known by JAX's name of their platform: cpu, gpu or tpu."""
     model = config.model
     return dataclasses.replace(
         config,

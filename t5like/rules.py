@@ -304,13 +304,17 @@ def _train(config: Config) -> None:
 
 
 def _mesh(config: Config) -> None:
-    axes = dataclasses.asdict(config.mesh)
+    axes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "slices"}
     for axis, size in axes.items():
         _require(config, size == -1 or size >= 1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
     if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
         raise ConfigError(
             f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1"
         )
+    data, slices = config.mesh.data, config.mesh.slices
+    _require(
+        config, data == -1 or data % slices == 0, "mesh.data", f"must be a multiple of mesh.slices={slices}; use -1"
+    )
 
 
 def _require(config: Config, holds: bool, field: str, rule: str) -> None:
