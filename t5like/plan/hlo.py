@@ -2,9 +2,9 @@
 
 `cost_analysis()` counts the body of a loop once, however often it runs, has no network time, and charges a second for
 some copies: 1/21 of the FLOPs of a scanned 7B model. So the text is read instead. On a TPU each fusion carries the
-compiler's own estimate of its cycles (``estimated_cycles``); collectives and custom calls carry none, and `plan.estimate`
-gives them a time. A CPU's program has no cycles at all. What the forms below mean was found by compiling probes of known
-size (tests/golden/make_hlo.py): there is no specification.
+compiler's own estimate of its cycles (``estimated_cycles``); collectives and custom calls carry none: `plan.estimate`
+gives them a time. A CPU's program has no cycles at all. What the forms below mean was found by compiling probes of
+known size (tests/golden/make_hlo.py): there is no specification.
 
     while                      trips: ``known_trip_count``, or the constant that its condition compares with
     fusion                     cycles, and the matrix products inside; a TPU writes these as convolutions
@@ -32,7 +32,17 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-_FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "opt-barrier")
+_FREE = (
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+)
 
 
 class Instruction(NamedTuple):
@@ -188,7 +198,7 @@ def trip_count(computations: dict[str, dict[str, Instruction]], loop: Instructio
 
 
 def product_flops(computation: dict[str, Instruction], item: Instruction) -> float:
-    """2 m n k of a dot, or of a convolution that stands for one (a TPU's batched product has spatial dims for batches)."""
+    """2 m n k of a dot, or of a convolution that stands for one (on a TPU spatial dims stand for batches)."""
     if item.op not in ("dot", "convolution"):
         return 0.0
     dims = lambda text: [int(size) for size in _SHAPE.search(text)[2].split(",") if size]
@@ -341,7 +351,7 @@ class _Collectives:
         return cycles
 
     def fused(self, name: str, fusion: Instruction, cycles: float) -> None:
-        """Those inside a fusion: one that only reduces or gathers is exposed, the parts of an asynchronous one hide it."""
+        """Those inside a fusion: alone in it they are exposed; the fusions of an asynchronous one hide it."""
         called = _attribute(fusion, "calls")
         inside = self._reader.inside(called)
         for holder, item in inside:
@@ -352,7 +362,10 @@ class _Collectives:
                 "AsyncCollective" in inner.rest for _, inner in inside
             )
             if not spread:
-                self._plain.append(self._make(name, holder, item, False, 0.0))
+                made = self._make(name, holder, item, False, 0.0)
+                # libtpu's spelling of a reduce-scatter over one ring: an all-reduce whose slice is fused with it.
+                scatters = "all-reduce-scatter" in called or "AllReduceScatter" in fusion.rest
+                self._plain.append(made._replace(kind="reduce-scatter") if scatters else made)
                 continue
             channel = _attribute(item, "channel_id") or item.rest
             hiding = cycles * self._reader.runs[name]
@@ -367,8 +380,6 @@ class _Collectives:
 
     def _make(self, name: str, holder: dict, item: Instruction, asynchronous: bool, hiding: float) -> Collective:
         kind = item.op.removesuffix("-start")
-        if "AllReduceScatter" in item.rest:  # libtpu's spelling of a reduce-scatter over one ring
-            kind = "reduce-scatter"
         read = sum(num_bytes(holder[one].type) for one in operands(item) if one in holder)
         made = num_bytes(item.type)
         # The result of a start holds its operands too.

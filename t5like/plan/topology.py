@@ -36,10 +36,11 @@ class Chip(NamedTuple):
         return self.peak / self.flops_per_cycle
 
 
-# peak, memory bandwidth, network between slices (the pod's figure per chip): cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
-# matrix units: 4 of 128 x 128 (v5e), 8 (v4, v5p: two cores), 2 of 256 x 256 (v6e), 2 FLOP a cell and cycle, same pages.
+# peak, memory bandwidth, network between slices (the pod's figure per chip, of v4 taken like v5p's):
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; matrix units, same pages: 4 of 128 x 128 (v5e), 8 (v4, v5p: two cores), 2
+# of 256 x 256 (v6e), 2 FLOP a cell and cycle.
 # ici: 4.5e10 bytes/s a link and direction on v4 and v5e, 9e10 on v5p and v6e ("How to Scale Your Model", Austin et al.
-# 2025, chapter 2), twice that for both. Rings: whole axes of 16 on v5e and v6e, multiples of 4 on v4 and v5p, same page.
+# 2025, chapter 2), twice that for both. Rings, same chapter: axes of 16 on v5e and v6e, multiples of 4 on v4 and v5p.
 # memory: what libtpu 0.0.52 says is available when a program needs more ("exceeds available HBM").
 CHIPS = {
     "v4": Chip("tpu", int(31.25 * GIB), 275e12, 8 * 2 * 128**2, 9e10, 1228e9, 6.25e9, 4, (16, 16, 16)),
