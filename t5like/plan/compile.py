@@ -166,8 +166,8 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
 
 
 def out_of_memory(message: str, digest: str, seconds: float) -> Program:
-    """A program that does not fit, from the compiler's message: ``Used 24.00G of 15.75G hbm``, or its newer forms."""
-    sizes = [_bytes(*found) for found in re.findall(r"(?:Used|\() ?([0-9.]+)([KMGT]?)i?B?\b", message)]
+    """A program that does not fit, from the compiler's message: ``HLO temporaries (64.00G) exceeds available HBM``."""
+    sizes = [_bytes(*found) for found in re.findall(r"\(([0-9.]+)([KMGT])\)", message)]
     line = " ".join(message.split())
     return Program("", digest, 0, 0, 0, 0, 0, seconds, line[:600], max(sizes, default=0))
 

@@ -201,11 +201,10 @@ def product_flops(computation: dict[str, Instruction], item: Instruction) -> flo
     """2 m n k of a dot, or of a convolution that stands for one (on a TPU spatial dims stand for batches)."""
     if item.op not in ("dot", "convolution"):
         return 0.0
-    dims = lambda text: [int(size) for size in _SHAPE.search(text)[2].split(",") if size]
     read = [computation.get(name) for name in operands(item)[:2]]
     if len(read) < 2 or None in read:
         return 0.0
-    out, left, right = dims(item.type), dims(read[0].type), dims(read[1].type)
+    out, left, right = _dims(item.type), _dims(read[0].type), _dims(read[1].type)
     if item.op == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", item.rest)[1]
         return 2.0 * math.prod(out) * math.prod(left[int(dim)] for dim in contracted.split(",") if dim)
@@ -218,6 +217,21 @@ def product_flops(computation: dict[str, Instruction], item: Instruction) -> flo
         if out[out_labels.index(label)] == 1 and left[left_labels.index(label)] == size:
             taps *= size
     return 2.0 * math.prod(out) * right[right_labels.index("i")] * taps
+
+
+def _attention_flops(computation: dict[str, Instruction], item: Instruction) -> float:
+    """Of a kernel that reads queries [B, N, L, H], keys and values [B, K, S, H]: libtpu makes them of plain softmax."""
+    if 'custom_call_target="tpu_custom_call"' not in item.rest:
+        return 0.0
+    shapes = [_dims(computation[name].type) for name in operands(item)[:3] if name in computation]
+    if len(shapes) < 3 or {len(shape) for shape in shapes} != {4} or len({shape[-1] for shape in shapes[:2]}) > 1:
+        return 0.0
+    return 2.0 * math.prod(shapes[0][:3]) * shapes[1][2] * (shapes[0][3] + shapes[2][3])
+
+
+def _dims(type_text: str) -> list[int]:
+    found = _SHAPE.search(type_text)
+    return [int(size) for size in found[2].split(",") if size] if found else []
 
 
 class _Reader:
@@ -263,6 +277,8 @@ class _Reader:
 
     def flops(self, computation: dict[str, Instruction], item: Instruction) -> float:
         """Of the products in an instruction, fused ones included."""
+        if item.op == "custom-call":
+            return _attention_flops(computation, item)
         if item.op == "fusion":
             return sum(product_flops(holder, inner) for holder, inner in self.inside(_attribute(item, "calls")))
         return product_flops(computation, item)

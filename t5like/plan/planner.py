@@ -67,9 +67,9 @@ def make(
         say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
         for name, program in programs.items():
-            plan[name] = _program(config, topology, program, is_train=name == "train")
+            plan[name] = _program(config, topology, program, held.total, is_train=name == "train")
         if not plan["train"]["fits"]:
-            needed = plan["train"]["memory"]["needed"]
+            needed = plan["train"]["memory"].get("total") or plan["train"]["memory"]["needed"]
             plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
     if wishes.search is not None:
         plan["search"] = _search(config, topology, wishes.search, say)
@@ -97,13 +97,13 @@ def _quick(config: Config, topology: Topology, quick: estimate.Quick) -> Plan:
     return plan | ({"mfu": estimate.mfu(config, topology, quick.seconds)} if quick.seconds else {})
 
 
-def _program(config: Config, topology: Topology, program: compiler.Program, *, is_train: bool) -> Plan:
-    """What a compiled step says of itself."""
+def _program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
+    """What a compiled step says of itself; held: bytes that are there beside its temporaries."""
     if program.out_of_memory:
-        needed = program.needed or None
+        needed = program.needed + (held if "temporaries" in program.out_of_memory else 0)
         return {
             "fits": False,
-            "memory": {"needed": needed or (topology.chip.memory or 0)},
+            "memory": {"needed": max(needed, topology.chip.memory or 0)},
             "message": program.out_of_memory,
             "compile_seconds": program.seconds,
         }
@@ -185,7 +185,7 @@ def _compile_choice(choice: search.Choice, topology: Topology, say: Callable[[st
     row = _choice(choice)
     say(f"compiling with {' '.join(choice.settings) or 'the settings as they are'}")
     [program] = compiler.run(choice.config, topology, ("train",)).values()
-    compiled = _program(choice.config, topology, program, is_train=True)
+    compiled = _program(choice.config, topology, program, choice.held, is_train=True)
     row["compiled"] = {name: compiled.get(name) for name in ("fits", "memory", "flops", "time")}
     return row
 

@@ -26,7 +26,8 @@ class Choice(NamedTuple):
 
     config: Config
     settings: tuple[str, ...]  # the flags that make it of the given config
-    memory: int  # bytes per device
+    held: int  # bytes per device: state and batch
+    memory: int  # bytes per device, all in all
     flops: float  # per device and step
     seconds: float | None
 
@@ -46,8 +47,9 @@ def choices(config: Config, topology: Topology) -> list[Choice]:
             sizes = meshes.axis_sizes(candidate, topology.num_devices)
         except ConfigError:
             continue
-        quick = estimate.quick(candidate, topology, estimate.held(shapes, sizes))
-        found.append(Choice(candidate, settings(config, candidate), quick.total, quick.flops, quick.seconds))
+        held = estimate.held(shapes, sizes)
+        quick = estimate.quick(candidate, topology, held)
+        found.append(Choice(candidate, settings(config, candidate), held.total, *quick[1:]))
     return found
 
 

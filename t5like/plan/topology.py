@@ -41,12 +41,12 @@ class Chip(NamedTuple):
 # of 256 x 256 (v6e), 2 FLOP a cell and cycle.
 # ici: 4.5e10 bytes/s a link and direction on v4 and v5e, 9e10 on v5p and v6e ("How to Scale Your Model", Austin et al.
 # 2025, chapter 2), twice that for both. Rings, same chapter: axes of 16 on v5e and v6e, multiples of 4 on v4 and v5p.
-# memory: what libtpu 0.0.52 says is available when a program needs more ("exceeds available HBM").
+# memory: what libtpu 0.0.52 says is available when a program needs more ("exceeds available HBM"), asked of each.
 CHIPS = {
-    "v4": Chip("tpu", int(31.25 * GIB), 275e12, 8 * 2 * 128**2, 9e10, 1228e9, 6.25e9, 4, (16, 16, 16)),
+    "v4": Chip("tpu", int(30.75 * GIB), 275e12, 8 * 2 * 128**2, 9e10, 1228e9, 6.25e9, 4, (16, 16, 16)),
     "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 4 * 2 * 128**2, 9e10, 819e9, 3.125e9, 16, (16, 16)),
-    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 8 * 2 * 128**2, 1.8e11, 2765e9, 6.25e9, 4, (16, 16, 24)),
-    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 2 * 2 * 256**2, 1.8e11, 1640e9, 12.5e9, 16, (16, 16)),
+    "v5p": Chip("tpu", int(95.73 * GIB), 459e12, 8 * 2 * 128**2, 1.8e11, 2765e9, 6.25e9, 4, (16, 16, 24)),
+    "v6e": Chip("tpu", int(31.24 * GIB), 918e12, 2 * 2 * 256**2, 1.8e11, 1640e9, 12.5e9, 16, (16, 16)),
 }
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # every slice of v5e and v6e; 1x1 libtpu can't describe
 EXAMPLES = "v5e:16x16, v6e:8x8, v5p:8x8x8, v4:4x4x8 or cpu:8"
