@@ -136,8 +136,9 @@ def lower(config: Config, topology: Topology, name: str):
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh)
     )
+    zeros = step.zero_metrics(config, batch)  # before the mesh is set: it makes a key, on a device that is here
     with jax.set_mesh(mesh):
-        return step.jit_eval_step(config, mesh).lower(abstract.params, shapes, step.zero_metrics(config, batch))
+        return step.jit_eval_step(config, mesh).lower(abstract.params, shapes, zeros)
 
 
 def compiled(config: Config, topology: Topology, name: str) -> Program:
