@@ -56,18 +56,28 @@ class Program(NamedTuple):
     needed: int = 0  # bytes, if it said so
 
 
+def check_installed(topology: Topology) -> None:
+    """Refuse a machine whose compiler is not here.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    module, extra = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda"), "cpu": ("jax", "")}[
+        topology.chip.platform
+    ]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"--topology={topology.name} needs the compiler in the package {module}, which is not installed (no device "
+            f"is needed); pip install 't5like[{extra}]', or use --quick"
+        )
+
+
 def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | None = None) -> dict[str, Program]:
     """Compile the steps of these names, `train` or `eval`, side by side; with `keep` their files stay in that folder.
 
     Raises:
-        ConfigError: libtpu is missing.
         UserError: the compiler refused the program for another reason than memory.
     """
-    if topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            f"--topology={topology.name} needs the TPU compiler, libtpu, which is not installed (no TPU is needed); "
-            "pip install 't5like[tpu]', or use --quick"
-        )
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as temporary:
         directory = keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -161,7 +171,7 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
+        peak=getattr(memory, "peak_memory_in_bytes", 0),
         seconds=time.monotonic() - begin,
     )
 

@@ -229,6 +229,16 @@ def _attention_flops(computation: dict[str, Instruction], item: Instruction) -> 
     return 2.0 * math.prod(shapes[0][:3]) * shapes[1][2] * (shapes[0][3] + shapes[2][3])
 
 
+def _library_flops(computation: dict[str, Instruction], item: Instruction) -> float:
+    """Of a product that a GPU's program leaves to cuBLAS."""
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', item.rest)
+    first = computation.get(next(iter(operands(item)), ""))
+    if 'custom_call_target="__cublas' not in item.rest or not contracted or first is None:
+        return 0.0
+    left = _dims(first.type)
+    return 2.0 * math.prod(_dims(item.type)) * math.prod(left[int(dim)] for dim in re.findall(r"\d+", contracted[1]))
+
+
 def _dims(type_text: str) -> list[int]:
     found = _SHAPE.search(type_text)
     return [int(size) for size in found[2].split(",") if size] if found else []
@@ -278,7 +288,7 @@ class _Reader:
     def flops(self, computation: dict[str, Instruction], item: Instruction) -> float:
         """Of the products in an instruction, fused ones included."""
         if item.op == "custom-call":
-            return _attention_flops(computation, item)
+            return _attention_flops(computation, item) + _library_flops(computation, item)
         if item.op == "fusion":
             return sum(product_flops(holder, inner) for holder, inner in self.inside(_attribute(item, "calls")))
         return product_flops(computation, item)

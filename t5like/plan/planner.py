@@ -43,6 +43,8 @@ def make(
     Raises:
         UserError: the config does not go with the topology, or the step can't be compiled at all.
     """
+    if not wishes.quick:
+        compiler.check_installed(topology)
     asked = config
     config = meshes.settle_on(for_slices(config, topology), topology.chip.platform)
     sizes = meshes.axis_sizes(config, topology.num_devices)
@@ -72,7 +74,7 @@ def make(
             needed = plan["train"]["memory"].get("total") or plan["train"]["memory"]["needed"]
             plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
     if wishes.search is not None:
-        plan["search"] = _search(config, topology, wishes.search, say)
+        plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
     plan["run"] = _run(config, topology, plan, wishes)
     return plan, [check.error for check in checks if check.error]
 
