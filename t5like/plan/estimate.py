@@ -170,8 +170,8 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
             "none": layer,
         }[model.remat]
         saved += stack.layers * kept
-        # In the backward pass a layer's values and the gradients of about as many are alive.
-        working = max(working, layer + 2 * attention)
+        # In the backward pass a layer's values are alive, and the gradient of its scores.
+        working = max(working, layer + attention)
     targets = config.data.inputs_length if model.architecture == "encoder" else _stacks(config)[-1].queries
     chunk = min(config.train.loss_chunk or targets, targets)
     logits = rows * chunk * config.vocab_rows * (4 + width) / tensor
