@@ -180,6 +180,25 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="stablehlo: of generate; 0: the likeliest token"
     )
+
+    sub = command("plan", "Say what a run needs on a machine that is not here: memory, time, network, cost.")
+    sub.add_argument("--config", required=True, metavar="FILE")
+    sub.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x8, v6e:8x8, v4:4x4x8, cpu:8")
+    sub.add_argument("--num_slices", type=int, default=1, metavar="N", help="of that topology")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sub.add_argument("--quick", action="store_true", help="estimate in seconds, without compiling")
+    sub.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="try meshes, remat policies and microbatches; compile the N fastest",
+    )
+    sub.add_argument("--tokens", type=float, metavar="N", help="of the run, such as 2e12; default: train.num_steps")
+    sub.add_argument("--price", type=float, metavar="X", help="of a chip for an hour")
+    sub.add_argument("--workdir", type=Path, metavar="RUN", help="check that this run directory can be written")
+    sub.add_argument("--keep", type=Path, metavar="DIR", help="keep the compiled programs there")
     return parser
 
 
@@ -459,6 +478,29 @@ def export_stablehlo(options: argparse.Namespace, _) -> None:
         print(line, flush=True)
 
 
+def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like plan`."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here stays free
+    for flag in ("tokens", "price"):
+        value = getattr(options, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(
+                f"--{flag}={value:g} must be more than 0; use --{flag}={'2e12' if flag == 'tokens' else 1.2}"
+            )
+    if options.search is not None and options.search < 0:
+        raise ConfigError(f"--search={options.search} must be at least 0; use --search=2")
+    config = load_config(options, overrides)
+    from t5like.plan import planner, report, topology
+
+    machine = topology.parse(options.topology, options.num_slices)
+    paths = [path and path.expanduser().absolute() for path in (options.workdir, options.keep)]
+    wishes = planner.Wishes(options.quick, options.search, options.tokens, options.price, *paths)
+    made, errors = planner.make(config, machine, wishes, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(made, indent=1) if options.json else report.text(made))
+    if errors:  # the plan is printed all the same
+        raise errors[0]
+
+
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
 IMPORTS = {"hf": import_hf, "t5x": import_t5x}
 EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
@@ -468,5 +510,6 @@ COMMANDS = {
     "evaluate": evaluate,
     "generate": generate,
     "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
+    "plan": plan,
     "export": lambda options, overrides: EXPORTS[options.format](options, overrides),
 }

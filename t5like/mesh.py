@@ -159,7 +159,11 @@ def whole_lengths(config: Config, mesh: Mesh) -> list[str]:
 
 def settle(config: Config, mesh: Mesh) -> Config:
     """Replace every `auto` of the model by what suits the mesh's devices (which need not be this process's own)."""
-    platform = mesh.devices.flat[0].platform
+    return settle_on(config, mesh.devices.flat[0].platform)
+
+
+def settle_on(config: Config, platform: str) -> Config:
+    """`settle` for devices that are only known by JAX's name of their platform: cpu, gpu or tpu."""
     model = config.model
     return dataclasses.replace(
         config,

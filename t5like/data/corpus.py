@@ -84,6 +84,23 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
     return Prepared(tokenizer, tokenizer_path, tuple(stores), tuple(notes))
 
 
+def find(config: Config) -> tuple[Tokenizer | None, tuple[TokenStore | None, ...]]:
+    """What `prepare` has made for this config, None for what it would have to make. Opens no source, so data that have
+    changed since are not noticed.
+
+    Raises:
+        DataError: the tokenizer that `tokenizer.path` names is missing, or one does not fit the config.
+    """
+    own = not config.tokenizer.path
+    path = _own_tokenizer_path(config) if own else Path(config.tokenizer.path).expanduser()
+    if own and not (path.parent / "trained_on.json").exists():
+        return None, (None,) * len(config.data.source)
+    tokenizer = Tokenizer.load(path, num_sentinels=config.tokenizer.num_sentinels)
+    tokenizer.check(config.tokenizer)
+    stores = [_finished_store(config.data, _Opened(spec), tokenizer) for spec in config.data.source]
+    return tokenizer, tuple(stores)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Opened:
     """A source and its fingerprint, or why it can't be had."""
@@ -129,10 +146,8 @@ def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tup
     if config.tokenizer.path:
         path = Path(config.tokenizer.path).expanduser()
     else:
-        settings = [_source_settings(config.data, source.spec) for source in opened]
-        key = _key(FORMAT, settings, config.data.rates, dataclasses.asdict(config.tokenizer))
-        directory = Path(config.data.directory).expanduser() / "tokenizers" / key
-        path = directory / "tokenizer.model"
+        path = _own_tokenizer_path(config)
+        directory = path.parent
         fingerprints = [source.fingerprint for source in opened]
         try:
             trained_on = json.loads((directory / "trained_on.json").read_text("utf-8"))
@@ -149,6 +164,13 @@ def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tup
     tokenizer = Tokenizer.load(path, num_sentinels=config.tokenizer.num_sentinels)
     tokenizer.check(config.tokenizer)
     return tokenizer, path
+
+
+def _own_tokenizer_path(config: Config) -> Path:
+    """Where a tokenizer that is trained on the sources lies."""
+    settings = [_source_settings(config.data, spec) for spec in config.data.source]
+    key = _key(FORMAT, settings, config.data.rates, dataclasses.asdict(config.tokenizer))
+    return Path(config.data.directory).expanduser() / "tokenizers" / key / "tokenizer.model"
 
 
 def _train(config: Config, opened: Sequence[_Opened], path: Path, progress: bool) -> None:

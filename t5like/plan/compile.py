@@ -1,0 +1,212 @@
+"""The trainer's own steps, compiled for a machine that need not be here, each in a process of its own.
+
+`run` starts the processes: what libtpu writes on their screens, the settings they need and what they crash of stay
+there. A process (`python -m t5like.plan.compile DIR STEP`) lowers and compiles one step, `train` or `eval`, and leaves
+``STEP.json`` (what the compiler says of memory) and ``STEP.hlo.gz`` (the scheduled program, which `plan.hlo` reads).
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from t5like import config_file
+from t5like.config import Config
+from t5like.data.token_store import written_whole
+from t5like.errors import ConfigError, UserError
+from t5like.plan import topology as topologies
+from t5like.plan.topology import Topology
+
+# TPU_SKIP_MDS_QUERY: don't ask Google's metadata server. ALLOW_MULTIPLE_LIBTPU_LOAD: two steps compile side by side.
+# The accelerator's type and host only silence lines about their absence.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+class Program(NamedTuple):
+    """One compiled step; bytes are per device."""
+
+    text: str  # the scheduled HLO; empty if it does not fit
+    lowered: str  # SHA-256 of the StableHLO that was compiled
+    arguments: int  # state and batch, with the padding of their layouts
+    outputs: int
+    aliased: int  # of the outputs, in the place of an argument (donation)
+    temporary: int
+    peak: int  # arguments and the most that is alive beside them
+    seconds: float  # of lowering and compiling
+    out_of_memory: str = ""  # what the compiler said
+    needed: int = 0  # bytes, if it said so
+
+
+def check_installed(topology: Topology) -> None:
+    """Refuse a machine whose compiler is not here.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    module, extra = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda"), "cpu": ("jax", "")}[
+        topology.chip.platform
+    ]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"--topology={topology.name} needs the compiler in the package {module}, which is not installed (no device "
+            f"is needed); pip install 't5like[{extra}]', or use --quick"
+        )
+
+
+def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | None = None) -> dict[str, Program]:
+    """Compile the steps of these names, `train` or `eval`, side by side; with `keep` their files stay in that folder.
+
+    Raises:
+        UserError: the compiler refused the program for another reason than memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="t5like-plan-") as temporary:
+        directory = keep or Path(temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        request = {"config": config_file.to_json(config), "topology": topology}
+        with written_whole(directory / "request.json") as file:
+            file.write(json.dumps(request).encode())
+        started = [(name, _start(directory, name, topology)) for name in names]
+        try:
+            return {name: _collect(directory, name, process) for name, process in started}
+        finally:
+            for _, process in started:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+def _start(directory: Path, name: str, topology: Topology) -> subprocess.Popen:
+    inherited = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    flags = f"--xla_force_host_platform_device_count={topology.num_devices}" if topology.kind == "cpu" else ""
+    return subprocess.Popen(
+        [sys.executable, "-m", "t5like.plan.compile", str(directory), name],
+        env={**inherited, **ENVIRONMENT, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=(directory / f"{name}.log").open("wb"),
+    )
+
+
+def _collect(directory: Path, name: str, process: subprocess.Popen) -> Program:
+    code = process.wait()
+    path = directory / f"{name}.json"
+    if code or not path.exists():
+        lines = (directory / f"{name}.log").read_text(errors="replace").strip().split("\n")
+        last = next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
+        raise UserError(f"the {name} step could not be compiled (exit code {code}): {last[:400]}")
+    answer = json.loads(path.read_text())
+    if refused := answer.pop("refused", ""):
+        raise ConfigError(refused)
+    packed = directory / f"{name}.hlo.gz"
+    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
+
+
+def read(directory: Path, name: str) -> Program:
+    """What `run` kept in a folder."""
+    answer = json.loads((directory / f"{name}.json").read_text())
+    return Program(text=gzip.decompress((directory / f"{name}.hlo.gz").read_bytes()).decode(), **answer)
+
+
+# ---- In the process that compiles ----
+
+
+def lower(config: Config, topology: Topology, name: str):
+    """The step as `train` (or its evaluation) would lower it on these devices."""
+    import jax
+
+    from t5like import mesh as meshes
+    from t5like import step
+    from t5like.data import pipeline
+
+    mesh = meshes.make_mesh(config, topologies.devices(topology))
+    config = meshes.settle(config, mesh)
+    batch = pipeline.spec(config)
+    abstract = step.abstract_state(config, batch, mesh)
+    if name == "train":
+        return step.lower_train_step(config, batch, abstract)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh)
+    )
+    zeros = step.zero_metrics(config, batch)  # before the mesh is set: it makes a key, on a device that is here
+    with jax.set_mesh(mesh):
+        return step.jit_eval_step(config, mesh).lower(abstract.params, shapes, zeros)
+
+
+def compiled(config: Config, topology: Topology, name: str) -> Program:
+    """Lower and compile one step in this process."""
+    begin = time.monotonic()
+    lowered = lower(config, topology, name)
+    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    try:
+        program = lowered.compile()
+    except Exception as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+            raise
+        return out_of_memory(message, digest, time.monotonic() - begin)
+    memory = program.memory_analysis()
+    return Program(
+        text=program.as_text(),
+        lowered=digest,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        peak=getattr(memory, "peak_memory_in_bytes", 0),
+        seconds=time.monotonic() - begin,
+    )
+
+
+def out_of_memory(message: str, digest: str, seconds: float) -> Program:
+    """A program that does not fit, from the compiler's message: ``HLO temporaries (64.00G) exceeds available HBM``."""
+    sizes = [_bytes(*found) for found in re.findall(r"\(([0-9.]+)([KMGT])\)", message)]
+    line = " ".join(message.split())
+    return Program("", digest, 0, 0, 0, 0, 0, seconds, line[:600], max(sizes, default=0))
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def main(directory: Path, name: str) -> None:
+    """Do what `request.json` asks."""
+    request = json.loads((directory / "request.json").read_text())
+    kind, shape, num_slices, chip = request["topology"]
+    topology = Topology(kind, tuple(shape), num_slices, topologies.Chip(*chip))
+    try:
+        program = compiled(config_file.from_json(request["config"]), topology, name)
+    except UserError as error:
+        answer = {"refused": str(error)}
+    else:
+        answer = program._replace(text="")._asdict()
+        del answer["text"]
+        if program.text:
+            with written_whole(directory / f"{name}.hlo.gz") as file:
+                file.write(gzip.compress(program.text.encode(), 5))
+    answer_bytes = json.dumps(answer).encode()
+    print(f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", file=sys.stderr)
+    with written_whole(directory / f"{name}.json") as file:
+        file.write(answer_bytes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

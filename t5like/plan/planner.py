@@ -1,0 +1,224 @@
+"""Makes a plan: all that the report shows, as one JSON object. Bytes and FLOPs are per device, times in seconds."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from t5like import mesh as meshes
+from t5like import metrics
+from t5like.config import Config
+from t5like.errors import UserError
+from t5like.plan import compile as compiler
+from t5like.plan import estimate, hlo, preflight, search
+from t5like.plan.topology import Topology
+
+Plan = dict[str, Any]
+
+
+class Wishes(NamedTuple):
+    """What the command line asks for."""
+
+    quick: bool = False
+    search: int | None = None  # how many of the best choices are compiled; None: no search
+    tokens: float | None = None  # of the whole run
+    price: float | None = None  # of a chip for an hour
+    workdir: Path | None = None
+    keep: Path | None = None  # where the compiled programs stay
+
+
+def for_slices(config: Config, topology: Topology) -> Config:
+    """The config with `mesh.slices` set, and `data` over them where it was 1, as training on slices needs it."""
+    slices, data = topology.num_slices, config.mesh.data
+    mesh = dataclasses.replace(config.mesh, slices=slices, data=slices if data == 1 else data)
+    return dataclasses.replace(config, mesh=mesh)
+
+
+def make(
+    config: Config, topology: Topology, wishes: Wishes, say: Callable[[str], None]
+) -> tuple[Plan, list[UserError]]:
+    """Plan a run; also what `train` would stop with.
+
+    Raises:
+        UserError: the config does not go with the topology, or the step can't be compiled at all.
+    """
+    if not wishes.quick:
+        compiler.check_installed(topology)
+    asked = config
+    config = meshes.settle_on(for_slices(config, topology), topology.chip.platform)
+    sizes = meshes.axis_sizes(config, topology.num_devices)
+    shapes = estimate.shapes(config)
+    held = estimate.held(shapes, sizes)
+    quick = estimate.quick(config, topology, held)
+    checks = preflight.checks(asked, wishes.workdir)
+    plan: Plan = {
+        "topology": _topology(topology),
+        "mesh": sizes,
+        "settings": list(search.settings(asked, config))
+        + ([f"mesh.slices={config.mesh.slices}"] if asked.mesh.slices != config.mesh.slices else []),
+        "model": {"parameters": _count(held), "dtype": config.model.dtype, "remat": config.model.remat},
+        "model_flops": metrics.model_flops(config) / topology.num_devices,
+        "held": held._replace(leaves=())._asdict() | {"total": held.total},
+        "quick": _quick(config, topology, quick),
+        "arrays": [leaf._asdict() for leaf in held.leaves],
+        "checks": [{"name": check.name, "state": check.state, "text": check.text} for check in checks],
+    }
+    del plan["held"]["leaves"]
+    if not wishes.quick:
+        say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
+        programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
+        for name, program in programs.items():
+            plan[name] = _program(config, topology, program, held.total, is_train=name == "train")
+        if not plan["train"]["fits"]:
+            needed = plan["train"]["memory"].get("total") or plan["train"]["memory"]["needed"]
+            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
+    if wishes.search is not None:
+        plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
+    plan["run"] = _run(config, topology, plan, wishes)
+    return plan, [check.error for check in checks if check.error]
+
+
+def _topology(topology: Topology) -> Plan:
+    chip = topology.chip
+    return {
+        "name": topology.name,
+        "devices": topology.num_devices,
+        "memory": chip.memory,
+        "peak_flops": chip.peak or None,
+        "platform": chip.platform,
+    }
+
+
+def _count(held: estimate.Held) -> int:
+    return sum(leaf.bytes // 4 for leaf in held.leaves if leaf.name.startswith("params/"))  # all of them float32
+
+
+def _quick(config: Config, topology: Topology, quick: estimate.Quick) -> Plan:
+    plan = quick._asdict() | {"fits": search.fits(quick.total, topology.chip.memory)}
+    return plan | ({"mfu": estimate.mfu(config, topology, quick.seconds)} if quick.seconds else {})
+
+
+def _program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
+    """What a compiled step says of itself; held: bytes that are there beside its temporaries."""
+    if program.out_of_memory:
+        needed = program.needed + (held if "temporaries" in program.out_of_memory else 0)
+        return {
+            "fits": False,
+            "memory": {"needed": max(needed, topology.chip.memory or 0)},
+            "message": program.out_of_memory,
+            "compile_seconds": program.seconds,
+        }
+    analysis = hlo.analyze(program.text)
+    prediction = estimate.predict(analysis, topology)
+    # What is reserved: arguments, results that take no argument's place, and temporaries with the gaps between them.
+    total = program.arguments + program.outputs - program.aliased + program.temporary
+    plan: Plan = {
+        "fits": topology.chip.memory is None or total <= topology.chip.memory,
+        "memory": {
+            "arguments": program.arguments,
+            "new_outputs": program.outputs - program.aliased,
+            "temporary": program.temporary,
+            "total": total,
+            "peak_alive": program.peak,
+        },
+        "flops": analysis.flops,
+        "cycles": analysis.cycles(),
+        "loops": [loop._asdict() for loop in analysis.loops],
+        "collectives": _collectives(analysis, topology),
+        "slices_bytes": analysis.slices_bytes,
+        "custom_calls": analysis.custom_calls,
+        "tensors": [tensor._asdict() for tensor in analysis.tensors],
+        "slowest": _slowest(analysis),
+        "lowered_sha256": program.lowered,
+        "compile_seconds": program.seconds,
+    }
+    if prediction:
+        plan["time"] = prediction._asdict()
+        if is_train:
+            plan["time"]["mfu"] = estimate.mfu(config, topology, prediction.seconds)
+            plan["time"]["tokens_per_second"] = estimate.tokens_per_step(config) / prediction.seconds
+            plan["time"]["uncertainty"] = estimate.UNCERTAINTY
+    return plan
+
+
+def _collectives(analysis: hlo.Analysis, topology: Topology) -> list[Plan]:
+    """By kind, place, form and group: runs and bytes of a step, and what is waited for."""
+    rows: dict[tuple, Plan] = {}
+    for each in analysis.collectives:
+        key = (each.kind, each.in_loop, each.asynchronous, each.group)
+        row = rows.setdefault(
+            key,
+            dict(zip(("kind", "in_loop", "asynchronous", "group"), key, strict=True))
+            | {"static": 0, "runs": 0, "bytes": 0, "seconds": 0.0, "exposed_seconds": 0.0},
+        )
+        row["static"] += 1
+        row["runs"] += each.runs
+        row["bytes"] += each.runs * each.bytes
+        if topology.chip.ici:
+            row["seconds"] += each.runs * estimate.wire_seconds(each, topology)
+            row["exposed_seconds"] += estimate.exposed_seconds(each, topology)
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def _slowest(analysis: hlo.Analysis) -> list[Plan]:
+    """The parts of the model that take most cycles, by where in the source they come from."""
+    found: dict[tuple[str, str], Plan] = defaultdict(lambda: {"cycles": 0.0, "flops": 0.0, "runs": 0})
+    for item in analysis.work:
+        row = found[item.category, item.source]
+        row["cycles"] += item.cycles * item.runs
+        row["flops"] += item.flops * item.runs
+        row["runs"] += item.runs
+    rows = [{"category": category, "source": source, **row} for (category, source), row in found.items()]
+    return sorted(rows, key=lambda row: (-row["cycles"], -row["flops"]))[:20]
+
+
+def _choice(choice: search.Choice) -> Plan:
+    return {
+        "settings": list(choice.settings),
+        "memory": choice.memory,
+        "flops": choice.flops,
+        "seconds": choice.seconds,
+    }
+
+
+def _compile_choice(choice: search.Choice, topology: Topology, say: Callable[[str], None]) -> Plan:
+    """A choice with what the compiler says of it."""
+    row = _choice(choice)
+    say(f"compiling with {' '.join(choice.settings) or 'the settings as they are'}")
+    [program] = compiler.run(choice.config, topology, ("train",)).values()
+    compiled = _program(choice.config, topology, program, choice.held, is_train=True)
+    row["compiled"] = {name: compiled.get(name) for name in ("fits", "memory", "flops", "time")}
+    return row
+
+
+def _nearest(config: Config, topology: Topology, factor: float, say: Callable[[str], None]) -> list[Plan]:
+    """Settings that fit, of which the first was compiled."""
+    found = search.nearest(config, search.choices(config, topology), topology, factor)
+    rows = [_choice(choice) for choice in found]
+    for place, choice in enumerate(found):
+        rows[place] = _compile_choice(choice, topology, say)
+        if rows[place]["compiled"]["fits"]:
+            break
+    return rows
+
+
+def _search(config: Config, topology: Topology, number: int, say: Callable[[str], None]) -> list[Plan]:
+    front = search.pareto(search.choices(config, topology), topology.chip.memory)
+    compiled = [_compile_choice(choice, topology, say) for choice in front[:number]]
+    return compiled + [_choice(choice) for choice in front[number:]]
+
+
+def _run(config: Config, topology: Topology, plan: Plan, wishes: Wishes) -> Plan:
+    """The whole run: steps, days, chip-hours, cost. Evaluation and checkpoints are not in it."""
+    per_step = estimate.tokens_per_step(config)
+    steps = config.train.num_steps if wishes.tokens is None else -(-wishes.tokens // per_step)
+    run: Plan = {"tokens_per_step": per_step, "steps": int(steps), "tokens": int(steps * per_step)}
+    seconds = plan.get("train", {}).get("time", {}).get("seconds")
+    if wishes.quick:
+        seconds = plan["quick"]["seconds"]
+    if seconds is None:
+        return run
+    chip_hours = steps * seconds / 3600 * topology.num_devices
+    run |= {"step_seconds": seconds, "days": steps * seconds / 86400, "chip_hours": chip_hours}
+    return run if wishes.price is None else run | {"cost": chip_hours * wishes.price}

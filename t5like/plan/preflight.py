@@ -1,0 +1,70 @@
+"""What else can be checked before a launch, without opening data: tokenizer, token stores, schedule, run directory."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t5like.config import Config
+from t5like.data import corpus
+from t5like.errors import UserError
+from t5like.optimizers import schedule
+from t5like.run import check_run_directory
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Check(NamedTuple):
+    """One line of the list; `error` is what `train` would stop with."""
+
+    name: str
+    state: str  # ok | missing | wrong
+    text: str
+    error: UserError | None = None
+
+
+def checks(config: Config, workdir: Path | None) -> list[Check]:
+    """Everything but the config itself, which has been read, and the batch, which the mesh has been asked about."""
+    found = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
+    found += _data(config)
+    found.append(Check("learning rate", "ok", learning_rate(config)))
+    if workdir is None:
+        return found
+    try:
+        check_run_directory(config, workdir)
+        text = "goes on with the run in it" if (workdir / "config.json").exists() else "can be written"
+        return [*found, Check("run directory", "ok", f"{workdir} {text}")]
+    except UserError as error:
+        return [*found, Check("run directory", "wrong", str(error), error)]
+
+
+def _data(config: Config) -> list[Check]:
+    if config.init_from.checkpoint and not config.tokenizer.path:
+        return [Check("tokenizer", "ok", f"comes with init_from.checkpoint={config.init_from.checkpoint}")]
+    try:
+        tokenizer, stores = corpus.find(config)
+    except UserError as error:
+        return [Check("tokenizer", "wrong", str(error), error)]
+    make = "t5like prepare makes it"
+    if tokenizer is None:
+        text = f"none for these sources in {config.data.directory}; {make}"
+        return [Check("tokenizer", "missing", text), Check("data", "missing", f"no token store yet; {make}")]
+    found = [Check("tokenizer", "ok", f"{config.tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")]
+    for spec, store in zip(config.data.source, stores, strict=True):
+        if store is None:
+            found.append(Check("data", "missing", f"{spec}: no token store for this tokenizer; {make}"))
+        else:
+            tokens = store.split("train").num_tokens
+            found.append(Check("data", "ok", f"{spec}: {tokens:,} tokens to train on, made with this tokenizer"))
+    return found
+
+
+def learning_rate(config: Config, width: int = 48) -> str:
+    """The schedule as a line of bars, from the first step to the last, and its highest and last value."""
+    last = max(config.train.num_steps - 1, 0)
+    steps = jnp.round(jnp.linspace(0, last, width)).astype(jnp.int32)
+    rates = [float(rate) for rate in jax.vmap(schedule(config))(steps)]
+    top = max(rates) or 1.0
+    bars = "".join(BARS[min(int(rate / top * len(BARS)), len(BARS) - 1)] for rate in rates)
+    return f"{bars} up to {top:.3g}, {rates[-1]:.3g} at step {last:,}"

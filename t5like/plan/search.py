@@ -1,0 +1,105 @@
+"""Other ways to run the same step: meshes, remat policies and microbatches, estimated without compiling.
+
+What a step learns stays as it is: the batch is the config's own.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from t5like import mesh as meshes
+from t5like import rules
+from t5like.config import Config
+from t5like.errors import ConfigError
+from t5like.plan import estimate
+from t5like.plan.topology import Topology
+
+MICROBATCHES = (1, 2, 4, 8, 16, 32)
+REMAT = ("none", "dots", "full")
+TENSOR = (1, 2, 4, 8, 16)
+MARGIN = 0.95  # of the memory that an estimate may fill
+
+
+class Choice(NamedTuple):
+    """One way to run the step, by the quick estimate."""
+
+    config: Config
+    settings: tuple[str, ...]  # the flags that make it of the given config
+    held: int  # bytes per device: state and batch
+    memory: int  # bytes per device, all in all
+    flops: float  # per device and step
+    seconds: float | None
+
+    @property
+    def cost(self) -> float:
+        """What a step takes: seconds, or FLOPs where the chip's speed is not known."""
+        return self.flops if self.seconds is None else self.seconds
+
+
+def choices(config: Config, topology: Topology) -> list[Choice]:
+    """Every way that the config's rules and the mesh allow; the config is settled."""
+    shapes = estimate.shapes(config)
+    found = []
+    for candidate in _candidates(config, topology):
+        try:
+            rules.check(candidate)
+            sizes = meshes.axis_sizes(candidate, topology.num_devices)
+        except ConfigError:
+            continue
+        held = estimate.held(shapes, sizes)
+        quick = estimate.quick(candidate, topology, held)
+        found.append(Choice(candidate, settings(config, candidate), held.total, *quick[1:]))
+    return found
+
+
+def _candidates(config: Config, topology: Topology) -> Iterator[Config]:
+    devices, slices, context = topology.num_devices, topology.num_slices, config.mesh.context
+    grids = {
+        (data, devices // (data * tensor * context), tensor)
+        for tensor in TENSOR
+        for data in {slices, slices * 2, slices * 4, slices * 8, devices // (tensor * context)}
+        if data and devices % (data * tensor * context) == 0
+    }
+    for (data, fsdp, tensor), remat, microbatches in itertools.product(sorted(grids), REMAT, MICROBATCHES):
+        yield dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor),
+            model=dataclasses.replace(config.model, remat=remat),
+            train=dataclasses.replace(config.train, microbatches=microbatches),
+        )
+
+
+def settings(config: Config, other: Config) -> tuple[str, ...]:
+    """The fields in which another config differs that this module changes, as ``section.field=value``."""
+    fields = [("mesh", axis) for axis in meshes.AXES] + [("model", "remat"), ("train", "microbatches")]
+    values = [(f"{section}.{name}", getattr(getattr(other, section), name)) for section, name in fields]
+    old = [getattr(getattr(config, section), name) for section, name in fields]
+    return tuple(f"{name}={value}" for (name, value), before in zip(values, old, strict=True) if value != before)
+
+
+def pareto(found: list[Choice], memory: int | None) -> list[Choice]:
+    """Those that fit and that no other one beats in both memory and time, the fastest first."""
+    fitting = sorted((each for each in found if fits(each.memory, memory)), key=lambda each: (each.cost, each.memory))
+    front: list[Choice] = []
+    for each in fitting:
+        if not front or each.memory < front[-1].memory:
+            front.append(each)
+    return front
+
+
+def nearest(config: Config, found: list[Choice], topology: Topology, factor: float) -> list[Choice]:
+    """The ways that fit with the fewest changed settings, the fastest first among equals.
+
+    Args:
+        factor: what the compiler needs for the config's own program over its estimate, at least 1.
+    """
+    fitting = [each for each in found if fits(each.memory * factor, topology.chip.memory)]
+    # Axes that only follow from others (data, fsdp) count as one change.
+    changes = lambda each: len({setting.split("=")[0].replace("data", "fsdp") for setting in each.settings})
+    return sorted(fitting, key=lambda each: (changes(each), each.cost))[:3]
+
+
+def fits(memory: float, limit: int | None) -> bool:
+    """Whether an estimate stays below what a device has, with a margin."""
+    return limit is None or memory <= MARGIN * limit

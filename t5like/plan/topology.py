@@ -1,0 +1,171 @@
+"""The machine that is planned for: its name, the facts of its chips, and JAX devices that need not be there.
+
+    v5e:16x16  v6e:8x8      a slice of a TPU torus, by its sides
+    v5p:8x8x8  v4:4x4x8
+    h100:8  a100:4x8  h200  GPUs of a host, or hosts x GPUs of each: memory and collectives, no time
+    cpu:8                   that many devices of this machine's processor: the same
+
+Nothing here loads a compiler but `devices`, which only the process that compiles calls (`plan.compile`).
+"""
+
+import math
+import os
+import re
+from typing import NamedTuple
+
+from t5like.errors import ConfigError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One JAX device, which is a whole chip on every TPU below (v4 and v5p in megacore mode)."""
+
+    platform: str  # tpu | gpu | cpu, as JAX says
+    memory: int | None  # bytes that a program may use; None: not known
+    peak: float = 0.0  # FLOP/s, bf16; 0: unknown, so that no time is predicted
+    flops_per_cycle: int = 1  # of its matrix units; peak / this is the clock
+    ici: float = 0.0  # bytes/s along one torus axis, both directions together
+    memory_bandwidth: float = 0.0  # bytes/s
+    dcn: float = 0.0  # bytes/s a chip between slices, each way
+    wrap: int = 1  # an axis closes to a ring if its side is a multiple of this
+    largest: tuple[int, ...] = ()  # the longest sides of a slice
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second at which the matrix units reach the peak."""
+        return self.peak / self.flops_per_cycle
+
+
+# peak, memory bandwidth, network between slices (the pod's figure per chip, of v4 taken like v5p's):
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; matrix units, same pages: 4 of 128 x 128 (v5e), 8 (v4, v5p: two cores), 2
+# of 256 x 256 (v6e), 2 FLOP a cell and cycle.
+# ici: 4.5e10 bytes/s a link and direction on v4 and v5e, 9e10 on v5p and v6e ("How to Scale Your Model", Austin et al.
+# 2025, chapter 2), twice that for both. Rings, same chapter: axes of 16 on v5e and v6e, multiples of 4 on v4 and v5p.
+# memory: what libtpu 0.0.52 says is available when a program needs more ("exceeds available HBM"), asked of each.
+CHIPS = {
+    "v4": Chip("tpu", int(30.75 * GIB), 275e12, 8 * 2 * 128**2, 9e10, 1228e9, 6.25e9, 4, (16, 16, 16)),
+    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 4 * 2 * 128**2, 9e10, 819e9, 3.125e9, 16, (16, 16)),
+    "v5p": Chip("tpu", int(95.73 * GIB), 459e12, 8 * 2 * 128**2, 1.8e11, 2765e9, 6.25e9, 4, (16, 16, 24)),
+    "v6e": Chip("tpu", int(31.24 * GIB), 918e12, 2 * 2 * 256**2, 1.8e11, 1640e9, 12.5e9, 16, (16, 16)),
+}
+# XLA compiles for a GPU that it is told about: openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb. Here are the
+# fields in which these differ: name, cores, units, shared memory of a core and of a block, L2 bytes, GHz, memory bytes
+# and bytes/s, compute capability.
+GPUS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 2039040000000, 8),
+    "h100": ("NVIDIA H100 80GB HBM3", 132, 128, 233472, 232448, 52428800, 1.98, 84942979072, 3352320000000, 9),
+    "h200": ("NVIDIA H200 141GB HBM3e", 132, 128, 233472, 232448, 52428800, 1.98, 151397597184, 4800000000000, 9),
+}
+GPU_SHARE = 0.75  # of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # every slice of v5e and v6e; 1x1 libtpu can't describe
+EXAMPLES = "v5e:16x16, v6e:8x8, v5p:8x8x8, v4:4x4x8, h100:4x8 or cpu:8"
+
+
+class Topology(NamedTuple):
+    """A machine to plan for."""
+
+    kind: str  # a key of CHIPS or GPUS, or cpu
+    shape: tuple[int, ...]  # of one slice, in devices; of GPUs: hosts x GPUs of each
+    num_slices: int
+    chip: Chip
+
+    @property
+    def num_devices(self) -> int:
+        """All devices, of all slices."""
+        return math.prod(self.shape) * self.num_slices
+
+    @property
+    def name(self) -> str:
+        """As on the command line, slices included."""
+        slices = f"{self.num_slices} x " if self.num_slices > 1 else ""
+        return f"{slices}{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+def parse(text: str, num_slices: int = 1) -> Topology:
+    """Read `--topology`, one slice, of which there are `num_slices`.
+
+    Raises:
+        ConfigError: there is no such machine.
+    """
+    kind, _, sides = text.strip().lower().partition(":")
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", sides) or kind not in ("cpu", *CHIPS, *GPUS):
+        raise ConfigError(f"--topology={text} must name a machine and its size; use {EXAMPLES}")
+    shape = tuple(int(side) for side in sides.split("x"))
+    if num_slices < 1:
+        raise ConfigError(f"--num_slices={num_slices} must be at least 1; use --num_slices=2")
+    if kind == "cpu":
+        if len(shape) > 1 or shape[0] > 512:
+            raise ConfigError(f"--topology={text} must be a number of devices up to 512; use cpu:8")
+        return Topology(kind, shape, num_slices, Chip("cpu", _machine_memory() // (shape[0] * num_slices)))
+    if kind in GPUS:
+        if len(shape) > 2 or shape[-1] > 8:
+            raise ConfigError(f"--topology={text} must be GPUs of a host, at most 8, or hosts x GPUs; use {kind}:4x8")
+        return Topology(kind, (1, *shape)[-2:], num_slices, Chip("gpu", int(GPU_SHARE * GPUS[kind][7])))
+    chip = CHIPS[kind]
+    if len(chip.largest) == 2 and sides not in FLAT:
+        raise ConfigError(f"--topology={text} is no slice of {kind}; use {kind}: with {', '.join(FLAT)}")
+    if len(chip.largest) == 3 and not _is_block(shape, chip.largest):
+        raise ConfigError(
+            f"--topology={text} is no slice of {kind}: three sides in rising order, multiples of 4 up to "
+            f"{'x'.join(map(str, chip.largest))}, or 2x2x1, 2x2x2, 2x2x4, 2x4x4; use {kind}:4x4x8"
+        )
+    return Topology(kind, shape, num_slices, chip)
+
+
+def _is_block(shape: tuple[int, ...], largest: tuple[int, ...]) -> bool:
+    if shape in ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)):
+        return True
+    fits = len(shape) == 3 and all(side % 4 == 0 and side <= most for side, most in zip(shape, largest, strict=True))
+    return fits and list(shape) == sorted(shape)
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gpu_target(kind: str) -> str:
+    """What XLA is told of a GPU, as a text of its protocol buffer."""
+    name, cores, units, core_shared, block_shared, l2, clock, memory, bandwidth, capability = GPUS[kind]
+    return f"""gpu_device_info {{
+      core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+      cuda_compute_capability {{ major: {capability} }}
+      device_memory_size: {memory} memory_bandwidth: {bandwidth} l2_cache_size: {l2}
+      shared_memory_per_core: {core_shared} shared_memory_per_block: 49152 shared_memory_per_block_optin: {block_shared}
+      threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
+    """
+
+
+def devices(topology: Topology) -> list:
+    """JAX devices to compile for; those of `cpu` are this process's own, and must have been asked for (XLA_FLAGS).
+
+    Raises:
+        ConfigError: the compiler does not know the slice.
+    """
+    import jax
+
+    if topology.kind == "cpu":
+        return jax.devices("cpu")[: topology.num_devices]
+    from jax.experimental import topologies
+
+    sides = "x".join(map(str, topology.shape))
+    name = f"{topology.kind}:{sides}"
+    if topology.kind in GPUS:
+        how = {"target_config": _gpu_target(topology.kind), "topology": f"{topology.num_slices}x{sides}"}
+    else:
+        how = {"num_slices": topology.num_slices}
+    if topology.kind == "v4":  # by default a chip of it is two devices; megacore makes it one, as on Cloud TPU
+        how |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    platform = "cuda" if topology.kind in GPUS else "tpu"
+    try:
+        found = topologies.get_topology_desc(platform=platform, topology_name=name, **how).devices
+    except Exception as error:  # jaxlib's own kinds of errors, which name no cause of their own
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ConfigError(f"--topology={name} is not known to this compiler: {reason}; use {EXAMPLES}") from None
+    assert len(found) == topology.num_devices, (len(found), topology)
+    return list(found)

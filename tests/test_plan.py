@@ -1,0 +1,212 @@
+"""The plan of a run: programs read, memory counted, the trainer's own step, machines and settings refused or found."""
+
+import functools
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import small
+
+from t5like import mesh as meshes
+from t5like import metrics, step
+from t5like.data import pipeline
+from t5like.errors import Diverged
+from t5like.plan import compile as compiler
+from t5like.plan import estimate, hlo, planner, report, search, topology
+
+GOLDEN = Path(__file__).parent / "golden"
+V5E = topology.parse("v5e:2x4")
+
+
+def probe(name):
+    """A program that tests/golden/make_hlo.py made, whose sizes stand there."""
+    return hlo.analyze(gzip.decompress((GOLDEN / f"hlo_{name}.txt.gz").read_bytes()).decode())
+
+
+def test_products_in_nested_loops_count_times_their_trips():
+    found = probe("loops")
+    assert sorted(loop.trips for loop in found.loops) == [3, 5]
+    assert found.flops == 3 * 5 * 2 * 128 * 512 * 512
+    assert found.collectives == ()
+
+
+def test_cycles_are_those_of_all_trips_and_not_fewer_than_the_matrix_units_need():
+    found = probe("loops")
+    cycles = found.cycles()
+    assert cycles["total"] == 3 * (5 * (5967 + 2381) + 2679)  # as they stand in the text: product, copy; and the sum
+    assert cycles["matmul"] > found.flops / V5E.chip.flops_per_cycle
+
+
+def test_a_gather_in_a_loop_counts_whole_and_for_each_trip():
+    found = probe("gathers")
+    assert found.flops == 7 * 2 * 128 * 1024 * 1024
+    assert {(each.kind, each.bytes, each.group) for each in found.collectives} == {("all-gather", 1024 * 1024 * 2, 8)}
+    assert sorted(each.runs for each in found.collectives) == [1, 7]  # the next kernel is fetched a trip ahead
+
+
+def test_a_gradient_is_reduced_once_outside_of_loops():
+    found = probe("gradient")
+    assert found.flops == 2 * 2 * 512 * 1024 * 512
+    [reduce] = found.collectives
+    assert (reduce.kind, reduce.runs, reduce.in_loop, reduce.group) == ("all-reduce", 1, False, 8)
+    assert reduce.bytes in (1024 * 512 * 2, 1024 * 512 * 4)  # in bfloat16, or before the conversion to it
+
+
+@pytest.mark.parametrize("name", ["batched", "attention"])
+def test_batched_products_count_as_convolutions_and_in_the_compilers_own_kernel(name):
+    assert probe(name).flops == 2 * 2 * (2 * 4 * 256 * 256 * 64)
+    assert ("tpu_custom_call" in probe(name).custom_calls) == (name == "attention")
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", 4),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a','c'}", 8),
+    ],
+)
+def test_groups_are_read_in_every_spelling(text, size):
+    assert hlo.group_size(text) == size
+
+
+def test_serial_time_is_cycles_over_the_clock_and_the_wire_of_what_is_exposed():
+    reduce = hlo.Collective("all-reduce", 9_000_000, 10, True, False, 0.0, 4, "")
+    hidden = reduce._replace(asynchronous=True, hiding=1e12)
+    work = (hlo.Work("matmul", 1_000.0, 0.0, 2_000, "fusion", ""),)
+    analysis = hlo.Analysis((), work, (reduce, hidden), 0.0, {}, ())
+    found = estimate.predict(analysis, V5E)
+    clock = 197e12 / (4 * 2 * 128 * 128)
+    wire = 10 * 2 * 9_000_000 / (9e10 / 2)  # a side of 4 is a line: half of a ring's bandwidth
+    assert found.compute == pytest.approx(2_000_000 / clock)
+    assert found.exposed == pytest.approx(wire) and found.overlapped == pytest.approx(wire)
+    assert found.seconds == pytest.approx((2_000_000 / clock + wire) / 1.2)
+
+
+def test_published_steps_are_predicted_to_ten_percent():
+    # Seconds of cycles, exposed collectives and kernels, and MaxText's published step: the table in estimate.py.
+    for serial, published in ((9.87 + 0.38 + 0.74, 9.98), (14.28 + 0.76 + 0.49, 11.89), (8.40 + 0.69 + 0.32, 7.18)):
+        assert abs(serial / estimate.PESSIMISM / published - 1) < 0.10 < estimate.UNCERTAINTY
+
+
+def test_what_a_device_holds_is_what_a_real_state_takes():
+    config = small(mesh={"data": 2, "fsdp": 2, "tensor": 2}, optimizer={"ema_decay": 0.9}, model={"num_layers": 1})
+    abstract = step.abstract_state(config, pipeline.spec(config), meshes.make_mesh(config))
+    state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
+    there = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    held = estimate.held(estimate.shapes(config), meshes.axis_sizes(config, 8))
+    found = (held.parameters, held.optimizer, held.average)
+    assert found == (there(state.params), there(state.opt_state), there(state.ema))
+
+
+def test_a_plan_on_cpus_compiles_the_step_that_training_compiles(command, flags, tmp_path, monkeypatch):
+    flags = [*flags, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.microbatches=2"]
+    code, out, err = command("plan", *flags, "--topology=cpu:8", "--json", f"--workdir={tmp_path / 'run'}")
+    assert code == 0, err
+    plan = json.loads(out)
+
+    seen, lower = [], step.lower_train_step
+
+    def spy(*arguments):
+        seen.append(lower(*arguments).as_text())
+        raise Diverged("far enough")
+
+    monkeypatch.setattr(step, "lower_train_step", spy)
+    assert command("train", *flags, f"--workdir={tmp_path / 'run'}")[0] == Diverged.exit_code
+    assert plan["train"]["lowered_sha256"] == hashlib.sha256(seen[0].encode()).hexdigest()
+
+    # Nothing is recomputed here, so the products of the compiled program are exactly the model's.
+    assert plan["train"]["flops"] == plan["model_flops"]
+    assert plan["eval"]["flops"] == plan["model_flops"] / 3
+    assert plan["train"]["memory"]["arguments"] == plan["held"]["total"] + 4  # and the number of the step
+    kinds = {(row["kind"], row["in_loop"]) for row in plan["train"]["collectives"]}
+    assert ("all-reduce", True) in kinds and "all-gather" in {kind for kind, _ in kinds}
+    assert {check["name"]: check["state"] for check in plan["checks"]}["run directory"] == "ok"
+    assert "collectives of a step" in report.text(plan)
+
+
+def test_a_quick_plan_knows_days_cost_and_slices(command):
+    code, out, err = command(
+        *("plan", "--config=configs/llama_7b.py", "--topology=v5e:16x16", "--num_slices=2", "--quick", "--json"),
+        *("--tokens=2e12", "--price=1.5", "--search", "--config.train.microbatches=2"),
+    )
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["mesh"] == {"data": 2, "fsdp": 256, "tensor": 1, "context": 1}
+    assert {"mesh.data=2", "mesh.slices=2"} <= set(plan["settings"])
+    run = plan["run"]
+    assert run["steps"] == -(-2e12 // (1024 * 4096))
+    assert run["cost"] == pytest.approx(1.5 * 512 * 24 * run["days"])
+    assert run["days"] == pytest.approx(run["steps"] * plan["quick"]["seconds"] / 86400)
+    norms = 65 * 4096  # the only parameters that fsdp does not split
+    assert plan["held"]["parameters"] == 4 * ((6_738_415_616 - norms) / 256 + norms)
+    assert len(plan["search"]) > 1
+    for worse, better in zip(plan["search"][1:], plan["search"], strict=False):  # a trade of one for the other
+        assert worse["seconds"] >= better["seconds"] and worse["memory"] < better["memory"]
+    assert "at that price" in report.text(plan)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--topology=v5e:32x32"], "use v5e: with 2x2"),
+        (["--topology=h900:8"], "use v5e:16x16"),
+        (["--topology=v5p:8x4x4"], "use v5p:4x4x8"),
+        (["--topology=cpu:0"], "cpu:8"),
+        (["--topology=v5e:16x16", "--num_slices=0"], "--num_slices=2"),
+        (["--topology=v5e:16x16", "--tokens=-1"], "--tokens=2e12"),
+        (["--topology=v5e:4x4"], "data.batch_size"),
+    ],
+)
+def test_a_machine_that_does_not_exist_or_fit_is_refused_in_one_line(command, arguments, says):
+    code, out, err = command("plan", "--config=configs/tiny.py", *arguments, "--config.data.batch_size=24", "--quick")
+    assert (code, out) == (2, "") and says in err and err.count("\n") == 1
+
+
+def test_running_out_of_memory_is_read_from_the_compilers_message():
+    program = compiler.out_of_memory((GOLDEN / "out_of_memory.txt").read_text(), "", 1.0)
+    assert program.needed == 64 * 2**30
+    plan = planner._program(small(), V5E, program, 2**30, is_train=True)
+    assert plan["fits"] is False and plan["memory"]["needed"] == 65 * 2**30
+
+
+@functools.cache
+def found_choices():
+    config = meshes.settle_on(small(data={"batch_size": 64}, mesh={"data": 8}), "tpu")
+    return config, search.choices(config, V5E)
+
+
+def test_the_nearest_settings_fit_and_change_least():
+    config, found = found_choices()
+    [now] = [each for each in found if not each.settings]
+    tight = V5E._replace(chip=V5E.chip._replace(memory=int(now.memory * 0.8)))
+    nearest = search.nearest(config, found, tight, 1.0)
+    assert nearest and all(each.memory <= 0.95 * tight.chip.memory for each in nearest)
+    assert len(nearest[0].settings) == min(
+        len(each.settings) for each in found if each.memory <= 0.95 * tight.chip.memory
+    )
+
+
+def test_the_pareto_front_holds_just_what_nothing_beats():
+    _, found = found_choices()
+    front = search.pareto(found, V5E.chip.memory)
+    beaten = lambda each: any(
+        other.memory <= each.memory
+        and other.seconds <= each.seconds
+        and (other.memory, other.seconds) != (each.memory, each.seconds)
+        for other in found
+    )
+    assert {(each.memory, each.seconds) for each in front} == {
+        (each.memory, each.seconds) for each in found if not beaten(each)
+    }
+
+
+def test_model_flops_are_what_the_quick_estimate_runs_without_remat():
+    config = meshes.settle_on(small(data={"batch_size": 64}), "tpu")
+    held = estimate.held(estimate.shapes(config), meshes.axis_sizes(config, 8))
+    assert estimate.quick(config, V5E, held).flops == metrics.model_flops(config) / 8
