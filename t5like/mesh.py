@@ -159,12 +159,12 @@ def whole_lengths(config: Config, mesh: Mesh) -> list[str]:
 
 def settle(config: Config, mesh: Mesh) -> Config:
     """Replace every `auto` of the model by what suits the mesh's devices (which need not be this process's own)."""
-    return settle_on(config, mesh.devices.flat[0].platform)
+    return settle_on(config, mesh.devices.flat[0].platform, mesh.shape["context"])
 
 
-def settle_on(config: Config, platform: str) -> Config:
+def settle_on(config: Config, platform: str, context: int | None = None) -> Config:
     """`settle` for devices that are only known by JAX's name of their platform: cpu, gpu or tpu."""
-    model = config.model
+    model, context = config.model, config.mesh.context if context is None else context
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -173,7 +173,7 @@ def settle_on(config: Config, platform: str) -> Config:
             # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
             layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
             # The CPU's products flatten rows and their length, which would gather a length that is split.
-            kernels=("cpu" if platform == "cpu" and mesh.shape["context"] == 1 else "plain")
+            kernels=("cpu" if platform == "cpu" and context == 1 else "plain")
             if model.kernels == "auto"
             else model.kernels,
         ),
