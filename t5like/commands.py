@@ -1,0 +1,256 @@
+"""What each command does with its flags: it checks them, opens what it needs, and prints what came out.
+
+Heavy modules are imported by the command that needs them, so that `--help` and refusals are quick.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t5like import __version__, config_file
+from t5like.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from t5like.config import Config
+
+
+def versions() -> dict[str, str]:
+    """What all processes of a run must have alike besides its config."""
+    return {"versions": f"t5like {__version__}, jax {importlib.metadata.version('jax')}"}
+
+
+def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":
+    """The config of the command line."""
+    return config_file.load(options.config, overrides)
+
+
+def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like train`."""
+    config = load_config(options, overrides)
+    from t5like.distributed import joined
+    from t5like.train import train
+
+    workdir = options.workdir.expanduser().absolute()
+    with joined(options.begin, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
+        train(config, workdir)
+
+
+def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like prepare`."""
+    config = load_config(options, overrides)
+    from t5like.data import corpus, pipeline
+
+    pipeline.spec(config)
+    if options.workdir:
+        from t5like.run import check_run_directory, open_run_directory
+
+        check_run_directory(config, workdir := options.workdir.expanduser().absolute())
+    prepared = corpus.prepare(config)
+    for note in prepared.notes:
+        print(note)
+    print(f"tokenizer  {prepared.tokenizer_path}")
+    for source, store in zip(config.data.source, prepared.stores, strict=True):
+        train, heldout = store.split("train"), store.split("heldout")
+        print(
+            f"data       {source}: {train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out, "
+            f"in {store.directory}"
+        )
+    if options.workdir:
+        open_run_directory(config, prepared.tokenizer, workdir)
+
+
+def evaluate(options: argparse.Namespace, _) -> None:
+    """`t5like evaluate`: the result as JSON on standard output, for people a table on standard error."""
+    from t5like import run
+
+    check_tasks_options(options)
+    workdir = options.workdir.expanduser().absolute()
+    if options.tasks is None:
+        from t5like import evaluate
+        from t5like.distributed import joined, primary
+
+        config = run.config_of(workdir)
+        with joined(options.begin, config, {**versions(), "--step": str(options.step)}, debug=options.debug):
+            loaded = run.load(workdir, options.step, all_devices=True)
+            values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
+            if not primary():
+                return
+        print(evaluate.table(values), file=sys.stderr)
+        write_evaluation(workdir, str(loaded.step), values, {str(loaded.step): records})
+        return
+    from t5like import harness  # says at once what is not installed
+
+    loaded, tasks = run.load(workdir, options.step), options.tasks.split(",")
+    values, records = harness.evaluate_tasks(
+        loaded, tasks, directory=options.tasks_dir, limit=options.limit, shots=options.num_fewshot
+    )
+    print(harness.table(values), file=sys.stderr)
+    name = "+".join(tasks)[:100]
+    write_evaluation(
+        workdir, f"{loaded.step}.{name}", values, {f"{loaded.step}.{task}": records[task] for task in records}
+    )
+
+
+def check_tasks_options(options: argparse.Namespace) -> None:
+    """Refuse what could not be meant."""
+    for name in ("tasks_dir", "limit", "num_fewshot"):
+        if options.tasks is None and getattr(options, name) is not None:
+            raise ConfigError(f"--{name} goes with --tasks; use --tasks=NAME")
+    if options.tasks is not None and not all(options.tasks.split(",")):
+        raise ConfigError(f"--tasks={options.tasks} must be names with commas between them; use --tasks=lambada_openai")
+    if options.tasks_dir is not None and not options.tasks_dir.is_dir():
+        raise ConfigError(f"--tasks_dir={options.tasks_dir} is no directory; name one with the tasks' YAML files")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ConfigError(f"--{name}={value} must be at least {least}; use --{name}=5")
+
+
+def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictions: dict[str, list[Any]]) -> None:
+    """Print values, and write them to ``evaluations/NAME.json`` and each list of records to ``predictions/``."""
+    from t5like.answers import write_predictions
+    from t5like.data.token_store import written_whole
+
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    print(text)
+    path = workdir / "evaluations" / f"{name}.json"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with written_whole(path) as file:
+            file.write(text.encode() + b"\n")
+        for each, records in predictions.items():
+            if records:
+                write_predictions(workdir, each, records)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error.strerror}; the metrics are above") from None
+
+
+def generate(options: argparse.Namespace, _) -> None:
+    """`t5like generate`."""
+    import jax
+
+    from t5like import prompting, run
+    from t5like.decoding import Decoding
+    from t5like.generate import Generator
+
+    if options.prompt is not None and options.prompts_file:
+        raise ConfigError("--prompt and --prompts_file can't both be given; use one")
+    if options.output and not options.prompts_file:
+        raise ConfigError(f"--output={options.output} needs --prompts_file; without, answers are printed")
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Decoding)}
+    decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
+    rows = prompting.read_prompts(options.prompts_file) if options.prompts_file else []
+    loaded = run.load(options.workdir.expanduser().absolute(), options.step, all_devices=True)
+    generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+    with jax.set_mesh(loaded.mesh):
+        if options.prompts_file:
+            made_by = {"workdir": str(options.workdir.expanduser().absolute()), "step": loaded.step}
+            prompting.answer_file(generator, decoding, options.prompts_file, rows, options.output, made_by)
+        elif options.prompt is not None:
+            prompting.show(generator, decoding, options.prompt)
+        else:
+            prompting.converse(generator, decoding)
+
+
+def import_hf(options: argparse.Namespace, _) -> None:
+    """`t5like import --format=hf`."""
+    if options.config:
+        raise ConfigError("--config is for --format=t5x: a Hugging Face directory has its own; leave it out")
+    from t5like.hf.directory import import_run
+
+    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):
+        print(line, flush=True)
+
+
+def export_hf(options: argparse.Namespace, _) -> None:
+    """`t5like export --format=hf`."""
+    size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(K|M|G)?B?", options.max_shard_size.upper())
+    if not size or float(size[1]) == 0:
+        raise ConfigError(f"--max_shard_size={options.max_shard_size} must be a number of bytes; use 5GB or 500MB")
+    from t5like.hf.directory import export_run
+
+    lines = export_run(
+        options.workdir.expanduser().absolute(),
+        options.output.expanduser().absolute(),
+        step=options.step,
+        family=options.family,
+        dtype=options.dtype,
+        max_shard_size=int(float(size[1]) * {None: 1, "K": 1e3, "M": 1e6, "G": 1e9}[size[2]]),
+    )
+    for line in lines:
+        print(line, flush=True)
+
+
+def import_t5x(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like import --format=t5x`."""
+    if not options.config:
+        raise ConfigError(
+            "--format=t5x needs --config: a T5X checkpoint has no config; use --config=configs/t5_small.py"
+        )
+    config = load_config(options, overrides)
+    from t5like.t5x import import_run
+
+    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute(), config):
+        print(line, flush=True)
+
+
+def export_stablehlo(options: argparse.Namespace, _) -> None:
+    """`t5like export --format=stablehlo`."""
+    for field in ("max_new_tokens", "prompt_length"):
+        if (value := getattr(options, field)) is not None and value < 1:
+            raise ConfigError(f"--{field}={value} must be at least 1; use --{field}=64")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature={options.temperature:g} must be at least 0; use --temperature=0.8")
+    from t5like.stablehlo import export_run
+
+    for line in export_run(
+        options.workdir.expanduser().absolute(),
+        options.output.expanduser().absolute(),
+        step=options.step,
+        max_new_tokens=options.max_new_tokens,
+        prompt_length=options.prompt_length,
+        temperature=options.temperature,
+    ):
+        print(line, flush=True)
+
+
+def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like plan`."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here stays free
+    for flag in ("tokens", "price"):
+        value = getattr(options, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(
+                f"--{flag}={value:g} must be more than 0; use --{flag}={'2e12' if flag == 'tokens' else 1.2}"
+            )
+    if options.search is not None and options.search < 0:
+        raise ConfigError(f"--search={options.search} must be at least 0; use --search=2")
+    config = load_config(options, overrides)
+    from t5like.plan import planner, report, topology
+
+    machine = topology.parse(options.topology, options.num_slices)
+    paths = [path and path.expanduser().absolute() for path in (options.workdir, options.keep)]
+    wishes = planner.Wishes(options.quick, options.search, options.tokens, options.price, *paths)
+    made, errors = planner.make(config, machine, wishes, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(made, indent=1) if options.json else report.text(made))
+    if errors:  # the plan is printed all the same
+        raise errors[0]
+
+
+IMPORTS = {"hf": import_hf, "t5x": import_t5x}
+EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
+COMMANDS = {
+    "train": train,
+    "prepare": prepare,
+    "evaluate": evaluate,
+    "generate": generate,
+    "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
+    "plan": plan,
+    "export": lambda options, overrides: EXPORTS[options.format](options, overrides),
+}

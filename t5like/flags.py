@@ -1,0 +1,165 @@
+"""The command line's grammar: every command and its flags. `main` reads a command line by it; `commands` runs it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from t5like.errors import ConfigError
+
+HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
+FORMATS = {"import": ("hf", "t5x"), "export": ("hf", "stablehlo")}
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Split a command line into options and config overrides, the pairs of ``--config.section.field=value``.
+
+    Raises:
+        ConfigError: it is not understood.
+    """
+    overrides, rest = [], []
+    for argument in arguments:
+        if argument.startswith("--config."):
+            name, equals, value = argument.removeprefix("--config.").partition("=")
+            if not equals:
+                raise ConfigError(f"{argument} needs a value, as in {argument}=VALUE")
+            overrides.append((name, value))
+        else:
+            rest.append(argument)
+    options = build_parser().parse_args(rest)
+    if overrides and not getattr(options, "config", None):
+        raise ConfigError(
+            f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
+        )
+    return options, overrides
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse whose refusals are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    """All commands and their flags."""
+    parser = Parser(prog="t5like", description="Pretrain T5-like language models.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str) -> Parser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--fake_devices", type=int, metavar="N", help="N CPU devices in this process")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    sub = command("train", "Train a model; the same command again continues the run.")
+    sub.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a config, such as configs/tiny.py; --config.SECTION.FIELD=VALUE changes a field",
+    )
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory")
+
+    start_flags(sub)
+
+    sub = command("prepare", "Make the tokenizer and the token store, without training.")
+    sub.add_argument("--config", required=True, metavar="FILE")
+    sub.add_argument("--workdir", type=Path, metavar="RUN", help="also put config and tokenizer into a run directory")
+
+    sub = command("evaluate", "Print and write a run's held-out metrics, or those of public tasks, as JSON.")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument(
+        "--tasks", metavar="NAME[,NAME]", help="of lm-evaluation-harness instead (pip install 't5like[harness]')"
+    )
+    sub.add_argument(
+        "--tasks_dir", type=Path, metavar="DIR", help="of YAML files with more tasks; paths in them start there"
+    )
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
+    sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+
+    start_flags(sub)
+
+    sub = command("generate", "Continue prompts, or fill their <extra_id_N> gaps: one, a file's, or as they are typed.")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument("--prompt", metavar="TEXT", help="without it or a file, lines of standard input are prompts")
+    sub.add_argument("--prompts_file", type=Path, metavar="F", help='JSON lines with the field "prompt"')
+    sub.add_argument(
+        "--output", type=Path, metavar="F", help="the same rows with predictions; the same command again continues it"
+    )
+    for name, kind, default, text in (
+        ("max_new_tokens", int, 64, "at most so many tokens"),
+        ("temperature", float, 0.0, "of the sampling; 0: the likeliest token"),
+        ("top_k", int, 0, "sample the k likeliest tokens; 0: all"),
+        ("top_p", float, 1.0, "sample the likeliest tokens that together have this probability"),
+        ("min_p", float, 0.0, "sample tokens at least this fraction as likely as the likeliest"),
+        ("repetition_penalty", float, 1.0, "above 1: what was said becomes less likely"),
+        ("num_beams", int, 1, "of a beam search; 1: none"),
+        ("length_penalty", float, 1.0, "a beam's log-probability is divided by length ** this"),
+        ("num_returned", int, 1, "answers per prompt: the best beams, or samples"),
+        ("seed", int, 0, "of the sampling"),
+    ):
+        sub.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X", help=text)
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given again")
+
+    sub = command("import", "Make a run of a model from elsewhere.")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS["import"],
+        help="hf: a Hugging Face directory; t5x: a checkpoint of T5X, with --config for its model",
+    )
+    sub.add_argument("--input", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory to make")
+    sub.add_argument(
+        "--config", metavar="FILE", help="t5x: the model, and tokenizer.path; --config.SECTION.FIELD=VALUE"
+    )
+
+    sub = command("export", "Write a run's model for use elsewhere.")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS["export"],
+        help="hf: a Hugging Face directory; stablehlo: programs for cpu, cuda and tpu",
+    )
+    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="absent, or an empty directory")
+    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
+    sub.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="hf: of a file of weights; such as 500MB")
+    sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="stablehlo: that generate makes")
+    sub.add_argument(
+        "--prompt_length", type=int, metavar="N", help="stablehlo: tokens that generate reads; default: as in training"
+    )
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="stablehlo: of generate; 0: the likeliest token"
+    )
+
+    sub = command("plan", "Say what a run needs on a machine that is not here: memory, time, network, cost.")
+    sub.add_argument("--config", required=True, metavar="FILE")
+    sub.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x8, v6e:8x8, v4:4x4x8, cpu:8")
+    sub.add_argument("--num_slices", type=int, default=1, metavar="N", help="of that topology")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sub.add_argument("--quick", action="store_true", help="estimate in seconds, without compiling")
+    sub.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="try meshes, remat policies and microbatches; compile the N fastest",
+    )
+    sub.add_argument("--tokens", type=float, metavar="N", help="of the run, such as 2e12; default: train.num_steps")
+    sub.add_argument("--price", type=float, metavar="X", help="of a chip for an hour")
+    sub.add_argument("--workdir", type=Path, metavar="RUN", help="check that this run directory can be written")
+    sub.add_argument("--keep", type=Path, metavar="DIR", help="keep the compiled programs there")
+    return parser
+
+
+def start_flags(command: Parser) -> None:
+    """The flags of a process that no launcher tells its place, or another one than the user wants."""
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, for several processes")
+    command.add_argument("--num_processes", metavar="N", help="of the run; 1: alone, whatever a launcher says")
+    command.add_argument("--process_id", metavar="I", help="this process, from 0")
