@@ -259,7 +259,7 @@ class Generator:
                 than the vocabulary has tokens for.
         """
         stops = self._stops(decoding)
-        made = jax.tree.map(np.asarray, self._make(prompts, decoding, width, rows))
+        made = self._make(prompts, decoding, width, rows)
         return [
             [
                 self._answer(ids, log_p, stops, decoding.stop)
@@ -279,7 +279,7 @@ class Generator:
     ) -> np.ndarray:
         """Ids of one text each: int32 [len(prompts), max_new_tokens], 0 after EOS. `width` is as of `answer`."""
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return np.asarray(self._make(prompts, decoding, width, None).ids_BGL[:, 0])
+        return self._make(prompts, decoding, width, None).ids_BGL[:, 0]
 
     def check(self, prompt: Prompt, decoding: Decoding) -> None:
         """Refuse what the model can't do.
@@ -304,17 +304,22 @@ class Generator:
     def _make(self, prompts: Sequence[Prompt], decoding: Decoding, width: int, rows: Sequence[int] | None) -> Made:
         for prompt in prompts:
             self.check(prompt, decoding)
+        count, mesh = len(prompts), jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+        numbers = list(range(count) if rows is None else rows)
+        spare = -count % shards  # each device gets the same number of rows
+        prompts, numbers = [*prompts, *[prompts[0]] * spare], np.array(numbers + numbers[:1] * spare)
         width = -(-max(width, *(len(prompt.ids) for prompt in prompts)) // BUCKET) * BUCKET
         prompt_BP, lengths_B = self._padded([prompt.ids for prompt in prompts], width, left=self._decoder_only)
         if self._unstacked is None:
             unrolled = self.config.model.layers == "unroll"
             self._unstacked = jax.jit(partial(unstacked_params, self.config))(self.params) if unrolled else self.params
-        return make_texts(
+        made = make_texts(
             self.config,
             self._unstacked,
             prompt_BP,
             lengths_B,
-            row_keys(np.uint32(decoding.seed), np.arange(len(prompts)) if rows is None else np.asarray(rows)),
+            row_keys(np.uint32(decoding.seed), numbers),
             np.array(self._stops(decoding), np.int32),
             jax.tree.map(np.float32, decoding.numbers),
             np.array([prompt.prefix for prompt in prompts], np.int32),
@@ -323,6 +328,7 @@ class Generator:
             beams=decoding.num_beams > 1,
             top_k=decoding.top_k,
         )
+        return jax.tree.map(lambda x: np.asarray(x)[:count], made)
 
     def _stops(self, decoding: Decoding) -> list[int]:
         """Ids that end a text: EOS, and the sentinels among the texts to stop at; other texts are cut behind."""

@@ -70,7 +70,7 @@ def test_texts_and_scores_equal_those_of_hugging_face(name):
         if settings:
             np.testing.assert_allclose(made.scores_BG, GOLDEN[f"{name}.{what}.{end}.scores"], rtol=1e-4)
         ends |= {int(length) for length in (wanted != 0).sum(-1).ravel()}
-    assert len(ends) > 3  # texts ended early, at several lengths
+    assert len(ends) >= 3  # texts ended early, at several lengths
 
 
 def test_penalized_beams_equal_those_of_hugging_face():
