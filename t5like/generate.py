@@ -49,7 +49,7 @@ def generate(
         int32 ids [B, max_new_tokens], without the prompt; after EOS all 0.
     """
     numbers = Numbers(temperature=np.float32(temperature) if temperature else None)
-    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompt_BP)))
+    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(prompt_BP.shape[0]))
     stops_E = np.array([eos], np.int32)
     made = make_texts(
         config, params, prompt_BP, lengths_B, keys_B, stops_E, numbers, prefix_B, max_new_tokens=max_new_tokens

@@ -8,7 +8,6 @@ Called by `main`.
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from t5like.errors import CheckpointError, ConfigError
 from t5like.hf import card, families, logits, tables, tokenizer_files, weights
 from t5like.hf.keys import whole
 from t5like.hf.tables import Row
+from t5like.new_directory import check_free, made_whole
 from t5like.types import TrainState
 
 KEPT = "hf"  # the folder in a run directory
@@ -66,7 +66,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     """
     if not source.is_dir():
         raise CheckpointError(f"--input={source} is not a directory; name one with config.json and model.safetensors")
-    _check_empty(workdir, "--workdir")
+    check_free(workdir, "--workdir")
     hf = weights.read_json(source / "config.json")
     found = weights.tensors(source)
     heads = [found[name] for name in ("lm_head.weight", "shared.weight") if name in found]
@@ -89,7 +89,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     _check_fit(rows_of_table, wanted, imported, found)
     yield f"model      {tree.num_parameters(wanted):,} parameters, {family}, {config.model.architecture}"
 
-    with _made_beside(workdir) as made:
+    with made_whole(workdir) as made:
         leaves = {}
         for row in rows_of_table:
             leaves |= _filled(row, wanted, imported, found)
@@ -257,19 +257,20 @@ def export_run(
         ConfigError: `output` is not empty.
         CheckpointError: the family can't express the model, or a comparison fails; nothing is left behind then.
     """
-    _check_empty(output, "--output")
+    check_free(output, "--output")
     loaded = run.load(workdir, step)
     imported = _record(workdir / KEPT)
     family = family or (imported.family if imported else families.default_family(loaded.config.model))
     families.check(family, loaded.config)
     imported = imported if imported and imported.family == family else None
     export = Export(loaded, family, imported, dtype)
-    with _made_beside(output) as made:
+    with made_whole(output) as made:
         files = weights.write(made, export.wanted(), export.value, max_shard_size=max_shard_size)
         size = sum((made / file).stat().st_size for file in files)
         yield f"weights    {size:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {family}"
         _write_json(made / "config.json", export.config_json(workdir / KEPT))
-        _write_others(export, made, workdir)
+        if differs := _write_others(export, made, workdir):
+            yield f"tokenizer  {differs}"
         compare(made, export)
         yield f"compared   {len(export.wanted())} tensors, read again, equal step {loaded.step} bit for bit"
         yield f"           {logits.compare(made, loaded.config, export.written_params())}"
@@ -358,23 +359,24 @@ def compare(directory: Path, export: Export) -> None:
             raise CheckpointError(f"{tensor.name} was not written as it is; check the disk of {directory}")
 
 
-def _write_others(export: Export, made: Path, workdir: Path) -> None:
-    """Tokenizer, generation settings and model card."""
+def _write_others(export: Export, made: Path, workdir: Path) -> str | None:
+    """Tokenizer, generation settings and model card; says where AutoTokenizer may cut a text otherwise than we do."""
     loaded, config = export.loaded, export.loaded.config
-    kept = workdir / KEPT
+    kept, differs = workdir / KEPT, None
     if export.imported:
         for path in kept.iterdir():
             if path.name not in (RECORD, "config.json"):
                 shutil.copyfile(path, made / path.name)
     else:
         longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
-        tokenizer_files.write(loaded.tokenizer, made, family=export.family, max_length=longest)
+        differs = tokenizer_files.write(loaded.tokenizer, made, family=export.family, max_length=longest)
     if config.model.architecture != "encoder" and not (made / "generation_config.json").exists():
         eos, pad = loaded.tokenizer.eos_id, loaded.tokenizer.pad_id
         start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
         settings = {"eos_token_id": eos, "pad_token_id": pad, **start, "max_new_tokens": 64}  # `t5like generate`'s
         _write_json(made / "generation_config.json", settings)
     card.write(made, workdir, loaded, export.family)
+    return differs
 
 
 def _record(kept: Path) -> Imported | None:
@@ -388,39 +390,6 @@ def _record(kept: Path) -> Imported | None:
 
 
 # ---- Both ----
-
-
-def _check_empty(place: Path, flag: str) -> None:
-    if place.is_dir() and not any(place.iterdir()):
-        return
-    if place.exists():
-        raise ConfigError(f"{flag}={place} exists and is not an empty directory; name another one")
-
-
-class _made_beside:
-    """A directory to fill in a with statement, beside its place; renamed when that ends well, else removed."""
-
-    def __init__(self, place: Path):
-        self.place = place
-        self.beside = place.with_name(f".{place.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        try:
-            self.beside.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.place} can't be made: {error.strerror}") from None
-        return self.beside
-
-    def __exit__(self, kind, error, _) -> None:
-        try:
-            if kind is None:
-                self.beside.rename(self.place)
-        except OSError as failed:
-            raise CheckpointError(f"{self.place} can't be made: {failed.strerror}") from None
-        finally:
-            shutil.rmtree(self.beside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{self.place} can't be written: {error.strerror}") from error
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
