@@ -145,7 +145,7 @@ def evaluate_tasks(
     directory = None if directory is None else directory.expanduser().absolute()
     # Standard output is for the result alone; data files that a task names are found from its directory.
     with contextlib.redirect_stdout(sys.stderr), contextlib.chdir(directory or "."):
-        manager = TaskManager(include_path=None if directory is None else str(directory))
+        manager = task_manager(tasks, directory)
         check_tasks(manager, tasks, directory)
         model = T5LikeLM(run)
         found = lm_eval.simple_evaluate(
@@ -178,6 +178,14 @@ def record(sample: dict[str, Any]) -> dict[str, Any]:
     measures = {name: sample[name] for name in sample.get("metrics", ())}
     kept = {"doc": sample["doc"], "target": sample["target"], "prediction": sample["filtered_resps"], **measures}
     return json.loads(json.dumps(kept, default=str))
+
+
+def task_manager(tasks: Sequence[str], directory: Path | None) -> TaskManager:
+    """What knows the tasks: of the directory's alone where it has all of them, for lm-eval's own take long to list."""
+    if directory is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(directory), include_defaults=False)
+    return own if set(tasks) <= set(own.all_tasks) else TaskManager(include_path=str(directory))
 
 
 def check_tasks(manager: TaskManager, tasks: Sequence[str], directory: Path | None) -> None:
