@@ -1,4 +1,7 @@
-"""A plan with the real TPU compiler. Needs libtpu (pip install 't5like[tpu]'), but no TPU; two minutes."""
+"""A plan with the real TPU compiler: two minutes, no TPU. Not part of `make test`, because libtpu slows each start.
+
+In an environment of its own: pip install -e ".[dev]" libtpu && python -m pytest tests/tpu
+"""
 
 import json
 
