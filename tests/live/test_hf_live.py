@@ -29,7 +29,11 @@ LENGTHS = {"rope_theta": 1e4, "original_max_position_embeddings": 12}  # shorter
 BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 MODELS = {  # name: class, settings, whether it gets its own head
     "t5_1_0": ("T5ForConditionalGeneration", {**T5}, False),
-    "t5_1_1": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 2}, True),
+    "t5_1_1": (  # with more layers in the decoder than in the encoder transformers 5.24 can't generate
+        "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "num_layers": 2, "num_decoder_layers": 1},
+        True,
+    ),
     "mt5": ("MT5ForConditionalGeneration", T5, True),
     "umt5": ("UMT5ForConditionalGeneration", {**T5, "num_layers": 2}, False),
     "llama": ("LlamaForCausalLM", {**DECODER, "rope_parameters": {**LLAMA3, **LENGTHS}, "head_dim": 16}, False),
