@@ -1,5 +1,6 @@
 """Decoding against Hugging Face transformers' (golden/generate.npz), and against brute force."""
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -8,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small
-from test_model import FAMILIES, TINY, hf_weights
+from test_families import model_of, params_of
 
 from t5like.decoding import Numbers, beam_search, largest, log_p_of, penalize, sample, warp
 from t5like.generate import make_texts, row_keys
@@ -21,10 +21,9 @@ NEW = 12
 @functools.cache
 def family(name: str):
     """A settled config and the golden weights."""
-    model = {**TINY, **FAMILIES[name], "kernels": "plain", "layers": "unroll"}
-    config = small(tokenizer={"vocab_size": 61 + 300}, model=model)
-    object.__setattr__(config.tokenizer, "vocab_size", 61)  # smaller than a real tokenizer may be
-    return config, jax.tree.map(jnp.asarray, hf_weights(name))
+    _, config = model_of(name)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernels="plain"))
+    return config, jax.tree.map(jnp.asarray, params_of(name))
 
 
 def made_by(name, ids_BP, lengths_B, *, eos, num_beams=1, **numbers):

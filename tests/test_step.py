@@ -132,7 +132,7 @@ def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
 
 
 def test_microbatches_of_a_split_batch_stay_where_they_are():
-    config = small(train={"microbatches": 2})
+    config = small(**SHAPES["encoder_decoder"], train={"microbatches": 2})
     assert_same(jax.device_get(one_step(config, random_batch(config), 4)), on_one_device("encoder_decoder"))
 
 
@@ -165,9 +165,8 @@ def test_the_state_is_donated():
 
 
 def test_a_chunked_loss_changes_nothing():
-    config = small()
-    batch = random_batch(config)
-    assert_same(jax.device_get(one_step(small(train={"loss_chunk": 5}), batch, 1)), on_one_device("encoder_decoder"))
+    config = small(**SHAPES["encoder_decoder"], train={"loss_chunk": 5})
+    assert_same(jax.device_get(one_step(config, random_batch(config), 1)), on_one_device("encoder_decoder"))
 
 
 def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
