@@ -184,6 +184,14 @@ def test_a_model_that_a_family_has_no_words_for_is_refused_naming_the_field(fami
     assert complaint in str(error.value)
 
 
+def test_fields_that_a_model_does_not_use_need_no_words():
+    idle = {"num_decoder_layers": 7, "pair_head": False, "rotary_original_length": 2048, "rotary_fast": 9.0}
+    model = model_of("qwen3")[1].model
+    assert families.numerics(dataclasses.replace(model, **idle)) == families.numerics(model)
+    t5 = model_of("t5_1_1")[1].model
+    assert families.numerics(dataclasses.replace(t5, num_decoder_layers=7)) != families.numerics(t5)
+
+
 def test_a_decoder_that_reads_its_prompt_in_both_directions_is_refused():
     config = dataclasses.replace(
         model_of("llama")[1], data=small(model={"architecture": "decoder"}, data={"objective": "prefix_lm"}).data

@@ -243,3 +243,22 @@ def test_the_missing_library_is_named(loaded, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install 't5like\[hf\]'"):
         Tokenizer(loaded[byte_level][0].model_bytes, num_sentinels=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "BPE", "vocab": {"a": -5, "</s>": 1}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": "x", "</s>": 1}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 10**13, "</s>": 1}, "merges": []}},
+        {"post_processor": {"type": "TemplateProcessing", "single": []}},
+        {"post_processor": {"type": "BertProcessing"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": [], "unk_token": ["x"]}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": [7]}},
+    ],
+)
+def test_a_file_that_says_what_can_not_be_is_refused(change):
+    right = {"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}, "added_tokens": []}
+    assert Tokenizer(json.dumps(right).encode(), num_sentinels=None).vocab_size == 2
+    with pytest.raises(DataError):
+        Tokenizer(json.dumps({**right, **change}).encode(), num_sentinels=None)

@@ -27,6 +27,7 @@ from t5like.errors import DataError
 MAIN = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+LARGEST = 2**24  # ids; the largest vocabularies have a million
 _PREFIX = '{"t5like_tokenizer":'
 _NEVER = "\U0010ffff"  # no character: begins the names of tokens that no text may become
 _USUAL = {"eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"), "pad": ("<pad>", "[PAD]"), "unk": ("<unk>",)}
@@ -69,6 +70,12 @@ class JsonModel:
     """
 
     def __init__(self, content: bytes, num_sentinels: int | None, origin: str) -> None:
+        try:
+            self._open(content, num_sentinels, origin)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # a file from elsewhere may say anything
+            raise DataError(f"{origin} is not as the tokenizers library writes it: {error!r}") from None
+
+    def _open(self, content: bytes, num_sentinels: int | None, origin: str) -> None:
         self.files, special_ids = _unbundled(content, origin)
         self._json = _object(self.files[MAIN], origin)
         self._origin = origin
@@ -315,7 +322,10 @@ def _tokens(content: dict[str, Any], origin: str) -> tuple[dict[str, int], list[
         if isinstance(vocabulary, list):
             vocabulary = {name: token for token, (name, _) in enumerate(vocabulary)}
         added = [{**token, "id": int(token["id"]), "content": str(token["content"])} for token in added]
-        return {**vocabulary, **{token["content"]: token["id"] for token in added}}, added
+        every = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+        if not all(type(token) is int and 0 <= token < LARGEST for token in every.values()):
+            raise DataError(f"{origin} has token ids that are not whole numbers from 0 to {LARGEST - 1:,}")
+        return every, added
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{origin} is no tokenizer.json: it has no model with a vocab; see `tokenizers`") from None
 

@@ -149,9 +149,14 @@ def numerics(model: ModelConfig) -> dict[str, Any]:
     fields["logits_scale"] = scales_logits(model)
     fields["num_kv_heads"] = model.num_kv_heads or model.num_heads
     fields["num_decoder_layers"] = model.num_decoder_layers or model.num_layers
+    if model.architecture != "encoder_decoder":
+        del fields["num_decoder_layers"]
+    if model.architecture != "encoder":
+        del fields["pair_head"]
     used = {"relative": ("relative_",), "rotary": ("rotary_",), "learned": ("max_length",)}
     idle = tuple(prefix for kind, names in used.items() if kind != model.positions for prefix in names)
     if model.positions == "rotary":
+        idle += ("rotary_original_length",) if model.rotary_scaling in ("none", "linear") else ()
         apart = {"llama3": ("rotary_low", "rotary_high"), "yarn": ("rotary_slow", "rotary_fast", "rotary_attention")}
         idle += tuple(name for kind, names in apart.items() if kind != model.rotary_scaling for name in names)
     return {name: value for name, value in fields.items() if not name.startswith(idle)}

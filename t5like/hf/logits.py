@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from t5like.config import Config
+from t5like.config import Config, ModelConfig
 from t5like.errors import CheckpointError
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
@@ -37,7 +37,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
     with tempfile.TemporaryDirectory() as place:
         given, made = Path(place) / "inputs.npz", Path(place) / "logits.npz"
         np.savez(given, **inputs)
-        command = [sys.executable, "-m", "t5like.hf.peer", str(directory), str(given), str(made)]
+        command = [sys.executable, "-m", "t5like.hf.peer", kind_of(config.model), str(directory), str(given), str(made)]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -58,6 +58,13 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
             raise CheckpointError(f"{name} differ from transformers {version} by {difference:.1e}; please report this")
         largest = max(largest, difference)
     return f"logits equal those of transformers {version} (largest difference {largest:.0e})"
+
+
+def kind_of(model: ModelConfig) -> str:
+    """Which of transformers' AutoModelFor classes has the heads of our model, whatever `architectures` says."""
+    if model.architecture == "encoder":
+        return "PreTraining" if model.pair_head else "MaskedLM"
+    return "Seq2SeqLM" if model.architecture == "encoder_decoder" else "CausalLM"
 
 
 def example(config: Config) -> dict[str, np.ndarray]:

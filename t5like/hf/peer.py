@@ -1,4 +1,4 @@
-"""`python -m t5like.hf.peer DIR INPUTS.npz OUTPUT.npz`: logits of a directory by transformers.
+"""`python -m t5like.hf.peer KIND DIR INPUTS.npz OUTPUT.npz`: logits of a directory by AutoModelForKIND.
 
 Run by `hf.logits` as a process of its own, so that none has both models. It imports torch and no JAX.
 """
@@ -10,12 +10,8 @@ import torch
 import transformers
 
 
-def main(directory: str, given: str, made: str) -> None:
+def main(kind: str, directory: str, given: str, made: str) -> None:
     """Run transformers' model of a directory on saved inputs, in float32, and save its logits."""
-    kinds = {"T5": "Seq2SeqLM", "MT": "Seq2SeqLM", "UM": "Seq2SeqLM", "Be": "PreTraining"}
-    config = transformers.AutoConfig.from_pretrained(directory)
-    name = config.architectures[0]
-    kind = "MaskedLM" if name == "BertForMaskedLM" else kinds.get(name[:2], "CausalLM")
     model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         out = model(**{key: torch.from_numpy(value) for key, value in np.load(given).items()})
