@@ -114,12 +114,13 @@ def make_texts(
         logits_B1V, cache = decode(
             prompt_BP, cache, 0, positions_BL=positions_BP, mask_B1LS=visible_B1LS, last_only=True
         )
-    cache = longer(cache, fork + (max_new_tokens - 1) * texts)
+    steps = max(max_new_tokens - 1, 1)  # the last token is never read; but the loop is traced, even for one alone
+    cache = longer(cache, fork + steps * texts)
     place_1P = jnp.arange(fork)[None]
     real_BP = place_1P >= offset_B[:, None]
 
     def read(tokens_BG, step, ancestors_BGL, cache):
-        branch_BGLG = ancestors_BGL[:, :, : max_new_tokens - 1, None] == jnp.arange(texts).reshape(1, 1, 1, -1)
+        branch_BGLG = ancestors_BGL[:, :, :steps, None] == jnp.arange(texts).reshape(1, 1, 1, -1)
         prompt_BGP = jnp.broadcast_to(real_BP[:, None], (rows, texts, fork))
         mask_BGS = jnp.concatenate([prompt_BGP, branch_BGLG.reshape(rows, texts, -1)], axis=2)
         positions_BG = jnp.broadcast_to((fork + step - offset_B)[:, None], (rows, texts))
@@ -328,7 +329,7 @@ class Generator:
             beams=decoding.num_beams > 1,
             top_k=decoding.top_k,
         )
-        return jax.tree.map(lambda x: np.asarray(x)[:count], made)
+        return jax.tree.map(lambda x: to_host(x)[:count], made)
 
     def _stops(self, decoding: Decoding) -> list[int]:
         """Ids that end a text: EOS, and the sentinels among the texts to stop at; other texts are cut behind."""

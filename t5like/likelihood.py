@@ -85,7 +85,15 @@ class Likelihoods:
         if self._in_decoder:
             self.length = config.data.targets_length
         # Whether a text goes on as it is, or stands before an answer.
-        self._goes_on = self.encoder or self._in_decoder or self.generator.prompt("a").ids == tokenizer.encode("a")
+        self._goes_on = (
+            self.encoder
+            or self._in_decoder
+            or self.generator.prompt("a").ids
+            in (
+                tokenizer.encode("a"),
+                [tokenizer.bos_id, *tokenizer.encode("a")],
+            )
+        )
         self._prefix = "prefix_lm" in objectives
 
     # ---- What is asked ----
@@ -159,8 +167,10 @@ class Likelihoods:
         if not self._goes_on:
             return Case(self.generator.prompt(context), self.tokenizer.encode(continuation))
         before = self.tokenizer.encode(context) if context else []
-        whole = self.tokenizer.encode(context + continuation)
-        return self._going_on(before, whole[len(before) :])
+        after = self.tokenizer.encode(context + continuation)[len(before) :]
+        if self.decoder and before and self.tokenizer.bos_id is not None:  # as `Generator.prompt` begins
+            before = [self.tokenizer.bos_id, *before]
+        return self._going_on(before, after)
 
     def windows(self, text: str) -> list[Case]:
         """A text in parts as long as a row, each but the first behind as much of the text before it as has room.
@@ -194,7 +204,8 @@ class Likelihoods:
             return Case(Prompt(before), after)
         if self._in_decoder:
             return Case(Prompt([eos]), before + after, len(before))
-        before = before or [eos]  # it stands between documents: it begins a new one
+        # What begins a text: the family's own token, or EOS, which stands between documents.
+        before = before or [eos if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
         return Case(Prompt(before, len(before) if self.decoder and self._prefix else 0), after)
 
     def fit(self, prompt: Prompt, room: int, *, count: bool = True) -> Prompt:
@@ -205,7 +216,9 @@ class Likelihoods:
             return prompt
         self.cut += count
         self.cut_tokens += more * count
-        keep = int(not self.encoder and prompt.ids[0] in {START, *self.tokenizer.sentinel_ids.tolist()})
+        keep = int(
+            not self.encoder and prompt.ids[0] in {START, self.tokenizer.bos_id, *self.tokenizer.sentinel_ids.tolist()}
+        )
         return Prompt(prompt.ids[:keep] + prompt.ids[keep + more :], max(prompt.prefix - more, 0))
 
     def _counted(self, case: Case) -> Case:

@@ -183,7 +183,11 @@ def _kept(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]
         whole = content.rfind(b"\n") + 1
         for number, line in _lines(output, "--output", content[:whole]):
             row = _parsed(output, number, line, "--output")
-            if number > len(rows) or {name: row.get(name) for name in row if name not in MADE} != rows[number - 1]:
+            if (
+                "prediction" not in row
+                or number > len(rows)
+                or {name: row.get(name) for name in row if name not in MADE} != rows[number - 1]
+            ):
                 raise DataError(
                     f"--output={output}: line {number} answers another prompt than --prompts_file has there; "
                     "use another --output"
@@ -191,7 +195,7 @@ def _kept(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]
             count = number
         if whole < len(content):
             os.truncate(output, whole)
-    if not beside.exists():
+    if count == 0 or not beside.exists():  # settings of an output that is gone say nothing
         with written_whole(beside) as file:
             file.write((json.dumps(settings, indent=1) + "\n").encode())
     return count

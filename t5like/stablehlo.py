@@ -294,6 +294,7 @@ def _signature(loaded: run.Run, made: Mapping[str, Program]) -> dict[str, Any]:
             "sentinels": {name: int(token) for name, token in zip(names, tokenizer.sentinel_ids, strict=True)},
             "eos": tokenizer.eos_id,
             "start": START,
+            "bos": tokenizer.bos_id,
             "answers": bool(objectives & {"span_corruption", "ul2", "supervised"}),
             "goes_on": bool(goes_on),
             "sees_prompt": "prefix_lm" in objectives,

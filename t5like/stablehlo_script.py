@@ -96,6 +96,8 @@ class Model:
         ids = (ids_of(text) + ([rules["eos"]] if answers else [])) or [rules["eos"]]
         if decoder and answers:
             return [*ids, rules["start"]], len(ids)
+        if decoder and rules["bos"] is not None:
+            ids = [rules["bos"], *ids_of(text)]
         return ids, len(ids) if decoder and rules["sees_prompt"] else 0
 
     def decode(self, ids: list[int]) -> str:

@@ -165,6 +165,7 @@ def _check_config(config: Config) -> None:
         ("norm_position", "pre"),
         ("biases", False),
         ("num_kv_heads", 0),
+        ("scale_attention", False),
         ("embedding_norm", False),
     ):
         if getattr(model, field) != value:

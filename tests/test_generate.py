@@ -25,6 +25,8 @@ SHAPES = {
     "learned decoder": {"model": {"architecture": "decoder", "positions": "learned"}},
     "prefix decoder": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
     "scanned encoder_decoder": {"model": {"layers": "scan", "num_layers": 2}},
+    "windowed decoder": {"model": {"architecture": "decoder", "attention_window": 3}},
+    "umt5 encoder_decoder": {"model": {"relative_bias": "per_layer", "num_layers": 2}},
 }
 
 
@@ -79,7 +81,7 @@ def whole_logits(config, params, prompt, answer):
     return forward(config, params, batch)[0, len(prompt) - 1 :]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", list(SHAPES)[:6])  # the others: with beams
 def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
     answers, prompts = decode(config, params, [3, 16, 9], eos=499)
@@ -88,7 +90,7 @@ def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
         np.testing.assert_array_equal(whole_logits(config, params, prompt, answer).argmax(-1), answer)
 
 
-@pytest.mark.parametrize("shape", ["scanned encoder_decoder", "relative decoder"])
+@pytest.mark.parametrize("shape", ["scanned encoder_decoder", "windowed decoder", "umt5 encoder_decoder"])
 def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
     lengths = [3, 16, 9]
@@ -110,6 +112,16 @@ def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
         for ids, log_p in zip(ids_GL, log_p_GL, strict=True):
             wanted = jax.nn.log_softmax(whole_logits(config, params, prompt, ids))[np.arange(NEW), ids]
             np.testing.assert_allclose(log_p, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_one_token_alone_can_have_several_beams():
+    config, params = model_of()
+    prompt_BP, [prompt] = prompts_of(config, [9])
+    numbers = Numbers(length_penalty=np.float32(1))
+    settings = row_keys(0, np.arange(1)), np.array([499], np.int32), numbers
+    made = make_texts(config, params, prompt_BP, np.array([9]), *settings, max_new_tokens=1, texts=4, beams=True)
+    best = np.argsort(-np.asarray(whole_logits(config, params, prompt, [0])[0]))[:4]
+    np.testing.assert_array_equal(made.ids_BGL[0, :, 0], best)
 
 
 @pytest.mark.parametrize("shape", ["encoder_decoder", "rotary decoder"])

@@ -59,6 +59,11 @@ def test_a_file_is_answered_in_order_and_continued_where_it_was_cut(generate, pr
     assert code == 3 and err.startswith(f"t5like: --output={output}: line 2 answers another prompt than")
     assert output.read_bytes() == whole
 
+    code, _, err = generate(f"--prompts_file={prompts}", f"--output={prompts}")  # rows without answers are none
+    assert code == 3 and err.startswith(f"t5like: --output={prompts}: line 1 answers another prompt than")
+    output.unlink()  # begun anew, with other settings
+    assert generate(*flags, "--seed=1")[0] == 0 and generate(*flags, "--seed=1")[0] == 0
+
 
 def test_beams_come_ordered_and_samples_repeat(generate, prompts, tmp_path):
     code, out, _ = generate(f"--prompts_file={prompts}", "--num_beams=3", "--num_returned=3", "--length_penalty=0")
