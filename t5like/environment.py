@@ -99,7 +99,7 @@ def environment(env: Env) -> Start | None:
         )
     num_processes, process = (_number(row, field, value) for field, (value, _) in said.items())
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{row.name}: the coordinator {address!r} must be HOST:PORT, such as 10.0.0.1:8476")
     if not 0 <= process < num_processes:
         raise ConfigError(
@@ -125,6 +125,8 @@ def _number(row: Environment, field: str, value: str) -> int:
 def _local_devices(env: Env, row: Environment) -> tuple[int, ...] | None:
     """An even share of the host's GPUs where several processes see the same ones; None where each has its own."""
     if explicit := env.get("JAX_LOCAL_DEVICE_IDS"):
+        if not re.fullmatch(r"\d+(,\d+)*", explicit):
+            raise ConfigError(f"JAX_LOCAL_DEVICE_IDS={explicit} must be numbers of GPUs with commas, such as 0,1")
         return tuple(int(number) for number in explicit.split(","))
     rank, size = (env.get(name, "") for name in row.local)
     size = re.match(r"\d*", size)[0]  # Slurm: 4(x2),3
@@ -274,7 +276,7 @@ ENVIRONMENTS = (
     ),
     Environment(
         "explicit addresses",
-        (*COORDINATOR, "T5LIKE_PROCESS_ID", "JAX_PROCESS_ID"),
+        (*COORDINATOR, *NUM_PROCESSES, *PROCESS_ID),
         NUM_PROCESSES,
         PROCESS_ID,
         lambda env: None,

@@ -81,7 +81,7 @@ def _receive_all(begin: Start, mine: dict, address: str, guests: dict, until: fl
             except TimeoutError:
                 break
             guest = _read_line(connection, 10)
-            if not guest or "process" not in guest:
+            if not guest or not mine.keys() <= guest.keys():
                 connection.close()  # a stranger
                 continue
             number = guest["process"]
@@ -179,7 +179,7 @@ def bind_address(begin: Start, seconds: float) -> str:
     """
     host, _, port = begin.coordinator.rpartition(":")
     if chosen := os.environ.get("T5LIKE_BIND"):
-        return chosen
+        return _one_interface(chosen)
     until = time.monotonic() + seconds
     while True:
         try:
@@ -194,4 +194,15 @@ def bind_address(begin: Start, seconds: float) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
             outward.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
             address = outward.getsockname()[0]
-    return address
+    return _one_interface(address)
+
+
+def _one_interface(address: str) -> str:
+    """Refuse the address that means all interfaces."""
+    with contextlib.suppress(ValueError):  # a name
+        if ipaddress.ip_address(address.strip("[]")).is_unspecified:
+            raise ConfigError(
+                f"process 0 can't listen at {address}, which means all interfaces; use the address of the one that the "
+                "others reach, in T5LIKE_COORDINATOR or T5LIKE_BIND"
+            )
+    return address.strip("[]")

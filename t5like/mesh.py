@@ -97,6 +97,11 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slices: int) 
     return grid.reshape(shape)
 
 
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """The slices that `mesh.slices` has to name: a TPU's; elsewhere any number that divides them will do, 1 too."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
 def axis_sizes(config: Config, num_devices: int, num_processes: int = 1) -> dict[str, int]:
     """Devices per axis, the free one filled in; pure arithmetic, and every refusal that it can make."""
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}

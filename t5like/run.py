@@ -87,7 +87,7 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
             f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
         )
     devices = jax.devices() if all_devices else jax.devices()[:1]
-    config = on_devices(meta.config, len(devices))
+    config = on_devices(meta.config, len(devices), meshes.num_slices(devices))
     mesh = meshes.make_mesh(config, devices)
     config = meshes.settle(config, mesh)
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
@@ -96,17 +96,21 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     return Run(meta.step, config, mesh, params, tokenizer)
 
 
-def on_devices(config: Config, count: int) -> Config:
-    """A config for evaluation on so many devices: its own mesh if that fits, else one that does."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
+def on_devices(config: Config, count: int, slices: int = 1) -> Config:
+    """A config for evaluation on so many devices in so many slices: its own mesh if that fits, else one that does."""
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, microbatches=1),
+        mesh=dataclasses.replace(config.mesh, slices=slices),
+    )
     with contextlib.suppress(ConfigError):
         meshes.axis_sizes(config, count)
         return config
-    fsdp = math.gcd(config.model.model_dim, count)
+    fsdp = math.gcd(config.model.model_dim, count // slices)
     rows = -(-config.data.batch_size // count) * count
     return dataclasses.replace(
         config,
-        mesh=MeshConfig(data=count // fsdp, fsdp=fsdp),
+        mesh=MeshConfig(data=count // fsdp, fsdp=fsdp, slices=slices),
         data=dataclasses.replace(config.data, batch_size=rows),
     )
 
@@ -181,6 +185,8 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         DataError: the run began with another tokenizer.
         ConfigError, CheckpointError: see `check_run_directory`.
     """
+    if not distributed.primary():
+        distributed.check_shared(workdir)  # after process 0: half of what it writes would look like a stranger's files
     check_run_directory(config, workdir)
     path = workdir / "tokenizer.model"
     if path.exists() and Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
@@ -188,7 +194,6 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
             f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it"
         )
     if not distributed.primary():
-        distributed.check_shared(workdir)
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,7 @@ def test_a_launcher_that_has_said_all_starts_one_of_several(variables, host, num
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"},
         POD | {"T5LIKE_NUM_PROCESSES": "1"},
         BATCH_SCRIPT | {"T5LIKE_NUM_PROCESSES": "1"},
+        {"T5LIKE_NUM_PROCESSES": "1"},
     ],
 )
 def test_a_process_that_nobody_started_as_one_of_several_is_alone(variables):
@@ -124,6 +125,9 @@ def test_a_process_that_nobody_started_as_one_of_several_is_alone(variables):
         ({"T5LIKE_COORDINATOR": "10.0.0.5:1"}, "T5LIKE_NUM_PROCESSES and T5LIKE_PROCESS_ID are missing"),
         (EXPLICIT | {"T5LIKE_PROCESS_ID": "3"}, "process 3 of 3 can't be: they count from 0 to 2"),
         (EXPLICIT | {"T5LIKE_COORDINATOR": "10.0.0.5"}, "must be HOST:PORT, such as 10.0.0.1:8476"),
+        ({"T5LIKE_NUM_PROCESSES": "4"}, "T5LIKE_PROCESS_ID and T5LIKE_COORDINATOR are missing"),
+        (EXPLICIT | {"T5LIKE_COORDINATOR": "10.0.0.5:123456"}, "must be HOST:PORT"),
+        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "all"}, "JAX_LOCAL_DEVICE_IDS=all must be numbers"),
         (EXPLICIT | {"T5LIKE_NUM_PROCESSES": "two"}, "num_processes='two' must be a whole number"),
     ],
 )

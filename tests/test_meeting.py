@@ -78,7 +78,7 @@ def test_strangers_are_sent_away_and_a_port_in_use_is_refused():
         while True:
             try:
                 with socket.create_connection(("localhost", port), timeout=1) as stranger:
-                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    stranger.sendall(b'{"process": 1}\n')
                 break
             except OSError:
                 pass
@@ -94,3 +94,6 @@ def test_the_coordinator_never_listens_on_all_interfaces(monkeypatch):
     # A host whose own name means a loopback address to itself, as on Debian.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 5))])
     assert bind_address(Start("a test", "node7:5", 2, 0), 1) not in ("127.0.1.1", "0.0.0.0", "::")
+    monkeypatch.setenv("T5LIKE_BIND", "0.0.0.0")
+    with pytest.raises(ConfigError, match="means all interfaces; use the address of the one"):
+        bind_address(Start("a test", "node7:5", 2, 0), 1)

@@ -137,4 +137,5 @@ def test_every_mesh_says_what_one_device_says(trained):
 def test_a_mesh_that_does_not_fit_becomes_rows_on_all_devices():
     config = small(mesh={"data": 3, "fsdp": 1}, data={"batch_size": 6})
     assert run.on_devices(config, 3).mesh == config.mesh
+    assert run.on_devices(config, 8, slices=4).mesh == MeshConfig(data=4, fsdp=2, slices=4)  # a TPU's is no choice
     assert meshes.axis_sizes(run.on_devices(config, 5), 5) == {"data": 5, "fsdp": 1, "tensor": 1, "context": 1}

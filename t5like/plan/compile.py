@@ -80,10 +80,13 @@ def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | N
     """
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as temporary:
         directory = keep or Path(temporary)
-        directory.mkdir(parents=True, exist_ok=True)
         request = {"config": config_file.to_json(config), "topology": topology}
-        with written_whole(directory / "request.json") as file:
-            file.write(json.dumps(request).encode())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with written_whole(directory / "request.json") as file:
+                file.write(json.dumps(request).encode())
+        except OSError as error:
+            raise ConfigError(f"--keep={directory} can't be written: {error.strerror}; use another folder") from None
         started = [(name, _start(directory, name, topology)) for name in names]
         try:
             return {name: _collect(directory, name, process) for name, process in started}

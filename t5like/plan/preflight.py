@@ -10,7 +10,7 @@ from t5like.config import Config
 from t5like.data import corpus
 from t5like.errors import UserError
 from t5like.optimizers import schedule
-from t5like.run import check_run_directory
+from t5like.run import check_run_directory, with_its_tokenizer
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -26,6 +26,8 @@ class Check(NamedTuple):
 
 def checks(config: Config, workdir: Path | None) -> list[Check]:
     """Everything but the config itself, which has been read, and the batch, which the mesh has been asked about."""
+    if workdir is not None:
+        config = with_its_tokenizer(config, workdir)
     found = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
     found += _data(config)
     found.append(Check("learning rate", "ok", learning_rate(config)))
@@ -40,8 +42,6 @@ def checks(config: Config, workdir: Path | None) -> list[Check]:
 
 
 def _data(config: Config) -> list[Check]:
-    if config.init_from.checkpoint and not config.tokenizer.path:
-        return [Check("tokenizer", "ok", f"comes with init_from.checkpoint={config.init_from.checkpoint}")]
     try:
         tokenizer, stores = corpus.find(config)
     except UserError as error:

@@ -40,6 +40,8 @@ class Choice(NamedTuple):
 def choices(config: Config, topology: Topology) -> list[Choice]:
     """Every way that the config's rules and the mesh allow; the config is settled."""
     shapes = estimate.shapes(config)
+    sizes = meshes.axis_sizes(config, topology.num_devices)  # -1 filled in: it is no other setting
+    now = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
     found = []
     for candidate in _candidates(config, topology):
         try:
@@ -49,7 +51,7 @@ def choices(config: Config, topology: Topology) -> list[Choice]:
             continue
         held = estimate.held(shapes, sizes)
         quick = estimate.quick(candidate, topology, held)
-        found.append(Choice(candidate, settings(config, candidate), held.total, *quick[1:]))
+        found.append(Choice(candidate, settings(now, candidate), held.total, *quick[1:]))
     return found
 
 
