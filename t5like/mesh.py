@@ -87,9 +87,12 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slices: int) 
                     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
                 inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
                 return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
-            except NotImplementedError:
+            except NotImplementedError as error:
                 if split:
-                    raise
+                    raise ConfigError(
+                        f"mesh {' x '.join(map(str, shape))} can't be laid along this TPU's torus "
+                        f"({' '.join(str(error).split())[:120]}); use --config.mesh.fsdp=-1 and 1 for the other axes"
+                    ) from None
     if platform != "cpu":
         devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
     grid = np.empty(len(devices), object)

@@ -204,11 +204,12 @@ def _kept(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]
 def _refuse_other_settings(output: Path, beside: Path, settings: dict[str, Any]) -> None:
     try:
         before = json.loads(beside.read_text())
+        made_by = {name: before.get(name) for name in settings}, dict(before["decoding"])
     except FileNotFoundError:
         return
-    except ValueError:
-        raise DataError(f"{beside} can't be read: it is not JSON; remove it, or use another --output") from None
-    for was, now in ((before, settings), (before.get("decoding", {}), settings["decoding"])):
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{beside} is not what t5like wrote there; remove it, or use another --output") from None
+    for was, now in zip(made_by, (settings, settings["decoding"]), strict=True):
         for name, value in now.items():
             if name != "decoding" and was.get(name) != value:
                 raise ConfigError(

@@ -28,7 +28,7 @@ from t5like.data.masking import MASK
 from t5like.data.pipeline import Batches
 from t5like.data.text import START, Vocabulary
 from t5like.data.tokenizer import Tokenizer
-from t5like.errors import Diverged, Preempted
+from t5like.errors import ConfigError, Diverged, Preempted
 from t5like.evaluate import Evaluator
 from t5like.generate import Generator, Prompt, fill, spans
 from t5like.run import (
@@ -94,6 +94,11 @@ def train(config: Config, workdir: Path) -> None:
     distributed.agree("checkpoint", str(saved), "use a --workdir on a file system that all share")
     initial = None
     if saved == 0:  # weights from elsewhere, and no optimizer state
+        if config.init_from.checkpoint:
+            raise ConfigError(
+                f"init_from.checkpoint={config.init_from.checkpoint}, but --workdir={workdir} holds imported weights; "
+                "use another --workdir"
+            )
         initial = Initial(imported_params(workdir, abstract), 0, [], [])
     elif saved is None and config.init_from.checkpoint:
         initial = initial_params(config, abstract, tokenizer)

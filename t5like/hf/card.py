@@ -48,7 +48,10 @@ def write(directory: Path, workdir: Path, loaded: run.Run, family: str) -> None:
         parts.append(f"## Training\n\n{FILL} The weights were imported by t5like, which did not train them.")
     else:
         versions = run.checkpoints_of(workdir, config).meta(loaded.step).versions
-        parts.append("## Training\n\n" + _training(config, loaded))
+        begun = (
+            "Training began with imported weights, which t5like did not train.\n\n" if (workdir / "hf").is_dir() else ""
+        )
+        parts.append("## Training\n\n" + begun + _training(config, loaded))
         parts.append("## Results\n\n" + _results(records, loaded.step))
         parts.append("## How it was made\n\n" + _how(config, versions))
     parts.append(f"## Limitations\n\n{FILL} What was it not tested on, what does it get wrong, who should not use it?")

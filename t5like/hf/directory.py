@@ -35,6 +35,8 @@ RECORD = "import.json"  # what an import knew, beside the kept files
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # kept, but for weights' indices
 LARGEST_SIDE_FILE = 64 * 2**20  # bytes
 SHOWN = 4  # tensors named in one message
+# T5's head and the names under which files have its embedding.
+EMBEDDINGS = ("lm_head.weight", "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 class Imported(NamedTuple):
@@ -69,8 +71,8 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     check_free(workdir, "--workdir")
     hf = weights.read_json(source / "config.json")
     found = weights.tensors(source)
-    heads = [found[name] for name in ("lm_head.weight", "shared.weight") if name in found]
-    untied = len(heads) == 2 and not _same(*heads)
+    heads = [found[name] for name in EMBEDDINGS if name in found]
+    untied = "lm_head.weight" in found and len(heads) > 1 and not _same(*heads[:2])
     pair_head = any(name.startswith("cls.seq_relationship.") for name in found)
     family, model = families.model_of(hf, untied=untied, pair_head=pair_head)
     if max(model.num_layers, model.num_decoder_layers) > len(found):

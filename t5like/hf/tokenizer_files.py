@@ -42,8 +42,15 @@ def read(directory: Path) -> Tokenizer:
     main = directory / json_tokenizer.MAIN
     for name in SENTENCEPIECE_FILES:
         if (path := directory / name).is_file() and (model := _sentencepiece(path)):
-            added = _added_tokens(directory)
-            if (num_sentinels := _num_sentinels(model, added, directory)) is not None:
+            try:
+                added = _added_tokens(directory)
+                num_sentinels = _num_sentinels(model, added, directory)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"the files beside {path} have added tokens that are not as transformers writes them "
+                    f"({type(error).__name__}: {error}); write them anew with save_pretrained"
+                ) from None
+            if num_sentinels is not None:
                 return Tokenizer.load(path, num_sentinels=num_sentinels)
             if not main.is_file():
                 size = model.get_piece_size()
