@@ -21,6 +21,7 @@ from t5like.environment import Start, cloud_tpu, environment
 from t5like.errors import ConfigError, UserError
 from t5like.flags import parse
 
+MOVE_WEIGHTS = ("import", "export")  # commands that hold the weights once: what they free goes back
 STARTS = {
     "coordinator": "T5LIKE_COORDINATOR",
     "num_processes": "T5LIKE_NUM_PROCESSES",
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parse(arguments)
         start_devices(options.fake_devices)
+        if options.command not in MOVE_WEIGHTS:
+            keep_freed_memory()
         options.begin = place(options)
         COMMANDS[options.command](options, overrides)
     except UserError as error:
@@ -83,7 +86,6 @@ def start_devices(fake_devices: int | None) -> None:
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={fake_devices}"
         )
-    keep_freed_memory()
     # Compiled programs are kept, so that the second start of the same run is quick. They are code, and made for this
     # kind of processor: the folder is the user's own, and one per processor.
     processor = (
