@@ -282,6 +282,14 @@ class Generator:
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return self._make(prompts, decoding, width, None).ids_BGL[:, 0]
 
+    def room(self, prompts: Sequence[Prompt]) -> int:
+        """The most new tokens that the model has positions for."""
+        if self.config.model.positions != "learned":
+            return 2**31 - 1
+        # The last token that is made is never read.
+        read = max(len(prompt.ids) for prompt in prompts) - 1 if self._decoder_only else 0
+        return self.config.model.max_length - read
+
     def check(self, prompt: Prompt, decoding: Decoding) -> None:
         """Refuse what the model can't do.
 

@@ -311,17 +311,25 @@ class Profiler:
 def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> str:
     """Passages from all over the held-out text: what the model was given, what stood there, and what it says."""
     config, tokenizer = generator.config, generator.tokenizer
-    count, blocks = min(SAMPLES, heldout.num_heldout), []
+    count, batches = min(SAMPLES, heldout.num_heldout), []
     for number in range(count):
         index, row = divmod(number * heldout.num_heldout // count, config.data.batch_size)
-        batch = jax.tree.map(lambda x, row=row: x[row : row + 1], heldout.at(index))
-        with jax.set_mesh(mesh):
-            if config.model.architecture == "encoder":
-                blocks.append(show_masked(tokenizer, number + 1, batch, generator.likeliest(batch)))
-            elif (found := passage(batch)).answer:
-                ids = generator.ids([found.prompt], max_new_tokens=len(found.answer))
-                given, truth = (tokenizer.decode(ids) for ids in (found.read, found.answer))
-                blocks.append(show(number + 1, given, truth, *generator.texts(ids)))
+        batches.append(jax.tree.map(lambda x, row=row: x[row : row + 1], heldout.at(index)))
+    with jax.set_mesh(mesh):
+        if config.model.architecture == "encoder":
+            said = [generator.likeliest(batch) for batch in batches]
+            return "\n".join(
+                show_masked(tokenizer, n, *each) for n, each in enumerate(zip(batches, said, strict=True), 1)
+            )
+        asked = [found for batch in batches if (found := passage(batch)).answer]
+        if not asked:
+            return ""
+        prompts, longest = [found.prompt for found in asked], max(len(found.answer) for found in asked)
+        ids_BL = generator.ids(prompts, max_new_tokens=min(longest, generator.room(prompts)))
+    blocks = []
+    for number, (found, ids_L) in enumerate(zip(asked, ids_BL, strict=True), 1):
+        given, truth = (tokenizer.decode(ids) for ids in (found.read, found.answer))
+        blocks.append(show(number, given, truth, *generator.texts([ids_L[: len(found.answer)]])))
     return "\n".join(blocks)
 
 
