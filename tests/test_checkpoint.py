@@ -321,7 +321,7 @@ def test_a_failed_save_prints_nothing_but_its_error(tmp_path):
 
 def test_a_killed_save_costs_nothing_but_itself(tmp_path):
     rng = np.random.default_rng(0)
-    for _ in range(3):
+    for _ in range(2):
         with run(
             """
             for step in range(1 + (checkpoints.latest() or 0), 10_000):
