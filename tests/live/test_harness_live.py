@@ -7,19 +7,17 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-import test_model
 import torch
-from conftest import small
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from t5like import mesh as meshes
 from t5like import run
 from t5like.data.tokenizer import Tokenizer
 from t5like.harness import T5LikeLM, decoding
+from t5like.hf import tokenizer_files
+from t5like.hf.directory import import_run
 
 TASKS = Path(__file__).parent / "tasks"
 DOCS = [json.loads(line) for line in (TASKS / "choice.jsonl").read_text().splitlines()]
@@ -115,8 +113,8 @@ class Peer(HFLM):
         return self.ours.eos_id
 
 
-def peers(family: str, tokenizer: Tokenizer, monkeypatch) -> tuple[Peer, T5LikeLM]:
-    """Random weights in Hugging Face's class and in ours."""
+def peers(family: str, tokenizer: Tokenizer, directory: Path) -> tuple[Peer, T5LikeLM]:
+    """Random weights in Hugging Face's class and, imported, in ours."""
     torch.manual_seed(0)
     if family == "llama":
         hf = LlamaForCausalLM(LlamaConfig(
@@ -128,16 +126,10 @@ def peers(family: str, tokenizer: Tokenizer, monkeypatch) -> tuple[Peer, T5LikeL
             num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
             dropout_rate=0.0, decoder_start_token_id=0, **{**PEER_T5, "initializer_factor": FACTOR},
         ))  # fmt: skip
-    weights = {f"{family}.weights.{name}": x.detach().numpy() for name, x in hf.state_dict().items()}
-    golden = type("Golden", (dict,), {"files": property(list)})(weights)
-    monkeypatch.setattr(test_model, "GOLDEN", golden)
-    config = small(
-        model={**test_model.TINY, **test_model.FAMILIES[family], "num_layers": 2},
-        tokenizer={"vocab_size": 400, "num_sentinels": 20},
-    )
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    config = meshes.settle(config, mesh)
-    ours = T5LikeLM(run.Run(0, config, mesh, test_model.hf_weights(family), tokenizer))
+    hf.save_pretrained(directory / "hf")
+    tokenizer_files.write(tokenizer, directory / "hf", family=family.split("_")[0], max_length=44)
+    list(import_run(directory / "hf", directory / "run"))
+    ours = T5LikeLM(run.load(directory / "run"))
     theirs = Peer(
         pretrained=hf.eval(), backend="causal" if family == "llama" else "seq2seq", tokenizer=stand_in(),
         batch_size=4, max_length=ours.likelihoods.length, device="cpu",
@@ -166,11 +158,11 @@ def stand_in():
 
 
 @pytest.mark.parametrize("family", ["llama", "t5_1_1"])
-def test_likelihoods_are_those_of_lm_evals_own_model_class(family, trained, monkeypatch):
+def test_likelihoods_are_those_of_lm_evals_own_model_class(family, trained, tmp_path):
     tokenizer = Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
-    theirs, ours = peers(family, tokenizer, monkeypatch)
+    theirs, ours = peers(family, tokenizer, tmp_path)
     pairs = [(f"{doc['question']} ", choice) for doc in DOCS for choice in doc["choices"]]
-    pairs += [(f"{DOCS[0]['question']} " * 6, "ba de")]  # does not fit: is cut from the left
+    pairs += [(f"{DOCS[0]['question']} " * 80, "ba de")]  # does not fit: is cut from the left
     pairs += [("", "ba de")] if family == "llama" else []
     requests = [SimpleNamespace(args=pair) for pair in pairs]
     want, got = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests)
