@@ -112,9 +112,9 @@ class Checkpoints:
         meta = {"format": FORMAT, "sha256": _sha256(body), "body": body}
         self._saving = step, _writer()
         with self._clears_up("can't be written"):
-            self._saving[1].save(
+            self._saving[1].save(  # plain dicts: on disk no Optax tuple or empty state shapes the tree
                 self.directory / str(step),
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(leaves)), meta=ocp.args.JsonSave(meta)),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree.nested(leaves)), meta=ocp.args.JsonSave(meta)),
                 force=True,  # over what a killed save left
             )
 
@@ -183,7 +183,7 @@ class Checkpoints:
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
             for name, leaf in wanted.items()
         }
-        request = ocp.args.PyTreeRestore(_nested(wanted), _nested(arguments), partial_restore=bool(prefix))
+        request = ocp.args.PyTreeRestore(tree.nested(wanted), tree.nested(arguments), partial_restore=bool(prefix))
         with _one_line(path / "state", "can't be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             restored = traverse_util.flatten_dict(reader.restore(path / "state", args=request), sep="/")
         damaged = [name for name, leaf in describe(restored).items() if leaf != stored[name]]
@@ -322,11 +322,6 @@ def _leaves(state: TrainState) -> dict[str, Array]:
             "no part of a name may be empty or hold a slash or a dot"
         )
     return tree.flatten(state)
-
-
-def _nested(leaves: Mapping[str, Any]) -> Tree:
-    """Plain dicts, one per part of the names: on disk no Optax tuple or empty state shapes the tree."""
-    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def _stored(body: Mapping[str, Any]) -> dict[str, Leaf]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from t5like import config_file, distributed, tree
 from t5like import mesh as meshes
@@ -115,6 +116,19 @@ def on_devices(config: Config, count: int, slices: int = 1) -> Config:
     )
 
 
+def write_imported(params: Tree, config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Make a run directory of weights from elsewhere: a checkpoint of step 0 without an optimizer's state."""
+    open_run_directory(config, tokenizer, workdir)
+    checkpoints = checkpoints_of(workdir, config)
+    checkpoints.save(
+        TrainState(jnp.zeros((), jnp.int32), params, None),
+        config=config,
+        tokenizer=tokenizer.model_bytes,
+        tokenizer_hash=tokenizer.hash,
+    )
+    checkpoints.close()
+
+
 def imported(workdir: Path) -> bool:
     """Whether a run directory holds weights from elsewhere, with which nothing was learned yet: those of step 0."""
     return (workdir / "checkpoints" / "0").is_dir() and Checkpoints(workdir / "checkpoints", keep=1).latest() == 0
@@ -135,8 +149,8 @@ def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
 
 def _differs(config: Config, workdir: Path) -> list[str]:
     """The fields that keep a config from going on with a run directory."""
-    lines = config_file.difference(saved_config(workdir), config)
     if not imported(workdir):
+        lines = config_file.difference(saved_config(workdir), config)
         return [line for line in lines if not line.startswith(MAY_CHANGE)]
     born = Checkpoints(workdir / "checkpoints", keep=1).meta(0).config
     lines = config_file.difference(born, config)

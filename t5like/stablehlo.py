@@ -36,7 +36,7 @@ from t5like.errors import CheckpointError, ConfigError
 from t5like.generate import generate, likeliest
 from t5like.model.transformer import Transformer
 from t5like.new_directory import check_free, made_whole
-from t5like.types import Array, Batch, Tree
+from t5like.types import Array, Batch
 
 SCRIPT = Path(__file__).with_name("stablehlo_script.py")  # becomes run.py; nothing imports it
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -136,7 +136,7 @@ def programs(
             f"{model.max_length}; use smaller ones"
         )
     of = partial(_shapes, {"P": width, "S": max(inputs, 1), "L": data.targets_length, "R": config.row_length})
-    apply = lambda params, batch: Transformer(config).apply({"params": nested(params)}, batch)
+    apply = lambda params, batch: Transformer(config).apply({"params": tree.nested(params)}, batch)
     if model.architecture == "encoder":
         types = {"token_types": "S"} if model.token_types else {}
 
@@ -147,7 +147,7 @@ def programs(
         return {
             "forward": Program(lambda params, *args: apply(params, read(params, *args)), arguments, "logits [b, S, V]"),
             "generate": Program(
-                lambda params, *args: likeliest(config, nested(params), read(params, *args)),
+                lambda params, *args: likeliest(config, tree.nested(params), read(params, *args)),
                 arguments,
                 "likeliest ids [b, S]",
             ),
@@ -159,7 +159,7 @@ def programs(
         *prefix, seed = rest if temperature else (*rest, 0)
         return generate(
             config,
-            nested(params),
+            tree.nested(params),
             prompt,
             lengths,
             jax.random.key(seed),
@@ -198,18 +198,6 @@ def _shapes(sizes: Mapping[str, int], **names: str) -> dict[str, jax.ShapeDtypeS
         name: jax.ShapeDtypeStruct((rows, sizes[length]) if length else (rows,), jnp.int32)
         for name, length in names.items()
     }
-
-
-def nested(params: Mapping[str, Array]) -> Tree:
-    """Parameters by name as the model's tree."""
-    whole: Tree = {}
-    for name, leaf in params.items():
-        *parents, last = name.split("/")
-        place = whole
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return whole
 
 
 def exported_program(program: Program, params: Mapping[str, jax.ShapeDtypeStruct]) -> jax.export.Exported:

@@ -37,7 +37,7 @@ from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, UserError
 from t5like.new_directory import check_free, made_whole
-from t5like.types import Array, TrainState
+from t5like.types import Array
 
 VERSION = 3  # the newest of T5X (June 2021)
 LARGEST_LEAF = 2**31 - 1  # bytes of an array in the index; flax cuts larger ones
@@ -126,11 +126,7 @@ def import_run(source: Path, workdir: Path, config: Config) -> Iterator[str]:
         params = jax.tree.unflatten(jax.tree.structure(shape.params), leaves)
         own = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.model"))
         config = dataclasses.replace(config, tokenizer=own)
-        run.open_run_directory(config, tokenizer, made)
-        checkpoints = run.checkpoints_of(made, config)
-        state = TrainState(jnp.zeros((), jnp.int32), params, None)
-        checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
-        checkpoints.close()
+        run.write_imported(params, config, tokenizer, made)
     yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
     yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... speaks with it"
 

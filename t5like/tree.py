@@ -4,10 +4,11 @@ Used wherever something is chosen by parameter name: weight decay, freezing, che
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from t5like.errors import ConfigError
 from t5like.types import Tree
@@ -21,6 +22,11 @@ def name_of(path: Sequence[Any]) -> str:
 def flatten(tree: Tree) -> dict[str, Any]:
     """Leaves by name, in the tree's own order. None is no leaf."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> Tree:
+    """The plain nested dicts whose leaves have these names: of dicts, what `flatten` undoes."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:

@@ -12,6 +12,7 @@ import pytest
 from conftest import small
 from flax import traverse_util
 
+from t5like import tree
 from t5like.config import Config, TokenizerConfig
 from t5like.errors import CheckpointError
 from t5like.hf import families, tables
@@ -55,7 +56,7 @@ def params_of(name: str) -> dict:
                 ours.setdefault(mine, []).append(part)
         for mine in row.ours:
             ours[mine] = np.stack(ours[mine]) if row.layers else ours[mine][0]
-    return traverse_util.unflatten_dict(ours, sep="/")
+    return tree.nested(ours)
 
 
 def batch_of(name: str) -> Batch:

@@ -102,7 +102,7 @@ def test_programs_of_every_architecture_export_without_a_custom_call_to_run(arch
     there = forward.call(params, ids, *arguments[1:])
     one = np.ones_like(ids)
     batch = Batch(ids, ids, one, prefix_BL=one > 0) if architecture == "decoder" else Batch(None, ids, one, ids, one)
-    ours = Transformer(config).apply({"params": stablehlo.nested(params)}, batch)
+    ours = Transformer(config).apply({"params": tree.nested(params)}, batch)
     np.testing.assert_allclose(there, ours, rtol=1e-5, atol=1e-6)
 
 

@@ -83,19 +83,8 @@ def begun(decoder, tokenizer: Tokenizer, *, axes: dict | None = None, **sections
 
 
 def logits(config: Config, params: dict, ids_BL: np.ndarray) -> np.ndarray:
-    nested = jax.tree.map(np.asarray, _nested(params))
+    nested = jax.tree.map(np.asarray, tree.nested(params))
     return np.asarray(Transformer(config).apply({"params": nested}, Batch(ids_BL, ids_BL, np.ones(ids_BL.shape))))
-
-
-def _nested(params: dict) -> dict:
-    nested: dict = {}
-    for name, leaf in params.items():
-        *parents, last = name.split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return nested
 
 
 def test_rows_follow_pieces_special_ids_their_role_and_sentinels_their_number():

@@ -28,7 +28,6 @@ from t5like.hf import card, families, logits, tables, tokenizer_files, weights
 from t5like.hf.keys import whole
 from t5like.hf.tables import Row
 from t5like.new_directory import check_free, made_whole
-from t5like.types import TrainState
 
 KEPT = "hf"  # the folder in a run directory
 RECORD = "import.json"  # what an import knew, beside the kept files
@@ -96,15 +95,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
         for row in rows_of_table:
             leaves |= _filled(row, wanted, imported, found)
         params = jax.tree.unflatten(jax.tree.structure(shape.params), [leaves.pop(name) for name in wanted])
-        run.open_run_directory(config, tokenizer, made)
-        checkpoints = run.checkpoints_of(made, config)
-        checkpoints.save(
-            TrainState(jnp.zeros((), jnp.int32), params, None),
-            config=config,
-            tokenizer=tokenizer.model_bytes,
-            tokenizer_hash=tokenizer.hash,
-        )
-        checkpoints.close()
+        run.write_imported(params, config, tokenizer, made)
         _keep(source, made / KEPT, imported)
     if left_out:
         yield f"           left out, no weights: {_few(left_out)}"
