@@ -171,7 +171,7 @@ def test_a_machine_that_does_not_exist_or_fit_is_refused_in_one_line(command, ar
 def test_running_out_of_memory_is_read_from_the_compilers_message():
     program = compiler.out_of_memory((GOLDEN / "out_of_memory.txt").read_text(), "", 1.0)
     assert program.needed == 64 * 2**30
-    plan = planner._program(small(), V5E, program, 2**30, is_train=True)
+    plan = planner.of_program(small(), V5E, program, 2**30, is_train=True)
     assert plan["fits"] is False and plan["memory"]["needed"] == 65 * 2**30
 
 

@@ -54,6 +54,8 @@ class Program(NamedTuple):
     seconds: float  # of lowering and compiling
     out_of_memory: str = ""  # what the compiler said
     needed: int = 0  # bytes, if it said so
+    cpu_seconds: float = 0.0  # of the whole process that compiled it
+    resident: int = 0  # bytes of it at most
 
 
 def check_installed(topology: Topology) -> None:
@@ -117,16 +119,17 @@ def _collect(directory: Path, name: str, process: subprocess.Popen) -> Program:
         last = next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
         raise UserError(f"the {name} step could not be compiled (exit code {code}): {last[:400]}")
     answer = json.loads(path.read_text())
-    if refused := answer.pop("refused", ""):
-        raise ConfigError(refused)
-    packed = directory / f"{name}.hlo.gz"
-    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
+    if "refused" in answer:
+        raise ConfigError(answer["refused"])
+    return read(directory, name)
 
 
 def read(directory: Path, name: str) -> Program:
     """What `run` kept in a folder."""
     answer = json.loads((directory / f"{name}.json").read_text())
-    return Program(text=gzip.decompress((directory / f"{name}.hlo.gz").read_bytes()).decode(), **answer)
+    packed = directory / f"{name}.hlo.gz"
+    fits = not answer["out_of_memory"]
+    return Program(text=gzip.decompress(packed.read_bytes()).decode() if fits else "", **answer)
 
 
 # ---- In the process that compiles ----
@@ -205,10 +208,11 @@ def main(directory: Path, name: str) -> None:
         if program.text:
             with written_whole(directory / f"{name}.hlo.gz") as file:
                 file.write(gzip.compress(program.text.encode(), 5))
-    answer_bytes = json.dumps(answer).encode()
-    print(f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resident = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+    answer |= {"cpu_seconds": used.ru_utime + used.ru_stime, "resident": resident}
     with written_whole(directory / f"{name}.json") as file:
-        file.write(answer_bytes)
+        file.write(json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def make(
         say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
         for name, program in programs.items():
-            plan[name] = _program(config, topology, program, held.total, is_train=name == "train")
+            plan[name] = of_program(config, topology, program, held.total, is_train=name == "train")
         if not plan["train"]["fits"]:
             needed = plan["train"]["memory"].get("total") or plan["train"]["memory"]["needed"]
             plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
@@ -99,7 +99,7 @@ def _quick(config: Config, topology: Topology, quick: estimate.Quick) -> Plan:
     return plan | ({"mfu": estimate.mfu(config, topology, quick.seconds)} if quick.seconds else {})
 
 
-def _program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
+def of_program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
     """What a compiled step says of itself; held: bytes that are there beside its temporaries."""
     if program.out_of_memory:
         needed = program.needed + (held if "temporaries" in program.out_of_memory else 0)
@@ -107,7 +107,7 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
             "fits": False,
             "memory": {"needed": max(needed, topology.chip.memory or 0)},
             "message": program.out_of_memory,
-            "compile_seconds": program.seconds,
+            **_cost(program),
         }
     analysis = hlo.analyze(program.text)
     prediction = estimate.predict(analysis, topology)
@@ -131,7 +131,7 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
         "tensors": [tensor._asdict() for tensor in analysis.tensors],
         "slowest": _slowest(analysis),
         "lowered_sha256": program.lowered,
-        "compile_seconds": program.seconds,
+        **_cost(program),
     }
     if prediction:
         plan["time"] = prediction._asdict()
@@ -140,6 +140,15 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
             plan["time"]["tokens_per_second"] = estimate.tokens_per_step(config) / prediction.seconds
             plan["time"]["uncertainty"] = estimate.UNCERTAINTY
     return plan
+
+
+def _cost(program: compiler.Program) -> Plan:
+    """What compiling took on this machine."""
+    return {
+        "compile_seconds": program.seconds,
+        "compile_cpu_seconds": program.cpu_seconds,
+        "compile_resident": program.resident,
+    }
 
 
 def _collectives(analysis: hlo.Analysis, topology: Topology) -> list[Plan]:
@@ -187,7 +196,7 @@ def _compile_choice(choice: search.Choice, topology: Topology, say: Callable[[st
     row = _choice(choice)
     say(f"compiling with {' '.join(choice.settings) or 'the settings as they are'}")
     [program] = compiler.run(choice.config, topology, ("train",)).values()
-    compiled = _program(choice.config, topology, program, choice.held, is_train=True)
+    compiled = of_program(choice.config, topology, program, choice.held, is_train=True)
     row["compiled"] = {name: compiled.get(name) for name in ("fits", "memory", "flops", "time")}
     return row
 
