@@ -70,8 +70,8 @@ def make(
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
         for name, program in programs.items():
             plan[name] = of_program(config, topology, program, held.total, is_train=name == "train")
-        if not plan["train"]["fits"]:
-            needed = plan["train"]["memory"].get("total") or plan["train"]["memory"]["needed"]
+        if short := [plan[name]["memory"] for name in programs if not plan[name]["fits"]]:
+            needed = max(memory.get("total") or memory["needed"] for memory in short)
             plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
     if wishes.search is not None:
         plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
@@ -191,13 +191,18 @@ def _choice(choice: search.Choice) -> Plan:
     }
 
 
-def _compile_choice(choice: search.Choice, topology: Topology, say: Callable[[str], None]) -> Plan:
-    """A choice with what the compiler says of it."""
+def _compile_choice(
+    choice: search.Choice, topology: Topology, say: Callable[[str], None], names: tuple[str, ...] = ("train",)
+) -> Plan:
+    """A choice with what the compiler says of its train step; it fits if all the named steps do."""
     row = _choice(choice)
     say(f"compiling with {' '.join(choice.settings) or 'the settings as they are'}")
-    [program] = compiler.run(choice.config, topology, ("train",)).values()
-    compiled = of_program(choice.config, topology, program, choice.held, is_train=True)
-    row["compiled"] = {name: compiled.get(name) for name in ("fits", "memory", "flops", "time")}
+    compiled = {
+        name: of_program(choice.config, topology, program, choice.held, is_train=name == "train")
+        for name, program in compiler.run(choice.config, topology, names).items()
+    }
+    row["compiled"] = {name: compiled["train"].get(name) for name in ("memory", "flops", "time")}
+    row["compiled"]["fits"] = all(step["fits"] for step in compiled.values())
     return row
 
 
@@ -206,7 +211,7 @@ def _nearest(config: Config, topology: Topology, factor: float, say: Callable[[s
     found = search.nearest(config, search.choices(config, topology), topology, factor)
     rows = [_choice(choice) for choice in found]
     for place, choice in enumerate(found):
-        rows[place] = _compile_choice(choice, topology, say)
+        rows[place] = _compile_choice(choice, topology, say, ("train", "eval"))
         if rows[place]["compiled"]["fits"]:
             break
     return rows
