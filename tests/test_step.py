@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import begun, random_batch, small
+from conftest import begun, random_batch
 
 from t5like import mesh as meshes
 from t5like import step, tree
@@ -346,7 +346,7 @@ def test_a_length_that_context_does_not_divide_stays_whole():
 
 
 def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
-    config = small(model={"num_layers": 1, "architecture": "decoder"}, train={"microbatches": 4})
+    config = small(model={"architecture": "decoder"}, train={"microbatches": 4})
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
     batch = random_batch(config)
     params = jax.jit(partial(step.init_state, config))(batch, jax.random.key(0)).params
