@@ -44,7 +44,7 @@ ENVIRONMENT = {
 class Program(NamedTuple):
     """One compiled step; bytes are per device."""
 
-    text: str  # the scheduled HLO; empty if it does not fit
+    text: str  # the scheduled HLO; empty if it does not fit, or can't be read here
     lowered: str  # SHA-256 of the StableHLO that was compiled
     arguments: int  # state and batch, with the padding of their layouts
     outputs: int
@@ -128,8 +128,7 @@ def read(directory: Path, name: str) -> Program:
     """What `run` kept in a folder."""
     answer = json.loads((directory / f"{name}.json").read_text())
     packed = directory / f"{name}.hlo.gz"
-    fits = not answer["out_of_memory"]
-    return Program(text=gzip.decompress(packed.read_bytes()).decode() if fits else "", **answer)
+    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
 
 
 # ---- In the process that compiles ----
@@ -171,7 +170,7 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
         return out_of_memory(message, digest, time.monotonic() - begin)
     memory = program.memory_analysis()
     return Program(
-        text=program.as_text(),
+        text=_text(program),
         lowered=digest,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -180,6 +179,21 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
         peak=getattr(memory, "peak_memory_in_bytes", 0),
         seconds=time.monotonic() - begin,
     )
+
+
+def _text(program) -> str:
+    """The scheduled program; nothing where jaxlib can't read it.
+
+    0.10.2 refuses the asynchronous collectives that libtpu 0.0.52 makes of big models on v5p ("async-update instruction
+    should have 1 operands"): the compiler is newer than the reader.
+    """
+    from jax.errors import JaxRuntimeError
+
+    try:
+        return program.as_text()
+    except JaxRuntimeError as error:
+        print(f"the program can't be read: {error}", file=sys.stderr)
+        return ""
 
 
 def out_of_memory(message: str, digest: str, seconds: float) -> Program:

@@ -109,8 +109,6 @@ def of_program(config: Config, topology: Topology, program: compiler.Program, he
             "message": program.out_of_memory,
             **_cost(program),
         }
-    analysis = hlo.analyze(program.text)
-    prediction = estimate.predict(analysis, topology)
     # What is reserved: arguments, results that take no argument's place, and temporaries with the gaps between them.
     total = program.arguments + program.outputs - program.aliased + program.temporary
     plan: Plan = {
@@ -122,6 +120,14 @@ def of_program(config: Config, topology: Topology, program: compiler.Program, he
             "total": total,
             "peak_alive": program.peak,
         },
+        "lowered_sha256": program.lowered,
+        **_cost(program),
+    }
+    if not program.text:
+        return plan
+    analysis = hlo.analyze(program.text)
+    prediction = estimate.predict(analysis, topology)
+    plan |= {
         "flops": analysis.flops,
         "cycles": analysis.cycles(),
         "loops": [loop._asdict() for loop in analysis.loops],
@@ -130,8 +136,6 @@ def of_program(config: Config, topology: Topology, program: compiler.Program, he
         "custom_calls": analysis.custom_calls,
         "tensors": [tensor._asdict() for tensor in analysis.tensors],
         "slowest": _slowest(analysis),
-        "lowered_sha256": program.lowered,
-        **_cost(program),
     }
     if prediction:
         plan["time"] = prediction._asdict()

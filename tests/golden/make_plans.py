@@ -145,7 +145,7 @@ def compilers() -> dict[str, str]:
 def facts(plan: planner.Plan, model_flops: float) -> dict[str, Any]:
     """What a golden holds of a plan; bytes, cycles and runs of a device and step."""
     if "flops" not in plan:
-        return {"fits": False, "needed": plan["memory"]["needed"]}
+        return {"fits": plan["fits"], "memory": plan["memory"]}
     short = lambda value: float(f"{value:.6g}")
     return {
         "fits": plan["fits"],
@@ -170,11 +170,13 @@ def facts(plan: planner.Plan, model_flops: float) -> dict[str, Any]:
 def row(case: Case, plan: planner.Plan) -> str:
     """A line of the table, as benchmarks/RESULTS.md has it."""
     cost = f"{plan['compile_cpu_seconds']:.0f} | {plan['compile_resident'] / 2**30:.1f}"
-    if "flops" not in plan:
-        needed = plan["memory"]["needed"] / 2**30
-        return f"| {case.name} | out of memory: {needed:.1f} |" + " |" * 7 + f" {cost} |"
-    memory, time = plan["memory"], plan["time"]
+    memory = plan["memory"]
+    if "needed" in memory:
+        return f"| {case.name} | out of memory: {memory['needed'] / 2**30:.1f} |" + " |" * 7 + f" {cost} |"
     gib = " | ".join(f"{memory[name] / 2**30:.2f}" for name in ("arguments", "temporary", "peak_alive"))
+    if "flops" not in plan:
+        return f"| {case.name} | {gib} | can't be read |" + " |" * 4 + f" {cost} |"
+    time = plan["time"]
     seconds = " | ".join(f"{time[name]:.3f}" for name in ("compute", "exposed", "seconds"))
     waited = sum(each["bytes"] for each in plan["collectives"] if each["in_loop"] and not each["asynchronous"])
     return f"| {case.name} | {gib} | {seconds} | {100 * time['mfu']:.1f} % | {waited / 1e9:.1f} | {cost} |"
