@@ -350,7 +350,7 @@ def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
     batch = random_batch(config)
     params = jax.jit(partial(step.init_state, config))(batch, jax.random.key(0)).params
-    start = jax.tree.map(lambda zero: zero + 1, step.zero_metrics(config, batch))
+    start = jax.tree.map(lambda zero: zero + 1, step.zero_metrics(config, params, batch))
     programs = [jax.jit(step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)]
     one, four = (program(params, batch, start) for program in programs)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), four, one)

@@ -35,7 +35,12 @@ PLANS = Path(__file__).parent / "plans"
 SHOWN = 10  # differences of a case
 
 LLAMA = {"data.targets_length": "2048"}
-LONG = {"data.inputs_length": "2048", "data.targets_length": "512", "data.batch_size": "512"}
+LONG = {
+    "tokenizer.num_sentinels": "114",
+    "data.inputs_length": "2048",
+    "data.targets_length": "512",
+    "data.batch_size": "512",
+}
 TINY = {
     "data.batch_size": "16",
     "model.num_layers": "3",
