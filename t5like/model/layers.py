@@ -20,7 +20,7 @@ from t5like.config import ModelConfig
 from t5like.mesh import constrain, context_size
 from t5like.model import cpu
 
-MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
+MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "tpu": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
 MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
 
 
