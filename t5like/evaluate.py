@@ -26,7 +26,7 @@ from t5like.data.text import Vocabulary
 from t5like.data.tokenizer import Tokenizer
 from t5like.metrics import Progress, by_component, perplexity
 from t5like.run import Run
-from t5like.types import Sum, Tree, host_metrics
+from t5like.types import Metrics, Sum, Tree, host_metrics
 
 
 class Evaluator:
@@ -38,6 +38,7 @@ class Evaluator:
         self.num_batches = min(config.train.eval_batches, heldout.num_batches)
         self._rows = meshes.local_rows(mesh, config.data.batch_size)
         self._step = steps.jit_eval_step(config, mesh)
+        self._zeros: Metrics | None = None  # what the sums begin with; the parameters' shapes tell
         self._names = pipeline.component_names(config, every=every)
 
     def __call__(self, params: Tree, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
@@ -49,7 +50,9 @@ class Evaluator:
             on; ``eval/nsp_loss`` and ``eval/nsp_accuracy`` of pairs; and values by component (`metrics.by_component`).
         """
         size = self.config.data.batch_size
-        total = steps.zero_metrics(self.config, pipeline.spec(self.config))
+        if self._zeros is None:
+            self._zeros = steps.zero_metrics(self.config, params, pipeline.spec(self.config))
+        total = self._zeros
         with jax.set_mesh(self.mesh), distributed.limit("evaluation", times=2 + self.num_batches // 16):
             for index in range(self.num_batches):
                 rows = self.heldout.at(index, self._rows)

@@ -5,7 +5,8 @@ Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from operator import attrgetter
 
 import flax.linen as nn
 import jax
@@ -73,20 +74,30 @@ def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
 
 def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
     """The state before the first step; `batch` gives shapes only. Call it under `jax.jit` with `out_shardings`."""
-    params = nn.meta.unbox(init_params(config, batch, key))
+    return _first_state(config, nn.meta.unbox(init_params(config, batch, key)))
+
+
+def _first_state(config: Config, params: Tree) -> TrainState:
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params).init(params), ema)
 
 
 def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
-    key = jax.random.key(0)
-    state = jax.eval_shape(partial(init_state, config), batch, key)
-    boxed = jax.eval_shape(partial(init_params, config), batch, key)
+    kinds = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
+    boxed = _abstract_params(Config(model=config.model, tokenizer=config.tokenizer), kinds)
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
-    axes = jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
+    params, axes = (jax.tree.map(attrgetter(name), boxed, is_leaf=is_box) for name in ("value", "names"))
+    state = jax.eval_shape(partial(_first_state, config), params)
     shardings = meshes.state_shardings(state, axes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+@lru_cache(maxsize=32)
+def _abstract_params(config: Config, kinds: tuple) -> Tree:
+    """Shapes of `init_params`, in boxes, traced once in a process; `kinds`: (row shape, dtype) or None, by field."""
+    batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in kinds))
+    return jax.eval_shape(partial(init_params, config), batch, jax.random.key(0))
 
 
 def new_state(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
@@ -189,16 +200,14 @@ def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[
     return eval_step
 
 
-def zero_metrics(config: Config, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
+def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
     """The sums that an evaluation starts with: zeros of the shapes that the loss gives batches like this one.
 
-    `batch` gives shapes only, `config` is settled; nothing is computed, and the zeros are numpy's.
+    `params` and `batch` give shapes only, `config` is settled; nothing is computed, and the zeros are numpy's.
     """
-
-    def metrics(batch: Batch, key: jax.Array) -> Metrics:
-        return loss_fn(config, nn.meta.unbox(init_params(config, batch, key)), batch, None).metrics
-
-    shapes = jax.eval_shape(metrics, batch, jax.random.key(0))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever they live
+    metrics = lambda params, batch: loss_fn(config, params, batch, None).metrics
+    shapes = jax.eval_shape(metrics, *jax.tree.map(shape, (params, batch)))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 

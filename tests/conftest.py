@@ -1,6 +1,7 @@
 """Eight fake CPU devices, one compilation cache, and small real things that the tests share."""
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def begun(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
         place = step.abstract_state(alone, batch, meshes.make_mesh(alone, jax.devices()[:1]))
         BEGINNINGS[key] = jax.device_get(step.new_state(alone, batch, place))
     return jax.tree.map(lambda leaf, like: jax.device_put(np.array(leaf), like.sharding), BEGINNINGS[key], abstract)
+
+
+def pytest_collection_finish():
+    """Collect garbage rarely, and not among all that was imported: traces make many objects, few of them in cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte
     evaluator, params = evaluator_of(texts, **MIXED)
     config, values = evaluator.config, evaluator(params)
     nats_C, tokens_C, bytes_C = np.zeros(4), np.zeros(4), np.zeros(4)
-    zero = step.zero_metrics(config, evaluator.heldout.at(0))
+    zero = step.zero_metrics(config, params, evaluator.heldout.at(0))
     for index in range(evaluator.num_batches):
         batch = evaluator.heldout.at(index)
         for component in range(4):  # the loss of its rows alone, and their targets' text

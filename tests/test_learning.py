@@ -1,4 +1,4 @@
-"""Every objective on every architecture that takes it: 30 steps of the trainer's own step, and a first step as stored.
+"""Every objective on every architecture that takes it: 12 steps of the trainer's own step, and a first step as stored.
 
 The golden file holds the loss and gradient norm of one step. If they differ, either the change is a bug, or numerics
 changed on purpose: then run `python tests/test_learning.py` and say so in CHANGELOG.md under "Numerics".
@@ -70,7 +70,7 @@ def train(objective: str, architecture: str, steps: int) -> list[dict[str, float
         model={"architecture": architecture, "num_layers": 1, **heads},
         tokenizer={"vocab_size": 500, "num_sentinels": 64},
         data={"objective": objective, "inputs_length": 66, "targets_length": 64, "batch_size": 16},
-        optimizer={"learning_rate": 3e-3},
+        optimizer={"learning_rate": 1e-2},
     )
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = meshes.settle(config, mesh)
@@ -88,11 +88,11 @@ def train(objective: str, architecture: str, steps: int) -> list[dict[str, float
 
 @pytest.mark.parametrize("objective, architecture", PAIRS)
 def test_an_objective_begins_as_stored_and_learns(objective, architecture):
-    found = train(objective, architecture, 30)
+    found = train(objective, architecture, 12)
     golden = json.loads(GOLDEN.read_text())[f"{objective} {architecture}"]
     why = "a bug, or run `python tests/test_learning.py` and note the change in CHANGELOG.md under Numerics"
     assert {name: found[0][name] for name in golden} == pytest.approx(golden, rel=2e-4), why
-    assert np.mean([each["loss"] for each in found[-5:]]) < found[0]["loss"] - 0.5
+    assert np.mean([each["loss"] for each in found[-3:]]) < found[0]["loss"] - 0.5
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])

@@ -72,7 +72,7 @@ def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported,
     script(exported, f"--ids={','.join(map(str, ids))}", f"--logits={tmp_path}/logits.npy", cwd=tmp_path)
     row, zero = np.array([ids], np.int32), np.zeros((1, 1), np.int32)
     batch = Batch(zero, zero, np.ones((1, 1)), row)
-    ours = Transformer(loaded.config).apply({"params": loaded.params}, batch)
+    ours = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours[0], rtol=1e-5, atol=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_programs_of_every_architecture_export_without_a_custom_call_to_run(arch
     there = forward.call(params, ids, *arguments[1:])
     one = np.ones_like(ids)
     batch = Batch(ids, ids, one, prefix_BL=one > 0) if architecture == "decoder" else Batch(None, ids, one, ids, one)
-    ours = Transformer(config).apply({"params": tree.nested(params)}, batch)
+    ours = jax.jit(Transformer(config).apply)({"params": tree.nested(params)}, batch)
     np.testing.assert_allclose(there, ours, rtol=1e-5, atol=1e-6)
 
 

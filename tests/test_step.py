@@ -221,7 +221,7 @@ def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
     config = meshes.settle(config, meshes.make_mesh(config, jax.devices()[:1]))
     batch, other = of_components(config), of_components(config, seed=1)
     params = begun_alone("encoder_decoder").params
-    zeros, evaluate = step.zero_metrics(config, batch), jax.jit(step.make_eval_step(config))
+    zeros, evaluate = step.zero_metrics(config, params, batch), jax.jit(step.make_eval_step(config))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
     both = evaluate(params, other, evaluate(params, batch, zeros))
     metrics_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None).metrics)

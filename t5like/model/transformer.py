@@ -211,6 +211,8 @@ class Stack(nn.Module):
         if bias_1NLS is not None and fused(self.config.kernels, x_BLD.shape[0], queries, keys, mask_B1LS):
             bias_1NLS = tpu.spread(bias_1NLS)
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
+        if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values
+            return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
         dropping = train and self.config.dropout_rate > 0
         keys_Y = jax.random.split(self.make_rng("dropout"), self.num_layers) if dropping else None
 

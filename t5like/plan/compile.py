@@ -149,7 +149,7 @@ def lower(config: Config, topology: Topology, name: str):
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh)
     )
-    zeros = step.zero_metrics(config, batch)  # before the mesh is set: it makes a key, on a device that is here
+    zeros = step.zero_metrics(config, abstract.params, batch)
     with jax.set_mesh(mesh):
         return step.jit_eval_step(config, mesh).lower(abstract.params, shapes, zeros)
 
