@@ -350,9 +350,9 @@ def test_attend_equals_softmax_in_float64(rng):
 def test_the_tpu_kernel_equals_plain_attention_with_gradients(rng, monkeypatch, form):
     causal, split, length = form == "packed", form == "relative", 160 if form == "packed" else 12
     monkeypatch.setattr(tpu, "SCORES", 1)  # blocks of 128 queries
-    q, k, v, weight = (jnp.asarray(rng.normal(size=(4, 2, length, 8)), jnp.float32) for _ in range(4))
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(8, 2, length, 8)), jnp.float32) for _ in range(4))
     bias = None if causal else jnp.asarray(rng.normal(size=(1, 2, length, length)), jnp.float32)
-    ids = jnp.asarray(np.sort(rng.integers(0, 4, (4, length))))  # documents 1 to 3, padding
+    ids = jnp.asarray(np.sort(rng.integers(0, 4, (8, length))))  # documents 1 to 3, padding
     seen = Seen(causal, ids, ids) if causal else Seen()
 
     def kernel(q, k, v, bias):
@@ -385,6 +385,12 @@ def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_machines_re
         lowered = step.jit_train_step(config, abstract).trace(abstract, shapes).lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
     assert (text.count('kernel_name = "attention_forward"'), text.count('kernel_name = "attention_backward"')) == (3, 3)
+    assert text.count("optimization_barrier") == 2  # the gates' gradients
+
+
+def test_a_gradient_kept_apart_is_the_gradient(rng):
+    x, weight = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)[:2]
+    np.testing.assert_array_equal(jax.grad(lambda x: (tpu.apart(x) * weight).sum())(x), weight)
 
 
 def test_padding_rows_of_the_vocabulary_never_win():
