@@ -117,7 +117,8 @@ class ModelConfig:
     vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
     layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: scan on accelerators, unroll on a CPU
-    kernels: Literal["auto", "plain", "cpu"] = "auto"  # cpu: backward passes written for XLA:CPU, see model/cpu.py
+    # cpu: backward passes written for XLA:CPU, see model/cpu.py; tpu: attention as one kernel, see model/tpu.py
+    kernels: Literal["auto", "plain", "cpu", "tpu"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matmuls, all
 
 

@@ -171,8 +171,17 @@ def settle(config: Config, mesh: Mesh) -> Config:
 
 
 def settle_on(config: Config, platform: str, context: int | None = None) -> Config:
-    """`settle` for devices that are only known by JAX's name of their platform: cpu, gpu or tpu."""
+    """`settle` for devices that are only known by JAX's name of their platform: cpu, gpu or tpu.
+
+    Raises:
+        ConfigError: kernels that this platform can't run.
+    """
     model, context = config.model, config.mesh.context if context is None else context
+    if model.kernels == "tpu" and platform != "tpu":
+        raise ConfigError(
+            f"model.kernels=tpu can't run on {platform}; use --config.model.kernels=auto, which chooses by the machine"
+        )
+    best = {"cpu": "cpu" if context == 1 else "plain", "tpu": "tpu"}.get(platform, "plain")
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -181,9 +190,7 @@ def settle_on(config: Config, platform: str, context: int | None = None) -> Conf
             # A scanned stack compiles in a time that does not grow with depth, but runs 20-25 % slower on a CPU.
             layers=("unroll" if platform == "cpu" else "scan") if model.layers == "auto" else model.layers,
             # The CPU's products flatten rows and their length, which would gather a length that is split.
-            kernels=("cpu" if platform == "cpu" and context == 1 else "plain")
-            if model.kernels == "auto"
-            else model.kernels,
+            kernels=best if model.kernels == "auto" else model.kernels,
         ),
     )
 
@@ -251,6 +258,12 @@ def context_size() -> int:
     """Over how many devices the length of a row is split where this is traced; 1 without a mesh (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["context"]
+
+
+def batch_parts() -> int:
+    """Over how many devices the rows of a batch are split where this is traced; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

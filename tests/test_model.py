@@ -16,8 +16,9 @@ from t5like import config_file, step, tree
 from t5like import mesh as meshes
 from t5like.config import Config
 from t5like.data import pipeline
-from t5like.model import layers
-from t5like.model.attention import attend, causal_mask, segment_mask
+from t5like.errors import ConfigError
+from t5like.model import layers, tpu
+from t5like.model.attention import Seen, attend, causal_mask, segment_mask
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
@@ -131,7 +132,7 @@ def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
         "model__head_dim": "16",
         "tokenizer__vocab_size": "2000",
         "data__batch_size": "4",
-        "model__layers": "unroll",
+        "model__layers": "scan",  # quick to compile at any depth
         "model__dtype": "float32",
         "model__remat": "none",
     }
@@ -343,6 +344,53 @@ def test_attend_equals_softmax_in_float64(rng):
         mask_B1LS=causal_mask(5, 7, 2),
     )
     np.testing.assert_allclose(ours, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["packed", "relative"])
+def test_the_tpu_kernel_equals_plain_attention_with_gradients(rng, monkeypatch, form):
+    causal, split, length = form == "packed", form == "relative", 160 if form == "packed" else 12
+    monkeypatch.setattr(tpu, "SCORES", 1)  # blocks of 128 queries
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(8, 2, length, 8)), jnp.float32) for _ in range(4))
+    bias = None if causal else jnp.asarray(rng.normal(size=(1, 2, length, length)), jnp.float32)
+    ids = jnp.asarray(np.sort(rng.integers(0, 4, (8, length))))  # documents 1 to 3, padding
+    seen = Seen(causal, ids, ids) if causal else Seen()
+
+    def kernel(q, k, v, bias):
+        bias = None if bias is None else tpu.spread(bias)
+        segments = (ids, ids) if causal else None
+        return (tpu.attend(q, k, v, bias, segments, causal=causal, interpret=True) * weight).sum()
+
+    def plain(q, k, v, bias):
+        return (attend(q, k, v, bias_1NLS=bias, mask_B1LS=seen) * weight).sum()
+
+    of = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    wanted = jax.value_and_grad(plain, of)(q, k, v, bias)
+    mesh = meshes.make_mesh(
+        small(mesh={"data": 2, "fsdp": 2, "tensor": 2} if split else {}), jax.devices()[: 7 * split + 1]
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(kernel, of))(q, k, v, bias)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_machines_refuse_it():
+    config = small(model={"num_layers": 1, "kernels": "tpu", "layers": "scan", "dtype": "bfloat16"}, mesh={"fsdp": 8})
+    with pytest.raises(ConfigError, match="kernels=auto"):
+        meshes.settle_on(config, "cpu")
+    mesh, batch = meshes.make_mesh(config), pipeline.spec(config)
+    abstract = step.abstract_state(config, batch, mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    with jax.set_mesh(mesh):
+        lowered = step.jit_train_step(config, abstract).trace(abstract, shapes).lower(lowering_platforms=("tpu",))
+    text = lowered.as_text()
+    assert (text.count('kernel_name = "attention_forward"'), text.count('kernel_name = "attention_backward"')) == (3, 3)
+    assert text.count("optimization_barrier") == 2  # the gates' gradients
+
+
+def test_a_gradient_kept_apart_is_the_gradient(rng):
+    x, weight = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)[:2]
+    np.testing.assert_array_equal(jax.grad(lambda x: (tpu.apart(x) * weight).sum())(x), weight)
 
 
 def test_padding_rows_of_the_vocabulary_never_win():

@@ -379,7 +379,8 @@ def _collect(found: Library, parent: ast.AST, file: str, scope: str) -> None:
 
 def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool) -> str:
     statements = function.body[documented:]
-    useless = all(isinstance(each, ast.Pass | ast.Raise) or ast.unparse(each) == "..." for each in statements[:1])
+    dots = lambda each: isinstance(each, ast.Expr) and getattr(each.value, "value", None) is ...
+    useless = all(isinstance(each, ast.Pass | ast.Raise) or dots(each) for each in statements[:1])
     if useless or function.end_lineno - statements[0].lineno > LONGEST_BODY:
         return ""
     return "\n".join(map(ast.unparse, statements))

@@ -5,6 +5,8 @@ differently. T5 does not divide scores by sqrt(H) (it folds that into the query'
 families set `scale_attention`.
 """
 
+import dataclasses
+from functools import partial
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -12,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config import ModelConfig
-from t5like.mesh import constrain, context_size
-from t5like.model import cpu
+from t5like.mesh import batch_parts, constrain, context_size
+from t5like.model import cpu, tpu
 from t5like.model.layers import MASKED, Dense, Norm, dropout, rotate
 
 FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
@@ -49,13 +51,51 @@ def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> ja
     return same & (key_segments_BS != 0)[:, None, None, :]
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query_segments_BL", "key_segments_BS"],
+    meta_fields=["causal"],
+)
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What may be seen, by rule instead of as an array: a kernel works it out where it needs it.
+
+    Attributes:
+        causal: whether a query sees only the keys up to its own place.
+        query_segments_BL: with `key_segments_BS`, as in `segment_mask`; both None: one document, no padding.
+    """
+
+    causal: bool = False
+    query_segments_BL: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
+
+    def mask(self, queries: int, keys: int) -> jax.Array | None:
+        """The same as an array, [1 or B, 1, L, S]; None: everything."""
+        mask = causal_mask(queries, keys) if self.causal else None
+        if self.query_segments_BL is not None:
+            same = segment_mask(self.query_segments_BL, self.key_segments_BS)
+            mask = same if mask is None else mask & same
+        return mask
+
+
+def fused(kernels: str, rows: int, queries: int, keys: int, seen: "jax.Array | Seen | None") -> bool:
+    """Whether attention is `model.tpu`'s kernel: the one place that decides. Else it is plain, on every machine.
+
+    Plain: masks that are arrays (prefixes, windows, decoding), lengths that are split over `context` or too long, and
+    rows that the mesh does not divide.
+    """
+    if kernels != "tpu" or isinstance(seen, jax.Array):
+        return False
+    return context_size() == 1 and max(queries, keys) <= tpu.LONGEST and rows % batch_parts() == 0
+
+
 def attend(
     q_BNLH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     *,
     bias_1NLS: jax.Array | None = None,
-    mask_B1LS: jax.Array | None = None,
+    mask_B1LS: jax.Array | Seen | None = None,
     kernels: str = "plain",
 ) -> jax.Array:
     """softmax(q k + bias) v with float32 scores, per head.
@@ -64,15 +104,23 @@ def attend(
         q_BNLH: queries; already scaled.
         k_BKSH: keys. With fewer heads (K < N) each serves N / K query heads, in order (Ainslie et al. 2023).
         v_BKSH: values.
-        bias_1NLS: added to the scores, the same for all rows.
-        mask_B1LS: bool, True where attention is allowed, first dim 1 or B. A query that may see nothing gets 0, not an
-            average of what it must not see.
+        bias_1NLS: added to the scores, the same for all rows; for a fused kernel from `tpu.spread`.
+        mask_B1LS: bool, True where attention is allowed, first dim 1 or B; or a rule. A query that may see nothing
+            gets 0, not an average of what it must not see.
         kernels: as in `ModelConfig`.
 
     Returns:
         [B, N, L, H] in the dtype of v.
     """
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
+    if fused(kernels, q_BNLH.shape[0], length, k_BKSH.shape[2], mask_B1LS):
+        k_BNSH, v_BNSH = (jnp.repeat(x, groups, axis=1) if groups > 1 else x for x in (k_BKSH, v_BKSH))
+        rule, segments = mask_B1LS or Seen(), None
+        if rule.query_segments_BL is not None:
+            segments = rule.query_segments_BL, rule.key_segments_BS
+        return tpu.attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, segments, causal=rule.causal)
+    if isinstance(mask_B1LS, Seen):
+        mask_B1LS = mask_B1LS.mask(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= FEW:
         return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels)
     if groups > 1:
@@ -155,7 +203,9 @@ class Attention(nn.Module):
         """Keys and values of a source, for `cross`."""
         return KeyValues(self._keys(source_BSD), self._heads(self.value(source_BSD)))
 
-    def cross(self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | None, train: bool) -> jax.Array:
+    def cross(
+        self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | Seen | None, train: bool
+    ) -> jax.Array:
         """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
         q_BNLH = self._queries(x_BLD)
         return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
@@ -165,7 +215,7 @@ class Attention(nn.Module):
         x_BLD: jax.Array,
         *,
         bias_1NLS: jax.Array | None,
-        mask_B1LS: jax.Array | None,
+        mask_B1LS: jax.Array | Seen | None,
         positions_BL: jax.Array,
         train: bool,
         cache: KeyValues | None = None,

@@ -18,9 +18,9 @@ import numpy as np
 
 from t5like.config import ModelConfig
 from t5like.mesh import constrain, context_size
-from t5like.model import cpu
+from t5like.model import cpu, tpu
 
-MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
+MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "tpu": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
 MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
 
 
@@ -115,8 +115,10 @@ class Mlp(nn.Module):
         wide = Dense(config, config.mlp_dim, ("embed", "mlp"), name="in")
         activate = ACTIVATIONS[config.mlp]
         if config.mlp.startswith("gated"):
-            gate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")
-            h_BLF = activate(gate(x_BLD)) * wide(x_BLD)
+            gate_BLF = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")(x_BLD)
+            if config.kernels == "tpu":
+                gate_BLF = tpu.apart(gate_BLF)
+            h_BLF = activate(gate_BLF) * wide(x_BLD)
         else:
             h_BLF = activate(wide(x_BLD))
         h_BLF = dropout(self, constrain(h_BLF, "batch", "length", "act_mlp"), config.dropout_rate, train=train)

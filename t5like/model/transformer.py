@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from t5like.config import Config, ModelConfig
 from t5like.mesh import constrain
-from t5like.model import cpu
+from t5like.model import cpu, tpu
 from t5like.model import layers as lay
-from t5like.model.attention import Attention, KeyValues, causal_mask, segment_mask, window_mask
+from t5like.model.attention import Attention, KeyValues, Seen, causal_mask, fused, segment_mask, window_mask
 from t5like.types import Batch, Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
@@ -33,7 +33,7 @@ class Context(NamedTuple):
 
     Attributes:
         bias_1NLS: relative bias of self-attention that all layers share, or None.
-        mask_B1LS: what self-attention may see, or None: everything.
+        mask_B1LS: what self-attention may see, as an array or a rule, or None: everything.
         positions_BL: position of each token in its text.
         encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
         cross_mask_B1LS: what cross-attention may see, or None.
@@ -41,10 +41,10 @@ class Context(NamedTuple):
     """
 
     bias_1NLS: jax.Array | None
-    mask_B1LS: jax.Array | None
+    mask_B1LS: jax.Array | Seen | None
     positions_BL: jax.Array
     encoded_BSD: jax.Array | None = None
-    cross_mask_B1LS: jax.Array | None = None
+    cross_mask_B1LS: jax.Array | Seen | None = None
     first: jax.Array | int = 0
 
 
@@ -112,6 +112,8 @@ class Block(nn.Module):
         if self.config.positions == "relative" and self.config.relative_bias == "per_layer":
             keys = x_BLD.shape[1] if cache is None else cache_length(cache)
             bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first, fork=fork)
+            if fused(self.config.kernels, *x_BLD.shape[:2], keys, context.mask_B1LS):
+                bias_1NLS = tpu.spread(bias_1NLS)
 
         def attend(y_BLD):
             nonlocal own
@@ -185,10 +187,10 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         *,
-        mask_B1LS: jax.Array | None,
+        mask_B1LS: jax.Array | Seen | None,
         positions_BL: jax.Array,
         encoded_BSD: jax.Array | None = None,
-        cross_mask_B1LS: jax.Array | None = None,
+        cross_mask_B1LS: jax.Array | Seen | None = None,
         cache: Caches | None = None,
         first: jax.Array | int = 0,
         fork: int | None = None,
@@ -204,7 +206,10 @@ class Stack(nn.Module):
         if self.config.attention_window:
             # By place in the row: padding on the left and documents behind each other shift query and key alike.
             window = window_mask(queries, keys, first, self.config.attention_window, fork)
+            mask_B1LS = mask_B1LS.mask(queries, keys) if isinstance(mask_B1LS, Seen) else mask_B1LS
             mask_B1LS = window if mask_B1LS is None else mask_B1LS & window
+        if bias_1NLS is not None and fused(self.config.kernels, x_BLD.shape[0], queries, keys, mask_B1LS):
+            bias_1NLS = tpu.spread(bias_1NLS)
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
         if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values
             return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
@@ -304,14 +309,16 @@ class Transformer(nn.Module):
             )
         if self.config.model.architecture == "encoder":
             return encoded_BSD
-        mask = causal_mask(*[batch.decoder_BL.shape[1]] * 2)
-        if batch.prefix_BL is not None:
-            mask = mask | batch.prefix_BL[:, None, None, :]
+        segments_BL, (rows, length) = batch.decoder_segments_BL, batch.decoder_BL.shape
         cross_mask = None
-        if batch.decoder_segments_BL is not None:
-            mask = mask & segment_mask(batch.decoder_segments_BL, batch.decoder_segments_BL)
-            if encoded_BSD is not None:
-                cross_mask = segment_mask(batch.decoder_segments_BL, batch.encoder_segments_BS)
+        if segments_BL is not None and encoded_BSD is not None:
+            cross_mask = Seen(False, segments_BL, batch.encoder_segments_BS)
+            cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1])
+        if batch.prefix_BL is None:
+            mask = self._by_rule(Seen(True, segments_BL, segments_BL), rows, length, length)
+        else:
+            mask = causal_mask(length, length) | batch.prefix_BL[:, None, None, :]
+            mask = mask if segments_BL is None else mask & segment_mask(segments_BL, segments_BL)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD = self._embed(batch.decoder_BL, positions_BL, train=train)
         x_BLD, _ = self.decoder(
@@ -335,10 +342,16 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """The encoder's output [B, S, D]. Of a model with token types, a text that brings none is a pair's first."""
         positions_BS = _positions(ids_BS, positions_BS)
-        mask = None if segments_BS is None else segment_mask(segments_BS, segments_BS)
+        mask = None
+        if segments_BS is not None:
+            mask = self._by_rule(Seen(False, segments_BS, segments_BS), *ids_BS.shape, ids_BS.shape[1])
         x_BSD = self._embed(ids_BS, positions_BS, token_types_BS, train=train)
         x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
         return self._drop_output(x_BSD, train=train)
+
+    def _by_rule(self, seen: Seen, rows: int, queries: int, keys: int) -> jax.Array | Seen | None:
+        """The rule itself for a fused kernel, else its array, once for all layers."""
+        return seen if fused(self.config.model.kernels, rows, queries, keys, seen) else seen.mask(queries, keys)
 
     def pair_logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """Whether a pair's second text follows its first: float32 logits [B, 2] of yes and no. Needs token types."""

@@ -27,6 +27,7 @@ from t5like import mesh as meshes
 from t5like import metrics, step, tree
 from t5like.config import Config
 from t5like.data import pipeline
+from t5like.model import tpu
 from t5like.plan.hlo import Analysis, Collective
 from t5like.plan.topology import Topology
 from t5like.types import Batch, TrainState
@@ -149,6 +150,13 @@ def _stacks(config: Config) -> list[_Stack]:
     return [encoder, _Stack(layers, data.targets_length, (data.targets_length, data.inputs_length))]
 
 
+def _fused(config: Config, queries: int, keys: int) -> bool:
+    """Whether scores stay in the core: `attention.fused`, without a trace and for the masks of most rows."""
+    model = config.model
+    by_rule = config.mesh.context == 1 and not model.attention_window
+    return model.kernels == "tpu" and by_rule and max(queries, keys) <= tpu.LONGEST
+
+
 def quick(config: Config, topology: Topology, state: Held) -> Quick:
     """Estimate memory and time without compiling; the config is settled."""
     sizes = meshes.axis_sizes(config, topology.num_devices)
@@ -160,7 +168,8 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     saved = working = recomputed = scores = 0.0
     for stack in _stacks(config):
         tokens = rows * stack.queries // sizes["context"]
-        attention = sum(4 * rows * model.num_heads * stack.queries * n for n in stack.keys) / tensor / sizes["context"]
+        written = [n for n in stack.keys if not _fused(config, stack.queries, n)]  # scores that are
+        attention = sum(4 * rows * model.num_heads * stack.queries * n for n in written) / tensor / sizes["context"]
         scores += stack.layers * attention
         products = tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
         layer = products * width + (1 + width / 4) * attention + 4 * tokens * model.model_dim * width

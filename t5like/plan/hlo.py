@@ -220,9 +220,14 @@ def product_flops(computation: dict[str, Instruction], item: Instruction) -> flo
 
 
 def _attention_flops(computation: dict[str, Instruction], item: Instruction) -> float:
-    """Of a kernel that reads queries [B, N, L, H], keys and values [B, K, S, H]: libtpu makes them of plain softmax."""
+    """Of a Pallas kernel that says so itself (`model.tpu`), or of one that libtpu makes of plain softmax.
+
+    The latter reads queries [B, N, L, H], keys and values [B, K, S, H].
+    """
     if 'custom_call_target="tpu_custom_call"' not in item.rest:
         return 0.0
+    if found := re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', item.rest):
+        return float(found[1])
     shapes = [_dims(computation[name].type) for name in operands(item)[:3] if name in computation]
     if len(shapes) < 3 or {len(shape) for shape in shapes} != {4} or len({shape[-1] for shape in shapes[:2]}) > 1:
         return 0.0
