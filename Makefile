@@ -1,17 +1,21 @@
 # make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
 # make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
+# make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
+#              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
 # make check   set up, then lint
 # make clean   remove the environment and all caches; runs/ stays
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test parity check clean
+.PHONY: help train test parity golden check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := $(VENV)/peers_installed
+LIBTPU := .libtpu
+LIBTPU_VERSION := 0.0.52
 unexport PYTHONPATH PYTHONHOME
 
 help:
@@ -26,11 +30,14 @@ test: $(INSTALLED)
 parity: $(PEERS)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
 
+golden: $(LIBTPU)/installed
+	@PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
+
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
+	@rm -rf $(VENV) $(LIBTPU) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted installation starts again.
@@ -53,4 +60,14 @@ $(PEERS): $(INSTALLED)
 	@echo "Installing PyTorch and transformers into $(VENV), once ..."; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parity]' \
 	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
+	@touch $@
+
+# A folder of its own: in the environment it would slow the start of every process. The version is that of the golden
+# files and of plan/estimate.py's table; a TPU runs with the older one that jax[tpu] asks for.
+$(LIBTPU)/installed: $(INSTALLED)
+	@echo "Installing the TPU compiler into $(LIBTPU), once ..."; \
+	rm -rf $(LIBTPU) && mkdir $(LIBTPU) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+	    --target $(LIBTPU) libtpu==$(LIBTPU_VERSION) >$(LIBTPU)/install.log 2>&1 || \
+	    { cat $(LIBTPU)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@

@@ -192,10 +192,16 @@ def split_microbatches(batch: Batch, count: int) -> Batch:
 
 
 def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
-    """The function (params, batch, sums so far) -> sums with this batch, without dropout."""
+    """The function (params, batch, sums so far) -> sums with this batch, by microbatches too, without dropout."""
+    microbatches = config.train.microbatches
 
     def eval_step(params: Tree, batch: Batch, total: Metrics) -> Metrics:
-        return jax.tree.map(jnp.add, total, loss_fn(config, params, batch, None).metrics)
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, loss_fn(config, params, rows, None).metrics), None
+
+        if microbatches == 1:
+            return add(total, batch)[0]
+        return jax.lax.scan(add, total, split_microbatches(batch, microbatches))[0]
 
     return eval_step
 

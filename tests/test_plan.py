@@ -179,8 +179,15 @@ def test_a_machine_that_does_not_exist_or_fit_is_refused_in_one_line(command, ar
 def test_running_out_of_memory_is_read_from_the_compilers_message():
     program = compiler.out_of_memory((GOLDEN / "out_of_memory.txt").read_text(), "", 1.0)
     assert program.needed == 64 * 2**30
-    plan = planner._program(small(), V5E, program, 2**30, is_train=True)
+    plan = planner.of_program(small(), V5E, program, 2**30, is_train=True)
     assert plan["fits"] is False and plan["memory"]["needed"] == 65 * 2**30
+
+
+def test_a_program_that_can_not_be_read_still_tells_its_memory():
+    program = compiler.Program("", "", 5 * 2**30, 2**30, 2**30, 8 * 2**30, 12 * 2**30, 1.0)
+    plan = planner.of_program(small(), V5E, program, 0, is_train=True)
+    assert plan["fits"] and plan["memory"]["total"] == 13 * 2**30
+    assert "can't read" in report._speed({"train": plan})
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """One update: on any mesh, in any number of parts, traced once, planned as it is run."""
 
+import dataclasses
 import functools
+from functools import partial
 from typing import NamedTuple
 
 import conftest
@@ -341,3 +343,16 @@ def test_a_length_that_context_does_not_divide_stays_whole():
     _, alone = one_step(small(data={"targets_length": 13}), batch, 1)
     np.testing.assert_allclose(metrics["loss"].total, alone["loss"].total, rtol=1e-5)
     assert jnp.isfinite(metrics["grad_norm"].total)
+
+
+def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
+    config = small(model={"architecture": "decoder"}, train={"microbatches": 4})
+    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
+    batch = random_batch(config)
+    params = jax.jit(partial(step.init_state, config))(batch, jax.random.key(0)).params
+    start = jax.tree.map(lambda zero: zero + 1, step.zero_metrics(config, params, batch))
+    programs = [jax.jit(step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)]
+    one, four = (program(params, batch, start) for program in programs)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), four, one)
+    held, less = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert less < held / 2

@@ -44,7 +44,7 @@ ENVIRONMENT = {
 class Program(NamedTuple):
     """One compiled step; bytes are per device."""
 
-    text: str  # the scheduled HLO; empty if it does not fit
+    text: str  # the scheduled HLO; empty if it does not fit, or can't be read here
     lowered: str  # SHA-256 of the StableHLO that was compiled
     arguments: int  # state and batch, with the padding of their layouts
     outputs: int
@@ -54,6 +54,8 @@ class Program(NamedTuple):
     seconds: float  # of lowering and compiling
     out_of_memory: str = ""  # what the compiler said
     needed: int = 0  # bytes, if it said so
+    cpu_seconds: float = 0.0  # of the whole process that compiled it
+    resident: int = 0  # bytes of it at most
 
 
 def check_installed(topology: Topology) -> None:
@@ -117,16 +119,16 @@ def _collect(directory: Path, name: str, process: subprocess.Popen) -> Program:
         last = next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
         raise UserError(f"the {name} step could not be compiled (exit code {code}): {last[:400]}")
     answer = json.loads(path.read_text())
-    if refused := answer.pop("refused", ""):
-        raise ConfigError(refused)
-    packed = directory / f"{name}.hlo.gz"
-    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
+    if "refused" in answer:
+        raise ConfigError(answer["refused"])
+    return read(directory, name)
 
 
 def read(directory: Path, name: str) -> Program:
     """What `run` kept in a folder."""
     answer = json.loads((directory / f"{name}.json").read_text())
-    return Program(text=gzip.decompress((directory / f"{name}.hlo.gz").read_bytes()).decode(), **answer)
+    packed = directory / f"{name}.hlo.gz"
+    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
 
 
 # ---- In the process that compiles ----
@@ -168,7 +170,7 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
         return out_of_memory(message, digest, time.monotonic() - begin)
     memory = program.memory_analysis()
     return Program(
-        text=program.as_text(),
+        text=_text(program),
         lowered=digest,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -177,6 +179,21 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
         peak=getattr(memory, "peak_memory_in_bytes", 0),
         seconds=time.monotonic() - begin,
     )
+
+
+def _text(program) -> str:
+    """The scheduled program; nothing where jaxlib can't read it.
+
+    0.10.2 refuses the asynchronous collectives that libtpu 0.0.52 makes of big models on v5p ("async-update instruction
+    should have 1 operands"): the compiler is newer than the reader.
+    """
+    from jax.errors import JaxRuntimeError
+
+    try:
+        return program.as_text()
+    except JaxRuntimeError as error:
+        print(f"the program can't be read: {error}", file=sys.stderr)
+        return ""
 
 
 def out_of_memory(message: str, digest: str, seconds: float) -> Program:
@@ -205,10 +222,11 @@ def main(directory: Path, name: str) -> None:
         if program.text:
             with written_whole(directory / f"{name}.hlo.gz") as file:
                 file.write(gzip.compress(program.text.encode(), 5))
-    answer_bytes = json.dumps(answer).encode()
-    print(f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resident = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+    answer |= {"cpu_seconds": used.ru_utime + used.ru_stime, "resident": resident}
     with written_whole(directory / f"{name}.json") as file:
-        file.write(answer_bytes)
+        file.write(json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

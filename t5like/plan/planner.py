@@ -69,9 +69,9 @@ def make(
         say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
         for name, program in programs.items():
-            plan[name] = _program(config, topology, program, held.total, is_train=name == "train")
-        if not plan["train"]["fits"]:
-            needed = plan["train"]["memory"].get("total") or plan["train"]["memory"]["needed"]
+            plan[name] = of_program(config, topology, program, held.total, is_train=name == "train")
+        if short := [plan[name]["memory"] for name in programs if not plan[name]["fits"]]:
+            needed = max(memory.get("total") or memory["needed"] for memory in short)
             plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
     if wishes.search is not None:
         plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
@@ -99,7 +99,7 @@ def _quick(config: Config, topology: Topology, quick: estimate.Quick) -> Plan:
     return plan | ({"mfu": estimate.mfu(config, topology, quick.seconds)} if quick.seconds else {})
 
 
-def _program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
+def of_program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
     """What a compiled step says of itself; held: bytes that are there beside its temporaries."""
     if program.out_of_memory:
         needed = program.needed + (held if "temporaries" in program.out_of_memory else 0)
@@ -107,10 +107,8 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
             "fits": False,
             "memory": {"needed": max(needed, topology.chip.memory or 0)},
             "message": program.out_of_memory,
-            "compile_seconds": program.seconds,
+            **_cost(program),
         }
-    analysis = hlo.analyze(program.text)
-    prediction = estimate.predict(analysis, topology)
     # What is reserved: arguments, results that take no argument's place, and temporaries with the gaps between them.
     total = program.arguments + program.outputs - program.aliased + program.temporary
     plan: Plan = {
@@ -122,6 +120,14 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
             "total": total,
             "peak_alive": program.peak,
         },
+        "lowered_sha256": program.lowered,
+        **_cost(program),
+    }
+    if not program.text:
+        return plan
+    analysis = hlo.analyze(program.text)
+    prediction = estimate.predict(analysis, topology)
+    plan |= {
         "flops": analysis.flops,
         "cycles": analysis.cycles(),
         "loops": [loop._asdict() for loop in analysis.loops],
@@ -130,8 +136,6 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
         "custom_calls": analysis.custom_calls,
         "tensors": [tensor._asdict() for tensor in analysis.tensors],
         "slowest": _slowest(analysis),
-        "lowered_sha256": program.lowered,
-        "compile_seconds": program.seconds,
     }
     if prediction:
         plan["time"] = prediction._asdict()
@@ -140,6 +144,15 @@ def _program(config: Config, topology: Topology, program: compiler.Program, held
             plan["time"]["tokens_per_second"] = estimate.tokens_per_step(config) / prediction.seconds
             plan["time"]["uncertainty"] = estimate.UNCERTAINTY
     return plan
+
+
+def _cost(program: compiler.Program) -> Plan:
+    """What compiling took on this machine."""
+    return {
+        "compile_seconds": program.seconds,
+        "compile_cpu_seconds": program.cpu_seconds,
+        "compile_resident": program.resident,
+    }
 
 
 def _collectives(analysis: hlo.Analysis, topology: Topology) -> list[Plan]:
@@ -182,13 +195,18 @@ def _choice(choice: search.Choice) -> Plan:
     }
 
 
-def _compile_choice(choice: search.Choice, topology: Topology, say: Callable[[str], None]) -> Plan:
-    """A choice with what the compiler says of it."""
+def _compile_choice(
+    choice: search.Choice, topology: Topology, say: Callable[[str], None], names: tuple[str, ...] = ("train",)
+) -> Plan:
+    """A choice with what the compiler says of its train step; it fits if all the named steps do."""
     row = _choice(choice)
     say(f"compiling with {' '.join(choice.settings) or 'the settings as they are'}")
-    [program] = compiler.run(choice.config, topology, ("train",)).values()
-    compiled = _program(choice.config, topology, program, choice.held, is_train=True)
-    row["compiled"] = {name: compiled.get(name) for name in ("fits", "memory", "flops", "time")}
+    compiled = {
+        name: of_program(choice.config, topology, program, choice.held, is_train=name == "train")
+        for name, program in compiler.run(choice.config, topology, names).items()
+    }
+    row["compiled"] = {name: compiled["train"].get(name) for name in ("memory", "flops", "time")}
+    row["compiled"]["fits"] = all(step["fits"] for step in compiled.values())
     return row
 
 
@@ -197,7 +215,7 @@ def _nearest(config: Config, topology: Topology, factor: float, say: Callable[[s
     found = search.nearest(config, search.choices(config, topology), topology, factor)
     rows = [_choice(choice) for choice in found]
     for place, choice in enumerate(found):
-        rows[place] = _compile_choice(choice, topology, say)
+        rows[place] = _compile_choice(choice, topology, say, ("train", "eval"))
         if rows[place]["compiled"]["fits"]:
             break
     return rows

@@ -75,8 +75,10 @@ def _memory(plan: Plan) -> str:
 
 def _speed(plan: Plan) -> str:
     train = plan.get("train")
-    if not train or "flops" not in train:
+    if not train or "total" not in train["memory"]:
         return ""
+    if "flops" not in train:
+        return "step       no time: jaxlib can't read this compiler's program, so that only its memory is known"
     model = plan["model_flops"]
     lines = [
         f"work       {train['flops'] / 1e12:.4g} TFLOP of products a device and step, "
