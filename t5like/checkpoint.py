@@ -44,6 +44,11 @@ from t5like.types import Array, TrainState, Tree
 FORMAT = 1  # of a checkpoint; a later version reads older numbers and refuses newer ones
 COMMITTED = "commit_success.txt"
 SAVE_SECONDS = 600  # a save that takes longer has failed: storage that hangs must not hang the run
+# What TensorStore compresses waits in memory until a file is full (2 GiB by default, which is a second copy of a model),
+# and a chunk is packed and unpacked whole.
+DATA_FILE = 32 * 2**20  # bytes, more or less
+PART = 8 * 2**20  # bytes whose digest is taken at once
+CHUNK = 16 * 2**20  # bytes of an array, at most
 SHOWN = 5  # differences named in one message
 
 
@@ -114,7 +119,14 @@ class Checkpoints:
         with self._clears_up("can't be written"):
             self._saving[1].save(  # plain dicts: on disk no Optax tuple or empty state shapes the tree
                 self.directory / str(step),
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree.nested(leaves)), meta=ocp.args.JsonSave(meta)),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(
+                        tree.nested(leaves),
+                        tree.nested({name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves}),
+                        ocdbt_target_data_file_size=DATA_FILE,
+                    ),
+                    meta=ocp.args.JsonSave(meta),
+                ),
                 force=True,  # over what a killed save left
             )
 
@@ -183,8 +195,10 @@ class Checkpoints:
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
             for name, leaf in wanted.items()
         }
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + 2**20) / 10**9)
         request = ocp.args.PyTreeRestore(tree.nested(wanted), tree.nested(arguments), partial_restore=bool(prefix))
-        with _one_line(path / "state", "can't be read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _one_line(path / "state", "can't be read"), ocp.Checkpointer(handler) as reader:
             restored = traverse_util.flatten_dict(reader.restore(path / "state", args=request), sep="/")
         damaged = [name for name, leaf in describe(restored).items() if leaf != stored[name]]
         if damaged:
@@ -259,7 +273,7 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
     On one device leaf by leaf: on a CPU a program for all keeps some of every leaf's bits at once, twice the memory.
     """
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
-        digests = {name: jax.device_get(digest(leaf)) for name, leaf in leaves.items()}
+        digests = {name: jax.device_get(_digest_in_parts(leaf)) for name, leaf in leaves.items()}
     else:
         digests = jax.device_get(_digests(dict(leaves)))
     return {
@@ -274,12 +288,25 @@ def _digests(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
+def _digest_in_parts(x: Array) -> tuple[Array, Array]:
+    """As `digest`, of some MB at a time: what a CPU keeps besides would else be twice the largest leaf."""
+    rows = max(PART // max(x.nbytes // max(x.shape[0], 1), 1), 1) if x.ndim else 1
+    if not x.ndim or x.shape[0] <= rows:
+        return digest(x)
+    sums = [np.zeros((), np.uint32)] * 2
+    for begin in range(0, x.shape[0], rows):
+        part = jax.lax.dynamic_slice_in_dim(x, begin, min(rows, x.shape[0] - begin))
+        lanes = jax.device_get(digest(part, np.uint32(begin)))  # waits: else all parts are there at once
+        sums = [total + lane for total, lane in zip(sums, lanes, strict=True)]
+    return tuple(sums)
+
+
 @jax.jit
-def digest(x: Array) -> tuple[Array, Array]:
+def digest(x: Array, first: Array | int = 0) -> tuple[Array, Array]:
     """Two uint32 that change with any element's bits or place, and not with the sharding.
 
     Each lane is the wrapping sum of ``mix(bits ^ key(index))``, where mix is MurmurHash3's 32-bit finalizer. That is a
-    bijection, so one changed element always shows. Nothing of the array's size is kept: it fuses into the reduction.
+    bijection, so one changed element always shows. `first` is the place of x's first row in a larger array.
     """
     bits = (
         x.astype(jnp.uint32)
@@ -290,7 +317,8 @@ def digest(x: Array) -> tuple[Array, Array]:
     )
     index = jnp.zeros(bits.shape, jnp.uint32)
     for dim, size in enumerate(bits.shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+        index = index * np.uint32(size % 2**32) + (place if dim else place + jnp.uint32(first))
 
     def lane(key: int) -> Array:
         mixed = bits ^ (index * np.uint32(key) + np.uint32(key >> 1))

@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parse(arguments)
         start_devices(options.fake_devices)
-        if options.command not in MOVE_WEIGHTS:
+        if options.command in MOVE_WEIGHTS:
+            give_freed_memory_back()
+        else:
             keep_freed_memory()
         options.begin = place(options)
         COMMANDS[options.command](options, overrides)
@@ -98,6 +100,17 @@ def start_devices(fake_devices: int | None) -> None:
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc map what is larger than 1 MiB by itself, so that it is gone when it is freed.
+
+    Else that limit grows with what is freed, up to 32 MiB, and parts of weights stay in the heaps of many threads.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mmap_threshold = -3  # malloc.h
+        mallopt(mmap_threshold, 2**20)
 
 
 def keep_freed_memory() -> None:
