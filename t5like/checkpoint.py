@@ -44,9 +44,10 @@ from t5like.types import Array, TrainState, Tree
 FORMAT = 1  # of a checkpoint; a later version reads older numbers and refuses newer ones
 COMMITTED = "commit_success.txt"
 SAVE_SECONDS = 600  # a save that takes longer has failed: storage that hangs must not hang the run
-# What TensorStore compresses waits in memory until a file is full (2 GiB by default, which is a second copy of a model),
-# and a chunk is packed and unpacked whole.
-DATA_FILE = 32 * 2**20  # bytes, more or less
+# What TensorStore compresses waits in memory until a file is full (2 GiB by default, which is a second copy of a small
+# model), and a chunk is packed and unpacked whole.
+SHARE = 16  # a file holds that part of all bytes, and so much is read at once beside the largest array
+DATA_FILE = 32 * 2**20, 2 * 2**30  # bytes of a file, at least and at most
 PART = 8 * 2**20  # bytes whose digest is taken at once
 CHUNK = 16 * 2**20  # bytes of an array, at most
 SHOWN = 5  # differences named in one message
@@ -123,7 +124,7 @@ class Checkpoints:
                     state=ocp.args.PyTreeSave(
                         tree.nested(leaves),
                         tree.nested({name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves}),
-                        ocdbt_target_data_file_size=DATA_FILE,
+                        ocdbt_target_data_file_size=min(max(_bytes(leaves) // SHARE, DATA_FILE[0]), DATA_FILE[1]),
                     ),
                     meta=ocp.args.JsonSave(meta),
                 ),
@@ -195,8 +196,8 @@ class Checkpoints:
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
             for name, leaf in wanted.items()
         }
-        largest = max(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
-        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + 2**20) / 10**9)
+        largest = max(_bytes({name: leaf}) for name, leaf in wanted.items())
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + _bytes(wanted) // SHARE + 2**20) / 10**9)
         request = ocp.args.PyTreeRestore(tree.nested(wanted), tree.nested(arguments), partial_restore=bool(prefix))
         with _one_line(path / "state", "can't be read"), ocp.Checkpointer(handler) as reader:
             restored = traverse_util.flatten_dict(reader.restore(path / "state", args=request), sep="/")
@@ -288,17 +289,21 @@ def _digests(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
+def _bytes(leaves: Mapping[str, Array | jax.ShapeDtypeStruct]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
+
+
 def _digest_in_parts(x: Array) -> tuple[Array, Array]:
     """As `digest`, of some MB at a time: what a CPU keeps besides would else be twice the largest leaf."""
     rows = max(PART // max(x.nbytes // max(x.shape[0], 1), 1), 1) if x.ndim else 1
     if not x.ndim or x.shape[0] <= rows:
         return digest(x)
-    sums = [np.zeros((), np.uint32)] * 2
+    sums = (0, 0)
     for begin in range(0, x.shape[0], rows):
         part = jax.lax.dynamic_slice_in_dim(x, begin, min(rows, x.shape[0] - begin))
         lanes = jax.device_get(digest(part, np.uint32(begin)))  # waits: else all parts are there at once
-        sums = [total + lane for total, lane in zip(sums, lanes, strict=True)]
-    return tuple(sums)
+        sums = tuple((total + int(lane)) % 2**32 for total, lane in zip(sums, lanes, strict=True))
+    return sums
 
 
 @jax.jit

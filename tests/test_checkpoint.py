@@ -341,3 +341,10 @@ def test_a_killed_save_costs_nothing_but_itself(tmp_path):
     checkpoints.save(new_state(99_999), **REST)
     checkpoints.close()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_large_array_has_one_digest_whether_it_is_read_whole_or_in_parts(rng, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PART", 100)
+    for shape in [(), (7,), (7, 3, 2), (300,), (2, 500)]:  # bytes of a row below and above a part's, a rest at the end
+        x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        assert describe({"x": x})["x"].digest == tuple(map(int, checkpoint.digest(x))), shape
