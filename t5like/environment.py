@@ -159,14 +159,24 @@ def _tpu_hosts(env: Env) -> list[str]:
     return [host.split(":")[0] for host in hosts.split(",") if host]
 
 
+def _whole(env: Env, name: str, absent: str) -> int:
+    """A variable that must be a whole number, `absent` where it is empty."""
+    value = env.get(name) or absent
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value!r} must be a whole number, such as {absent}; {ALONE}")
+    return int(value)
+
+
 def _tpu_processes(env: Env) -> str | None:
     hosts = _tpu_hosts(env)
-    return str(len(hosts) * int(env.get("MEGASCALE_NUM_SLICES") or 1)) if hosts else None
+    return str(len(hosts) * _whole(env, "MEGASCALE_NUM_SLICES", "1")) if hosts else None
 
 
 def _tpu_process(env: Env) -> str | None:
-    worker, first = env.get("TPU_WORKER_ID"), int(env.get("MEGASCALE_SLICE_ID") or 0) * len(_tpu_hosts(env))
-    return str(first + int(worker)) if worker else None
+    if not env.get("TPU_WORKER_ID"):
+        return None
+    first = _whole(env, "MEGASCALE_SLICE_ID", "0") * len(_tpu_hosts(env))
+    return str(first + _whole(env, "TPU_WORKER_ID", "0"))
 
 
 def _tpu_coordinator(env: Env) -> str | None:

@@ -165,3 +165,9 @@ def test_a_tpu_machine_asks_the_metadata_server():
     assert (start.coordinator, start.num_processes, start.process) == ("10.0.0.1:8476", 4, 3)
     with pytest.raises(ConfigError, match="set T5LIKE_NUM_PROCESSES=1 to run alone"):
         metadata(f"127.0.0.1:{server.server_port}")
+
+
+@pytest.mark.parametrize("name", ["TPU_WORKER_ID", "MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES"])
+def test_a_tpu_variable_that_is_no_number_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"{name}='one' must be a whole number"):
+        environment({**TPU, name: "one"})
