@@ -97,7 +97,7 @@ def environment(env: Env) -> Start | None:
             f"{sign}={env[sign]} says {row.name}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
             f"missing: {row.remedy}, or {ALONE}"
         )
-    num_processes, process = (_number(row, field, value) for field, (value, _) in said.items())
+    num_processes, process = (_number(f"{row.name}: {field}", value) for field, (value, _) in said.items())
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{row.name}: the coordinator {address!r} must be HOST:PORT, such as 10.0.0.1:8476")
@@ -116,9 +116,9 @@ def _said(env: Env, names: tuple[str, ...] | Callable[[Env], str | None]) -> str
     return names(env) if callable(names) else _first(env, names)
 
 
-def _number(row: Environment, field: str, value: str) -> int:
+def _number(name: str, value: str) -> int:
     if not value.isdecimal():
-        raise ConfigError(f"{row.name}: {field}={value!r} must be a whole number; {ALONE}")
+        raise ConfigError(f"{name}={value!r} must be a whole number; {ALONE}")
     return int(value)
 
 
@@ -159,24 +159,16 @@ def _tpu_hosts(env: Env) -> list[str]:
     return [host.split(":")[0] for host in hosts.split(",") if host]
 
 
-def _whole(env: Env, name: str, absent: str) -> int:
-    """A variable that must be a whole number, `absent` where it is empty."""
-    value = env.get(name) or absent
-    if not value.isdecimal():
-        raise ConfigError(f"{name}={value!r} must be a whole number, such as {absent}; {ALONE}")
-    return int(value)
-
-
 def _tpu_processes(env: Env) -> str | None:
     hosts = _tpu_hosts(env)
-    return str(len(hosts) * _whole(env, "MEGASCALE_NUM_SLICES", "1")) if hosts else None
+    return str(len(hosts) * _number("MEGASCALE_NUM_SLICES", env.get("MEGASCALE_NUM_SLICES") or "1")) if hosts else None
 
 
 def _tpu_process(env: Env) -> str | None:
-    if not env.get("TPU_WORKER_ID"):
+    if not (worker := env.get("TPU_WORKER_ID")):
         return None
-    first = _whole(env, "MEGASCALE_SLICE_ID", "0") * len(_tpu_hosts(env))
-    return str(first + _whole(env, "TPU_WORKER_ID", "0"))
+    first = _number("MEGASCALE_SLICE_ID", env.get("MEGASCALE_SLICE_ID") or "0") * len(_tpu_hosts(env))
+    return str(first + _number("TPU_WORKER_ID", worker))
 
 
 def _tpu_coordinator(env: Env) -> str | None:
