@@ -107,10 +107,8 @@ def give_freed_memory_back() -> None:
 
     Else that limit grows with what is freed, up to 32 MiB, and parts of weights stay in the heaps of many threads.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mmap_threshold = -3  # malloc.h
-        mallopt(mmap_threshold, 2**20)
+    mmap_threshold = -3  # malloc.h
+    _mallopt({mmap_threshold: 2**20})
 
 
 def keep_freed_memory() -> None:
@@ -120,11 +118,15 @@ def keep_freed_memory() -> None:
     does the work, or without glibc. It must happen before the process has threads.
     """
     accelerator = any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia[0-9]*", "accel*", "vfio/[0-9]*"))
-    if sys.platform != "linux" or (accelerator and os.environ.get("JAX_PLATFORMS") != "cpu"):
+    if accelerator and os.environ.get("JAX_PLATFORMS") != "cpu":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-        mallopt(arena_max, 1)
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)  # never; a number would have to fit an int, and 2 GiB are freed in every step
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    # Trimmed never; a number would have to fit an int, and 2 GiB are freed in every step.
+    _mallopt({arena_max: 1, mmap_max: 0, trim_threshold: -1})
+
+
+def _mallopt(settings: dict[int, int]) -> None:
+    """Set options of glibc's allocator, in this order; nothing without glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in settings.items() if mallopt else ():
+        mallopt(option, value)
