@@ -395,8 +395,12 @@ def _silence() -> None:
 
 
 def _is_ours(path: epath.Path) -> bool:
-    """Whether a directory holds what Orbax or we write; a stranger's is not deleted."""
-    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "state", "meta"))
+    """Whether a directory holds what Orbax or we write, or nothing: a kill can fall between making it and filling it.
+
+    A stranger's is not deleted.
+    """
+    ours = any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "state", "meta"))
+    return ours or (path.is_dir() and not any(path.iterdir()))
 
 
 @contextlib.contextmanager

@@ -241,13 +241,14 @@ def test_changed_metadata_and_newer_formats_are_refused(tmp_path):
 def test_only_committed_checkpoints_exist(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     (tmp_path / "2" / checkpoint.COMMITTED).unlink()
-    for stray in ("9", "7.orbax-checkpoint-tmp", "notes"):
-        (tmp_path / stray).mkdir()
+    for stray in ("9", "7", "5/theirs", "7.orbax-checkpoint-tmp", "notes"):  # 9 and 7: killed when just made
+        (tmp_path / stray).mkdir(parents=True)
     assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
     with pytest.raises(CheckpointError, match="no complete checkpoint of step 2; there are 1"):
         checkpoints.restore(on_mesh(new_state(), data=1), 2)
     assert saved(tmp_path, 9).steps() == [1, 9]
-    assert not (tmp_path / "2").exists() and (tmp_path / "notes").exists()
+    assert not (tmp_path / "2").exists() and not (tmp_path / "7").exists()
+    assert (tmp_path / "5" / "theirs").exists() and (tmp_path / "notes").exists()
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         Checkpoints(tmp_path / "empty", keep=1).meta()
 
