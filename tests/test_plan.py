@@ -159,6 +159,16 @@ def test_a_quick_plan_knows_days_cost_and_slices(command):
     assert "at that price" in report.text(plan)
 
 
+def test_a_quick_plan_that_does_not_fit_names_settings_that_do(command):
+    arguments = ("--config=configs/llama_7b.py", "--topology=v5e:4x4", "--quick", "--json")
+    plan = json.loads(command("plan", *arguments)[1])
+    [least, *_] = plan["nearest"]
+    assert plan["quick"]["fits"] is False and "settings that fit" in report.text(plan)
+    flags = [f"--config.{setting}" for setting in least["settings"]]
+    again = json.loads(command("plan", *arguments, *flags)[1])["quick"]
+    assert again["fits"] and again["total"] == least["memory"]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

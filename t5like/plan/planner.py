@@ -65,6 +65,9 @@ def make(
         "checks": [{"name": check.name, "state": check.state, "text": check.text} for check in checks],
     }
     del plan["held"]["leaves"]
+    if wishes.quick and not plan["quick"]["fits"]:
+        fitting = search.nearest(config, search.choices(config, topology), topology, factor=1.0)
+        plan["nearest"] = [_choice(choice) for choice in fitting]
     if not wishes.quick:
         say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
