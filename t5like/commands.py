@@ -160,8 +160,6 @@ def generate(options: argparse.Namespace, _) -> None:
 
 def import_hf(options: argparse.Namespace, _) -> None:
     """`t5like import --format=hf`."""
-    if options.config:
-        raise ConfigError("--config is for --format=t5x: a Hugging Face directory has its own; leave it out")
     from t5like.hf.directory import import_run
 
     for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):

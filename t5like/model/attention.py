@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from t5like.config import ModelConfig
 from t5like.mesh import batch_parts, constrain, context_size
 from t5like.model import cpu, tpu
-from t5like.model.layers import MASKED, Dense, Norm, dropout, rotate
+from t5like.model.layers import Dense, Norm, dropout, rotate
+from t5like.types import MASKED
 
 FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
 
@@ -184,7 +185,7 @@ class Attention(nn.Module):
 
     def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
         q_BNLH = self._heads(self.query(x_BLD), positions_BL, self.config.qk_norm and self.query_norm)
-        return checkpoint_name(self._scale(q_BNLH), "query")  # what `transformer.REMAT` may keep, by name
+        return checkpoint_name(self._scale(q_BNLH), "query")  # what `stack.REMAT` may keep, by name
 
     def _keys(self, x_BSD: jax.Array, positions_BS: jax.Array | None = None) -> jax.Array:
         k_BKSH = self._heads(self.key(x_BSD), positions_BS, self.config.qk_norm and self.key_norm)
