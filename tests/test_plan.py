@@ -224,7 +224,8 @@ def test_an_estimate_near_the_limit_does_not_fit_and_says_why():
 
 
 def test_the_curve_of_the_learning_rate_tells_its_highest_value():
-    config = small(optimizer={"schedule": "linear", "learning_rate": 0.1, "warmup_steps": 77}, train={"num_steps": 9000})
+    linear = {"schedule": "linear", "learning_rate": 0.1, "warmup_steps": 77}
+    config = small(optimizer=linear, train={"num_steps": 9000})
     assert " up to 0.1, " in preflight.learning_rate(config)
 
 
