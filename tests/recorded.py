@@ -2,11 +2,13 @@
 
     python tests/recorded.py FILE STEP SIGNAL ARGUMENTS...
 
-When a step has been reported it gets the signal, and goes slowly from there on; step -1 never comes.
+When a step has been reported it gets the signal, and goes slowly from there on; step -1 never comes. Signal 0 is none:
+from there on its files can't become large, as on a full disk.
 """
 
 import os
 import pickle
+import resource
 import sys
 import time
 from pathlib import Path
@@ -50,7 +52,9 @@ if __name__ == "__main__":
 
     def update(self, done, *rest):
         show(self, done, *rest)
-        if done == step:
+        if done == step and number == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        elif done == step:
             os.kill(os.getpid(), number)
         if done >= step >= 0:
             time.sleep(0.2)

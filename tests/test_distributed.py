@@ -7,6 +7,7 @@ devices trains straight on: they have to equal that.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def handed_on(arguments, tmp_path_factory):
     axes = ["--config.mesh.tensor=2", "--config.mesh.context=2"]
     four = start_all(4, [*arguments, *axes], (2, steps[-1] + 3, signal.SIGKILL), held / "four")
     return workdir, two, steps, records, four, read(workdir)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_storage_that_fails_in_one_process_ends_all_with_its_reason(full, handed_on, arguments, tmp_path):
+    shutil.copytree(handed_on[0], workdir := tmp_path / "run")
+    [step] = handed_on[2]
+    settings = ["--config.mesh.fsdp=2", "--config.train.checkpoint_every=1"]
+    found = start_all(2, [*arguments, f"--workdir={workdir}", *settings], (full, step + 1, 0), tmp_path / "held")
+    assert [code for code, _, _ in found] == [4, 4], found
+    for _, _, err in found:
+        last = err.splitlines()[-1]
+        assert re.match(rf"t5like: process {full}: .*/{step + 2} could not be written: .*File too large", last), err
+    assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step, step + 1]
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step_and_saves(handed_on):
