@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5like.mesh import batch_parts, constrain, spec
+from t5like.types import MASKED
 
 LONGEST = 4096  # queries or keys: a head's operands and a block's scores must fit in the core's memory
-MASKED = -1e9
 SCORES = 2**19  # of a block of queries, about; at least 128 queries
 SMALL = 2**21  # scores of all blocks up to which the memory that a kernel gets by default is enough
 MEMORY = 48 * 2**20  # bytes of the core's memory, for longer rows

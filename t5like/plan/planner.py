@@ -65,6 +65,9 @@ def make(
         "checks": [{"name": check.name, "state": check.state, "text": check.text} for check in checks],
     }
     del plan["held"]["leaves"]
+    if wishes.quick and not plan["quick"]["fits"]:
+        fitting = search.nearest(config, search.choices(config, topology), topology, factor=1.0)
+        plan["nearest"] = [_choice(choice) for choice in fitting]
     if not wishes.quick:
         say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
@@ -232,6 +235,7 @@ def _run(config: Config, topology: Topology, plan: Plan, wishes: Wishes) -> Plan
     per_step = estimate.tokens_per_step(config)
     steps = config.train.num_steps if wishes.tokens is None else -(-wishes.tokens // per_step)
     run: Plan = {"tokens_per_step": per_step, "steps": int(steps), "tokens": int(steps * per_step)}
+    run["num_steps"] = config.train.num_steps  # those that the learning rate is for
     seconds = plan.get("train", {}).get("time", {}).get("seconds")
     if wishes.quick:
         seconds = plan["quick"]["seconds"]
