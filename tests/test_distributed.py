@@ -86,19 +86,6 @@ def handed_on(arguments, tmp_path_factory):
     return workdir, two, steps, records, four, read(workdir)
 
 
-@pytest.mark.parametrize("full", [0, 1])
-def test_storage_that_fails_in_one_process_ends_all_with_its_reason(full, handed_on, arguments, tmp_path):
-    shutil.copytree(handed_on[0], workdir := tmp_path / "run")
-    [step] = handed_on[2]
-    settings = ["--config.mesh.fsdp=2", "--config.train.checkpoint_every=1"]
-    found = start_all(2, [*arguments, f"--workdir={workdir}", *settings], (full, step + 1, 0), tmp_path / "held")
-    assert [code for code, _, _ in found] == [4, 4], found
-    for _, _, err in found:
-        last = err.splitlines()[-1]
-        assert re.match(rf"t5like: process {full}: .*/{step + 2} could not be written: .*File too large", last), err
-    assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step, step + 1]
-
-
 def test_sigterm_to_one_process_stops_all_after_the_same_step_and_saves(handed_on):
     workdir, two, steps, records, *_ = handed_on
     assert [code for code, _, _ in two] == [75, 75], two
@@ -172,6 +159,18 @@ def values(records) -> dict[tuple[int, str], float]:
     """What must not depend on the processes: losses, gradients, what evaluation counts."""
     speed = ("train/tokens_per_second", "train/step_seconds", "train/mfu", "step")
     return {(record["step"], name): value for record in records for name, value in record.items() if name not in speed}
+
+
+def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, arguments, tmp_path):
+    shutil.copytree(handed_on[0], workdir := tmp_path / "run")
+    [step] = handed_on[2]
+    arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=1"]
+    found = start_all(2, arguments, (0, step + 1, 0), tmp_path / "held")
+    assert [code for code, _, _ in found] == [4, 4], found
+    for _, _, err in found:
+        reason = rf"t5like: process 0: .*/{step + 1} could not be written: .*File too large"
+        assert re.match(reason, err.splitlines()[-1]), err
+    assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step]
 
 
 def test_the_rows_of_all_devices_are_each_batch_once(rng):
