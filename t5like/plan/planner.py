@@ -206,9 +206,14 @@ def _compile_choice(
     """A choice with what the compiler says of its train step; it fits if all the named steps do."""
     row = _choice(choice)
     say(f"compiling the {' and '.join(names)} step with {' '.join(choice.settings) or 'the settings as they are'}")
+    try:
+        programs = compiler.run(choice.config, topology, names)
+    except UserError as error:  # the compiler refuses these settings: others may do
+        say(str(error))
+        return row | {"compiled": {"memory": {"needed": 0}, "flops": None, "time": None, "fits": False}}
     compiled = {
         name: of_program(choice.config, topology, program, choice.held, is_train=name == "train")
-        for name, program in compiler.run(choice.config, topology, names).items()
+        for name, program in programs.items()
     }
     row["compiled"] = {name: compiled["train"].get(name) for name in ("memory", "flops", "time")}
     row["compiled"]["fits"] = all(step["fits"] for step in compiled.values())
