@@ -24,7 +24,8 @@ from t5like.decoding import Decoding, Made, Numbers, beam_search, sample
 from t5like.errors import ConfigError
 from t5like.mesh import constrain, to_host
 from t5like.model.attention import causal_mask, segment_mask
-from t5like.model.transformer import Transformer, longer, unstacked
+from t5like.model.stack import longer, unstacked
+from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
 
 STACKS = ("encoder", "decoder")

@@ -13,7 +13,7 @@ from t5like import config_file
 from t5like.config import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig
 from t5like.data import objectives, pipeline
 from t5like.errors import ConfigError
-from t5like.model import layers, transformer
+from t5like.model import layers, stack
 from t5like.optimizers import make_optimizer, schedule
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -66,7 +66,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             )
             assert objective == "supervised" or objectives.denoisers(config)
     assert choices(ModelConfig, "mlp") == set(layers.ACTIVATIONS)
-    assert choices(ModelConfig, "remat") == {"none", *transformer.REMAT}
+    assert choices(ModelConfig, "remat") == {"none", *stack.REMAT}
     for name in choices(OptimizerConfig, "schedule"):
         config = config_file.resolve(
             {"optimizer": {"schedule": name, "decay_steps": 5, "warmup_steps": 2}, "train": {"num_steps": 20}}
