@@ -18,7 +18,7 @@ from t5like.config import ModelConfig
 from t5like.mesh import constrain
 from t5like.model import layers as lay
 from t5like.model import tpu
-from t5like.model.attention import Attention, KeyValues, Seen, fused, window_mask
+from t5like.model.attention import Attention, KeyValues, Seen, fused
 from t5like.types import Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
@@ -202,11 +202,6 @@ class Stack(nn.Module):
         bias_1NLS, queries, keys = None, x_BLD.shape[1], x_BLD.shape[1] if cache is None else cache_length(cache)
         if self.config.positions == "relative" and self.config.relative_bias == "shared":
             bias_1NLS = self.relative_bias(queries, keys, first_query=first, fork=fork)
-        if self.config.attention_window:
-            # By place in the row: padding on the left and documents behind each other shift query and key alike.
-            window = window_mask(queries, keys, first, self.config.attention_window, fork)
-            mask_B1LS = mask_B1LS.mask(queries, keys) if isinstance(mask_B1LS, Seen) else mask_B1LS
-            mask_B1LS = window if mask_B1LS is None else mask_B1LS & window
         if bias_1NLS is not None and fused(self.config.kernels, x_BLD.shape[0], queries, keys, mask_B1LS):
             bias_1NLS = tpu.spread(bias_1NLS)
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
