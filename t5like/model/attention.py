@@ -87,14 +87,25 @@ class Seen:
         return reduce(jnp.logical_and, masks) if masks else None
 
 
-def fused(kernels: str, rows: int, queries: int, keys: int, seen: "jax.Array | Seen | None") -> bool:
+def fused(
+    kernels: str,
+    head_dim: int,
+    dtype: str,
+    rows: int,
+    queries: int,
+    keys: int,
+    seen: "jax.Array | Seen | None",
+    *,
+    biased: bool,
+) -> bool:
     """Whether attention is `model.tpu`'s kernel: the one place that decides. Else it is plain, on every machine.
 
     Plain: masks that are arrays (decoding), lengths that are too long, and rows that the mesh does not divide.
     """
-    if kernels != "tpu" or isinstance(seen, jax.Array):
+    if kernels != "tpu" or isinstance(seen, jax.Array) or rows % batch_parts():
         return False
-    return max(queries, keys) <= tpu.LONGEST and rows % batch_parts() == 0
+    parts = context_size() if queries % context_size() == 0 else 1
+    return tpu.fits(queries // parts, keys, head_dim, dtype, biased=biased)
 
 
 def attend(
@@ -120,8 +131,10 @@ def attend(
     Returns:
         [B, N, L, H] in the dtype of v.
     """
-    groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
-    if fused(kernels, q_BNLH.shape[0], length, k_BKSH.shape[2], mask_B1LS):
+    groups = q_BNLH.shape[1] // k_BKSH.shape[1]
+    rows, _, length, head_dim = q_BNLH.shape
+    biased = bias_1NLS is not None
+    if fused(kernels, head_dim, q_BNLH.dtype, rows, length, k_BKSH.shape[2], mask_B1LS, biased=biased):
         rule, segments = mask_B1LS or Seen(), None
         if rule.query_segments_BL is not None:
             segments = rule.query_segments_BL, rule.key_segments_BS

@@ -6,7 +6,7 @@ come a block at a time, so a softmax sees all its scores: no running maximum as 
 whose other idea this is: the backward pass saves nothing but the operands and computes the weights again. What may be
 seen is a rule, worked out in the core; a block of queries reads only the keys that a causal mask and a window leave it.
 The relative bias is read once per head, its gradient is summed over the rows in the core. Over `context` a device has
-its own queries and gathers keys and values.
+its own queries and gathers keys and values. What a core's memory does not hold (`fits`) stays plain.
 
 `attention.fused` says when the kernel is used, `mesh.settle` on which machines. Compiled for TPUs, and run in Pallas'
 interpreter on CPUs (the tests); it has not run on a TPU yet.
@@ -24,13 +24,32 @@ from jax.experimental.pallas import tpu as pltpu
 
 from t5like.mesh import RULES, batch_parts, constrain, spec
 
-LONGEST = 4096  # queries or keys: a head's operands and a block's scores must fit in the core's memory
 MASKED = -1e9
 SCORES = 2**19  # of a block of queries, about; at least 128 queries
 LANES = 128  # where a block of queries or its keys begin is a multiple, which the core's memory needs
 UNROLLED = 8  # blocks that are written out one behind the other; more of them are loops, which compile faster
-SMALL = 2**21  # scores of all blocks up to which the memory that a kernel gets by default is enough
-MEMORY = 48 * 2**20  # bytes of the core's memory, for longer rows
+BUFFERS = 6  # float32 values of a block's scores that are alive at once
+DEFAULT = 12 * 2**20  # bytes of a core's memory: if a kernel needs no more, the compiler's default is enough
+MEMORY = 48 * 2**20  # that a kernel may have; a core of a v5p has 64 MiB, those below 128 and 16
+MEMORIES = {"TPU v5 lite": 96 * 2**20, "TPU v6 lite": 96 * 2**20, "TPU v4": 14 * 2**20, "TPU v3": 14 * 2**20}
+
+
+def fits(queries: int, keys: int, head_dim: int, dtype: str, *, biased: bool) -> bool:
+    """Whether a head's operands and a block's scores fit in the memory of a core of the devices that this is for."""
+    return _memory(queries, keys, head_dim, jnp.dtype(dtype).itemsize, biased) <= _most_memory()
+
+
+def _most_memory() -> int:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return MEMORIES.get(device.device_kind, MEMORY) if device else MEMORY
+
+
+def _memory(queries: int, keys: int, head_dim: int, width: int, biased: bool) -> int:
+    """Bytes of the core's memory for the backward pass: operands and results twice, segments, sums, bias, scores."""
+    head = 2 * width * (3 * queries + 4 * keys) + 2 * 4 * keys
+    bias = queries * keys * (width + 4) if biased else 0
+    scores = 4 * BUFFERS * keys * _size(queries, keys)
+    return pl.cdiv(head_dim, LANES) * LANES * head + 2 * 4 * LANES * queries + bias + scores
 
 
 def spread(bias_1NLS: jax.Array) -> jax.Array:
@@ -64,13 +83,7 @@ class Rule(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a kernel reads, as arrays, blocks or references; None where there is none.
-
-    Attributes:
-        prefix_B1S: int32, not 0 at keys that may be seen from before them.
-        first: int32 [1], the place of the first query among the keys; None: 0.
-        gradient_BNLH: of the output; only the backward pass has it.
-    """
+    """What a kernel reads, as arrays or references; None where there is none."""
 
     q_BNLH: Any
     k_BNSH: Any
@@ -78,9 +91,9 @@ class Given(NamedTuple):
     bias_1NLS: Any = None
     query_segments_BL1: Any = None
     key_segments_B1S: Any = None
-    prefix_B1S: Any = None
-    first: Any = None
-    gradient_BNLH: Any = None
+    prefix_B1S: Any = None  # int32, not 0 at keys that may be seen from before them
+    first: Any = None  # int32 [1], the place of the first query among the keys; None: 0
+    gradient_BNLH: Any = None  # of the output; only for the backward pass
 
 
 def attend(
@@ -170,32 +183,33 @@ def _attend_backward(rule, given, gradient_BNLH):
 _attend.defvjp(lambda rule, given: (_attend(rule, given), given), _attend_backward)
 
 
-def _block_of(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """What one program sees: one head of a row, or of what all rows share; a row of what all heads share; or all."""
-    if len(shape) == 1:
-        return pl.BlockSpec(memory_space=pltpu.SMEM)
-    if len(shape) == 3:
-        return pl.BlockSpec((1, *shape[1:]), lambda head, row: (row, 0, 0))
-    if shape[0] == 1:
-        return pl.BlockSpec((1, 1, *shape[2:]), lambda head, row: (0, head, 0, 0))
-    return pl.BlockSpec((1, 1, *shape[2:]), lambda head, row: (row, head, 0, 0))
+def _blocks_of(given: Given) -> list[pl.BlockSpec | None]:
+    """What one program sees of each."""
+    head_of_row = lambda x: pl.BlockSpec((1, 1, *x.shape[2:]), lambda head, row: (row, head, 0, 0))
+    row = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda head, row: (row, 0, 0))
+    # The next head's bias is not read ahead: it would take its memory twice.
+    head = lambda x: pl.BlockSpec((1, 1, *x.shape[2:]), lambda head, row: (0, head, 0, 0), pipeline_mode=pl.Buffered(1))
+    scalar = lambda x: pl.BlockSpec(memory_space=pltpu.SMEM)
+    kinds = Given(head_of_row, head_of_row, head_of_row, head, row, row, row, scalar, head_of_row)
+    return [None if x is None else kind(x) for kind, x in zip(kinds, given, strict=True)]
 
 
 def _call(kernel, rule: Rule, given: Given, outputs, *, products: int) -> list[jax.Array]:
     rows, heads, queries, head_dim = given.q_BNLH.shape
     keys = given.k_BNSH.shape[2]
     seen = sum(group.size * group.blocks * group.keys for group in _groups(rule, given, queries, keys))
-    read = [*jax.tree.leaves(given), *(like for like, _ in outputs)]
+    specs, read = _blocks_of(given), [*jax.tree.leaves(given), *(like for like, _ in outputs)]
+    memory = _memory(queries, keys, head_dim, given.q_BNLH.dtype.itemsize, given.bias_1NLS is not None)
     return pl.pallas_call(
         partial(kernel, rule),
         grid=(heads, rows),  # rows inside: a head's bias stays where it is
-        in_specs=jax.tree.map(lambda x: _block_of(x.shape), tuple(given)),
-        out_specs=[_block_of(like.shape) for like, _ in outputs],
+        in_specs=tuple(specs),
+        out_specs=specs[: len(outputs)],
         out_shape=[jax.ShapeDtypeStruct(like.shape, dtype) for like, dtype in outputs],
         scratch_shapes=[pltpu.VMEM((keys, head_dim), jnp.float32)] * 2 if products == 5 else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=MEMORY if queries * keys > SMALL else None,
+            vmem_limit_bytes=None if memory <= DEFAULT else min(max(memory, MEMORY), _most_memory()),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * rows * heads * seen * head_dim,
@@ -208,16 +222,18 @@ def _call(kernel, rule: Rule, given: Given, outputs, *, products: int) -> list[j
 
 
 class _Group(NamedTuple):
-    """Blocks of queries behind each other: the first query, queries of each, how many, keys that each reads.
+    """Blocks of queries behind each other. Their keys end at `end`, or, under a window, move with the block."""
 
-    Those end at `end`, or lie before it, where the window of the block begins.
-    """
-
-    first: int
-    size: int
+    first: int  # query
+    size: int  # queries of a block
     blocks: int
-    keys: int
+    keys: int  # that a block reads
     end: int
+
+
+def _size(queries: int, keys: int) -> int:
+    """Queries of a block."""
+    return min(queries, max(SCORES // keys // LANES, 1) * LANES)
 
 
 def _groups(rule: Rule, given: Given, queries: int, keys: int) -> Iterator[_Group]:
@@ -225,7 +241,7 @@ def _groups(rule: Rule, given: Given, queries: int, keys: int) -> Iterator[_Grou
 
     Under a causal mask no block of a group reads behind its last query, on the device whose queries are the last.
     """
-    size = min(queries, max(SCORES // keys // LANES, 1) * LANES)
+    size = _size(queries, keys)
     whole = queries // size
     step = pl.cdiv(whole, UNROLLED)
     parts = [(first * size, size, min(step, whole - first)) for first in range(0, whole, step)]

@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         cross_mask = None
         if segments_BL is not None and encoded_BSD is not None:
             cross_mask = Seen(False, segments_BL, batch.encoder_segments_BS)
-            cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1])
+            cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1], cross=True)
         mask = Seen(True, segments_BL, segments_BL, batch.prefix_BL, self.config.model.attention_window)
         mask = self._by_rule(mask, rows, length, length)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
@@ -111,9 +111,13 @@ class Transformer(nn.Module):
         x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
         return self._drop_output(x_BSD, train=train)
 
-    def _by_rule(self, seen: Seen, rows: int, queries: int, keys: int) -> jax.Array | Seen | None:
-        """The rule itself for a fused kernel, else its array, once for all layers."""
-        return seen if fused(self.config.model.kernels, rows, queries, keys, seen) else seen.mask(queries, keys)
+    def _by_rule(self, seen: Seen, rows: int, queries: int, keys: int, *, cross: bool = False):
+        """The rule itself for a fused kernel, else its array or None, once for all layers."""
+        model = self.config.model
+        biased = model.positions == "relative" and not cross
+        if fused(model.kernels, model.head_dim, model.dtype, rows, queries, keys, seen, biased=biased):
+            return seen
+        return seen.mask(queries, keys)
 
     def pair_logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """Whether a pair's second text follows its first: float32 logits [B, 2] of yes and no. Needs token types."""
