@@ -160,8 +160,6 @@ def generate(options: argparse.Namespace, _) -> None:
 
 def import_hf(options: argparse.Namespace, _) -> None:
     """`t5like import --format=hf`."""
-    if options.config:
-        raise ConfigError("--config is for --format=t5x: a Hugging Face directory has its own; leave it out")
     from t5like.hf.directory import import_run
 
     for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):
@@ -231,6 +229,12 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
             )
     if options.search is not None and options.search < 0:
         raise ConfigError(f"--search={options.search} must be at least 0; use --search=2")
+    if options.quick and (options.keep or options.search):
+        flag = f"--keep={options.keep}" if options.keep else f"--search={options.search}"
+        remedy = "leave it out" if options.keep else "use --search"
+        raise ConfigError(f"{flag} is for compiled programs, and --quick makes none; {remedy}")
+    if options.fake_devices is not None:
+        raise ConfigError(f"--fake_devices={options.fake_devices} does not go with plan; use --topology=cpu:8")
     config = load_config(options, overrides)
     from t5like.plan import planner, report, topology
 

@@ -121,6 +121,11 @@ class ModelConfig:
     kernels: Literal["auto", "plain", "cpu", "tpu"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matmuls, all
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that there are positions for: any number, unless positions are learned."""
+        return self.max_length if self.positions == "learned" else 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -174,7 +179,7 @@ class InitConfig:
     # A run directory whose weights this run begins with, at step 0. Its tokenizer comes with them, unless adapt has
     # vocabulary. A relative path is made absolute.
     checkpoint: str = ""
-    step: int = 0  # of its checkpoints; 0: the latest
+    step: int = -1  # of its checkpoints; -1: the latest; an import's weights are those of step 0
     new: tuple[str, ...] = ()  # parameter names, as regular expressions, that begin at random all the same
     # What may differ from the model that the weights are of; anything else has to fit. RUN/init_from.txt says for each
     # parameter how it began. architecture: an encoder-decoder from a decoder-only model, both stacks from its layers,

@@ -23,7 +23,7 @@ from t5like.config import Config
 from t5like.errors import ConfigError
 from t5like.rules import check
 
-FORMAT = 2  # of a saved config; older numbers are upgraded (`UPGRADES`), newer ones refused
+FORMAT = 3  # of a saved config; older numbers are upgraded (`UPGRADES`), newer ones refused
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
@@ -137,8 +137,16 @@ def _from_1(values: dict) -> dict:
     return values
 
 
+def _from_2(values: dict) -> dict:
+    """In format 2 (until commit 323d2de) init_from.step=0 was the latest checkpoint; now it is that of step 0."""
+    init = values.get("init_from")
+    if isinstance(init, dict) and init.get("step") == 0:
+        values = {**values, "init_from": {**init, "step": -1}}
+    return values
+
+
 # What turns the values of a saved config of each older format into those of the next one.
-UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1}
+UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1, 2: _from_2}
 
 
 def difference(old: Config, new: Config) -> list[str]:

@@ -101,6 +101,8 @@ def environment(env: Env) -> Start | None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{row.name}: the coordinator {address!r} must be HOST:PORT, such as 10.0.0.1:8476")
+    if num_processes < 1:
+        raise ConfigError(f"{row.name}: num_processes={num_processes} must be at least 1; {ALONE}")
     if not 0 <= process < num_processes:
         raise ConfigError(
             f"{row.name}: process {process} of {num_processes} can't be: they count from 0 to {num_processes - 1}"
@@ -118,7 +120,7 @@ def _said(env: Env, names: tuple[str, ...] | Callable[[Env], str | None]) -> str
 
 def _number(name: str, value: str) -> int:
     if not value.isdecimal():
-        raise ConfigError(f"{name}={value!r} must be a whole number; {ALONE}")
+        raise ConfigError(f"{name}={value!r} must be a whole number, such as 2; {ALONE}")
     return int(value)
 
 
@@ -283,7 +285,8 @@ ENVIRONMENTS = (
         PROCESS_ID,
         lambda env: None,
         COORDINATOR[0],
-        remedy="set all of T5LIKE_COORDINATOR=HOST:PORT, T5LIKE_NUM_PROCESSES and T5LIKE_PROCESS_ID",
+        remedy="set all of T5LIKE_COORDINATOR=HOST:PORT, T5LIKE_NUM_PROCESSES and T5LIKE_PROCESS_ID (or --coordinator, "
+        "--num_processes and --process_id)",
     ),
 )
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from t5like.errors import ConfigError
 
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
-FORMATS = {"import": ("hf", "t5x"), "export": ("hf", "stablehlo")}
+# Of each command's formats the flags that it alone takes, with their defaults.
+FORMATS = {
+    "import": {"hf": {}, "t5x": {"config": None}},
+    "export": {
+        "hf": {"family": None, "dtype": None, "max_shard_size": "5GB"},
+        "stablehlo": {"max_new_tokens": 64, "prompt_length": None, "temperature": 0.0},
+    },
+}
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -26,11 +33,23 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         else:
             rest.append(argument)
     options = build_parser().parse_args(rest)
+    settle_format(options)
     if overrides and not getattr(options, "config", None):
         raise ConfigError(
             f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
         )
     return options, overrides
+
+
+def settle_format(options: argparse.Namespace) -> None:
+    """Refuse flags of another `--format`, and give those of this one their defaults."""
+    for name, own in FORMATS.get(options.command, {}).items():
+        for flag, default in own.items():
+            if name == options.format:
+                if getattr(options, flag) is None:
+                    setattr(options, flag, default)
+            elif getattr(options, flag) is not None:
+                raise ConfigError(f"--{flag} goes with --format={name}, not --format={options.format}; leave it out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,13 +147,13 @@ def build_parser() -> Parser:
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
     sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
-    sub.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="hf: of a file of weights; such as 500MB")
-    sub.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="stablehlo: that generate makes")
+    sub.add_argument("--max_shard_size", metavar="SIZE", help="hf: of a file of weights; such as 500MB; default: 5GB")
+    sub.add_argument("--max_new_tokens", type=int, metavar="N", help="stablehlo: that generate makes; default: 64")
     sub.add_argument(
         "--prompt_length", type=int, metavar="N", help="stablehlo: tokens that generate reads; default: as in training"
     )
     sub.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="stablehlo: of generate; 0: the likeliest token"
+        "--temperature", type=float, metavar="X", help="stablehlo: of generate; 0, the default: the likeliest token"
     )
 
     sub = command("plan", "Say what a run needs on a machine that is not here: memory, time, network, cost.")

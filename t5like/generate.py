@@ -285,11 +285,8 @@ class Generator:
 
     def room(self, prompts: Sequence[Prompt]) -> int:
         """The most new tokens that the model has positions for."""
-        if self.config.model.positions != "learned":
-            return 2**31 - 1
-        # The last token that is made is never read.
-        read = max(len(prompt.ids) for prompt in prompts) - 1 if self._decoder_only else 0
-        return self.config.model.max_length - read
+        longest = max(len(prompt.ids) for prompt in prompts)
+        return self.config.model.longest_text - (places(self.config, longest, 1) - 1 if self._decoder_only else 0)
 
     def check(self, prompt: Prompt, decoding: Decoding) -> None:
         """Refuse what the model can't do.
@@ -297,9 +294,7 @@ class Generator:
         Raises:
             ConfigError: see `answer`.
         """
-        longest, new = len(prompt.ids), decoding.max_new_tokens
-        # The last token that is made is never read.
-        self._check_length(longest + new - 1 if self._decoder_only else max(longest, new))
+        self._check_length(places(self.config, len(prompt.ids), decoding.max_new_tokens))
         most = self.config.tokenizer.vocab_size // (1 + len(self._stops(decoding)))
         if 1 < decoding.num_beams > most:
             raise ConfigError(
@@ -349,9 +344,8 @@ class Generator:
     def _answer(self, ids: list[int], log_p: list[float], ends: list[int], stop: Sequence[str]) -> Answer:
         decode = self.tokenizer.decode
         count = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        text = decode(ids[: count - 1] if ids[count - 1] in ends else ids[:count])
-        if found := [text.find(one) for one in stop if one in text]:
-            text = text[: min(found)]
+        whole = decode(ids[: count - 1] if ids[count - 1] in ends else ids[:count])
+        if (text := until(whole, stop)) != whole:
             count = next(n for n in range(1, count + 1) if any(one in decode(ids[:n]) for one in stop))
         return Answer(text, ids[:count], float(np.sum(log_p[:count])), log_p[:count])
 
@@ -370,17 +364,16 @@ class Generator:
         tokenizer = self.tokenizer
         mask, cls = (int(tokenizer.sentinel_ids[number]) for number in (MASK, CLS))
         row = [cls, *tokenizer.encode_with_sentinels(prompt), tokenizer.eos_id]
-        self._check_length(len(row))
+        self._check_length(places(self.config, len(row), 0))
         ids_1S, lengths_1 = self._padded([row], -(-len(row) // BUCKET) * BUCKET, left=False)
         real_1S = (np.arange(ids_1S.shape[1])[None] < lengths_1[:, None]).astype(np.int32)
         said = self.likeliest(Batch(None, ids_1S, real_1S.astype(np.float32), ids_1S, real_1S))[0]
         return tokenizer.decode([int(said[i]) if token == mask else token for i, token in enumerate(row)][1:-1])
 
     def _check_length(self, longest: int) -> None:
-        model = self.config.model
-        if model.positions == "learned" and longest > model.max_length:
+        if longest > self.config.model.longest_text:
             raise ConfigError(
-                f"a text of {longest} tokens does not fit model.max_length={model.max_length}; "
+                f"a text of {longest} tokens does not fit model.max_length={self.config.model.max_length}; "
                 "use a shorter prompt or a smaller --max_new_tokens"
             )
 
@@ -389,6 +382,19 @@ class Generator:
         for index, row in enumerate(rows):
             padded_BP[index, width - len(row) if left else 0 :][: len(row)] = row
         return padded_BP, np.array([len(row) for row in rows], np.int32)
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """A text up to where the first of the stop texts begins; an empty one stops nothing."""
+    return text[: min((place for end in stop if end and (place := text.find(end)) >= 0), default=len(text))]
+
+
+def places(config: Config, prompt: int, new: int) -> int:
+    """Positions that a prompt and its answer take, of the stack that needs more; lengths in tokens.
+
+    A decoder-only model has both in one text, whose last token is never read. An encoder-only model has no answer.
+    """
+    return {"decoder": prompt + new - 1, "encoder": prompt}.get(config.model.architecture, max(prompt, new))
 
 
 def fill(prompt: str, answer: str) -> str:

@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise ConfigError(f"--tasks needs the package lm-eval ({error}); pip install 't5like[harness]'") from None
 
-# What a task may ask of generation, and we take; greedy, unless do_sample comes with a temperature.
+# What a task may ask of generation, and we take.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 BOOTSTRAP = 1000  # samples for the standard errors of measures that have no formula
 
@@ -79,19 +79,22 @@ class T5LikeLM(LM):
 def decoding(asked: dict[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as arguments of `Likelihoods.continuations`.
 
+    Temperature 0 is greedy, whatever do_sample says, as with vLLM (lm-eval's own class refuses it); do_sample without a
+    temperature is at 1, as in transformers.
+
     Raises:
         ConfigError: it asks for what we don't have.
     """
     asked = dict(asked)
     stop = asked.pop("until", None) or []
     lengths = [int(asked.pop(name)) for name in LENGTHS if asked.get(name) is not None]
-    temperature = float(asked.pop("temperature", None) or 0.0)
-    sample = asked.pop("do_sample", temperature > 0)
-    if sample and not temperature:
-        temperature = 1.0
+    temperature, sample = asked.pop("temperature", None), asked.pop("do_sample", None)
+    if temperature is None:
+        temperature = 1.0 if sample else 0.0
+    temperature = 0.0 if sample is False else float(temperature)
     neutral = {"top_p": 1.0, "top_k": 0, "num_beams": 1}
     more = {name: value for name, value in asked.items() if value is not None and neutral.get(name) != value}
-    if more and (sample or set(more) - {"top_p", "top_k"}):
+    if more and (temperature or set(more) - {"top_p", "top_k"}):
         name, value = next(iter(more.items()))
         raise ConfigError(
             f"generation_kwargs.{name}={value} of the task is not known here; leave it out (until, do_sample, "
@@ -100,7 +103,7 @@ def decoding(asked: dict[str, Any]) -> dict[str, Any]:
     return {
         "stop": [stop] if isinstance(stop, str) else stop,
         "most": lengths[0] if lengths else CONTINUATION,
-        "temperature": temperature if sample else 0.0,
+        "temperature": temperature,
     }
 
 

@@ -26,7 +26,7 @@ from t5like.data.masking import CLS, MASK
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
-from t5like.generate import BUCKET, Generator, Prompt
+from t5like.generate import BUCKET, Generator, Prompt, until
 from t5like.types import Batch, Tree
 
 CONTINUATION = 256  # tokens that are generated at most where a task doesn't say
@@ -131,10 +131,8 @@ class Likelihoods:
                 "data.objective=causal_lm alone leaves this encoder-decoder nothing to read a context with; use tasks "
                 "of log-likelihood, or a model that has learned prefix_lm"
             )
-        room, asked = self.length, most
-        if self.config.model.positions == "learned":
-            limit = self.config.model.max_length
-            most = min(most, limit - room // 2 if self.decoder else limit)
+        room, asked, limit = self.length, most, self.config.model.longest_text
+        most = min(most, limit - room // 2 if self.decoder else limit)
         if self.decoder:
             room = max(room + 1 - most, room // 2)
         prompts = [self.fit(self.generator.prompt(context), room) for context in contexts]
@@ -263,13 +261,11 @@ class Likelihoods:
             rows = masked_rows(case, *marks, self.tokenizer.eos_id)
         else:
             rows = [case] if len(case.answer) > case.read else []
-        if rows and self.config.model.positions == "learned":
-            longest = max(self._places(rows[0]))
-            if longest > self.config.model.max_length:
-                raise ConfigError(
-                    f"a continuation of {len(case.answer) - case.read} tokens does not fit "
-                    f"model.max_length={self.config.model.max_length}; use tasks with shorter ones"
-                )
+        if rows and max(self._places(rows[0])) > self.config.model.longest_text:
+            raise ConfigError(
+                f"a continuation of {len(case.answer) - case.read} tokens does not fit "
+                f"model.max_length={self.config.model.max_length}; use tasks with shorter ones"
+            )
         return rows
 
     def _places(self, row: Case | MaskedRow) -> tuple[int, int]:
@@ -321,8 +317,3 @@ def masked_batch(rows: Sequence[MaskedRow], width: int) -> Batch:
 def bucket(length: int) -> int:
     """The next power of two, at least `BUCKET`."""
     return max(BUCKET, 1 << max(length - 1, 0).bit_length())
-
-
-def until(text: str, stop: Sequence[str]) -> str:
-    """A text up to where the first of the stop texts begins; an empty one stops nothing."""
-    return text[: min((place for end in stop if end and (place := text.find(end)) >= 0), default=len(text))]

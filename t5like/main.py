@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each,
 no traceback unless --debug); 75 preempted and saved, 76 another process of the run lost or stuck (both: start again);
-70 a bug of ours.
+70 a bug of ours; 130 and 143 stopped by Ctrl-C and SIGTERM, where there was nothing to save.
 """
 
 import argparse
@@ -11,9 +11,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from t5like.commands import COMMANDS
@@ -22,6 +23,7 @@ from t5like.errors import ConfigError, UserError
 from t5like.flags import parse
 
 MOVE_WEIGHTS = ("import", "export")  # commands that hold the weights once: what they free goes back
+UNWOUND = (*MOVE_WEIGHTS, "generate", "plan")  # commands that SIGTERM stops as Ctrl-C does
 STARTS = {
     "coordinator": "T5LIKE_COORDINATOR",
     "num_processes": "T5LIKE_NUM_PROCESSES",
@@ -41,20 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             keep_freed_memory()
         options.begin = place(options)
-        COMMANDS[options.command](options, overrides)
+        with unwound() if options.command in UNWOUND else contextlib.nullcontext():
+            COMMANDS[options.command](options, overrides)
     except UserError as error:
         if debug:
             traceback.print_exc()
         print(f"t5like: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("t5like: stopped", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception:
         traceback.print_exc()
         print("t5like: this is a bug of ours; please report it with the lines above", file=sys.stderr)
         return 70
     return 0
+
+
+@contextlib.contextmanager
+def unwound() -> Iterator[None]:
+    """Within, SIGTERM unwinds the program, so that what is half made, and processes that it started, go with it."""
+
+    def stop(number: int, _) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def place(options: argparse.Namespace) -> Start | None:

@@ -23,6 +23,7 @@ from t5like.errors import ConfigError, PeerLost
 
 REMEDY = "start all with the same command"
 GRACE = 5.0  # seconds that others get to say or to hear why the run ends
+LINE = 2.0  # seconds for a guest to say who it is, so that a silent stranger holds up nobody; guests come again
 
 
 def meet(begin: Start, facts: Mapping[str, str], *, seconds: float) -> str:
@@ -80,7 +81,7 @@ def _receive_all(begin: Start, mine: dict, address: str, guests: dict, until: fl
                 connection, _ = server.accept()
             except TimeoutError:
                 break
-            guest = _read_line(connection, 10)
+            guest = _read_line(connection, min(until, time.monotonic() + LINE))
             if not guest or not mine.keys() <= guest.keys():
                 connection.close()  # a stranger
                 continue
@@ -134,7 +135,7 @@ def _visit(begin: Start, mine: dict, seconds: float) -> None:
                 if connection.getsockname() == connection.getpeername():  # TCP can connect a port to itself
                     raise ConnectionRefusedError
                 connection.sendall(json.dumps(mine).encode() + b"\n")
-                answer = _read_line(connection, max(until - time.monotonic(), 0) + 2 * GRACE)
+                answer = _read_line(connection, max(until, time.monotonic()) + 2 * GRACE)
                 reason = "it hung up"
         except OSError as error:
             reason = str(error.strerror or error)
@@ -155,12 +156,17 @@ def _raise(objection: str, lost: str) -> None:
         raise PeerLost(lost)
 
 
-def _read_line(connection: socket.socket, seconds: float) -> dict | None:
-    """One JSON object, or None if there is none in time."""
-    connection.settimeout(seconds)
+def _read_line(connection: socket.socket, until: float) -> dict | None:
+    """One JSON object, or None if it is not there by then, however slowly it comes."""
+    line = b""
     try:
-        with connection.makefile("rb") as file:
-            found = json.loads(file.readline(2**22))
+        while not line.endswith(b"\n") and len(line) < 2**22:
+            connection.settimeout(max(until - time.monotonic(), 1e-3))
+            part = connection.recv(2**16)
+            if not part or time.monotonic() > until:
+                return None
+            line += part
+        found = json.loads(line)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -187,7 +193,10 @@ def bind_address(begin: Start, seconds: float) -> str:
             break
         except socket.gaierror as error:  # a pod's name may come after the pod
             if time.monotonic() > until:
-                raise ConfigError(f"the coordinator's host {host!r} has no address: {error.strerror}") from None
+                raise ConfigError(
+                    f"the coordinator's host {host!r} ({begin.environment}) got no address in {seconds:.0f} s: "
+                    f"{error.strerror}; use one that has, such as T5LIKE_COORDINATOR=10.0.0.1:8476"
+                ) from None
             time.sleep(1)
     address = found[0][4][0]
     if ipaddress.ip_address(address).is_loopback and not re.match(r"127\.|\[?::1|localhost", host):

@@ -123,7 +123,7 @@ def axis_sizes(config: Config, num_devices: int, num_processes: int = 1) -> dict
     if sizes["data"] % config.mesh.slices:
         raise ConfigError(
             f"mesh.slices={config.mesh.slices} must divide mesh.data={sizes['data']}, which goes over the slices; "
-            f"use {math.gcd(sizes['data'], config.mesh.slices)}"
+            f"use --config.mesh.data={config.mesh.slices} --config.mesh.fsdp=-1, or on one slice --config.mesh.slices=1"
         )
     _check_divisible(config, sizes)
     return sizes

@@ -337,7 +337,8 @@ class Progress:
     """
 
     def __init__(self, num_steps: int, *, log_every: int, step: int = 0, primary: bool = True, unit: str = "step"):
-        self._num_steps, self._log_every, self._printed, self._unit = num_steps, log_every, step, unit
+        self._num_steps, self._log_every, self._unit = num_steps, log_every, unit
+        self._begun = self._printed = step
         self._values: dict[str, float] = {}
         self._primary, self._bar = primary, None
         console = rich.console.Console(stderr=True)
@@ -376,7 +377,7 @@ class Progress:
     def timed(self) -> Callable[[int], None]:
         """A function to call with how much is done, from now on; it shows that, and the time left."""
         begin = time.monotonic()
-        left = lambda done: (time.monotonic() - begin) / done * (self._num_steps - done)
+        left = lambda done: (time.monotonic() - begin) / (done - self._begun) * (self._num_steps - done)
         return lambda done: self.update(done, {}, left(done))
 
     def note(self, text: str) -> None:

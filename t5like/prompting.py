@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import rich.console
-import rich.progress
-
 from t5like.data.token_store import written_whole
 from t5like.decoding import Decoding
 from t5like.errors import CheckpointError, ConfigError, DataError, UserError
 from t5like.generate import Answer, Generator, fill
+from t5like.metrics import Progress
 
 ROWS = 32  # prompts of one call
 WINDOW = 8 * ROWS  # prompts that are ordered by length before they are answered, and written together
@@ -110,10 +108,12 @@ def answer_file(
         return
     try:
         done = _kept(output, rows, {**made_by, "decoding": dataclasses.asdict(decoding)})
-        with open(output, "a", encoding="utf-8") as file, _progress(len(rows), done) as bar:
+        bar, written = Progress(len(rows), log_every=1000, step=done, unit="prompt"), done
+        with open(output, "a", encoding="utf-8") as file, bar:
+            show = bar.timed()
             for answered in _answered(generator, decoding, rows, prompts, done):
                 _write(file, _text(answered))
-                bar.advance(bar.task_ids[0], len(answered))
+                show(written := written + len(answered))
     except OSError as error:
         raise CheckpointError(f"--output={output} can't be written: {error.strerror}; use another --output") from None
     print(f"answers  {output}: {len(rows)} rows" + (f", {done} of them kept" if done else ""))
@@ -250,17 +250,3 @@ def _write(file: TextIO, text: str) -> None:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _progress(total: int, done: int) -> rich.progress.Progress:
-    """A bar on a terminal's standard error; elsewhere nothing."""
-    console = rich.console.Console(stderr=True)
-    columns = (
-        rich.progress.TextColumn("prompts"),
-        rich.progress.BarColumn(None),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    bar = rich.progress.Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
-    bar.add_task("prompts", total=total, completed=done)
-    return bar

@@ -54,7 +54,6 @@ AT_LEAST_ZERO = (
     "train.keep_every",
     "train.profile_step",
     "tokenizer.num_sentinels",
-    "init_from.step",
     "evaluate.max_new_tokens",
 )
 ABOVE_ZERO = (
@@ -169,10 +168,11 @@ def _data(config: Config) -> None:
 
 
 def _init_from(config: Config) -> None:
-    for field in ("step", "new", "adapt"):
+    _require(config, config.init_from.step >= -1, "init_from.step", "must be at least -1, the latest; use -1")
+    for field, default in (("step", -1), ("new", ()), ("adapt", ())):
         _require(
             config,
-            bool(config.init_from.checkpoint) or not getattr(config.init_from, field),
+            bool(config.init_from.checkpoint) or getattr(config.init_from, field) == default,
             f"init_from.{field}",
             "needs init_from.checkpoint",
         )
@@ -350,7 +350,7 @@ def _lengths(config: Config) -> None:
     )
     _require(
         config,
-        model.positions != "learned" or model.max_length >= longest,
+        longest <= model.longest_text,
         "model.max_length",
         f"must be at least the longest row, {longest}, with learned positions; use {longest}",
     )
@@ -359,7 +359,7 @@ def _lengths(config: Config) -> None:
         asked = data.inputs_length + evaluate.max_new_tokens
     _require(
         config,
-        not evaluate.metrics or model.positions != "learned" or model.max_length >= asked,
+        not evaluate.metrics or asked <= model.longest_text,
         "model.max_length",
         f"must be at least {asked} for the answers of evaluate.max_new_tokens, with learned positions; use {asked}",
     )

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,11 +184,15 @@ def check_run_directory(config: Config, workdir: Path) -> None:
         elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")
         parent = next(path for path in (workdir, *workdir.parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        if not parent.is_dir():
+            raise CheckpointError(f"--workdir={workdir} can't be written: {parent} is a file; use another --workdir")
+        try:  # permissions alone don't tell: a file system may be full, or mounted for reading
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
             raise CheckpointError(
-                f"--workdir={workdir} can't be written: {parent} "
-                f"{'may not be written to' if parent.is_dir() else 'is a file'}; use another --workdir"
-            )
+                f"--workdir={workdir} can't be written: {parent}: {error.strerror}; use another --workdir"
+            ) from None
     except OSError as error:
         raise CheckpointError(f"--workdir={workdir} can't be used: {error.strerror}; use another --workdir") from None
 

@@ -30,10 +30,12 @@ import numpy as np
 
 from t5like import __version__, config_file, run, tree
 from t5like.config import Config
+from t5like.data.objectives import MODES
 from t5like.data.templates import render_prompt
 from t5like.data.text import START
+from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError
-from t5like.generate import generate, likeliest
+from t5like.generate import generate, likeliest, places
 from t5like.model.transformer import Transformer
 from t5like.new_directory import check_free, made_whole
 from t5like.types import Array, Batch
@@ -125,12 +127,9 @@ def programs(
         model.architecture, data.inputs_length
     )
     width = prompt_length or max(inputs, 1)
-    if model.positions == "learned" and model.architecture == "decoder" and prompt_length is None:
-        width = min(width, model.max_length - max_new_tokens + 1)
-    longest = {"decoder": width + max_new_tokens - 1, "encoder": width}.get(
-        model.architecture, max(width, max_new_tokens)
-    )
-    if width < 1 or (model.positions == "learned" and longest > model.max_length):
+    if model.architecture == "decoder" and prompt_length is None:
+        width = min(width, model.longest_text - max_new_tokens + 1)
+    if width < 1 or places(config, width, max_new_tokens) > model.longest_text:
         raise ConfigError(
             f"--prompt_length={width} and --max_new_tokens={max_new_tokens} do not fit model.max_length="
             f"{model.max_length}; use smaller ones"
@@ -255,17 +254,11 @@ def signature_text(program: Program) -> str:
 
 
 def _signature(loaded: run.Run, made: Mapping[str, Program]) -> dict[str, Any]:
-    """What run.py has to know. How a text becomes a prompt is `generate.Generator.prompt`, as far as it is general."""
-    config, tokenizer = loaded.config, loaded.tokenizer
-    objectives = set(config.data.objective)
-    decoder = config.model.architecture == "decoder"
-    goes_on = objectives & {"prefix_lm", *(["causal_lm"] if decoder else [])}
-    names = [f"<extra_id_{number}>" for number in range(len(tokenizer.sentinel_ids))]
-    turns = render_prompt([{"role": "user", "content": "\0"}]) if config.data.messages_field else []
+    """What run.py has to know."""
     return {
         "t5like": __version__,
         "step": loaded.step,
-        "architecture": config.model.architecture,
+        "architecture": loaded.config.model.architecture,
         "platforms": PLATFORMS,
         "jax": jax.__version__,
         "programs": {
@@ -277,17 +270,25 @@ def _signature(loaded: run.Run, made: Mapping[str, Program]) -> dict[str, Any]:
             }
             for name, each in made.items()
         },
-        "text": {
-            "sentencepiece": not tokenizer.is_json,
-            "sentinels": {name: int(token) for name, token in zip(names, tokenizer.sentinel_ids, strict=True)},
-            "eos": tokenizer.eos_id,
-            "start": START,
-            "bos": tokenizer.bos_id,
-            "answers": bool(objectives & {"span_corruption", "ul2", "supervised"}),
-            "goes_on": bool(goes_on),
-            "sees_prompt": "prefix_lm" in objectives,
-            "turns": turns,
-        },
+        "text": text_rules(loaded.config, loaded.tokenizer),
+    }
+
+
+def text_rules(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How run.py makes a prompt of a text: as `generate.Generator.prompt` does."""
+    objectives, ids = set(config.data.objective), [int(token) for token in tokenizer.sentinel_ids]
+    goes_on = objectives & {"prefix_lm", *(["causal_lm"] if config.model.architecture == "decoder" else [])}
+    return {
+        "sentencepiece": not tokenizer.is_json,
+        "sentinels": {f"<extra_id_{number}>": token for number, token in enumerate(ids)},
+        "eos": tokenizer.eos_id,
+        "start": START,
+        "bos": tokenizer.bos_id,
+        "answers": bool(objectives & {"span_corruption", "ul2", "supervised"}),
+        "goes_on": bool(goes_on),
+        "sees_prompt": "prefix_lm" in objectives,
+        "modes": {mode: ids[-1 - number] for number, mode in enumerate(MODES)} if "ul2" in objectives else {},
+        "turns": render_prompt([{"role": "user", "content": "\0"}]) if config.data.messages_field else [],
     }
 
 

@@ -90,14 +90,18 @@ class Model:
         if self.architecture == "encoder":
             return [rules["sentinels"]["<extra_id_1>"], *ids_of(text), rules["eos"]], 0
         if rules["turns"]:
-            ids = [i for turn in rules["turns"] for i in (*ids_of(turn.replace("\0", text)), rules["eos"])]
+            ids = [i for turn in rules["turns"] for i in (*model.encode(turn.replace("\0", text)), rules["eos"])]
             return ([rules["start"], *ids] if decoder else ids), 0
-        answers = rules["answers"] and (not rules["goes_on"] or "<extra_id_" in text)
-        ids = (ids_of(text) + ([rules["eos"]] if answers else [])) or [rules["eos"]]
+        mode = re.match(r"\[([RSX])\] ?", text) if rules["modes"] else None  # of UL2
+        answers = rules["answers"] and (not rules["goes_on"] or "<extra_id_" in text or mode is not None)
+        ids = ([rules["modes"][mode[1]]] if mode else []) + ids_of(text[mode.end() :] if mode else text)
+        if answers and not (mode and mode[1] == "S"):
+            ids.append(rules["eos"])
         if decoder and answers:
             return [*ids, rules["start"]], len(ids)
         if decoder and rules["bos"] is not None:
-            ids = [rules["bos"], *ids_of(text)]
+            ids = [rules["bos"], *ids]
+        ids = ids or [rules["eos"]]
         return ids, len(ids) if decoder and rules["sees_prompt"] else 0
 
     def decode(self, ids: list[int]) -> str:

@@ -17,6 +17,8 @@ import numpy as np
 Tree = Any  # a nested dict of arrays, or of anything with one leaf per array
 Array = Any  # np.ndarray on the host, jax.Array in a program, jax.ShapeDtypeStruct in a plan
 
+MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
+
 
 class Batch(NamedTuple):
     """One training batch: what every objective ends as, so that the trainer never learns which one ran.

@@ -119,7 +119,7 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
         )
     tree.mask(abstract.params, init.new, field="init_from.new")
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    meta = checkpoints.meta(init.step or None)
+    meta = checkpoints.meta(None if init.step < 0 else init.step)
     ema = any(name.startswith("ema/") for name in meta.leaves)
     prefix = "ema/" if ema else "params/"
     stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}

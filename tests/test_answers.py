@@ -121,7 +121,7 @@ def test_a_run_begins_with_the_weights_of_another_but_for_those_that_are_named_n
         ({"model.mlp_dim": 48}, 4, "does not fit: params/decoder/layers/mlp/gate/kernel is float32[1, 32, 64], not"),
         ({"model.num_layers": 2}, 4, "does not fit: "),
         ({"init_from.new": "hed"}, 2, "init_from.new='hed' matches no parameter"),
-        ({"init_from.step": 7}, 4, "holds no complete checkpoint of step 7; there are 1, 2"),
+        ({"init_from.step": 0}, 4, "holds no complete checkpoint of step 0; there are 1, 2"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_left(

@@ -272,8 +272,9 @@ def test_a_saved_config_has_every_field_and_is_read_as_strictly(tmp_path):
     assert saved["seed"] == 3 and set(saved["model"]) == {field.name for field in dataclasses.fields(ModelConfig)}
     with pytest.raises(ConfigError, match="did you mean 'seed'"):
         config_file.from_json(json.dumps({**saved, "sed": 1}))
-    with pytest.raises(ConfigError, match="format=3 is newer than 2, which t5like .* reads; install a newer"):
-        config_file.from_json(json.dumps({**saved, "format": 3}))
+    newer = config_file.FORMAT + 1
+    with pytest.raises(ConfigError, match=f"format={newer} is newer than {newer - 1}, which t5like .* reads; install"):
+        config_file.from_json(json.dumps({**saved, "format": newer}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

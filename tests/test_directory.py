@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -197,6 +199,21 @@ def test_a_place_that_is_taken_and_a_vocabulary_that_is_too_small_are_refused(to
     (source / "config.json").write_text(json.dumps({**hf, "vocab_size": 399}))
     with pytest.raises(CheckpointError, match="vocab_size=399 must be at least 400"):
         list(import_run(source, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "number, code, handler",
+    [(signal.SIGTERM, 143, signal.SIG_IGN), (signal.SIGINT, 130, signal.default_int_handler)],
+)
+def test_an_export_that_is_stopped_leaves_nothing(number, code, handler, trained, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(directory, "_write_json", lambda *_: os.kill(os.getpid(), number))  # the weights are written
+    before = signal.signal(number, handler)
+    try:
+        found, _, err = command("export", "--format=hf", f"--workdir={trained}", f"--output={tmp_path}/out")
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+    assert found == code and err == "t5like: stopped\n" and not list(tmp_path.iterdir())
 
 
 def test_an_export_that_fails_leaves_nothing(trained, tmp_path, command, monkeypatch):

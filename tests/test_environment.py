@@ -122,13 +122,14 @@ def test_a_process_that_nobody_started_as_one_of_several_is_alone(variables):
         (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""}, "T5LIKE_COORDINATOR is missing: pass it on with mpirun -x"),
         (HYDRA | {"MPI_LOCALNRANKS": "2"}, "MPICH or Intel MPI, but T5LIKE_COORDINATOR is missing"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES or TPU_WORKER_ID is missing"),
-        ({"T5LIKE_COORDINATOR": "10.0.0.5:1"}, "T5LIKE_NUM_PROCESSES and T5LIKE_PROCESS_ID are missing"),
+        ({"T5LIKE_COORDINATOR": "10.0.0.5:1"}, "T5LIKE_NUM_PROCESSES and T5LIKE_PROCESS_ID are missing.* --process_id"),
         (EXPLICIT | {"T5LIKE_PROCESS_ID": "3"}, "process 3 of 3 can't be: they count from 0 to 2"),
         (EXPLICIT | {"T5LIKE_COORDINATOR": "10.0.0.5"}, "must be HOST:PORT, such as 10.0.0.1:8476"),
         ({"T5LIKE_NUM_PROCESSES": "4"}, "T5LIKE_PROCESS_ID and T5LIKE_COORDINATOR are missing"),
         (EXPLICIT | {"T5LIKE_COORDINATOR": "10.0.0.5:123456"}, "must be HOST:PORT"),
         (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "all"}, "JAX_LOCAL_DEVICE_IDS=all must be numbers"),
-        (EXPLICIT | {"T5LIKE_NUM_PROCESSES": "two"}, "num_processes='two' must be a whole number"),
+        (EXPLICIT | {"T5LIKE_NUM_PROCESSES": "two"}, "num_processes='two' must be a whole number, such as 2"),
+        (EXPLICIT | {"T5LIKE_NUM_PROCESSES": "0"}, "num_processes=0 must be at least 1"),
     ],
 )
 def test_half_of_what_a_launcher_says_is_refused_with_what_is_missing(variables, message):

@@ -27,6 +27,15 @@ def test_a_run_of_format_1_says_what_it_said_when_it_was_written():
     assert generator([str(said["prompt"])], max_new_tokens=8) == [str(said["answer"])]
 
 
+def test_format_2_began_with_the_latest_checkpoint_where_it_said_step_0():
+    config = config_file.resolve({"init_from": {"checkpoint": "/run", "step": 0}})
+    saved = json.loads(config_file.to_json(config))
+    assert config_file.from_json(json.dumps(saved)).init_from.step == 0
+    assert config_file.from_json(json.dumps(saved | {"format": 2})).init_from.step == -1
+    saved["init_from"]["step"] = 7
+    assert config_file.from_json(json.dumps(saved | {"format": 2})).init_from.step == 7
+
+
 def test_each_older_format_has_an_upgrade_and_newer_ones_are_refused_by_number():
     assert sorted(config_file.UPGRADES) == list(range(1, config_file.FORMAT))
     saved = json.loads((FORMAT_1 / "run" / "config.json").read_text())

@@ -13,7 +13,7 @@ from t5like import step
 from t5like.data.tokenizer import Tokenizer, train_tokenizer
 from t5like.decoding import Numbers
 from t5like.errors import ConfigError
-from t5like.generate import Generator, Prompt, fill, generate, make_texts, row_keys, spans
+from t5like.generate import Generator, Prompt, fill, generate, make_texts, row_keys, spans, until
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
@@ -235,3 +235,8 @@ def test_what_stands_behind_eos_is_not_text(tokenizer):
     generator, ids = generator_of(tokenizer), tokenizer.encode("ba de")
     rows = np.array([[*ids, tokenizer.eos_id, 2, 7], [*ids, *[tokenizer.eos_id] * 3]])
     assert generator.texts(rows) == ["ba de", "ba de"]
+
+
+def test_text_stops_at_the_first_of_the_stop_texts():
+    assert until("a b\nQ: c", ["Q:", "\n", ""]) == "a b"
+    assert until("a b", ["c"]) == until("a b", []) == "a b"

@@ -13,7 +13,7 @@ from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
 from t5like.generate import Prompt
-from t5like.likelihood import Case, Likelihoods, MaskedRow, bucket, masked_rows, until
+from t5like.likelihood import Case, Likelihoods, MaskedRow, bucket, masked_rows
 from t5like.types import Batch
 
 SHAPES = ("encoder_decoder", "decoder", "encoder")
@@ -184,11 +184,6 @@ def test_what_is_said_ends_before_the_first_stop_text(models):
 def test_an_encoder_generates_nothing(models):
     with pytest.raises(ConfigError, match=r"^model\.architecture=encoder can't generate text; use [^\n]*$"):
         models("encoder").continuations(["ba"])
-
-
-def test_text_stops_at_the_first_of_the_stop_texts():
-    assert until("a b\nQ: c", ["Q:", "\n", ""]) == "a b"
-    assert until("a b", ["c"]) == until("a b", []) == "a b"
 
 
 def test_each_token_of_an_answer_is_masked_in_a_row_of_its_own():

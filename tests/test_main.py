@@ -56,6 +56,18 @@ def refused(command):
             "--fake_devices=-1 must be at least 1",
         ),
         (
+            ["export", "--format=stablehlo", "--workdir=/proc/nowhere", "--output=/proc/out", "--family=t5"],
+            "--family goes with --format=hf, not --format=stablehlo; leave it out",
+        ),
+        (
+            ["export", "--format=hf", "--workdir=/proc/nowhere", "--output=/proc/out", "--temperature=0"],
+            "--temperature goes with --format=stablehlo, not --format=hf; leave it out",
+        ),
+        (
+            ["import", "--format=hf", "--input=/proc/in", "--workdir=/proc/nowhere", "--config=configs/tiny.py"],
+            "--config goes with --format=t5x, not --format=hf; leave it out",
+        ),
+        (
             ["evaluate", "--workdir=/proc/nowhere", "--config.seed=1"],
             "--config.seed can't be set for evaluate: it takes the run's own config",
         ),

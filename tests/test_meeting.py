@@ -1,7 +1,10 @@
 """Processes that meet, as threads: all there, one missing, one too many, one with another config."""
 
+import contextlib
 import re
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -87,6 +90,28 @@ def test_strangers_are_sent_away_and_a_port_in_use_is_refused():
         taken = Start("a test", f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
         with pytest.raises(ConfigError, match="can't listen at .*: Address already in use; use a free port"):
             meet(taken, {}, seconds=1)
+
+
+def test_a_stranger_who_talks_slowly_and_without_end_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(meeting, "LINE", 0.3)
+    port, done = free_port(), threading.Event()
+
+    def drip():
+        while not done.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=5) as stranger:
+                while not done.wait(0.05):
+                    stranger.sendall(b"x")
+
+    stranger = threading.Thread(target=drip)
+    stranger.start()
+    try:
+        begun = time.monotonic()
+        [alone] = outcomes(of(2, 0, port=port), seconds=1.0)
+        assert isinstance(alone, PeerLost) and time.monotonic() - begun < 2
+        assert outcomes(of(2, 0, 1, port=port))[1] == ""
+    finally:
+        done.set()
+        stranger.join()
 
 
 def test_the_coordinator_never_listens_on_all_interfaces(monkeypatch):

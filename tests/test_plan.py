@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import jax
@@ -14,9 +15,9 @@ from conftest import small
 from t5like import mesh as meshes
 from t5like import metrics, step
 from t5like.data import pipeline
-from t5like.errors import Diverged
+from t5like.errors import Diverged, UserError
 from t5like.plan import compile as compiler
-from t5like.plan import estimate, hlo, planner, report, search, topology
+from t5like.plan import estimate, hlo, planner, preflight, report, search, topology
 
 GOLDEN = Path(__file__).parent / "golden"
 V5E = topology.parse("v5e:2x4")
@@ -149,6 +150,7 @@ def test_a_quick_plan_knows_days_cost_and_slices(command):
     assert {"mesh.data=2", "mesh.slices=2"} <= set(plan["settings"])
     run = plan["run"]
     assert run["steps"] == -(-2e12 // (1024 * 4096))
+    assert f"add --config.train.num_steps={run['steps']}" in report.text(plan)
     assert run["cost"] == pytest.approx(1.5 * 512 * 24 * run["days"])
     assert run["days"] == pytest.approx(run["steps"] * plan["quick"]["seconds"] / 86400)
     norms = 65 * 4096  # the only parameters that fsdp does not split
@@ -179,6 +181,9 @@ def test_a_quick_plan_that_does_not_fit_names_settings_that_do(command):
         (["--topology=v5e:16x16", "--num_slices=0"], "--num_slices=2"),
         (["--topology=v5e:16x16", "--tokens=-1"], "--tokens=2e12"),
         (["--topology=v5e:4x4"], "data.batch_size"),
+        (["--topology=cpu:4", "--num_slices=2", "--config.mesh.fsdp=8"], "use --config.mesh.data=2 --config.mesh.fsdp"),
+        (["--topology=cpu:4", "--keep=programs"], "--keep=programs is for compiled programs"),
+        (["--topology=cpu:4", "--fake_devices=4"], "use --topology=cpu:8"),
     ],
 )
 def test_a_machine_that_does_not_exist_or_fit_is_refused_in_one_line(command, arguments, says):
@@ -198,6 +203,30 @@ def test_a_program_that_can_not_be_read_still_tells_its_memory():
     plan = planner.of_program(small(), V5E, program, 0, is_train=True)
     assert plan["fits"] and plan["memory"]["total"] == 13 * 2**30
     assert "can't read" in report._speed({"train": plan})
+
+
+def test_a_program_that_was_kept_before_is_not_taken_for_the_new_one(tmp_path, monkeypatch):
+    for old in ("train.json", "train.hlo.gz"):
+        (tmp_path / old).write_bytes(b"of another program")
+    monkeypatch.setattr(compiler, "_start", lambda directory, *_: subprocess.Popen(["touch", directory / "train.log"]))
+    with pytest.raises(UserError, match="could not be compiled"):
+        compiler.run(small(), V5E, ("train",), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["request.json", "train.log"]
+
+
+def test_an_estimate_near_the_limit_does_not_fit_and_says_why():
+    config = meshes.settle_on(small(), "tpu")
+    plan = planner.make(config, V5E, planner.Wishes(quick=True), print)[0]
+    for room, verdict in ((2.0, ""), (1.02, "   TOO CLOSE for an estimate"), (0.5, "   OUT OF MEMORY")):
+        tight = V5E._replace(chip=V5E.chip._replace(memory=int(plan["quick"]["total"] * room)))
+        said = report.text(planner.make(config, tight, planner.Wishes(quick=True), print)[0])
+        assert f"a device, estimated{verdict}\n" in said and ("would not fit" in said) == (room < 1.05)
+
+
+def test_the_curve_of_the_learning_rate_tells_its_highest_value():
+    linear = {"schedule": "linear", "learning_rate": 0.1, "warmup_steps": 77}
+    config = small(optimizer=linear, train={"num_steps": 9000})
+    assert " up to 0.1, " in preflight.learning_rate(config)
 
 
 @functools.cache

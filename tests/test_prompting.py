@@ -40,7 +40,7 @@ def test_a_file_is_answered_in_order_and_continued_where_it_was_cut(generate, pr
     output = tmp_path / "out.jsonl"
     flags = [f"--prompts_file={prompts}", f"--output={output}"]
     code, said, err = generate(*flags)
-    assert code == 0 and err == "" and said == f"answers  {output}: 4 rows\n"
+    assert code == 0 and err == "prompt 4/4  left 0:00\n" and said == f"answers  {output}: 4 rows\n"
     rows = rows_of(output)
     assert [row["id"] for row in rows] == [0, 1, 2, 3] and all(row["log_prob"] < 0 for row in rows)
     assert rows[0]["filled"].startswith("ba de") and "filled" not in rows[1]

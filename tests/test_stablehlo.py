@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import SYLLABLES, small
 
-from t5like import run, stablehlo, tree
+from t5like import run, stablehlo, stablehlo_script, tree
 from t5like import step as steps
+from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
 from t5like.generate import Generator
 from t5like.model.transformer import Transformer
@@ -74,6 +75,25 @@ def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported,
     batch = Batch(zero, zero, np.ones((1, 1)), row)
     ours = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
+@pytest.mark.parametrize(
+    "objective", ["ul2", "ul2,prefix_lm", "span_corruption", "prefix_lm,causal_lm", "supervised", "messages"]
+)
+def test_run_py_makes_the_prompt_of_a_text_that_t5like_makes(objective, architecture, trained):
+    tokenizer = Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
+    data = {"inputs_length": 128, "targets_length": 128, "objective": tuple(objective.split(","))}
+    if objective == "messages":
+        data |= {"objective": "supervised", "messages_field": "messages"}
+    ids = {"vocab_size": 400, "num_sentinels": 20}
+    config = small(model={"architecture": architecture}, data=data, tokenizer=ids)
+    script = object.__new__(stablehlo_script.Model)  # without programs
+    script.directory, script.architecture = trained, architecture
+    script.text = json.loads(json.dumps(stablehlo.text_rules(config, tokenizer)))
+    ours = Generator(config, None, tokenizer)
+    for text in ("ba de", "", "ba <extra_id_0> de", "[S] ba de", "[R]ba <extra_id_0>", "[X] ", "[Y] ba", "a [S] b"):
+        assert script.encode(text) == ours.prompt(text), text
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder", "encoder"])

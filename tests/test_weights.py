@@ -2,6 +2,7 @@
 
 import json
 import struct
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +47,19 @@ def test_a_large_model_is_written_in_parts_with_an_index(rng, tmp_path):
     assert index["metadata"]["total_size"] == 48 + 24 + 24
     for name, tensor in weights.tensors(tmp_path).items():
         np.testing.assert_array_equal(weights.read(tensor), given[name], strict=True)
+
+
+def test_one_tensor_at_a_time_is_in_memory_while_a_file_is_written(rng, tmp_path):
+    given, alive = values(rng), []
+
+    def value(name):
+        assert not any(reference() is not None for reference in alive)
+        array = given[name].copy()
+        alive.append(weakref.ref(array))
+        return array
+
+    weights.write(tmp_path, wanted(given), value, max_shard_size=60)
+    assert len(alive) == len(given)
 
 
 def file_of(header: dict | bytes, data: bytes = b"") -> bytes:

@@ -70,7 +70,7 @@ def kind_of(model: ModelConfig) -> str:
 def example(config: Config) -> dict[str, np.ndarray]:
     """Random tokens by transformers' names of arguments, the second row padded on the right."""
     rng, model = np.random.default_rng(0), config.model
-    length = min(LENGTH, model.max_length) if model.positions == "learned" else LENGTH
+    length = min(LENGTH, model.longest_text)
     draw = lambda length: rng.integers(0, config.tokenizer.vocab_size, (ROWS, length))
     mask = np.ones((ROWS, length), np.int64)
     mask[1, length * 2 // 3 :] = 0

@@ -209,3 +209,4 @@ def _write_file(path: Path, shard: Sequence[Wanted], value: Callable[[str], np.n
             array = np.ascontiguousarray(value(tensor.name))
             assert (array.shape, array.dtype) == (tensor.shape, DTYPES[tensor.dtype]), tensor
             file.write(array.reshape(-1).view(np.uint8))
+            del array  # before the next one is made

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from t5like.config import ModelConfig
 from t5like.mesh import batch_parts, constrain, context_size
 from t5like.model import cpu, tpu
-from t5like.model.layers import MASKED, Dense, Norm, dropout, rotate
+from t5like.model.layers import Dense, Norm, dropout, rotate
+from t5like.types import MASKED
 
 FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
 

@@ -9,6 +9,8 @@ formulation is used, and `mesh.settle` chooses by the mesh's devices. Used by `l
 import jax
 import jax.numpy as jnp
 
+from t5like.types import MASKED
+
 
 def _transposed(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
@@ -49,7 +51,7 @@ def _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS):
     if bias_1NLS is not None:
         scores_BNLS = scores_BNLS + bias_1NLS
     if mask_B1LS is not None:
-        scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, -1e9)
+        scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, MASKED)
     weights_BNLS = jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
     scale_BNL1 = 1 / weights_BNLS.sum(-1, keepdims=True)  # applied to H columns instead of S
     out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS, v_BNSH) * scale_BNL1

@@ -21,7 +21,6 @@ from t5like.mesh import constrain, context_size
 from t5like.model import cpu, tpu
 
 MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "tpu": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
-MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
 
 
 def normal(std: float, axes: tuple[str, ...]):

@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5like.mesh import RULES, batch_parts, constrain, spec
+from t5like.types import MASKED
 
-MASKED = -1e9
 SCORES = 2**19  # of a block of queries, about; at least 128 queries
 LANES = 128  # where a block of queries or its keys begin is a multiple, which the core's memory needs
 UNROLLED = 8  # blocks that are written out one behind the other; more of them are loops, which compile faster

@@ -15,7 +15,7 @@ from t5like.model import cpu
 from t5like.model import layers as lay
 from t5like.model.attention import Seen, causal_mask, fused, window_mask
 from t5like.model.stack import Caches, Stack, cache_length
-from t5like.types import Batch
+from t5like.types import MASKED, Batch
 
 
 class Transformer(nn.Module):
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         if config.vocab_rows == config.tokenizer.vocab_size:
             return logits_BLV
         real_V = jnp.arange(config.vocab_rows) < config.tokenizer.vocab_size
-        return jnp.where(real_V[None, None], logits_BLV, lay.MASKED)
+        return jnp.where(real_V[None, None], logits_BLV, MASKED)
 
     def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None = None) -> Caches:
         """An empty cache for `length` decoded tokens, cross-attention's keys and values computed."""

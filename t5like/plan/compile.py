@@ -87,6 +87,9 @@ def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | N
             directory.mkdir(parents=True, exist_ok=True)
             with written_whole(directory / "request.json") as file:
                 file.write(json.dumps(request).encode())
+            for name in names:  # another program's, from before
+                for kept in (f"{name}.json", f"{name}.hlo.gz"):
+                    (directory / kept).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"--keep={directory} can't be written: {error.strerror}; use another folder") from None
         started = [(name, _start(directory, name, topology)) for name in names]

@@ -235,6 +235,7 @@ def _run(config: Config, topology: Topology, plan: Plan, wishes: Wishes) -> Plan
     per_step = estimate.tokens_per_step(config)
     steps = config.train.num_steps if wishes.tokens is None else -(-wishes.tokens // per_step)
     run: Plan = {"tokens_per_step": per_step, "steps": int(steps), "tokens": int(steps * per_step)}
+    run["num_steps"] = config.train.num_steps  # those that the learning rate is for
     seconds = plan.get("train", {}).get("time", {}).get("seconds")
     if wishes.quick:
         seconds = plan["quick"]["seconds"]

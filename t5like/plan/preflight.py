@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5like.config import Config
 from t5like.data import corpus
@@ -62,9 +63,9 @@ def _data(config: Config) -> list[Check]:
 
 def learning_rate(config: Config, width: int = 48) -> str:
     """The schedule as a line of bars, from the first step to the last, and its highest and last value."""
-    last = max(config.train.num_steps - 1, 0)
-    steps = jnp.round(jnp.linspace(0, last, width)).astype(jnp.int32)
-    rates = [float(rate) for rate in jax.vmap(schedule(config))(steps)]
-    top = max(rates) or 1.0
-    bars = "".join(BARS[min(int(rate / top * len(BARS)), len(BARS) - 1)] for rate in rates)
-    return f"{bars} up to {top:.3g}, {rates[-1]:.3g} at step {last:,}"
+    steps = max(config.train.num_steps, 1)
+    rates = np.asarray(jax.vmap(schedule(config))(jnp.arange(steps)))
+    top = float(rates.max())
+    shown = rates[np.linspace(0, steps - 1, width).round().astype(int)] / (top or 1.0)
+    bars = "".join(BARS[min(int(rate * len(BARS)), len(BARS) - 1)] for rate in shown)
+    return f"{bars} up to {top:.3g}, {rates[-1]:.3g} at step {steps - 1:,}"

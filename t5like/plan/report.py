@@ -1,6 +1,7 @@
 """A plan as text: what people read on a terminal, 100 columns wide."""
 
 from t5like.plan.planner import Plan
+from t5like.plan.topology import GPU_SHARE
 
 GIB = 2**30
 WIDTH = 60  # of the memory picture, columns
@@ -44,6 +45,7 @@ def _memory(plan: Plan) -> str:
     held, limit = plan["held"], plan["topology"]["memory"]
     train = plan.get("train")
     of = f" of {_gib(limit)}" if limit else ""
+    of += f" ({GPU_SHARE} of a GPU, JAX's default share)" if plan["topology"]["platform"] == "gpu" else ""
     if train and not train["fits"] and "total" not in train["memory"]:
         needed = train["memory"]["needed"]
         return (
@@ -64,7 +66,8 @@ def _memory(plan: Plan) -> str:
         ("padding of layouts", padding, "p"),
         ("activations, gradients, gathered weights", rest, "a"),
     ]
-    verdict = "" if limit is None or total <= limit else "   OUT OF MEMORY"
+    fits = (train or plan["quick"])["fits"]
+    verdict = "" if fits else "   OUT OF MEMORY" if total > limit else "   TOO CLOSE for an estimate"
     lines = [f"memory     {_gib(total)}{of} a device, {title}{verdict}"]
     scale = max(limit or 0, total, 1)
     bar = "".join(letter * round(WIDTH * size / scale) for _, size, letter in parts)
@@ -156,7 +159,12 @@ def _run(plan: Plan) -> str:
     line = f"run        {run['steps']:,} steps of {run['tokens_per_step']:,} tokens, {run['tokens'] / 1e9:,.4g} billion"
     if "days" in run:
         line += f": {run['days']:,.2f} days, {run['chip_hours']:,.0f} chip-hours"
-    return line + (f", {run['cost']:,.0f} at that price" if "cost" in run else "")
+    else:
+        line += "; no days and no cost, because nothing tells a step's time on this topology"
+    line += f", {run['cost']:,.0f} at that price" if "cost" in run else ""
+    if run["steps"] != run["num_steps"]:
+        line += f"\n           train.num_steps is {run['num_steps']:,}: add --config.train.num_steps={run['steps']}"
+    return line
 
 
 def _choices(title: str, rows: list[Plan]) -> str:

@@ -79,7 +79,8 @@ class Topology(NamedTuple):
     def name(self) -> str:
         """As on the command line, slices included."""
         slices = f"{self.num_slices} x " if self.num_slices > 1 else ""
-        return f"{slices}{self.kind}:{'x'.join(map(str, self.shape))}"
+        shape = self.shape[1:] if self.kind in GPUS and self.shape[0] == 1 else self.shape
+        return f"{slices}{self.kind}:{'x'.join(map(str, shape))}"
 
 
 def parse(text: str, num_slices: int = 1) -> Topology:

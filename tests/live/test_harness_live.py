@@ -91,6 +91,14 @@ def test_what_a_task_asks_of_generation_is_known_or_refused():
     assert decoding({"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}) == {
         "stop": ["\n"], "most": 5, "temperature": 0.0,
     }  # fmt: skip
+    for asked, temperature in (
+        ({"do_sample": True, "temperature": 0.0}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, 0.0),
+        ({}, 0.0),
+    ):
+        assert decoding(asked)["temperature"] == temperature
     with pytest.raises(Exception, match=r"generation_kwargs\.num_beams=4"):
         decoding({"num_beams": 4})
 
