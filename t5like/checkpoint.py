@@ -415,7 +415,9 @@ def _one_line(path: epath.Path, failure: str) -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = " ".join(str(cause).split()) or type(cause).__name__
-        raise CheckpointError(f"{path} {failure}: {text[:300]}") from error
+        if len(text) > 300:  # TensorStore begins with what it did, and ends with why it could not
+            text = f"{text[:100]} ... {text[-200:]}"
+        raise CheckpointError(f"{path} {failure}: {text}") from error
 
 
 def _some(items: Iterable[str]) -> str:

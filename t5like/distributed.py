@@ -364,14 +364,18 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
     lines = traceback.format_exc()
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(error, UserError) and not _is_loss(cause):
+    lost = _is_loss(cause)
+    if lost or (isinstance(error, UserError) and run.begin.process):
+        # Perhaps another has failed before, and this only follows: process 0 clears away the checkpoint that it could
+        # not write, and the others miss their files. Then its reason counts.
+        with contextlib.suppress(Exception):
+            if (over := run.client.blocking_key_value_get(OVER, 2000)) and (failed := json.loads(over)):
+                _end(run, failed["code"], failed["message"], lines if debug else "", foreign=True)
+    if isinstance(error, UserError) and not lost:
         _end(run, error.exit_code, str(error), lines if debug else "", foreign=isinstance(error, PeerFailed))
     if isinstance(error, KeyboardInterrupt):
         _end(run, 130, "stopped")
-    if _is_loss(cause):
-        with contextlib.suppress(Exception):  # perhaps it said why
-            if (over := run.client.blocking_key_value_get(OVER, 2000)) and (failed := json.loads(over)):
-                _end(run, failed["code"], failed["message"], lines if debug else "", foreign=True)
+    if lost:
         text = " ".join(str(cause).split())[:200]
         _end(run, 76, f"{run.where()}, another process is lost: {text}; start all of them again", lines * debug)
     _end(run, 70, "this is a bug of ours; please report it with the lines above", lines)

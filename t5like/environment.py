@@ -125,7 +125,11 @@ def _number(name: str, value: str) -> int:
 
 
 def _local_devices(env: Env, row: Environment) -> tuple[int, ...] | None:
-    """An even share of the host's GPUs where several processes see the same ones; None where each has its own."""
+    """An even share of the host's GPUs where several processes see the same ones; None where each has its own.
+
+    Where no variable says how many they see, each takes one, by its number on the host: torchrun's convention, and what
+    JAX's own cluster detection does. JAX_LOCAL_DEVICE_IDS wins; explicit addresses share nothing without it.
+    """
     if explicit := env.get("JAX_LOCAL_DEVICE_IDS"):
         if not re.fullmatch(r"\d+(,\d+)*", explicit):
             raise ConfigError(f"JAX_LOCAL_DEVICE_IDS={explicit} must be numbers of GPUs with commas, such as 0,1")

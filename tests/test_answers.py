@@ -102,9 +102,10 @@ def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, 
 
 
 def test_a_run_begins_with_the_weights_of_another_but_for_those_that_are_named_new(supervised):
-    first, records, _ = supervised("first", **{"train.num_steps": 20, "optimizer.ema_decay": 0.5})
+    unscored = {"evaluate.metrics": ""}
+    first, records, _ = supervised("first", **unscored, **{"train.num_steps": 20, "optimizer.ema_decay": 0.5})
     untrained, learned = (record["eval/loss"] for record in records if "eval/loss" in record)
-    begin = {"init_from.checkpoint": first, "train.num_steps": 1}
+    begin = {**unscored, "init_from.checkpoint": first, "train.num_steps": 1}
     _, again, said = supervised("second", **begin)
     assert again[1]["eval/loss"] == pytest.approx(learned, rel=1e-6)
     assert f"from step 20 of {first}" in said

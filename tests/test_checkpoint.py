@@ -276,7 +276,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     try:
         for step in (2, 3):
             checkpoints.save(state._replace(step=jnp.int32(step)), **REST)
-            with pytest.raises(CheckpointError, match=f"/{step} could not be written: ") as error:
+            with pytest.raises(CheckpointError, match=f"/{step} could not be written: .*File too large") as error:
                 checkpoints.wait()
             assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["1"]
     finally:

@@ -1,11 +1,13 @@
 """Real processes over gloo: they train as one does, stop together, and miss the one that is killed.
 
-One run is handed on: two processes train it until one of them gets SIGTERM, and four go on until one is killed. One
-process with eight fake devices trains straight on: they have to equal that.
+One run is handed on: two processes, which split rows and parameters (`fsdp`), train it until one of them gets SIGTERM,
+and four, which split heads and lengths (`tensor`, `context`), go on until one is killed. One process with eight fake
+devices trains straight on: they have to equal that.
 """
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
+from recorded import held, recorded
 from test_meeting import free_port
 
 from t5like import distributed
@@ -27,35 +30,19 @@ from t5like.types import Batch
 ROOT = Path(__file__).parent.parent
 STEPS = 60  # enough for JAX to agree on one to stop after; few are done
 
-# `t5like ...` that sends itself a signal when a step has been reported, and goes slowly from there on.
-INTERRUPTED = """
-import os, sys, time
-from t5like import main, metrics
 
-step, number = int(sys.argv[1]), int(sys.argv[2])
-show = metrics.Progress.update
-
-def update(self, done, *rest):
-    show(self, done, *rest)
-    if done == step:
-        os.kill(os.getpid(), number)
-    if done >= step:
-        time.sleep(0.2)
-
-metrics.Progress.update = update
-sys.exit(main.main(sys.argv[3:]))
-"""
-
-
-def start_all(count: int, arguments: list, interrupted: tuple[int, int, int]) -> list[tuple[int, str, str]]:
+def start_all(
+    count: int, arguments: list, interrupted: tuple[int, int, int], records: Path
+) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of so many processes; one, (which, after which step, signal), is told off."""
     victim, step, number = interrupted
     flags = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}", "--fake_devices=1"]
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].rpartition(" ")[0]}  # conftest's but the eight
+    environment["PYTHONPATH"] = str(ROOT)
     begun = [
         subprocess.Popen(
-            [sys.executable]
-            + (["-c", INTERRUPTED, str(step), str(int(number))] if process == victim else ["-m", "t5like"])
+            [sys.executable, "tests/recorded.py", f"{records}-{process}"]
+            + [str(step if process == victim else -1), str(int(number))]
             + [*map(str, arguments), *flags, f"--process_id={process}"],
             cwd=ROOT,
             env=environment,
@@ -75,7 +62,7 @@ def start_all(count: int, arguments: list, interrupted: tuple[int, int, int]) ->
 
 @pytest.fixture(scope="module")
 def arguments(flags) -> list[str]:
-    """The smallest run there is; an encoder generates nothing. Its 27 held-out rows don't fill batches of 8."""
+    """The smallest run there is; an encoder generates nothing."""
     values = {
         "model.architecture": "encoder",
         "data.objective": "mlm",
@@ -90,10 +77,12 @@ def arguments(flags) -> list[str]:
 def handed_on(arguments, tmp_path_factory):
     """The run directory after two processes and four, what those said, the step saved in between, their metrics."""
     workdir = tmp_path_factory.mktemp("handed_on") / "run"
-    two = start_all(2, [*arguments, f"--workdir={workdir}"], (1, 2, signal.SIGTERM))
+    arguments, held = [*arguments, f"--workdir={workdir}"], workdir.parent
+    two = start_all(2, [*arguments, "--config.mesh.fsdp=2"], (1, 2, signal.SIGTERM), held / "two")
     steps = Checkpoints(workdir / "checkpoints", keep=1).steps()
     records = read(workdir)
-    four = start_all(4, [*arguments, f"--workdir={workdir}"], (2, steps[-1] + 3, signal.SIGKILL))
+    axes = ["--config.mesh.tensor=2", "--config.mesh.context=2"]
+    four = start_all(4, [*arguments, *axes], (2, steps[-1] + 3, signal.SIGKILL), held / "four")
     return workdir, two, steps, records, four, read(workdir)
 
 
@@ -104,7 +93,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step_and_saves(handed_o
     for _, _, err in two:
         assert f"stopped by a signal after step {step:,}; saved in {workdir}" in err
     assert records[-1]["step"] == step < STEPS
-    assert "2 x cpu in 2 processes, data 2" in two[0][1]
+    assert "2 x cpu in 2 processes, fsdp 2" in two[0][1]
     assert not [line for line in two[1][1].splitlines() if "[Gloo]" not in line]  # one process speaks
 
 
@@ -112,29 +101,76 @@ def test_a_killed_process_makes_the_others_end_with_76(handed_on):
     *_, steps, _, four, records = handed_on
     codes = [code for code, _, _ in four]
     assert codes == [76, 76, -signal.SIGKILL, 76], four
+    assert "4 x cpu in 4 processes, tensor 2 x context 2" in four[0][1]
     assert f"after step {steps[-1]}" in four[0][1] and records[-1]["step"] > steps[-1]
     for process in (0, 1, 3):
         said = re.search(r"t5like: process [013] on .*, in .* at step \d+, .*start all of them again", four[process][2])
         assert said, four[process][2]
 
 
-def test_two_and_four_processes_and_one_train_and_evaluate_alike(handed_on, arguments, command, tmp_path):
-    workdir, _, (step,), by_two, _, by_four = handed_on
+@pytest.fixture
+def straight(handed_on, arguments, command, monkeypatch, tmp_path):
+    """The metrics of one process that trains as far as those of four, and the batches that its devices held, whole."""
+    [step] = handed_on[2]
+    monkeypatch.setattr(meshes, "to_global", recorded(tmp_path / "one"))
     code, _, err = command(*arguments, f"--workdir={tmp_path}/run", f"--config.train.num_steps={step + 3}")
     assert code == 0, err
+    batches = []
+    for _, parts in held(tmp_path / "one"):
+        rows: dict[str, list] = {}
+        for name, _, data in sorted(parts, key=lambda part: part[1][0].start or 0):
+            rows.setdefault(name, []).append(data)
+        batches.append({name: np.concatenate(each) for name, each in rows.items()})
+    return read(tmp_path / "run"), batches
+
+
+def test_two_and_four_processes_and_one_have_the_same_batches_losses_and_scores(handed_on, straight):
+    workdir, _, (step,), by_two, _, by_four = handed_on
     assert load(workdir).step == step  # one process reads what two have saved, and verifies it
-    straight = values(read(tmp_path / "run"))
-    for records, done in ((by_two, step), (by_four, step + 2)):
-        found = values(records)
-        wanted = {key: value for key, value in straight.items() if key[0] <= done}
+    metrics, batches = straight
+    metrics = values(metrics)
+    for found, done in ((values(by_two), step), (values(by_four), step + 2)):
+        wanted = {key: value for key, value in metrics.items() if key[0] <= done}
         assert wanted.keys() <= found.keys() and (0, "eval/bits_per_byte") in wanted
         assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
+
+    # Held-out rows first, which do not fill the last batch; each process makes the rows that its devices hold.
+    evaluated = (len(batches) - (step + 3)) // 2  # batches, at the beginning and at the end
+    weights_BL = np.concatenate([batch["weights_BL"] for batch in batches[:evaluated]])
+    real_B = weights_BL.any(axis=1)
+    assert real_B[: real_B.sum()].all() and 8 * evaluated - 8 < real_B.sum() < 8 * evaluated
+    assert metrics[0, "eval/tokens"] == weights_BL.sum()
+    for name, count, rows, copies, begin, end in (
+        ("two", 2, 4, 1, 0, evaluated + step),
+        ("four", 4, 8, 2, evaluated + step, evaluated + step + 2),
+    ):
+        records = [held(workdir.parent / f"{name}-{process}")[: end - begin] for process in range(count)]
+        for wanted, *of_each in zip(batches[begin:end], *records, strict=True):
+            covered = {field: np.zeros(array.shape, int) for field, array in wanted.items()}
+            for made, parts in of_each:
+                assert made == rows
+                for field, index, data in parts:
+                    assert data.dtype == wanted[field].dtype and data.tobytes() == wanted[field][index].tobytes()
+                    covered[field][index] += 1
+            assert all((array == copies).all() for array in covered.values())
 
 
 def values(records) -> dict[tuple[int, str], float]:
     """What must not depend on the processes: losses, gradients, what evaluation counts."""
     speed = ("train/tokens_per_second", "train/step_seconds", "train/mfu", "step")
     return {(record["step"], name): value for record in records for name, value in record.items() if name not in speed}
+
+
+def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, arguments, tmp_path):
+    shutil.copytree(handed_on[0], workdir := tmp_path / "run")
+    [step] = handed_on[2]
+    arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=1"]
+    found = start_all(2, arguments, (0, step + 1, 0), tmp_path / "held")
+    assert [code for code, _, _ in found] == [4, 4], found
+    for _, _, err in found:
+        reason = rf"t5like: process 0: .*/{step + 1} could not be written: .*File too large"
+        assert re.match(reason, err.splitlines()[-1]), err
+    assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step]
 
 
 def test_the_rows_of_all_devices_are_each_batch_once(rng):

@@ -53,14 +53,15 @@ def start(*arguments, interrupted: tuple[int, int, Path] | None = None) -> subpr
 
 @pytest.fixture(scope="module")
 def arguments(flags) -> list[str]:
-    """A run of 12 steps with checkpoints at 5 and 10, and evaluations at 4, 8 and 12."""
-    return [
-        "train",
-        *flags,
-        "--config.train.checkpoint_every=5",
-        "--config.train.eval_every=4",
-        "--config.model.dropout_rate=0.1",
-    ]
+    """A run of 12 steps with checkpoints at 5 and 10, and evaluations at 4, 8 and 12. A decoder compiles fastest."""
+    values = {
+        "model.architecture": "decoder",
+        "data.objective": "causal_lm",
+        "model.dropout_rate": 0.1,
+        "train.checkpoint_every": 5,
+        "train.eval_every": 4,
+    }
+    return ["train", *flags, *(f"--config.{name}={value}" for name, value in values.items())]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,6 @@ def finished(arguments, tmp_path_factory) -> tuple[Path, subprocess.CompletedPro
     return workdir, process
 
 
-@pytest.fixture(scope="module")
-def straight(finished) -> Path:
-    return finished[0]
-
-
 def leaves(workdir: Path, step: int = 12) -> dict:
     return Checkpoints(workdir / "checkpoints", keep=1).meta(step).leaves
 
@@ -86,35 +82,45 @@ def learned(workdir: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if name not in SPEED} for record in read(workdir)]
 
 
-def test_a_killed_run_that_is_started_again_ends_as_if_it_had_not_been_killed(arguments, straight, tmp_path):
-    workdir = tmp_path / "run"
-    killed = start(*arguments, f"--workdir={workdir}", interrupted=(8, signal.SIGKILL, workdir / "checkpoints" / "5"))
+def test_a_run_that_is_killed_and_stopped_and_started_again_ends_as_if_nothing_had_happened(
+    arguments, finished, tmp_path
+):
+    straight, workdir = finished[0], tmp_path / "run"
+    interrupted = lambda step, number: start(
+        *arguments, f"--workdir={workdir}", interrupted=(step, number, workdir / "checkpoints" / "5")
+    )
+    steps = lambda: Checkpoints(workdir / "checkpoints", keep=1).steps()
+
+    killed = interrupted(8, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
-    assert read(workdir)[-1]["step"] >= 8 and Checkpoints(workdir / "checkpoints", keep=1).steps() == [5]
+    assert read(workdir)[-1]["step"] >= 8 and steps() == [5]
+
+    saved = [5]  # whoever is told to stop saves, and the same command goes on
+    for number, step in ((signal.SIGTERM, 7), (signal.SIGUSR1, 9)):
+        stopped = interrupted(step, number)
+        assert stopped.returncode == 75, stopped.stderr
+        assert f"after step {saved[-1]}, compiled" in stopped.stdout
+        last = max(record["step"] for record in read(workdir))
+        assert step <= last <= step + 1 and steps() == [*saved, last]
+        saved.append(last)
+        assert stopped.stderr.splitlines()[-1] == (
+            f"t5like: stopped by a signal after step {last}; saved in {workdir}; the same command continues"
+        )
+
     again = start(*arguments, f"--workdir={workdir}")
-    assert again.returncode == 0 and "after step 5" in again.stdout, again.stderr
+    assert again.returncode == 0 and f"after step {last}, compiled" in again.stdout, again.stderr
     assert leaves(workdir) == leaves(straight)
     assert learned(workdir) == learned(straight)
     names = [(record["step"], name) for record in learned(workdir) for name in record if name != "step"]
     assert len(names) == len(set(names)) and {step for step, name in names if name == "train/loss"} == set(range(1, 13))
 
 
-def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(arguments, straight, tmp_path):
-    workdir, saved = tmp_path / "run", [5]
-    for number, step in ((signal.SIGTERM, 6), (signal.SIGUSR1, 8)):
-        stopped = start(*arguments, f"--workdir={workdir}", interrupted=(step, number, workdir / "checkpoints" / "5"))
-        assert stopped.returncode == 75, stopped.stderr
-        assert len(saved) == 1 or f"after step {saved[-1]}" in stopped.stdout
-        last = max(record["step"] for record in read(workdir))
-        assert step <= last <= step + 1 and Checkpoints(workdir / "checkpoints", keep=1).steps() == [*saved, last]
-        saved.append(last)
-        assert stopped.stderr.splitlines()[-1] == (
-            f"t5like: stopped by a signal after step {last}; saved in {workdir}; the same command continues"
-        )
-    again = start(*arguments, f"--workdir={workdir}")
-    assert again.returncode == 0 and f"after step {last}" in again.stdout, again.stderr
-    assert leaves(workdir) == leaves(straight)
-    assert learned(workdir) == learned(straight)
+def test_a_fresh_run_says_what_it_does_and_nothing_else(finished):
+    _, process = finished
+    beginnings = [line.split()[0] for line in process.stdout.split("\n\n")[0].splitlines()]
+    assert beginnings == ["model", "devices", "data", beginnings[3], "start"]
+    shown = [line.split()[0] for line in process.stderr.splitlines()]
+    assert [word for word in shown if word != "tokenizing"] == ["baselines:", *["step"] * (12 + 4)]
 
 
 def test_an_interrupt_from_outside_stops_a_run_between_two_steps(arguments, tmp_path):
@@ -145,21 +151,12 @@ def test_an_interrupt_from_outside_stops_a_run_between_two_steps(arguments, tmp_
     assert step == read(tmp_path / "run")[-1]["step"] and f"after step {step:,}; saved" in err
 
 
-def test_a_fresh_run_says_what_it_does_and_nothing_else(finished):
-    _, process = finished
-    beginnings = [line.split()[0] for line in process.stdout.split("\n\n")[0].splitlines()]
-    assert beginnings == ["model", "devices", "data", beginnings[3], "start"]
-    shown = [line.split()[0] for line in process.stderr.splitlines()]
-    assert [word for word in shown if word != "tokenizing"] == ["baselines:", *["step"] * (12 + 4)]
-
-
-def test_fake_devices_make_a_mesh_and_a_complete_run_says_that_it_is_complete(arguments, straight, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    process = start(
-        *arguments, f"--workdir={tmp_path}/run", "--fake_devices=8", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
-    )
+def test_fake_devices_make_a_mesh_and_a_complete_run_says_that_it_is_complete(flags, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    mesh = ["--fake_devices=8", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    process = start("train", *flags, f"--workdir={tmp_path}/run", *mesh, "--config.train.num_steps=2")
     assert process.returncode == 0 and process.stderr == ""
     assert "8 x cpu, data 2 x fsdp 2 x tensor 2" in process.stdout and process.stdout.splitlines()[-1].startswith(
-        "complete   12 of 12 steps"
+        "complete   2 of 2 steps"
     )
-    assert leaves(tmp_path / "run") == leaves(straight) and read(tmp_path / "run") == read(straight)
+    assert leaves(tmp_path / "run", 2) == leaves(trained, 2) and read(tmp_path / "run") == read(trained)
