@@ -362,7 +362,7 @@ def test_attend_equals_softmax_in_float64(rng):
 FORMS = {  # mesh, length, heads of keys, what may be seen, relative bias
     "packed": ({}, 160, 4, {"causal": True, "segments": True}, False),
     "relative": ({"data": 2, "fsdp": 2, "tensor": 2}, 12, 4, {}, True),
-    "prefix": ({}, 24, 4, {"causal": True, "segments": True, "prefix": True, "window": 7}, False),
+    "prefix": ({}, 160, 4, {"causal": True, "segments": True, "prefix": True, "window": 7}, False),
     "window": ({}, 672, 1, {"causal": True, "window": 100}, False),
     "context": (
         {"data": 2, "tensor": 2, "context": 2},
@@ -371,7 +371,7 @@ FORMS = {  # mesh, length, heads of keys, what may be seen, relative bias
         {"causal": True, "segments": True, "prefix": True, "window": 5},
         True,
     ),
-    "long_context": ({"context": 2, "data": 1}, 1024, 2, {"causal": True, "window": 100}, False),
+    "long_context": ({"context": 2, "data": 1}, 1024, 2, {"causal": True, "window": 140}, False),
 }
 
 
