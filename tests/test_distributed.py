@@ -164,7 +164,7 @@ def values(records) -> dict[tuple[int, str], float]:
 def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, arguments, tmp_path):
     shutil.copytree(handed_on[0], workdir := tmp_path / "run")
     [step] = handed_on[2]
-    arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=1"]
+    arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", f"--config.train.num_steps={step + 1}"]
     found = start_all(2, arguments, (0, step + 1, 0), tmp_path / "held")
     assert [code for code, _, _ in found] == [4, 4], found
     for _, _, err in found:
