@@ -119,7 +119,8 @@ class ModelConfig:
     layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: scan on accelerators, unroll on a CPU
     # cpu: backward passes written for XLA:CPU, see model/cpu.py; tpu: attention as one kernel, see model/tpu.py
     kernels: Literal["auto", "plain", "cpu", "tpu"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: nothing, all but matmuls, all
+    # What the backward pass recomputes: nothing, all but matmuls, all but queries and keys, all.
+    remat: Literal["none", "dots", "qk", "full"] = "none"
 
     @property
     def longest_text(self) -> int:

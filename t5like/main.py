@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         print("t5like: stopped", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return 128 + signal_of(stop)
     except Exception:
         traceback.print_exc()
         print("t5like: this is a bug of ours; please report it with the lines above", file=sys.stderr)
@@ -62,16 +63,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def unwound() -> Iterator[None]:
-    """Within, SIGTERM unwinds the program, so that what is half made, and processes that it started, go with it."""
+    """Within, SIGTERM unwinds the program, so that what is half made, and processes that it started, go with it.
+
+    What is raised while Python collects garbage is ignored, and JAX has much to do there: such a signal comes again.
+    """
 
     def stop(number: int, _) -> None:
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def ignored(what) -> None:
+        if isinstance(what.exc_value, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal_of(what.exc_value))).start()
+        else:
+            hook(what)
+
+    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
+    sys.unraisablehook = ignored
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+
+
+def signal_of(stop: KeyboardInterrupt) -> int:
+    """The signal that raised it: Python's own for Ctrl-C names none."""
+    return stop.args[0] if stop.args else signal.SIGINT
 
 
 def place(options: argparse.Namespace) -> Start | None:

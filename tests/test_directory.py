@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -206,7 +207,12 @@ def test_a_place_that_is_taken_and_a_vocabulary_that_is_too_small_are_refused(to
     [(signal.SIGTERM, 143, signal.SIG_IGN), (signal.SIGINT, 130, signal.default_int_handler)],
 )
 def test_an_export_that_is_stopped_leaves_nothing(number, code, handler, trained, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(directory, "_write_json", lambda *_: os.kill(os.getpid(), number))  # the weights are written
+    class Garbage:  # what is raised in its end is ignored
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    written = lambda *_: (Garbage() and None, time.sleep(2))  # the weights are
+    monkeypatch.setattr(directory, "_write_json", written)
     before = signal.signal(number, handler)
     try:
         found, _, err = command("export", "--format=hf", f"--workdir={trained}", f"--output={tmp_path}/out")

@@ -207,11 +207,14 @@ def unchanged(config: Config):
     [
         ("t5", {"layers": "scan"}),
         ("t5", {"remat": "full"}),
+        ("t5", {"remat": "qk"}),
         ("t5", {"layers": "scan", "remat": "dots"}),
         ("llama", {"layers": "scan", "remat": "full"}),
         ("umt5", {"layers": "scan"}),
+        ("llama", {"layers": "scan", "remat": "qk"}),
         ("prefix", {"remat": "dots"}),
         ("bert", {"layers": "scan", "remat": "dots"}),
+        ("bert", {"layers": "scan", "remat": "qk"}),
         ("t5", {"kernels": "cpu"}),
         ("llama", {"kernels": "cpu"}),
         ("bert", {"kernels": "cpu"}),
@@ -224,6 +227,16 @@ def test_scan_remat_and_kernels_change_nothing(variant, change):
     b, other_grads = loss_and_gradients(with_model(variant, num_layers=layers, **change), params, batch)
     np.testing.assert_allclose(a, b, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), grads, other_grads)
+
+
+def test_queries_and_keys_are_not_projected_again_when_they_are_saved():
+    def products(remat):
+        config = with_model("t5", num_layers=1, remat=remat)
+        gradients = jax.jit(jax.grad(lambda p: step.pretrain_loss(config, p, random_batch(config), None).objective))
+        return gradients.lower(jax.eval_shape(lambda: init(config))).as_text().count("stablehlo.dot_general")
+
+    attentions = 3  # of the encoder, of the decoder, and across
+    assert products("full") - products("qk") == 2 * attentions
 
 
 def influence(config: Config, batch: Batch, row: int = 0) -> np.ndarray:

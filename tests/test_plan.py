@@ -1,5 +1,6 @@
 """The plan of a run: programs read, memory counted, the trainer's own step, machines and settings refused or found."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -205,6 +206,17 @@ def test_a_program_that_can_not_be_read_still_tells_its_memory():
     assert "can't read" in report._speed({"train": plan})
 
 
+def test_a_program_that_jaxlib_can_not_read_is_read_as_the_compiler_wrote_it(tmp_path):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("async-update instruction should have 1 operands but sees 2")
+
+    assert compiler._text(Unreadable(), tmp_path) == ""
+    (tmp_path / "module_0000.jit_step.after_optimizations.txt").write_text("another stage, which is longer")
+    (tmp_path / "module_0000.jit_step.after_codegen.txt").write_text("HloModule jit_step")
+    assert compiler._text(Unreadable(), tmp_path) == "HloModule jit_step"
+
+
 def test_a_program_that_was_kept_before_is_not_taken_for_the_new_one(tmp_path, monkeypatch):
     for old in ("train.json", "train.hlo.gz"):
         (tmp_path / old).write_bytes(b"of another program")
@@ -246,6 +258,24 @@ def test_the_nearest_settings_fit_and_change_least():
     assert changes(nearest[0]) == min(changes(each) for each in found if each.memory <= 0.95 * tight.chip.memory)
 
 
+@pytest.mark.parametrize("large, fits", [(1, True), (9, False)])
+def test_an_evaluation_that_alone_is_too_large_gets_settings_in_at_most_two_compiles(monkeypatch, large, fits):
+    machine = topology.parse("cpu:8")._replace(chip=topology.Chip("cpu", 2**30))
+    compiled = []
+
+    def run(config, machine, names, keep=None):  # the compiler: the first `large` programs need too much
+        compiled.append(config)
+        needs = {"train": 2**29, "eval": 2**30 + 1 if len(compiled) <= large else 2**29}
+        return {name: compiler.Program("", "", 0, 0, 0, needs[name], 0, 1.0) for name in names}
+
+    monkeypatch.setattr(compiler, "run", run)
+    plan, _ = planner.make(small(data={"batch_size": 64}), machine, planner.Wishes(), print)
+    assert plan["train"]["fits"] and not plan["eval"]["fits"]
+    tried = [row for row in plan["nearest"] if "compiled" in row]
+    assert [row["compiled"]["fits"] for row in tried] == ([True] if fits else [False, False])
+    assert len({(config.mesh, config.model, config.train) for config in compiled}) == 1 + len(tried) == len(compiled)
+
+
 def test_the_pareto_front_holds_just_what_nothing_beats():
     _, found = found_choices()
     front = search.pareto(found, V5E.chip.memory)
@@ -258,6 +288,21 @@ def test_the_pareto_front_holds_just_what_nothing_beats():
     assert {(each.memory, each.seconds) for each in front} == {
         (each.memory, each.seconds) for each in found if not beaten(each)
     }
+
+
+def test_saved_queries_and_keys_cost_their_bytes_and_save_their_products():
+    config = meshes.settle_on(small(data={"batch_size": 64}, model={"architecture": "decoder"}), "tpu")
+    estimated = {
+        remat: estimate.quick(changed, V5E, estimate.held(estimate.shapes(config), meshes.axis_sizes(config, 8)))
+        for remat in ("qk", "full")
+        for changed in [dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))]
+    }
+    model = config.model
+    features = 2 * model.num_heads * model.head_dim  # of the two projections
+    tokens = 64 // 8 * config.row_length * model.num_layers  # of a device, in all layers
+    bytes_each = 2 if model.dtype == "bfloat16" else 4
+    assert estimated["qk"].activations - estimated["full"].activations == tokens * features * bytes_each
+    assert estimated["full"].flops - estimated["qk"].flops == 2 * tokens * features * model.model_dim
 
 
 def test_model_flops_are_what_the_quick_estimate_runs_without_remat():

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from t5like.config import ModelConfig
 from t5like.mesh import batch_parts, constrain, context_size
@@ -183,10 +184,12 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = Norm(config), Norm(config)
 
     def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
-        return self._scale(self._heads(self.query(x_BLD), positions_BL, self.config.qk_norm and self.query_norm))
+        q_BNLH = self._heads(self.query(x_BLD), positions_BL, self.config.qk_norm and self.query_norm)
+        return checkpoint_name(self._scale(q_BNLH), "query")  # what `stack.REMAT` may keep, by name
 
     def _keys(self, x_BSD: jax.Array, positions_BS: jax.Array | None = None) -> jax.Array:
-        return self._heads(self.key(x_BSD), positions_BS, self.config.qk_norm and self.key_norm)
+        k_BKSH = self._heads(self.key(x_BSD), positions_BS, self.config.qk_norm and self.key_norm)
+        return checkpoint_name(k_BKSH, "key")
 
     def _heads(self, x: jax.Array, positions_BL: jax.Array | None = None, norm: Norm | Literal[False] = False):
         """[B, L, heads * H] -> [B, heads, L, H], normed and then rotated where the config says so."""

@@ -24,6 +24,8 @@ from t5like.types import Tree
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # The projections whose results are worth their memory most: rotated, so that this is not done again either.
+    "qk": jax.checkpoint_policies.save_only_these_names("query", "key"),
 }
 
 

@@ -164,16 +164,19 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
     begin = time.monotonic()
     lowered = lower(config, topology, name)
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    try:
-        program = lowered.compile()
-    except Exception as error:
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
-            raise
-        return out_of_memory(message, digest, time.monotonic() - begin)
+    with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
+        written = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if topology.chip.platform == "tpu" else None
+        try:
+            program = lowered.compile(compiler_options=written)
+        except Exception as error:
+            message = str(error)
+            if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+                raise
+            return out_of_memory(message, digest, time.monotonic() - begin)
+        text = _text(program, Path(dump))
     memory = program.memory_analysis()
     return Program(
-        text=_text(program),
+        text=text,
         lowered=digest,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -184,11 +187,11 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
     )
 
 
-def _text(program) -> str:
-    """The scheduled program; nothing where jaxlib can't read it.
+def _text(program, dump: Path) -> str:
+    """The scheduled program; where jaxlib can't read it, as the compiler itself wrote it; nothing if it did not.
 
-    0.10.2 refuses the asynchronous collectives that libtpu 0.0.52 makes of big models on v5p ("async-update instruction
-    should have 1 operands"): the compiler is newer than the reader.
+    jaxlib 0.10.2 refuses what libtpu 0.0.52 makes of look-ups in embeddings on chips with sparse cores, v5p among them
+    ("async-update instruction should have 1 operands"): the compiler is newer than the reader.
     """
     from jax.errors import JaxRuntimeError
 
@@ -196,7 +199,8 @@ def _text(program) -> str:
         return program.as_text()
     except JaxRuntimeError as error:
         print(f"the program can't be read: {error}", file=sys.stderr)
-        return ""
+        stages = sorted(dump.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        return stages[-1].read_text() if stages else ""
 
 
 def out_of_memory(message: str, digest: str, seconds: float) -> Program:

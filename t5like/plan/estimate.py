@@ -167,7 +167,7 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"]) // config.train.microbatches
     queries, keys = model.num_heads * model.head_dim, (model.num_kv_heads or model.num_heads) * model.head_dim
     gated = model.mlp.startswith("gated")
-    saved = working = recomputed = scores = 0.0
+    saved = working = projections = scores = 0.0
     for stack in _stacks(config):
         tokens = rows * stack.queries // sizes["context"]
         written = [n for n in stack.keys if not _fused(config, stack.queries, n)]  # scores that are
@@ -175,12 +175,16 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
         scores += stack.layers * attention
         products = tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
         layer = products * width + (1 + width / 4) * attention + 4 * tokens * model.model_dim * width
+        own = len(stack.keys) * (queries + keys)
         kept = {
             "full": tokens * model.model_dim * width,
+            "qk": tokens * model.model_dim * width + tokens * own / tensor * width,
             "dots": tokens * model.model_dim * width + products * width,
             "none": layer,
         }[model.remat]
         saved += stack.layers * kept
+        inputs = sum(stack.queries * queries + n * keys for n in stack.keys)
+        projections += stack.layers * 2 * model.model_dim * inputs
         # In the backward pass a layer's values are alive, and the gradient of its scores.
         working = max(working, layer + attention)
     targets = config.data.inputs_length if model.architecture == "encoder" else _stacks(config)[-1].queries
@@ -193,8 +197,9 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     activations = int(saved + max(working, logits) + gradients + gathered)
 
     model_flops = metrics.model_flops(config) / topology.num_devices
-    recomputed = {"full": 1 / 3, "dots": 0.0, "none": 0.0}[model.remat]
-    flops = model_flops * (1 + recomputed)
+    projections *= config.data.batch_size / topology.num_devices
+    again = {"full": model_flops / 3, "qk": model_flops / 3 - projections, "dots": 0.0, "none": 0.0}[model.remat]
+    flops = model_flops + again
     seconds = None
     if chip.peak:
         softmax = config.train.microbatches * scores * 8 / chip.memory_bandwidth  # written and read in four passes
@@ -215,7 +220,7 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
     if sizes["tensor"] > 1:
         rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"])
         tokens = sum(stack.layers * stack.queries * (1 + len(stack.keys)) for stack in _stacks(config)) * rows
-        passes = 3 if config.model.remat == "full" else 2
+        passes = 3 if config.model.remat in ("full", "qk") else 2
         seconds += (
             passes * 2 * tokens * config.model.model_dim * width / (chip.ici * torus_axes(topology, sizes["tensor"]))
         )

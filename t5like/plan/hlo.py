@@ -12,6 +12,7 @@ known size (tests/golden/make_hlo.py): there is no specification.
     x-start ... x-done         what is scheduled between the two hides it
     async_collective_fusion    parts of one collective (one channel_id) inside the fusions that hide it
     send ... is_host_transfer  between slices, over the data-center network
+    sparsecore                 a thread beside the others (v5p: look-ups in embeddings), whose work has no cycles
 """
 
 import math

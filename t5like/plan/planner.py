@@ -15,6 +15,7 @@ from t5like.plan import estimate, hlo, preflight, search
 from t5like.plan.topology import Topology
 
 Plan = dict[str, Any]
+COMPILED = 2  # settings at most that are compiled when those of the config do not fit: minutes each, of a big model
 
 
 class Wishes(NamedTuple):
@@ -75,7 +76,8 @@ def make(
             plan[name] = of_program(config, topology, program, held.total, is_train=name == "train")
         if short := [plan[name]["memory"] for name in programs if not plan[name]["fits"]]:
             needed = max(memory.get("total") or memory["needed"] for memory in short)
-            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), say)
+            steps = ("train",) if plan["eval"]["fits"] else ("train", "eval")
+            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), steps, say)
     if wishes.search is not None:
         plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
     plan["run"] = _run(config, topology, plan, wishes)
@@ -203,7 +205,7 @@ def _compile_choice(
 ) -> Plan:
     """A choice with what the compiler says of its train step; it fits if all the named steps do."""
     row = _choice(choice)
-    say(f"compiling with {' '.join(choice.settings) or 'the settings as they are'}")
+    say(f"compiling the {' and '.join(names)} step with {' '.join(choice.settings) or 'the settings as they are'}")
     compiled = {
         name: of_program(choice.config, topology, program, choice.held, is_train=name == "train")
         for name, program in compiler.run(choice.config, topology, names).items()
@@ -213,15 +215,29 @@ def _compile_choice(
     return row
 
 
-def _nearest(config: Config, topology: Topology, factor: float, say: Callable[[str], None]) -> list[Plan]:
-    """Settings that fit, of which the first was compiled."""
-    found = search.nearest(config, search.choices(config, topology), topology, factor)
-    rows = [_choice(choice) for choice in found]
-    for place, choice in enumerate(found):
-        rows[place] = _compile_choice(choice, topology, say, ("train", "eval"))
-        if rows[place]["compiled"]["fits"]:
+def _nearest(
+    config: Config, topology: Topology, factor: float, steps: tuple[str, ...], say: Callable[[str], None]
+) -> list[Plan]:
+    """Settings that fit: those that were compiled, the last of which does if any does, then others by the estimate.
+
+    Args:
+        config: what did not fit; settled.
+        topology: the machine.
+        factor: what the compiler needed over the estimate.
+        steps: those that are compiled.
+        say: shows progress.
+    """
+    choices, rows, tried = search.choices(config, topology), [], set()
+    left = lambda: [each for each in search.nearest(config, choices, topology, factor) if each.settings not in tried]
+    while len(rows) < COMPILED and (found := left()):
+        rows.append(_compile_choice(found[0], topology, say, steps))
+        tried.add(found[0].settings)
+        compiled = rows[-1]["compiled"]
+        if compiled["fits"]:
             break
-    return rows
+        # The estimate was too low once more: what this one needed decides on the next.
+        factor = max(factor, (compiled["memory"].get("total") or compiled["memory"]["needed"]) / found[0].memory)
+    return rows + [_choice(each) for each in left()]
 
 
 def _search(config: Config, topology: Topology, number: int, say: Callable[[str], None]) -> list[Plan]:

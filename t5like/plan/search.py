@@ -16,7 +16,7 @@ from t5like.plan import estimate
 from t5like.plan.topology import Topology
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "qk", "full")
 TENSOR = (1, 2, 4, 8, 16)
 MARGIN = 0.95  # of the memory that an estimate may fill
 

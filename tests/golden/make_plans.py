@@ -69,7 +69,7 @@ CASES = (
     Case("probe_t5_v5p_2x2x1", "tiny", "v5p:2x2x1", TINY, probe=True),
     Case("llama_7b_v5e_16x16_1_row", "llama_7b", "v5e:16x16", LLAMA | {"data.batch_size": "256"}),
     Case("t5_xxl_v5e_16x16_8_rows", "t5_xxl", "v5e:16x16", {}),
-    Case("llama_7b_v5e_16x16_4_rows", "llama_7b", "v5e:16x16", LLAMA),
+    Case("llama_7b_v5e_16x16_4_rows", "llama_7b", "v5e:16x16", LLAMA | {"model.remat": "qk"}),
     Case("llama_7b_v5p_8x8x8_2_rows", "llama_7b", "v5p:8x8x8", LLAMA),
     Case("llama_7b_2_v5e_16x16_1_row", "llama_7b", "v5e:16x16", LLAMA | {"data.batch_size": "512"}, num_slices=2),
     Case("llama_7b_v5p_8x16x16_1_row", "llama_7b", "v5p:8x16x16", LLAMA | {"data.batch_size": "2048"}),
