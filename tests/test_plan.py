@@ -16,7 +16,7 @@ from conftest import small
 from t5like import mesh as meshes
 from t5like import metrics, step
 from t5like.data import pipeline
-from t5like.errors import Diverged, UserError
+from t5like.errors import ConfigError, Diverged, UserError
 from t5like.plan import compile as compiler
 from t5like.plan import estimate, hlo, planner, preflight, report, search, topology
 
@@ -197,6 +197,14 @@ def test_running_out_of_memory_is_read_from_the_compilers_message():
     assert program.needed == 64 * 2**30
     plan = planner.of_program(small(), V5E, program, 2**30, is_train=True)
     assert plan["fits"] is False and plan["memory"]["needed"] == 65 * 2**30
+
+
+def test_a_kernel_that_does_not_fit_in_the_core_is_no_matter_of_settings():
+    said = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating"
+    )
+    with pytest.raises(ConfigError, match="use --config.model.kernels=plain"):
+        compiler.out_of_memory(said, "", 1.0)
 
 
 def test_a_program_that_can_not_be_read_still_tells_its_memory():

@@ -204,7 +204,16 @@ def _text(program, dump: Path) -> str:
 
 
 def out_of_memory(message: str, digest: str, seconds: float) -> Program:
-    """A program that does not fit, from the compiler's message: ``HLO temporaries (64.00G) exceeds available HBM``."""
+    """A program that does not fit, from the compiler's message: ``HLO temporaries (64.00G) exceeds available HBM``.
+
+    Raises:
+        ConfigError: what does not fit is a kernel, in the core's own memory, whatever the batch and the mesh.
+    """
+    if "memory space vmem" in message:
+        raise ConfigError(
+            "model.kernels=tpu: the attention kernel for rows of this length does not fit in the core's own memory "
+            "(the compiler: Ran out of memory in memory space vmem); use --config.model.kernels=plain, or shorter rows"
+        )
     sizes = [_bytes(*found) for found in re.findall(r"\(([0-9.]+)([KMGT])\)", message)]
     line = " ".join(message.split())
     return Program("", digest, 0, 0, 0, 0, 0, seconds, line[:600], max(sizes, default=0))
