@@ -195,25 +195,24 @@ def settle_on(config: Config, platform: str, context: int | None = None) -> Conf
     )
 
 
-def spec(logical: Sequence[str | None]) -> PartitionSpec:
-    """The partition of a tensor whose dims have these logical axes."""
+def spec(logical: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
+    """The partition of a tensor whose dims have these logical axes.
+
+    With its shape, a length that `context` does not divide stays whole (T5's 114 targets beside 512 inputs, say).
+    """
+    if shape is not None:
+        assert len(logical) == len(shape), (logical, shape)
+        whole = [name == "length" and size % context_size() > 0 for name, size in zip(logical, shape, strict=True)]
+        logical = [None if stays else name for name, stays in zip(logical, whole, strict=True)]
     return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Tell the compiler how an activation is split; without a mesh (`jax.set_mesh`) do nothing.
-
-    A length that `context` does not divide stays whole (T5's 114 targets beside 512 inputs, say).
-    """
+    """Tell the compiler how an activation is split; without a mesh (`jax.set_mesh`) do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    assert len(logical) == x.ndim, (logical, x.shape)
-    names = [
-        None if name == "length" and size % mesh.shape["context"] else name
-        for name, size in zip(logical, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, spec(names))
+    return jax.lax.with_sharding_constraint(x, spec(logical, x.shape))
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:

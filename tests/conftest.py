@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 # Compiling is most of the suite's time, and most of that LLVM's: code for a few steps of a tiny model need not be fast.
-# XLA's own passes, which sharding, donation and memory depend on, are the same at level 0.
+# XLA's own passes, which sharding, donation and memory depend on, are the same at level 0. Code is not split among
+# threads either: each core has a test of its own.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))

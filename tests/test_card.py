@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import small
 
 from t5like import config_file, metrics, run
 from t5like.hf import card
@@ -40,6 +41,12 @@ def test_a_card_states_the_runs_own_numbers(trained, loaded, text):
     assert f"`{config.data.source[0]}`, {manifest['splits']['train']['tokens']:,} tokens" in text
     assert "**Steps**: 2, each of 8 rows of 32 input and 12 target tokens; 704 tokens at most" in text
     assert "AutoModelForSeq2SeqLM" in text and "jax 0." in text and "*Fill in.*" in text
+
+
+@pytest.mark.parametrize("positions, most", [({"positions": "learned", "max_length": 48}, 24), ({}, 64)])
+def test_readers_are_told_to_generate_no_more_than_there_are_positions_for(positions, most, loaded):
+    config = small(model={"architecture": "decoder", **positions})
+    assert card.new_tokens(config) == most and f"max_new_tokens={most})" in card._snippet(config, loaded)
 
 
 def test_its_front_matter_has_the_fields_of_a_model_card(text):

@@ -5,6 +5,7 @@ and four, which split heads and lengths (`tensor`, `context`), go on until one i
 devices trains straight on: they have to equal that.
 """
 
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from test_meeting import free_port
 from t5like import distributed
 from t5like import mesh as meshes
 from t5like.checkpoint import Checkpoints
+from t5like.environment import Start
+from t5like.errors import CheckpointError
 from t5like.metrics import read
 from t5like.run import load
 from t5like.types import Batch
@@ -164,13 +167,30 @@ def values(records) -> dict[tuple[int, str], float]:
 def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, arguments, tmp_path):
     shutil.copytree(handed_on[0], workdir := tmp_path / "run")
     [step] = handed_on[2]
-    arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", "--config.train.checkpoint_every=1"]
+    arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", f"--config.train.num_steps={step + 1}"]
     found = start_all(2, arguments, (0, step + 1, 0), tmp_path / "held")
     assert [code for code, _, _ in found] == [4, 4], found
     for _, _, err in found:
         reason = rf"t5like: process 0: .*/{step + 1} could not be written: .*File too large"
         assert re.match(reason, err.splitlines()[-1]), err
     assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step]
+
+
+def test_a_process_whose_files_were_cleared_away_gives_the_reason_of_the_one_that_failed(monkeypatch, capsys):
+    class Service:  # what `_Run` and the end of a run ask of JAX's; process 0 has said why
+        blocking_key_value_get = staticmethod(lambda key, _: json.dumps({"code": 4, "message": "process 0: full"}))
+        key_value_set = staticmethod(lambda *_: None)
+
+    def leave(code):
+        raise SystemExit(code)
+
+    run = distributed._Run(Start("a test", "localhost:1", 2, 1), 60.0)
+    run.client = Service
+    monkeypatch.setattr(distributed, "_run", run)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        distributed._fail(CheckpointError("checkpoints/6 could not be written: No such file"), debug=False)
+    assert ended.value.code == 4 and capsys.readouterr().err == "t5like: process 0: full\n"
 
 
 def test_the_rows_of_all_devices_are_each_batch_once(rng):

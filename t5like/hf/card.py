@@ -96,6 +96,11 @@ def _what_it_is(config: Config, loaded: run.Run, family: str) -> str:
     )
 
 
+def new_tokens(config: Config) -> int:
+    """How many tokens to generate unless a reader says: `t5like generate`'s, or half of the positions."""
+    return min(64, config.model.longest_text // 2)
+
+
 def _snippet(config: Config, loaded: run.Run) -> str:
     architecture, tokenizer = config.model.architecture, loaded.tokenizer
     name = KINDS[architecture][1]
@@ -110,7 +115,7 @@ def _snippet(config: Config, loaded: run.Run) -> str:
         gap = "<extra_id_0> " if {"span_corruption", "ul2"} & set(config.data.objective) else ""
         body = [
             f'ids = tokenizer.encode("A text with {gap}what you want to ask", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))",
+            f"print(tokenizer.decode(model.generate(ids, max_new_tokens={new_tokens(config)})[0]))",
         ]
     lines = [
         f"from transformers import {name}, AutoTokenizer",

@@ -366,7 +366,7 @@ def _write_others(export: Export, made: Path, workdir: Path) -> str | None:
     if config.model.architecture != "encoder" and not (made / "generation_config.json").exists():
         eos, pad = loaded.tokenizer.eos_id, loaded.tokenizer.pad_id
         start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
-        settings = {"eos_token_id": eos, "pad_token_id": pad, **start, "max_new_tokens": 64}  # `t5like generate`'s
+        settings = {"eos_token_id": eos, "pad_token_id": pad, **start, "max_new_tokens": card.new_tokens(config)}
         _write_json(made / "generation_config.json", settings)
     card.write(made, workdir, loaded, export.family)
     return differs

@@ -6,7 +6,7 @@ families set `scale_attention`.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -55,40 +55,59 @@ def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> ja
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["query_segments_BL", "key_segments_BS"],
-    meta_fields=["causal"],
+    data_fields=["query_segments_BL", "key_segments_BS", "prefix_BS"],
+    meta_fields=["causal", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What may be seen, by rule instead of as an array: a kernel works it out where it needs it.
 
     Attributes:
-        causal: whether a query sees only the keys up to its own place.
+        causal: whether a query sees only the keys up to its own place, and those of a prefix.
         query_segments_BL: with `key_segments_BS`, as in `segment_mask`; both None: one document, no padding.
+        prefix_BS: bool, True at keys that are seen from before them too; None: no such keys.
+        window: as in `window_mask`; 0: none. By place in the row: documents behind each other, as padding on the left,
+            shift query and key alike.
     """
 
     causal: bool = False
     query_segments_BL: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
+    prefix_BS: jax.Array | None = None
+    window: int = 0
 
     def mask(self, queries: int, keys: int) -> jax.Array | None:
         """The same as an array, [1 or B, 1, L, S]; None: everything."""
-        mask = causal_mask(queries, keys) if self.causal else None
+        masks = []
+        if self.causal:
+            before = causal_mask(queries, keys)
+            masks.append(before if self.prefix_BS is None else before | self.prefix_BS[:, None, None, :])
+        if self.window:
+            masks.append(window_mask(queries, keys, 0, self.window))
         if self.query_segments_BL is not None:
-            same = segment_mask(self.query_segments_BL, self.key_segments_BS)
-            mask = same if mask is None else mask & same
-        return mask
+            masks.append(segment_mask(self.query_segments_BL, self.key_segments_BS))
+        return reduce(jnp.logical_and, masks) if masks else None
 
 
-def fused(kernels: str, rows: int, queries: int, keys: int, seen: "jax.Array | Seen | None") -> bool:
+def fused(
+    kernels: str,
+    head_dim: int,
+    dtype: str,
+    rows: int,
+    queries: int,
+    keys: int,
+    seen: "jax.Array | Seen | None",
+    *,
+    biased: bool,
+) -> bool:
     """Whether attention is `model.tpu`'s kernel: the one place that decides. Else it is plain, on every machine.
 
-    Plain: masks that are arrays (prefixes, windows, decoding), lengths that are split over `context` or too long, and
-    rows that the mesh does not divide.
+    Plain: masks that are arrays (decoding), lengths that are too long, and rows that the mesh does not divide.
     """
-    if kernels != "tpu" or isinstance(seen, jax.Array):
+    if kernels != "tpu" or isinstance(seen, jax.Array) or rows % batch_parts():
         return False
-    return context_size() == 1 and max(queries, keys) <= tpu.LONGEST and rows % batch_parts() == 0
+    parts = context_size() if queries % context_size() == 0 else 1
+    return tpu.fits(queries // parts, keys, head_dim, dtype, biased=biased)
 
 
 def attend(
@@ -114,13 +133,16 @@ def attend(
     Returns:
         [B, N, L, H] in the dtype of v.
     """
-    groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
-    if fused(kernels, q_BNLH.shape[0], length, k_BKSH.shape[2], mask_B1LS):
-        k_BNSH, v_BNSH = (jnp.repeat(x, groups, axis=1) if groups > 1 else x for x in (k_BKSH, v_BKSH))
+    groups = q_BNLH.shape[1] // k_BKSH.shape[1]
+    rows, _, length, head_dim = q_BNLH.shape
+    biased = bias_1NLS is not None
+    if fused(kernels, head_dim, q_BNLH.dtype, rows, length, k_BKSH.shape[2], mask_B1LS, biased=biased):
         rule, segments = mask_B1LS or Seen(), None
         if rule.query_segments_BL is not None:
             segments = rule.query_segments_BL, rule.key_segments_BS
-        return tpu.attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, segments, causal=rule.causal)
+        return tpu.attend(
+            q_BNLH, k_BKSH, v_BKSH, bias_1NLS, segments, rule.prefix_BS, causal=rule.causal, window=rule.window
+        )
     if isinstance(mask_B1LS, Seen):
         mask_B1LS = mask_B1LS.mask(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= FEW:

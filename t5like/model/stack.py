@@ -18,7 +18,7 @@ from t5like.config import ModelConfig
 from t5like.mesh import constrain
 from t5like.model import layers as lay
 from t5like.model import tpu
-from t5like.model.attention import Attention, KeyValues, Seen, fused, window_mask
+from t5like.model.attention import Attention, KeyValues, Seen, fused
 from t5like.types import Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
@@ -83,6 +83,11 @@ def unstacked(layers: Tree) -> tuple[Tree, ...]:
     return tuple(jax.tree.map(itemgetter(y), layers) for y in range(jax.tree.leaves(layers)[0].shape[0]))
 
 
+def _fused(config: ModelConfig, x_BLD: jax.Array, keys: int, mask_B1LS: jax.Array | Seen | None) -> bool:
+    """Whether self-attention with a relative bias is one kernel."""
+    return fused(config.kernels, config.head_dim, config.dtype, *x_BLD.shape[:2], keys, mask_B1LS, biased=True)
+
+
 class Block(nn.Module):
     """One layer: self-attention, cross-attention where there is an encoder to read, MLP; each a residual."""
 
@@ -113,7 +118,7 @@ class Block(nn.Module):
         if self.config.positions == "relative" and self.config.relative_bias == "per_layer":
             keys = x_BLD.shape[1] if cache is None else cache_length(cache)
             bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first, fork=fork)
-            if fused(self.config.kernels, *x_BLD.shape[:2], keys, context.mask_B1LS):
+            if _fused(self.config, x_BLD, keys, context.mask_B1LS):
                 bias_1NLS = tpu.spread(bias_1NLS)
 
         def attend(y_BLD):
@@ -204,12 +209,7 @@ class Stack(nn.Module):
         bias_1NLS, queries, keys = None, x_BLD.shape[1], x_BLD.shape[1] if cache is None else cache_length(cache)
         if self.config.positions == "relative" and self.config.relative_bias == "shared":
             bias_1NLS = self.relative_bias(queries, keys, first_query=first, fork=fork)
-        if self.config.attention_window:
-            # By place in the row: padding on the left and documents behind each other shift query and key alike.
-            window = window_mask(queries, keys, first, self.config.attention_window, fork)
-            mask_B1LS = mask_B1LS.mask(queries, keys) if isinstance(mask_B1LS, Seen) else mask_B1LS
-            mask_B1LS = window if mask_B1LS is None else mask_B1LS & window
-        if bias_1NLS is not None and fused(self.config.kernels, x_BLD.shape[0], queries, keys, mask_B1LS):
+        if bias_1NLS is not None and _fused(self.config, x_BLD, keys, mask_B1LS):
             bias_1NLS = tpu.spread(bias_1NLS)
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
         if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values

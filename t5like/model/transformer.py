@@ -13,7 +13,7 @@ from t5like.config import Config
 from t5like.mesh import constrain
 from t5like.model import cpu
 from t5like.model import layers as lay
-from t5like.model.attention import Seen, causal_mask, fused, segment_mask
+from t5like.model.attention import Seen, causal_mask, fused, window_mask
 from t5like.model.stack import Caches, Stack, cache_length
 from t5like.types import MASKED, Batch
 
@@ -78,12 +78,9 @@ class Transformer(nn.Module):
         cross_mask = None
         if segments_BL is not None and encoded_BSD is not None:
             cross_mask = Seen(False, segments_BL, batch.encoder_segments_BS)
-            cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1])
-        if batch.prefix_BL is None:
-            mask = self._by_rule(Seen(True, segments_BL, segments_BL), rows, length, length)
-        else:
-            mask = causal_mask(length, length) | batch.prefix_BL[:, None, None, :]
-            mask = mask if segments_BL is None else mask & segment_mask(segments_BL, segments_BL)
+            cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1], cross=True)
+        mask = Seen(True, segments_BL, segments_BL, batch.prefix_BL, self.config.model.attention_window)
+        mask = self._by_rule(mask, rows, length, length)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD = self._embed(batch.decoder_BL, positions_BL, train=train)
         x_BLD, _ = self.decoder(
@@ -114,9 +111,13 @@ class Transformer(nn.Module):
         x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
         return self._drop_output(x_BSD, train=train)
 
-    def _by_rule(self, seen: Seen, rows: int, queries: int, keys: int) -> jax.Array | Seen | None:
-        """The rule itself for a fused kernel, else its array, once for all layers."""
-        return seen if fused(self.config.model.kernels, rows, queries, keys, seen) else seen.mask(queries, keys)
+    def _by_rule(self, seen: Seen, rows: int, queries: int, keys: int, *, cross: bool = False):
+        """The rule itself for a fused kernel, else its array or None, once for all layers."""
+        model = self.config.model
+        biased = model.positions == "relative" and not cross
+        if fused(model.kernels, model.head_dim, model.dtype, rows, queries, keys, seen, biased=biased):
+            return seen
+        return seen.mask(queries, keys)
 
     def pair_logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """Whether a pair's second text follows its first: float32 logits [B, 2] of yes and no. Needs token types."""
@@ -177,6 +178,8 @@ class Transformer(nn.Module):
             positions_BL = _positions(ids_BL, None) + first
         if mask_B1LS is None:
             mask_B1LS = causal_mask(ids_BL.shape[1], cache_length(cache), first)
+        if window := self.config.model.attention_window:
+            mask_B1LS = mask_B1LS & window_mask(ids_BL.shape[1], cache_length(cache), first, window, fork)
         x_BLD, cache = self.decoder(
             self._embed(ids_BL, positions_BL, train=False),
             mask_B1LS=mask_B1LS,

@@ -152,11 +152,11 @@ def _stacks(config: Config) -> list[_Stack]:
     return [encoder, _Stack(layers, data.targets_length, (data.targets_length, data.inputs_length))]
 
 
-def _fused(config: Config, queries: int, keys: int) -> bool:
-    """Whether scores stay in the core: `attention.fused`, without a trace and for the masks of most rows."""
-    model = config.model
-    by_rule = config.mesh.context == 1 and not model.attention_window
-    return model.kernels == "tpu" and by_rule and max(queries, keys) <= tpu.LONGEST
+def _fused(config: Config, queries: int, keys: int, *, biased: bool) -> bool:
+    """Whether scores stay in the core: `attention.fused`, without a trace, in training."""
+    model, context = config.model, config.mesh.context
+    queries //= context if queries % context == 0 else 1
+    return model.kernels == "tpu" and tpu.fits(queries, keys, model.head_dim, model.dtype, biased=biased)
 
 
 def quick(config: Config, topology: Topology, state: Held) -> Quick:
@@ -170,7 +170,11 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     saved = working = projections = scores = 0.0
     for stack in _stacks(config):
         tokens = rows * stack.queries // sizes["context"]
-        written = [n for n in stack.keys if not _fused(config, stack.queries, n)]  # scores that are
+        written = [  # scores that are
+            n
+            for number, n in enumerate(stack.keys)  # the first is self-attention
+            if not _fused(config, stack.queries, n, biased=model.positions == "relative" and number == 0)
+        ]
         attention = sum(4 * rows * model.num_heads * stack.queries * n for n in written) / tensor / sizes["context"]
         scores += stack.layers * attention
         products = tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
