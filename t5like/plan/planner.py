@@ -201,7 +201,7 @@ def _choice(choice: search.Choice) -> Plan:
 
 
 def _compile_choice(
-    choice: search.Choice, topology: Topology, say: Callable[[str], None], names: tuple[str, ...] = ("train",)
+    choice: search.Choice, topology: Topology, say: Callable[[str], None], names: tuple[str, ...]
 ) -> Plan:
     """A choice with what the compiler says of its train step; it fits if all the named steps do."""
     row = _choice(choice)
@@ -247,7 +247,7 @@ def _nearest(
 
 def _search(config: Config, topology: Topology, number: int, say: Callable[[str], None]) -> list[Plan]:
     front = search.pareto(search.choices(config, topology), topology.chip.memory)
-    compiled = [_compile_choice(choice, topology, say) for choice in front[:number]]
+    compiled = [_compile_choice(choice, topology, say, ("train", "eval")) for choice in front[:number]]
     return compiled + [_choice(choice) for choice in front[number:]]
 
 
