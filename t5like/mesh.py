@@ -202,8 +202,8 @@ def spec(logical: Sequence[str | None], shape: Sequence[int] | None = None) -> P
     """
     if shape is not None:
         assert len(logical) == len(shape), (logical, shape)
-        whole = [name == "length" and size % context_size() > 0 for name, size in zip(logical, shape, strict=True)]
-        logical = [None if stays else name for name, stays in zip(logical, whole, strict=True)]
+        stays = lambda name, size: name == "length" and size % context_size() > 0
+        logical = [None if stays(name, size) else name for name, size in zip(logical, shape, strict=True)]
     return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
 
 
@@ -217,10 +217,8 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Rows over data and fsdp, their length over context where it divides; None stays None."""
-    context = mesh.shape["context"]
-    return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, spec(("batch", "length" if leaf.shape[1] % context == 0 else None))), batch
-    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(("batch", "length"), leaf.shape)), batch)
 
 
 def state_shardings(state: TrainState, axes: Tree, mesh: Mesh) -> TrainState:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from t5like.config import ARCHITECTURES, Config, DataConfig
+from t5like.config import ARCHITECTURES, Config, DataConfig, InitConfig
 from t5like.errors import ConfigError
 
 AT_LEAST_ONE = (
@@ -169,10 +169,10 @@ def _data(config: Config) -> None:
 
 def _init_from(config: Config) -> None:
     _require(config, config.init_from.step >= -1, "init_from.step", "must be at least -1, the latest; use -1")
-    for field, default in (("step", -1), ("new", ()), ("adapt", ())):
+    for field in ("step", "new", "adapt"):
         _require(
             config,
-            bool(config.init_from.checkpoint) or getattr(config.init_from, field) == default,
+            bool(config.init_from.checkpoint) or getattr(config.init_from, field) == getattr(InitConfig, field),
             f"init_from.{field}",
             "needs init_from.checkpoint",
         )

@@ -20,6 +20,7 @@ The share is the middle of 0.77, 0.88 and 0.96, with which the products that tho
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from t5like import mesh as meshes
 from t5like import metrics, step, tree
 from t5like.config import Config
 from t5like.data import pipeline
-from t5like.model import tpu
+from t5like.model.attention import fused
 from t5like.plan.hlo import Analysis, Collective
 from t5like.plan.topology import Topology
 from t5like.types import Batch, TrainState
@@ -152,11 +153,13 @@ def _stacks(config: Config) -> list[_Stack]:
     return [encoder, _Stack(layers, data.targets_length, (data.targets_length, data.inputs_length))]
 
 
-def _fused(config: Config, queries: int, keys: int, *, biased: bool) -> bool:
-    """Whether scores stay in the core: `attention.fused`, without a trace, in training."""
-    model, context = config.model, config.mesh.context
-    queries //= context if queries % context == 0 else 1
-    return model.kernels == "tpu" and tpu.fits(queries, keys, model.head_dim, model.dtype, biased=biased)
+def _written(config: Config, sizes: dict[str, int], stack: _Stack) -> list[int]:
+    """Keys of each attention of a layer whose scores don't stay in the core, in training."""
+    model, rows = config.model, config.data.batch_size // config.train.microbatches
+    biased = [model.positions == "relative", False]  # the first is self-attention
+    kernel = partial(fused, model.kernels, model.head_dim, model.dtype, rows, stack.queries)
+    with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes)):
+        return [n for n, bias in zip(stack.keys, biased, strict=False) if not kernel(n, None, biased=bias)]
 
 
 def quick(config: Config, topology: Topology, state: Held) -> Quick:
@@ -170,12 +173,8 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     saved = working = projections = scores = 0.0
     for stack in _stacks(config):
         tokens = rows * stack.queries // sizes["context"]
-        written = [  # scores that are
-            n
-            for number, n in enumerate(stack.keys)  # the first is self-attention
-            if not _fused(config, stack.queries, n, biased=model.positions == "relative" and number == 0)
-        ]
-        attention = sum(4 * rows * model.num_heads * stack.queries * n for n in written) / tensor / sizes["context"]
+        written = sum(_written(config, sizes, stack))
+        attention = 4 * rows * model.num_heads * stack.queries * written / tensor / sizes["context"]
         scores += stack.layers * attention
         products = tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
         layer = products * width + (1 + width / 4) * attention + 4 * tokens * model.model_dim * width

@@ -67,8 +67,7 @@ def make(
     }
     del plan["held"]["leaves"]
     if wishes.quick and not plan["quick"]["fits"]:
-        fitting = search.nearest(config, search.choices(config, topology), topology, factor=1.0)
-        plan["nearest"] = [_choice(choice) for choice in fitting]
+        plan["nearest"] = _nearest(config, topology, 1.0, 0, (), say)
     if not wishes.quick:
         say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
         programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
@@ -77,7 +76,7 @@ def make(
         if short := [plan[name]["memory"] for name in programs if not plan[name]["fits"]]:
             needed = max(memory.get("total") or memory["needed"] for memory in short)
             steps = ("train",) if plan["eval"]["fits"] else ("train", "eval")
-            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), steps, say)
+            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), COMPILED, steps, say)
     if wishes.search is not None:
         plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
     plan["run"] = _run(config, topology, plan, wishes)
@@ -221,7 +220,12 @@ def _compile_choice(
 
 
 def _nearest(
-    config: Config, topology: Topology, factor: float, steps: tuple[str, ...], say: Callable[[str], None]
+    config: Config,
+    topology: Topology,
+    factor: float,
+    number: int,
+    steps: tuple[str, ...],
+    say: Callable[[str], None],
 ) -> list[Plan]:
     """Settings that fit: those that were compiled, the last of which does if any does, then others by the estimate.
 
@@ -229,12 +233,13 @@ def _nearest(
         config: what did not fit; settled.
         topology: the machine.
         factor: what the compiler needed over the estimate.
-        steps: those that are compiled.
+        number: of settings at most that are compiled.
+        steps: those that are compiled of each.
         say: shows progress.
     """
     choices, rows, tried = search.choices(config, topology), [], set()
     left = lambda: [each for each in search.nearest(config, choices, topology, factor) if each.settings not in tried]
-    while len(rows) < COMPILED and (found := left()):
+    while len(rows) < number and (found := left()):
         rows.append(_compile_choice(found[0], topology, say, steps))
         tried.add(found[0].settings)
         compiled = rows[-1]["compiled"]
