@@ -162,6 +162,8 @@ class TrainConfig:
     max_bad_steps: int = 3  # updates with a non-finite gradient that are skipped in a row before the run gives up
     wait_seconds: int = 600  # that a process waits for the others, where there are several, before the run ends (76)
     profile_step: int = 0  # writes a profile of the 3 steps from this one; 0: none
+    # XLA's, as NAME=VALUE, of the train step, after those of compiler_options.py; none: without those.
+    compiler_options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Called by `config_file.resolve`. A refusal names the field, its value, the rule,
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from t5like.config import ARCHITECTURES, Config, DataConfig, InitConfig
@@ -373,6 +374,12 @@ def _train(config: Config) -> None:
         "data.batch_size",
         f"must be a multiple of train.microbatches={train.microbatches}; use "
         f"{-(-data.batch_size // train.microbatches) * train.microbatches}",
+    )
+    _require(
+        config,
+        all(re.fullmatch(r"none|xla_\w+=[^=]+", option) for option in train.compiler_options),
+        "train.compiler_options",
+        "must be none or XLA's options with their values; use xla_tpu_enable_latency_hiding_scheduler=true",
     )
     _require(
         config,

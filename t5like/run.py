@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "train.max_bad_steps",
     "train.microbatches",
     "train.loss_chunk",
+    "train.compiler_options",
     "data.directory",
     "data.num_workers",
     "data.prefetch",

@@ -1,7 +1,7 @@
 """The state and the one train step, as pure functions: loss, gradients over microbatches, update, evaluation.
 
 Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a new loss on the same batch is another
-`LossFn`. Nothing here does I/O or logs. `train` runs the step, `lower_train_step` compiles it without data.
+`LossFn`. Nothing here does I/O or logs. `compile_train_step` compiles the step without data, `train` runs it.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5like import losses
+from t5like import compiler_options, losses
 from t5like import mesh as meshes
 from t5like.config import Config
 from t5like.data.objectives import num_components
@@ -219,25 +219,39 @@ def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = p
 
 def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
     """The jitted train step: state donated and split as `abstract_state` says, metrics whole on every device."""
-    out = (_shardings(abstract), NamedSharding(_mesh_of(abstract), PartitionSpec()))
-    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out)
+    mesh = _mesh_of(abstract)
+    out = (_shardings(abstract), NamedSharding(mesh, PartitionSpec()))
+    options = compiler_options.of_training(config.train, mesh)
+    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
     """The jitted evaluation step; parameters and batch are taken as they are split."""
-    return jax.jit(make_eval_step(config, loss_fn), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    out = NamedSharding(mesh, PartitionSpec())
+    options = compiler_options.of_chip(config.train, mesh)
+    return jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)
 
 
 def lower_train_step(
     config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss
 ) -> jax.stages.Lowered:
-    """Lower the train step from shapes alone, for the loop's own compilation and for planning."""
+    """Lower the train step from shapes alone, for the loop (`compile_train_step`) and for planning."""
     mesh = _mesh_of(abstract)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh)
     )
     with jax.set_mesh(mesh):
         return jit_train_step(config, abstract, loss_fn).lower(abstract, shapes)
+
+
+def compile_train_step(config: Config, batch: Batch, abstract: TrainState) -> jax.stages.Compiled:
+    """The train step for the loop, compiled from shapes alone.
+
+    Raises:
+        ConfigError: the compiler refuses one of `train.compiler_options`.
+    """
+    with compiler_options.refusals():
+        return lower_train_step(config, batch, abstract).compile()
 
 
 def _shardings(abstract: TrainState) -> TrainState:

@@ -117,7 +117,7 @@ def train(config: Config, workdir: Path) -> None:
             say(f"complete   {done} are done; nothing is left to train in {workdir}")
             return
         begin = time.monotonic()
-        compiling = pool.submit(lambda: step.lower_train_step(config, batch, abstract).compile())
+        compiling = pool.submit(step.compile_train_step, config, batch, abstract)
         birth = f"after step {last:,}" if last else "from random parameters"
         with distributed.limit("the first state", last, times=3):
             if saved:

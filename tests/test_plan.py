@@ -36,6 +36,32 @@ def test_products_in_nested_loops_count_times_their_trips():
     assert found.collectives == ()
 
 
+def test_a_loop_whose_first_trip_the_compiler_took_out_has_one_trip_less():
+    loop = """HloModule peeled
+%condition (state: (s32[], f32[8])) -> pred[] {{
+  %state = (s32[], f32[8]) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(8)
+  ROOT %goes_on = pred[] compare(%counter, %limit), direction=LT
+}}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  ROOT %state = (s32[], f32[8]) parameter(0)
+}}
+
+ENTRY %main (values: f32[8]) -> (s32[], f32[8]) {{
+  %values = f32[8] parameter(0)
+  %start = s32[] constant({start})
+  %copied = s32[] copy(%start)
+  %begin = (s32[], f32[8]) tuple(%copied, %values)
+  ROOT %loop = (s32[], f32[8]) while(%begin), condition=%condition, body=%body
+}}
+"""
+    for start in (0, 1):
+        [found] = hlo.analyze(loop.format(start=start)).loops
+        assert found.trips == 8 - start
+
+
 def test_cycles_are_those_of_all_trips_and_not_fewer_than_the_matrix_units_need():
     found = probe("loops")
     cycles = found.cycles()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from t5like import config_file
+from t5like import compiler_options, config_file
 from t5like.config import Config
 from t5like.data.token_store import written_whole
 from t5like.errors import ConfigError, UserError
@@ -167,7 +167,8 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
         written = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if topology.chip.platform == "tpu" else None
         try:
-            program = lowered.compile(compiler_options=written)
+            with compiler_options.refusals():
+                program = lowered.compile(compiler_options=written)
         except Exception as error:
             message = str(error)
             if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():

@@ -180,22 +180,44 @@ def _constant(instruction: Instruction | None) -> int | None:
     return int(found[1]) if found else None
 
 
-def trip_count(computations: dict[str, dict[str, Instruction]], loop: Instruction) -> int | None:
-    """How often a while loop runs: what the compiler notes, or the constant in ``counter < constant``."""
+def trip_count(
+    computations: dict[str, dict[str, Instruction]], holder: dict[str, Instruction], loop: Instruction
+) -> int | None:
+    """How often a while loop in `holder` runs: what the compiler notes, or from the counter's start to its limit.
+
+    The start is not always 0: the compiler may take the first trip out of a loop.
+    """
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(found[1])
     condition = computations[_attribute(loop, "condition")]
     for item in condition.values():
-        if item.op == "compare" and "direction=LT" in item.rest:
-            values = [_constant(condition.get(name)) for name in operands(item)]
-            if found := [value for value in values if value is not None]:
-                return found[0]
         if item.op == "fusion" and item.is_root:
-            inside = [_constant(inner) for inner in computations[_attribute(item, "calls")].values()]
-            outside = [_constant(condition.get(name)) for name in operands(item)]
-            if found := [value for value in (*inside, *outside) if value is not None]:
-                return found[0]
+            inside = computations[_attribute(item, "calls")].values()
+        elif item.op == "compare" and "direction=LT" in item.rest:
+            inside = ()
+        else:
+            continue
+        values = [_constant(each) for each in (*inside, *(condition.get(name) for name in operands(item)))]
+        limits = [value for value in values if value is not None]
+        counters = [
+            _attribute(condition[name], "index")
+            for name in operands(item)
+            if name in condition and condition[name].op == "get-tuple-element"
+        ]
+        if limits:
+            return limits[0] - (_start(holder, loop, int(counters[0])) if len(counters) == 1 else 0)
     return None
+
+
+def _start(holder: dict[str, Instruction], loop: Instruction, index: int) -> int:
+    """The constant that a loop's value begins with; 0 if it is none, as where an outer loop hands it on."""
+    item = holder.get(operands(loop)[0])
+    if item is None or item.op != "tuple":
+        return 0
+    item = holder.get(operands(item)[index])
+    while item is not None and item.op in ("copy", "bitcast"):
+        item = holder.get(operands(item)[0])
+    return _constant(item) or 0
 
 
 def product_flops(computation: dict[str, Instruction], item: Instruction) -> float:
@@ -266,7 +288,7 @@ class _Reader:
         self.in_loop[name] |= depth > 0
         for item in self.computations[name].values():
             if item.op == "while":
-                trips = trip_count(self.computations, item)
+                trips = trip_count(self.computations, self.computations[name], item)
                 self.loops.append(Loop(trips, depth, _source(item)))
                 self._walk(_attribute(item, "body"), runs * (1 if trips is None else trips), depth + 1)
             elif item.op in ("call", "async-start"):
