@@ -84,6 +84,31 @@ def test_a_gradient_is_reduced_once_outside_of_loops():
     assert reduce.bytes in (1024 * 512 * 2, 1024 * 512 * 4)  # in bfloat16, or before the conversion to it
 
 
+@pytest.mark.parametrize("name", ["threads", "threads_older"])
+def test_a_gradient_that_sparse_cores_reduce_is_hidden_from_its_data_to_its_done(name):
+    [reduce] = probe(name).collectives
+    assert (reduce.kind, reduce.bytes, reduce.runs, reduce.in_loop) == ("all-reduce", 4096 * 4096 * 2, 5, True)
+    assert (reduce.asynchronous, reduce.group) == (True, 8)
+    assert reduce.hiding == 5 * 118_400  # the product that stands in the text between the two, and not the one before
+
+
+@pytest.mark.parametrize("update, cycles", [("async-update(%s)", 7 + 5), ("async-update(%s, %a)", 5)])
+def test_a_collective_of_another_thread_counts_once_and_begins_with_its_data(update, cycles):
+    work = lambda name, count: f'  %{name} = f32[8] add(%a, %a), backend_config={{"estimated_cycles":"{count}"}}\n'
+    text = (
+        "%c (p: f32[8]) -> f32[64] {\n  %p = f32[8] parameter(0)\n"
+        "  ROOT %g = f32[64] all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}\n}\n\n"
+        "ENTRY %e (a: f32[8]) -> f32[64] {\n  %a = f32[8] parameter(0)\n"
+        "  %s = ((f32[8]), f32[64]) async-start(%a), calls=%c\n"
+        + work("x", 7)
+        + f"  %u = ((f32[8]), f32[64]) {update}\n"
+        + work("y", 5)
+        + "  ROOT %d = f32[64] async-done(%u)\n}\n"
+    )
+    [gather] = hlo.analyze(text).collectives
+    assert gather == hlo.Collective("all-gather", 256, 1, False, True, cycles, 8, "")
+
+
 @pytest.mark.parametrize("name", ["batched", "attention"])
 def test_batched_products_count_as_convolutions_and_in_the_compilers_own_kernel(name):
     assert probe(name).flops == 2 * 2 * (2 * 4 * 256 * 256 * 64)

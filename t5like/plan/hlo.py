@@ -12,7 +12,8 @@ known size (tests/golden/make_hlo.py): there is no specification.
     x-start ... x-done         what is scheduled between the two hides it
     async_collective_fusion    parts of one collective (one channel_id) inside the fusions that hide it
     send ... is_host_transfer  between slices, over the data-center network
-    sparsecore                 a thread beside the others (v5p: look-ups in embeddings), whose work has no cycles
+    sparsecore                 a thread beside the others (v5p), whose work has no cycles: look-ups in embeddings, and
+                               collectives, which what is scheduled from their data to their done hides
 """
 
 import math
@@ -293,7 +294,7 @@ class _Reader:
                 self._walk(_attribute(item, "body"), runs * (1 if trips is None else trips), depth + 1)
             elif item.op in ("call", "async-start"):
                 called = _attribute(item, "to_apply") or _attribute(item, "calls")
-                if called in self.computations:
+                if called in self.computations and not (item.op == "async-start" and self.threaded(item)):
                     self._walk(called, runs, depth)
             elif item.op == "conditional":
                 branches = re.findall(r"(?:true_computation|false_computation)=%([\w.\-]+)", item.rest)
@@ -312,6 +313,18 @@ class _Reader:
                     found += self.inside(_attribute(item, "calls") or _attribute(item, "to_apply"))
             self._inner[name] = found
         return self._inner[name]
+
+    def threaded(self, start: Instruction) -> list[tuple[dict[str, Instruction], Instruction]]:
+        """Collectives that another thread runs from this start on, each with the computation that holds it."""
+        found = re.search(r"\bcalled_computations=\{%?([\w.\-]+)", start.rest)
+        name = found[1] if found else _attribute(start, "calls") or _attribute(start, "to_apply")
+        collectives = []
+        for item in self.computations.get(name, {}).values():
+            if item.op.removesuffix("-start") in _COLLECTIVES:
+                collectives.append((self.computations[name], item))
+            elif item.op in ("custom-call", "fusion", "call"):
+                collectives += self.threaded(item)
+        return collectives
 
     def flops(self, computation: dict[str, Instruction], item: Instruction) -> float:
         """Of the products in an instruction, fused ones included."""
@@ -353,6 +366,8 @@ def analyze(text: str) -> Analysis:
             if base in _COLLECTIVES:
                 if not item.op.endswith("-done"):
                     collectives.plain(name, item)
+            elif item.op in ("async-start", "call-start"):
+                collectives.threaded(name, item)
             elif item.op == "fusion":
                 collectives.fused(name, item, cycles)
             elif item.op == "send" and "is_host_transfer=true" in item.rest:
@@ -392,8 +407,16 @@ class _Collectives:
         hiding = self._between(computation, item) * self._reader.runs[name] if asynchronous else 0.0
         self._plain.append(self._make(name, computation, item, asynchronous, hiding))
 
+    def threaded(self, name: str, start: Instruction) -> None:
+        """Those that another thread runs, from ``async-start`` or ``call-start`` to its done."""
+        hiding = self._between(self._reader.computations[name], start) * self._reader.runs[name]
+        self._plain += [self._make(name, *each, True, hiding) for each in self._reader.threaded(start)]
+
     def _between(self, computation: dict[str, Instruction], start: Instruction) -> float:
-        """Cycles of what is scheduled between a start and its done."""
+        """Cycles of what is scheduled between a start and its done.
+
+        A start without operands only prepares a thread: what runs begins with the ``async-update`` that has its data.
+        """
         names = list(computation)
         begin = next(place for place, name in enumerate(names) if computation[name] is start)
         own, cycles = names[begin], 0.0
@@ -401,6 +424,8 @@ class _Collectives:
             item = computation[name]
             if item.op.endswith("-done") and own in operands(item):
                 break
+            if item.op == "async-update" and own in (read := operands(item)):
+                own, cycles = name, 0.0 if len(read) > 1 else cycles
             cycles += _cycles(item)
         return cycles
 

@@ -1,8 +1,9 @@
 """Makes the scheduled programs that tests/test_plan.py reads: probes of known size, compiled for a TPU without one.
 
-    python tests/golden/make_hlo.py      # needs libtpu (pip install 't5like[tpu]'), no TPU; half a minute
+    python tests/golden/make_hlo.py      # needs libtpu (pip install 't5like[tpu]'), no TPU; a minute
 
-They are here so that the tests need no libtpu. Made with jax 0.10.2 and libtpu 0.0.52.
+They are here so that the tests need no libtpu. Made with jax 0.10.2 and libtpu 0.0.52; `hlo_threads_older.txt.gz` is
+`threads` of libtpu 0.0.42.1, the one that jax 0.10.2 asks for, which writes a thread in another way.
 """
 
 import os
@@ -16,6 +17,7 @@ os.environ |= {
 }
 
 import gzip
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5like.plan import compile as compiler
 
 HERE = Path(__file__).parent
 
@@ -90,6 +94,19 @@ def attention(mesh: Mesh):
     return jax.jit(step).lower(rows, rows, rows)
 
 
+def threads(mesh: Mesh):
+    """5 layers, each a [4096, 4096] gradient of 8 times 512 rows, summed by all-reduces on the sparse cores of v5p."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def step(x, kernels):
+        return jax.grad(lambda k: jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, k)[0] ** 2))(kernels)
+
+    whole = array(mesh, (5, 4096, 4096))
+    return jax.jit(step, out_shardings=whole.sharding).lower(array(mesh, (4096, 4096), "d", None), whole)
+
+
 def main() -> None:
     mesh = mesh_of("v5e:2x4", (8,), ("d",))
     for probe in (loops, gathers, gradient, batched, attention):
@@ -97,6 +114,14 @@ def main() -> None:
         path = HERE / f"hlo_{probe.__name__}.txt.gz"
         path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
         print(path.name, len(text), path.stat().st_size)
+    options = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": True, "xla_dump_hlo_as_text": True}
+    with tempfile.TemporaryDirectory() as dump:
+        lowered = threads(mesh_of("v5p:2x2x2", (8,), ("d",)))
+        program = lowered.compile(compiler_options=options | {"xla_dump_to": dump})
+        text = compiler._text(program, Path(dump))
+    path = HERE / "hlo_threads.txt.gz"
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    print(path.name, len(text), path.stat().st_size)
     huge = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T + 1).lower(array(mesh, (2**17, 2**17)))
     try:
         huge.compile()
