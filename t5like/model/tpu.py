@@ -1,4 +1,4 @@
-"""What libtpu makes faster programs of: attention as one Pallas kernel, and the gradient of a gate kept apart.
+"""What libtpu makes faster programs of: attention as one Pallas kernel, and a gated MLP's gradients kept apart.
 
 Plain attention writes float32 scores [B, N, L, S] to main memory and reads them in several passes. In the kernel they
 never leave the core, forward or backward: one program does a head of a row. Keys and values are there whole, queries
@@ -65,8 +65,8 @@ def spread(bias_1NLS: jax.Array) -> jax.Array:
 def apart(x: jax.Array) -> jax.Array:
     """x, whose gradient is written to memory before it is used.
 
-    The gradient of a gated MLP's gate goes into two products. libtpu puts the activation's derivative into both, which
-    then reach 47 and 49 % of the peak (Llama 2 7B on v5e, benchmarks/RESULTS.md).
+    The gradients of a gated MLP's two inputs each go into two products. libtpu puts the activation's derivative into all
+    of them, which then reach 47 to 69 % of the peak (Llama 2 7B on v5e, benchmarks/RESULTS.md).
     """
     return x
 

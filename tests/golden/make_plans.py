@@ -41,6 +41,10 @@ LONG = {
     "data.targets_length": "512",
     "data.batch_size": "512",
 }
+# Three axes of a torus are one too many for fsdp: libtpu gathers over them by all-reduces of zeros. And a v5p has memory
+# for the products of a layer.
+V5P = {"model.remat": "dots", "mesh.fsdp": "64", "mesh.data": "8"}
+V5P_2048 = {"model.remat": "dots", "mesh.fsdp": "128", "mesh.data": "16"}
 TINY = {
     "data.batch_size": "16",
     "model.num_layers": "3",
@@ -70,11 +74,14 @@ CASES = (
     Case("llama_7b_v5e_16x16_1_row", "llama_7b", "v5e:16x16", LLAMA | {"data.batch_size": "256"}),
     Case("t5_xxl_v5e_16x16_8_rows", "t5_xxl", "v5e:16x16", {}),
     Case("llama_7b_v5e_16x16_4_rows", "llama_7b", "v5e:16x16", LLAMA | {"model.remat": "qk"}),
-    Case("llama_7b_v5p_8x8x8_2_rows", "llama_7b", "v5p:8x8x8", LLAMA),
+    Case("llama_7b_v5p_8x8x8_2_rows", "llama_7b", "v5p:8x8x8", LLAMA | V5P),
     Case("llama_7b_2_v5e_16x16_1_row", "llama_7b", "v5e:16x16", LLAMA | {"data.batch_size": "512"}, num_slices=2),
-    Case("llama_7b_v5p_8x16x16_1_row", "llama_7b", "v5p:8x16x16", LLAMA | {"data.batch_size": "2048"}),
-    Case("t5_xxl_v5p_8x8x8_4_rows", "t5_xxl", "v5p:8x8x8", {}),
+    Case("llama_7b_v5p_8x16x16_1_row", "llama_7b", "v5p:8x16x16", LLAMA | V5P_2048 | {"data.batch_size": "2048"}),
+    Case("t5_xxl_v5p_8x8x8_4_rows", "t5_xxl", "v5p:8x8x8", V5P),
+    Case("t5_xxl_2_v5e_16x16_8_rows", "t5_xxl", "v5e:16x16", {"data.batch_size": "4096"}, num_slices=2),
+    Case("t5_xxl_v5p_8x16x16_4_rows", "t5_xxl", "v5p:8x16x16", V5P_2048 | {"data.batch_size": "8192"}),
     Case("t5_xxl_v5e_16x16_2_long_rows", "t5_xxl", "v5e:16x16", LONG),
+    Case("t5_xxl_v5p_8x8x8_1_long_row", "t5_xxl", "v5p:8x8x8", LONG | V5P),
 )
 HEADER = (
     "| case | arguments GiB | temporary GiB | peak GiB | cycles s | exposed s | step s | MFU | exposed in loops GB "
