@@ -66,6 +66,19 @@ def mean_loss(config: Config, params, batch: Batch, key=None):
 # ---- Hugging Face; its families are in test_families ----
 
 
+@pytest.mark.parametrize("rows", [5, 128, 384])  # in one go, just one band, several
+def test_rows_are_shifted_one_further_each_and_gradients_come_back_along_diagonals(rows):
+    columns, rng = 301, np.random.default_rng(0)
+    diagonals = rng.normal(size=(2, rows + columns - 1)).astype(np.float32)
+    gradient = rng.normal(size=(2, rows, columns)).astype(np.float32)
+    out, back = jax.vjp(lambda x: layers.shift_rows(x, rows, columns), diagonals)
+    place = np.arange(columns)[None] - np.arange(rows)[:, None] + rows - 1  # [rows, columns], of the diagonals
+    np.testing.assert_array_equal(out, diagonals[:, place])
+    expected = np.zeros(diagonals.shape)
+    np.add.at(expected, (slice(None), place), gradient)
+    np.testing.assert_allclose(back(gradient)[0], expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_relative_buckets_equal_those_of_hugging_face(bidirectional):
     ours = layers.relative_buckets(

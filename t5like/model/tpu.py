@@ -65,8 +65,8 @@ def spread(bias_1NLS: jax.Array) -> jax.Array:
 def apart(x: jax.Array) -> jax.Array:
     """x, whose gradient is written to memory before it is used.
 
-    The gradients of a gated MLP's two inputs each go into two products. libtpu puts the activation's derivative into all
-    of them, which then reach 47 to 69 % of the peak (Llama 2 7B on v5e, benchmarks/RESULTS.md).
+    The gradients of a gated MLP's two inputs each go into two products. libtpu puts the activation's derivative into
+    all of them, which then reach 47 to 69 % of the peak (Llama 2 7B on v5e, benchmarks/RESULTS.md).
     """
     return x
 

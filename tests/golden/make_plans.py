@@ -41,8 +41,8 @@ LONG = {
     "data.targets_length": "512",
     "data.batch_size": "512",
 }
-# Three axes of a torus are one too many for fsdp: libtpu gathers over them by all-reduces of zeros. And a v5p has memory
-# for the products of a layer.
+# Three axes of a torus are one too many for fsdp: libtpu gathers over them by all-reduces of zeros. And a v5p has
+# memory for the products of all layers.
 V5P = {"model.remat": "dots", "mesh.fsdp": "64", "mesh.data": "8"}
 V5P_2048 = {"model.remat": "dots", "mesh.fsdp": "128", "mesh.data": "16"}
 TINY = {
