@@ -18,6 +18,7 @@ from t5like.plan.topology import Topology
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
 REMAT = ("none", "dots", "qk", "full")
 TENSOR = (1, 2, 4, 8, 16)
+COPIES = (1, 2, 4, 8, 16)  # of the parameters, in a slice
 MARGIN = 0.95  # of the memory that an estimate may fill
 
 
@@ -60,7 +61,7 @@ def _candidates(config: Config, topology: Topology) -> Iterator[Config]:
     grids = {
         (data, devices // (data * tensor * context), tensor)
         for tensor in TENSOR
-        for data in {slices, slices * 2, slices * 4, slices * 8, devices // (tensor * context)}
+        for data in {*(slices * copies for copies in COPIES), devices // (tensor * context)}
         if data and devices % (data * tensor * context) == 0
     }
     for (data, fsdp, tensor), remat, microbatches in itertools.product(sorted(grids), REMAT, MICROBATCHES):

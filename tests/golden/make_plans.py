@@ -71,6 +71,7 @@ class Case(NamedTuple):
 CASES = (
     Case("probe_decoder_v5e_2x4", "tiny", "v5e:2x4", TINY | {"model.architecture": "decoder"}, probe=True),
     Case("probe_t5_v5p_2x2x1", "tiny", "v5p:2x2x1", TINY, probe=True),
+    Case("probe_decoder_v6e_2x2", "tiny", "v6e:2x2", TINY | {"model.architecture": "decoder"}, probe=True),
     Case("llama_7b_v5e_16x16_1_row", "llama_7b", "v5e:16x16", LLAMA | {"data.batch_size": "256"}),
     Case("t5_xxl_v5e_16x16_8_rows", "t5_xxl", "v5e:16x16", {}),
     Case("llama_7b_v5e_16x16_4_rows", "llama_7b", "v5e:16x16", LLAMA | {"model.remat": "qk"}),
