@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from t5like.config import ModelConfig
 from t5like.mesh import batch_parts, constrain, context_size
 from t5like.model import cpu, tpu
-from t5like.model.layers import Dense, Norm, dropout, rotate
+from t5like.model.layers import Dense, Norm, dropout, projections, rotate
 from t5like.types import MASKED
 
 FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
@@ -205,12 +205,12 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config), Norm(config)
 
-    def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
-        q_BNLH = self._heads(self.query(x_BLD), positions_BL, self.config.qk_norm and self.query_norm)
+    def _queries(self, projected: jax.Array, positions_BL: jax.Array | None = None) -> jax.Array:
+        q_BNLH = self._heads(projected, positions_BL, self.config.qk_norm and self.query_norm)
         return checkpoint_name(self._scale(q_BNLH), "query")  # what `stack.REMAT` may keep, by name
 
-    def _keys(self, x_BSD: jax.Array, positions_BS: jax.Array | None = None) -> jax.Array:
-        k_BKSH = self._heads(self.key(x_BSD), positions_BS, self.config.qk_norm and self.key_norm)
+    def _keys(self, projected: jax.Array, positions_BS: jax.Array | None = None) -> jax.Array:
+        k_BKSH = self._heads(projected, positions_BS, self.config.qk_norm and self.key_norm)
         return checkpoint_name(k_BKSH, "key")
 
     def _heads(self, x: jax.Array, positions_BL: jax.Array | None = None, norm: Norm | Literal[False] = False):
@@ -230,13 +230,14 @@ class Attention(nn.Module):
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValues:
         """Keys and values of a source, for `cross`."""
-        return KeyValues(self._keys(source_BSD), self._heads(self.value(source_BSD)))
+        keys, values = projections(source_BSD, self.key, self.value)
+        return KeyValues(self._keys(keys), self._heads(values))
 
     def cross(
         self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | Seen | None, train: bool
     ) -> jax.Array:
         """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
-        q_BNLH = self._queries(x_BLD)
+        q_BNLH = self._queries(self.query(x_BLD))
         return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
 
     def __call__(
@@ -265,8 +266,9 @@ class Attention(nn.Module):
             the output [B, L, D] and the new cache, or None without one.
         """
         rotary_BL = positions_BL if self.config.positions == "rotary" else None
-        q_BNLH = self._queries(x_BLD, rotary_BL)
-        new = KeyValues(self._keys(x_BLD, rotary_BL), self._heads(self.value(x_BLD)))
+        queries, keys, values = projections(x_BLD, self.query, self.key, self.value)
+        q_BNLH = self._queries(queries, rotary_BL)
+        new = KeyValues(self._keys(keys, rotary_BL), self._heads(values))
         if cache is not None:
             new = cache = KeyValues(
                 *(

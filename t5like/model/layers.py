@@ -21,7 +21,7 @@ from t5like.mesh import constrain, context_size
 from t5like.model import cpu, tpu
 
 BAND = 128  # rows of a relative bias that are laid out at once: what a TPU's registers are wide
-MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "tpu": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels
+MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels; tpu: `tpu.products`
 
 
 def normal(std: float, axes: tuple[str, ...]):
@@ -56,18 +56,29 @@ class Dense(nn.Module):
     residual: bool = False
     scale: float = 1.0
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        config, inputs = self.config, x.shape[-1]
+        return projections(x, self)[0]
+
+    @nn.compact
+    def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel and, if there is one, the bias, in the dtype of computation."""
+        config, bias = self.config, None
         init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
         kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(config.dtype)
-        y = MATMUL[config.kernels](x, kernel)
         if config.biases:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            y = y + jnp.broadcast_to(
-                self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype), y.shape
-            )
-        return y
+            bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype)
+        return kernel, bias
+
+
+def projections(x: jax.Array, *layers: Dense) -> tuple[jax.Array, ...]:
+    """Several layers' projections of one input."""
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+    matmul = MATMUL.get(layers[0].config.kernels)
+    outputs = tuple(matmul(x, kernel) for kernel in kernels) if matmul else tpu.products(x, kernels)
+    return tuple(
+        y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, bias in zip(outputs, biases, strict=True)
+    )
 
 
 class Norm(nn.Module):
@@ -115,7 +126,8 @@ class Mlp(nn.Module):
         wide = Dense(config, config.mlp_dim, ("embed", "mlp"), name="in")
         activate = ACTIVATIONS[config.mlp]
         if config.mlp.startswith("gated"):
-            gate_BLF, wide_BLF = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")(x_BLD), wide(x_BLD)
+            gate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")
+            gate_BLF, wide_BLF = projections(x_BLD, gate, wide)
             if config.kernels == "tpu":
                 gate_BLF, wide_BLF = tpu.apart(gate_BLF), tpu.apart(wide_BLF)
             h_BLF = activate(gate_BLF) * wide_BLF

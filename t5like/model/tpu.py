@@ -33,15 +33,24 @@ DEFAULT = 12 * 2**20  # bytes of a core's memory: if a kernel needs no more, the
 MEMORY = 48 * 2**20  # that a kernel may have; a core of a v5p has 64 MiB, those below 128 and 16
 MEMORIES = {"TPU v5 lite": 96 * 2**20, "TPU v6 lite": 96 * 2**20, "TPU v4": 14 * 2**20, "TPU v3": 14 * 2**20}
 
+# Chips on which a product's backward pass waits for the one before it: those that move data inside products. Where
+# sparse cores move it, that may take longer than a product, and waiting costs more than it brings.
+IN_TURN = ("TPU v5 lite",)
+
 
 def fits(queries: int, keys: int, head_dim: int, dtype: str, *, biased: bool) -> bool:
     """Whether a head's operands and a block's scores fit in the memory of a core of the devices that this is for."""
     return _memory(queries, keys, head_dim, jnp.dtype(dtype).itemsize, biased) <= _most_memory()
 
 
-def _most_memory() -> int:
+def _device_kind() -> str:
+    """JAX's name of the chips that this is for; empty if they are not known."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return MEMORIES.get(device.device_kind, MEMORY) if device else MEMORY
+    return device.device_kind if device else ""
+
+
+def _most_memory() -> int:
+    return MEMORIES.get(_device_kind(), MEMORY)
 
 
 def _memory(queries: int, keys: int, head_dim: int, width: int, biased: bool) -> int:
@@ -72,6 +81,42 @@ def apart(x: jax.Array) -> jax.Array:
 
 
 apart.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+def products(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x [..., D] times each kernel [D, F]; where it pays, with a backward pass that goes from kernel to kernel."""
+    return _in_turn(x, kernels) if _device_kind() in IN_TURN else tuple(jnp.matmul(x, kernel) for kernel in kernels)
+
+
+@jax.custom_vjp
+def _in_turn(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Products whose kernels' gradients are formed and reduced one after the other.
+
+    Under fsdp a kernel has to be gathered, and its gradient to be reduced over all devices, one transfer at a time and
+    each inside a product (`compiler_options`). By itself libtpu gathers the kernels early and forms their gradients
+    late, when no product is left for a reduction to hide in. Here a kernel is gathered while its gradient is formed,
+    and that is reduced while the gradient of x is.
+    """
+    return tuple(jnp.matmul(x, kernel) for kernel in kernels)
+
+
+def _in_turn_forward(x, kernels):  # written out: jax.checkpoint's policies don't see products inside a custom_vjp
+    return tuple(jnp.matmul(x, kernel) for kernel in kernels), (x, kernels)
+
+
+def _in_turn_backward(saved, gradients):
+    x, kernels = saved
+    parts, of_kernels, before = [], [], None
+    for kernel, gradient in zip(kernels, gradients, strict=True):
+        before, kernel, gradient = jax.lax.optimization_barrier((before, kernel, gradient))
+        of_kernel = jnp.einsum("...D,...F->DF", x, gradient)
+        before, of_kernel = jax.lax.optimization_barrier((jnp.einsum("...F,DF->...D", gradient, kernel), of_kernel))
+        parts.append(before)
+        of_kernels.append(of_kernel)
+    return sum(parts[1:], parts[0]), tuple(of_kernels)
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 class Rule(NamedTuple):
