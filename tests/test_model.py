@@ -2,6 +2,7 @@
 
 import functools
 import math
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -370,6 +371,32 @@ def test_attend_equals_softmax_in_float64(rng):
         mask_B1LS=causal_mask(5, 7, 2),
     )
     np.testing.assert_allclose(ours, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
+
+
+def products_loss(kernels, x):
+    return sum(jnp.square(y).sum() for y in tpu.products(x, kernels))
+
+
+def a_product():
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = tuple(jax.random.normal(key, (8, size)) for key, size in zip(keys, (6, 4), strict=False))
+    return kernels, jax.random.normal(keys[2], (2, 5, 8))
+
+
+def test_products_in_turn_have_the_values_and_gradients_of_plain_ones(monkeypatch):
+    plain = jax.value_and_grad(products_loss, argnums=(0, 1))(*a_product())
+    monkeypatch.setattr(tpu, "_device_kind", lambda: tpu.IN_TURN[0])
+    in_turn = jax.value_and_grad(products_loss, argnums=(0, 1))(*a_product())
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-5), in_turn, plain)
+    assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(products_loss))(*a_product()))
+
+
+@pytest.mark.parametrize("kind", ["", *tpu.IN_TURN])
+def test_what_remat_dots_keeps_of_products_is_not_computed_again(monkeypatch, kind):
+    monkeypatch.setattr(tpu, "_device_kind", lambda: kind)
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    gradient = jax.value_and_grad(jax.checkpoint(products_loss, policy=policy), argnums=(0, 1))
+    assert str(jax.make_jaxpr(gradient)(*a_product())).count("dot_general") == 2 + 4  # forward; of kernels and of x
 
 
 FORMS = {  # mesh, length, heads of keys, what may be seen, relative bias
