@@ -395,8 +395,13 @@ def test_products_in_turn_have_the_values_and_gradients_of_plain_ones(monkeypatc
 def test_what_remat_dots_keeps_of_products_is_not_computed_again(monkeypatch, kind):
     monkeypatch.setattr(tpu, "_device_kind", lambda: kind)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    gradient = jax.value_and_grad(jax.checkpoint(products_loss, policy=policy), argnums=(0, 1))
-    assert str(jax.make_jaxpr(gradient)(*a_product())).count("dot_general") == 2 + 4  # forward; of kernels and of x
+    layer = jax.checkpoint(lambda x, kernels: sum(jnp.tanh(y) for y in tpu.products(x, kernels)), policy=policy)
+
+    def loss(kernels, x):
+        return jax.lax.scan(lambda x, each: (layer(x, each), None), x, kernels)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(2 * (jnp.ones((3, 8, 8)),), jnp.ones((2, 5, 8)))
+    assert str(program).count("dot_general") == 2 + 4  # forward; of kernels and of x
 
 
 FORMS = {  # mesh, length, heads of keys, what may be seen, relative bias
