@@ -385,15 +385,30 @@ def a_product():
 
 def test_products_in_turn_have_the_values_and_gradients_of_plain_ones(monkeypatch):
     plain = jax.value_and_grad(products_loss, argnums=(0, 1))(*a_product())
-    monkeypatch.setattr(tpu, "_device_kind", lambda: tpu.IN_TURN[0])
+    monkeypatch.setattr(tpu, "_takes_turns", lambda: True)
     in_turn = jax.value_and_grad(products_loss, argnums=(0, 1))(*a_product())
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-5), in_turn, plain)
     assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(products_loss))(*a_product()))
 
 
-@pytest.mark.parametrize("kind", ["", *tpu.IN_TURN])
-def test_what_remat_dots_keeps_of_products_is_not_computed_again(monkeypatch, kind):
-    monkeypatch.setattr(tpu, "_device_kind", lambda: kind)
+@pytest.mark.parametrize(
+    "chip, axes, turns",
+    [
+        ("TPU v5 lite", (2, 4, 1, 1), True),
+        ("TPU v5 lite", (2, 2, 2, 1), False),
+        ("TPU v5", (2, 4, 1, 1), False),
+        ("TPU v5 lite", (1, 1, 1, 1), False),
+    ],
+)
+def test_products_take_turns_on_v5e_where_devices_share_the_rows_and_none_the_kernels(monkeypatch, chip, axes, turns):
+    monkeypatch.setattr(tpu, "_device_kind", lambda: chip)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(axes, meshes.AXES)):
+        assert tpu._takes_turns() is turns
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_what_remat_dots_keeps_of_products_is_not_computed_again(monkeypatch, turns):
+    monkeypatch.setattr(tpu, "_takes_turns", lambda: turns)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     layer = jax.checkpoint(lambda x, kernels: sum(jnp.tanh(y) for y in tpu.products(x, kernels)), policy=policy)
 

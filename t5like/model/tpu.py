@@ -85,7 +85,15 @@ apart.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barr
 
 def products(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """x [..., D] times each kernel [D, F]; where it pays, with a backward pass that goes from kernel to kernel."""
-    return _in_turn(x, kernels) if _device_kind() in IN_TURN else tuple(jnp.matmul(x, kernel) for kernel in kernels)
+    return _in_turn(x, kernels) if _takes_turns() else tuple(jnp.matmul(x, kernel) for kernel in kernels)
+
+
+def _takes_turns() -> bool:
+    """Whether there is something to hide, on chips that hide it so.
+
+    Not where `tensor` splits the kernels: the gradient of x would be reduced for each, instead of once for all.
+    """
+    return _device_kind() in IN_TURN and batch_parts() > 1 and jax.sharding.get_abstract_mesh().shape["tensor"] == 1
 
 
 @jax.custom_vjp
