@@ -394,13 +394,14 @@ def test_products_in_turn_have_the_values_and_gradients_of_plain_ones(monkeypatc
 @pytest.mark.parametrize(
     "chip, axes, turns",
     [
-        ("TPU v5 lite", (2, 4, 1, 1), True),
-        ("TPU v5 lite", (2, 2, 2, 1), False),
-        ("TPU v5", (2, 4, 1, 1), False),
+        ("TPU v5 lite", (1, 8, 1, 1), True),
+        ("TPU v5 lite", (1, 4, 2, 1), False),
+        ("TPU v5 lite", (2, 4, 1, 1), False),
+        ("TPU v5", (1, 8, 1, 1), False),
         ("TPU v5 lite", (1, 1, 1, 1), False),
     ],
 )
-def test_products_take_turns_on_v5e_where_devices_share_the_rows_and_none_the_kernels(monkeypatch, chip, axes, turns):
+def test_products_take_turns_on_v5e_where_rows_are_split_and_fsdp_alone_splits_kernels(monkeypatch, chip, axes, turns):
     monkeypatch.setattr(tpu, "_device_kind", lambda: chip)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(axes, meshes.AXES)):
         assert tpu._takes_turns() is turns
@@ -478,8 +479,8 @@ def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_machines_re
         lowered = step.jit_train_step(config, abstract).trace(abstract, shapes).lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
     assert (text.count('kernel_name = "attention_forward"'), text.count('kernel_name = "attention_backward"')) == (3, 3)
-    # The gates' gradients; queries, keys and values of small heads, forward and backward.
-    assert text.count("optimization_barrier") == 2 + 3 * 3 * 2
+    # The gradients of gated MLPs' inputs; queries, keys and values of small heads, forward and backward.
+    assert text.count("optimization_barrier") == 2 * 2 + 3 * 3 * 2
 
 
 def test_a_gradient_kept_apart_is_the_gradient(rng):

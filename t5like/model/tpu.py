@@ -91,9 +91,11 @@ def products(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, .
 def _takes_turns() -> bool:
     """Whether there is something to hide, on chips that hide it so.
 
-    Not where `tensor` splits the kernels: the gradient of x would be reduced for each, instead of once for all.
+    Not where `tensor` splits the kernels: the gradient of x would be reduced for each, instead of once for all. Nor
+    where `data` copies them, over slices perhaps: the next product would wait for the slower network as well.
     """
-    return _device_kind() in IN_TURN and batch_parts() > 1 and jax.sharding.get_abstract_mesh().shape["tensor"] == 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return _device_kind() in IN_TURN and batch_parts() > 1 and sizes["data"] == sizes["tensor"] == 1
 
 
 @jax.custom_vjp
