@@ -38,9 +38,7 @@ from t5like.types import Batch, TrainState
 PESSIMISM = 1.2  # serial time over real time
 UNCERTAINTY = 0.15  # of a predicted step time
 MATMUL_SHARE = 0.87  # of the peak that a step's products reach
-# Of the time that gradients take to be reduced, what a step is longer for it: on v5e products that it runs behind take
-# longer, sparse cores disturb them less.
-WAITED = {"v5e": 0.75, "v5p": 0.25, "v6e": 0.25}
+WAITED = {"v5e": 0.1, "v5p": 0.1, "v6e": 0.1}  # of the time that gradients take to be reduced, where it is hidden
 # Weights that are split over three axes of a torus are gathered, three times a step, by all-reduces of zeros with each
 # device's part in its place; that takes as long as reading and writing them so often (7B and T5 XXL on v5p:8x8x8).
 ZEROS = 7
@@ -194,6 +192,8 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
         saved += stack.layers * kept
         inputs = sum(stack.queries * queries + n * keys for n in stack.keys)
         projections += stack.layers * 2 * model.model_dim * inputs
+        if model.positions == "relative":  # a stack's bias, and its gradient in float32
+            saved += model.num_heads * stack.queries * stack.keys[0] * (width + 4) / tensor / sizes["context"]
         # In the backward pass a layer's values are alive, and the gradient of its scores.
         working = max(working, layer + attention)
     targets = config.data.inputs_length if model.architecture == "encoder" else _stacks(config)[-1].queries
@@ -202,7 +202,7 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     gradients = state.parameters * (2 if config.train.microbatches > 1 else 1)
     weights = sum(leaf.bytes for leaf in state.leaves if leaf.name.startswith("params/")) / 4 * width / tensor
     layers = sum(stack.layers for stack in _stacks(config))
-    gathered = 2 * weights / layers if sizes["fsdp"] > 1 else weights if width == 2 else 0.0
+    gathered = weights / layers if sizes["fsdp"] > 1 else weights if width == 2 else 0.0
     activations = int(saved + max(working, logits) + gradients + gathered)
 
     model_flops = metrics.model_flops(config) / topology.num_devices
@@ -223,7 +223,8 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
     group = sizes["data"] // topology.num_slices * sizes["fsdp"]
     seconds = 0.0
     if group > 1:  # libtpu reduces gradients over several torus axes whole, in the type they are computed in
-        share = WAITED.get(topology.kind, 1.0)
+        hidden = topology.kind != "v5e" or topology.num_slices == 1  # `model.tpu.products`
+        share = WAITED.get(topology.kind, 1.0) if hidden else 1.0
         seconds += share * microbatches * 2 * weights / (chip.ici * torus_axes(topology, group))
     if len(_spanned(topology, sizes["fsdp"])) > 2:
         seconds += microbatches * 3 * weights * ZEROS / chip.memory_bandwidth
