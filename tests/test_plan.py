@@ -213,6 +213,18 @@ def test_a_quick_plan_knows_days_cost_and_slices(command):
     assert "at that price" in report.text(plan)
 
 
+def test_a_plan_knows_that_fsdp_over_three_torus_axes_is_slow_and_names_two(command):
+    arguments = ("plan", "--config=configs/llama_7b.py", "--topology=v5p:8x8x8", "--quick", "--json")
+    plan = json.loads(command(*arguments)[1])
+    [slow] = [check["text"] for check in plan["checks"] if check["state"] == "slow"]
+    assert "fsdp=512" in slow and "slow  mesh" in report.text(plan)
+    flags = [word for word in slow.replace(",", "").split() if word.startswith("--")]
+    again = json.loads(command(*arguments, *flags)[1])
+    assert again["mesh"] == {"data": 8, "fsdp": 64, "tensor": 1, "context": 1}
+    assert again["quick"]["seconds"] < plan["quick"]["seconds"]
+    assert not [check for check in again["checks"] if check["state"] == "slow"]
+
+
 def test_a_quick_plan_that_does_not_fit_names_settings_that_do(command):
     arguments = ("--config=configs/llama_7b.py", "--topology=v5e:4x4", "--quick", "--json")
     plan = json.loads(command("plan", *arguments)[1])

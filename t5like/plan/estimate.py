@@ -226,7 +226,7 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
         hidden = topology.kind != "v5e" or topology.num_slices == 1  # `model.tpu.products`
         share = WAITED.get(topology.kind, 1.0) if hidden else 1.0
         seconds += share * microbatches * 2 * weights / (chip.ici * torus_axes(topology, group))
-    if len(_spanned(topology, sizes["fsdp"])) > 2:
+    if flat_fsdp(topology, sizes["fsdp"]):
         seconds += microbatches * 3 * weights * ZEROS / chip.memory_bandwidth
     if topology.num_slices > 1:
         seconds += 2 * weights * 4 / width / sizes["fsdp"] / chip.dcn
@@ -250,6 +250,12 @@ def _spanned(topology: Topology, group: int) -> list[int]:
         if math.prod(sides[:count]) >= group:
             break
     return sides[:count]
+
+
+def flat_fsdp(topology: Topology, fsdp: int) -> int:
+    """Of an fsdp that lies along three axes of a torus, the largest along two, which is faster (`ZEROS`); else 0."""
+    sides = _spanned(topology, fsdp)
+    return math.prod(sides[:2]) if topology.chip.platform == "tpu" and len(sides) > 2 else 0
 
 
 def torus_axes(topology: Topology, group: int) -> float:

@@ -52,7 +52,7 @@ def make(
     shapes = estimate.shapes(config)
     held = estimate.held(shapes, sizes)
     quick = estimate.quick(config, topology, held)
-    checks = preflight.checks(asked, wishes.workdir)
+    checks = [*preflight.checks(asked, wishes.workdir), *_slow(topology, sizes)]
     plan: Plan = {
         "topology": _topology(topology),
         "mesh": sizes,
@@ -81,6 +81,14 @@ def make(
         plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
     plan["run"] = _run(config, topology, plan, wishes)
     return plan, [check.error for check in checks if check.error]
+
+
+def _slow(topology: Topology, sizes: dict[str, int]) -> list[preflight.Check]:
+    if not (flat := estimate.flat_fsdp(topology, sizes["fsdp"])):
+        return []
+    use = f"--config.mesh.fsdp={flat} --config.mesh.data=-1"
+    text = f"fsdp={sizes['fsdp']} lies along three axes of the torus, where libtpu gathers slowly; try {use}, along two"
+    return [preflight.Check("mesh", "slow", text)]
 
 
 def _topology(topology: Topology) -> Plan:

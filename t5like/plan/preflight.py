@@ -20,7 +20,7 @@ class Check(NamedTuple):
     """One line of the list; `error` is what `train` would stop with."""
 
     name: str
-    state: str  # ok | missing | wrong
+    state: str  # ok | missing | slow | wrong
     text: str
     error: UserError | None = None
 

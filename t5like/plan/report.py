@@ -223,6 +223,6 @@ def _tensors(plan: Plan) -> str:
 
 
 def _checks(plan: Plan) -> str:
-    marks = {"ok": "ok", "missing": "--", "wrong": "WRONG"}
+    marks = {"ok": "ok", "missing": "--", "slow": "slow", "wrong": "WRONG"}
     rows = [f"  {marks[row['state']]:5} {row['name']}: {row['text']}" for row in plan["checks"]]
     return "\n".join(["before the launch", *rows])
