@@ -374,7 +374,7 @@ def test_attend_equals_softmax_in_float64(rng):
 
 
 def products_loss(kernels, x):
-    return sum(jnp.square(y).sum() for y in tpu.products(x, kernels))
+    return sum(jnp.square(y).sum() for y in tpu.products((x, x), kernels))
 
 
 def a_product():
@@ -411,7 +411,7 @@ def test_products_take_turns_on_v5e_where_rows_are_split_and_fsdp_alone_splits_k
 def test_what_remat_dots_keeps_of_products_is_not_computed_again(monkeypatch, turns):
     monkeypatch.setattr(tpu, "_takes_turns", lambda: turns)
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    layer = jax.checkpoint(lambda x, kernels: sum(jnp.tanh(y) for y in tpu.products(x, kernels)), policy=policy)
+    layer = jax.checkpoint(lambda x, kernels: sum(jnp.tanh(y) for y in tpu.products((x, x), kernels)), policy=policy)
 
     def loss(kernels, x):
         return jax.lax.scan(lambda x, each: (layer(x, each), None), x, kernels)[0].sum()

@@ -230,14 +230,19 @@ class Attention(nn.Module):
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValues:
         """Keys and values of a source, for `cross`."""
-        keys, values = projections(source_BSD, self.key, self.value)
+        keys, values = projections((source_BSD, self.key), (source_BSD, self.value))
         return KeyValues(self._keys(keys), self._heads(values))
 
     def cross(
-        self, x_BLD: jax.Array, source: KeyValues, *, mask_B1LS: jax.Array | Seen | None, train: bool
+        self, x_BLD: jax.Array, source: KeyValues | jax.Array, *, mask_B1LS: jax.Array | Seen | None, train: bool
     ) -> jax.Array:
-        """Attention of x [B, L, D] to a source's keys and values: [B, L, D]."""
-        q_BNLH = self._queries(self.query(x_BLD))
+        """Attention of x [B, L, D] to a source [B, S, D], or to its keys and values: [B, L, D]."""
+        if isinstance(source, KeyValues):
+            queries = self.query(x_BLD)
+        else:
+            keys, values, queries = projections((source, self.key), (source, self.value), (x_BLD, self.query))
+            source = KeyValues(self._keys(keys), self._heads(values))
+        q_BNLH = self._queries(queries)
         return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
 
     def __call__(
@@ -266,7 +271,7 @@ class Attention(nn.Module):
             the output [B, L, D] and the new cache, or None without one.
         """
         rotary_BL = positions_BL if self.config.positions == "rotary" else None
-        queries, keys, values = projections(x_BLD, self.query, self.key, self.value)
+        queries, keys, values = projections((x_BLD, self.query), (x_BLD, self.key), (x_BLD, self.value))
         q_BNLH = self._queries(queries, rotary_BL)
         new = KeyValues(self._keys(keys, rotary_BL), self._heads(values))
         if cache is not None:

@@ -57,7 +57,7 @@ class Dense(nn.Module):
     scale: float = 1.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return projections(x, self)[0]
+        return projections((x, self))[0]
 
     @nn.compact
     def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
@@ -71,11 +71,12 @@ class Dense(nn.Module):
         return kernel, bias
 
 
-def projections(x: jax.Array, *layers: Dense) -> tuple[jax.Array, ...]:
-    """Several layers' projections of one input."""
-    kernels, biases = zip(*(layer.weights(x.shape[-1]) for layer in layers), strict=True)
+def projections(*pairs: tuple[jax.Array, Dense]) -> tuple[jax.Array, ...]:
+    """Projections that belong together, each of an input by its layer; all layers have one config."""
+    inputs, layers = zip(*pairs, strict=True)
+    kernels, biases = zip(*(layer.weights(x.shape[-1]) for x, layer in pairs), strict=True)
     matmul = MATMUL.get(layers[0].config.kernels)
-    outputs = tuple(matmul(x, kernel) for kernel in kernels) if matmul else tpu.products(x, kernels)
+    outputs = tuple(map(matmul, inputs, kernels)) if matmul else tpu.products(inputs, kernels)
     return tuple(
         y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, bias in zip(outputs, biases, strict=True)
     )
@@ -127,7 +128,7 @@ class Mlp(nn.Module):
         activate = ACTIVATIONS[config.mlp]
         if config.mlp.startswith("gated"):
             gate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")
-            gate_BLF, wide_BLF = projections(x_BLD, gate, wide)
+            gate_BLF, wide_BLF = projections((x_BLD, gate), (x_BLD, wide))
             if config.kernels == "tpu":
                 gate_BLF, wide_BLF = tpu.apart(gate_BLF), tpu.apart(wide_BLF)
             h_BLF = activate(gate_BLF) * wide_BLF

@@ -135,7 +135,7 @@ class Block(nn.Module):
             return y_BLD
 
         def cross(y_BLD):
-            source = cache.cross if cache else self.cross_attention.keys_values(context.encoded_BSD)
+            source = cache.cross if cache else context.encoded_BSD
             return self.cross_attention.cross(y_BLD, source, mask_B1LS=context.cross_mask_B1LS, train=train)
 
         x_BLD = self._residual(x_BLD, self.attention_norm, attend, train=train)

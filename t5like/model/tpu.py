@@ -83,9 +83,13 @@ def apart(x: jax.Array) -> jax.Array:
 apart.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
-def products(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """x [..., D] times each kernel [D, F]; where it pays, with a backward pass that goes from kernel to kernel."""
-    return _in_turn(x, kernels) if _takes_turns() else tuple(jnp.matmul(x, kernel) for kernel in kernels)
+def products(inputs: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Each input [..., D] times its kernel [D, F]; where it pays, with a backward pass from one to the next."""
+    return (_in_turn if _takes_turns() else _products)(inputs, kernels)
+
+
+def _products(inputs: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.matmul(x, kernel) for x, kernel in zip(inputs, kernels, strict=True))
 
 
 def _takes_turns() -> bool:
@@ -99,34 +103,30 @@ def _takes_turns() -> bool:
 
 
 @jax.custom_vjp
-def _in_turn(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _in_turn(inputs: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Products whose kernels' gradients are formed and reduced one after the other.
 
     Under fsdp a kernel has to be gathered, and its gradient to be reduced over all devices, one transfer at a time and
     each inside a product (`compiler_options`). By itself libtpu gathers the kernels early and forms their gradients
     late, when no product is left for a reduction to hide in. Here a kernel is gathered while its gradient is formed,
-    and that is reduced while the gradient of x is.
+    and that is reduced while the gradient of its input is.
     """
-    return tuple(jnp.matmul(x, kernel) for kernel in kernels)
-
-
-def _in_turn_forward(x, kernels):  # written out: jax.checkpoint's policies don't see products inside a custom_vjp
-    return tuple(jnp.matmul(x, kernel) for kernel in kernels), (x, kernels)
+    return _products(inputs, kernels)
 
 
 def _in_turn_backward(saved, gradients):
-    x, kernels = saved
-    parts, of_kernels, before = [], [], None
-    for kernel, gradient in zip(kernels, gradients, strict=True):
+    of_inputs, of_kernels, before = [], [], None
+    for x, kernel, gradient in zip(*saved, gradients, strict=True):
         before, kernel, gradient = jax.lax.optimization_barrier((before, kernel, gradient))
         of_kernel = jnp.einsum("...D,...F->DF", x, gradient)
         before, of_kernel = jax.lax.optimization_barrier((jnp.einsum("...F,DF->...D", gradient, kernel), of_kernel))
-        parts.append(before)
+        of_inputs.append(before)
         of_kernels.append(of_kernel)
-    return sum(parts[1:], parts[0]), tuple(of_kernels)
+    return tuple(of_inputs), tuple(of_kernels)
 
 
-_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
+# The forward pass is `_products` itself: jax.checkpoint's policies don't see what is inside of a custom_vjp.
+_in_turn.defvjp(lambda *operands: (_products(*operands), operands), _in_turn_backward)
 
 
 class Rule(NamedTuple):
