@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from t5like.mesh import RULES, batch_parts, constrain, spec
 from t5like.types import MASKED
@@ -95,11 +96,10 @@ def _products(inputs: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...]) -> 
 def _takes_turns() -> bool:
     """Whether there is something to hide, on chips that hide it so.
 
-    Not where `tensor` splits the kernels: the gradient of x would be reduced for each, instead of once for all. Nor
-    where `data` copies them, over slices perhaps: the next product would wait for the slower network as well.
+    Not where `tensor` splits the kernels: the gradient of x would be reduced for each, instead of once for all.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    return _device_kind() in IN_TURN and batch_parts() > 1 and sizes["data"] == sizes["tensor"] == 1
+    return _device_kind() in IN_TURN and batch_parts() > 1 and sizes["tensor"] == 1
 
 
 @jax.custom_vjp
@@ -115,13 +115,17 @@ def _in_turn(inputs: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...]) -> t
 
 
 def _in_turn_backward(saved, gradients):
-    of_inputs, of_kernels, before = [], [], None
+    of_inputs, of_kernels, before, free = [], [], None, PartitionSpec.UNCONSTRAINED
+    copies = jax.sharding.get_abstract_mesh().shape["data"]
+    by_copy = lambda rows: rows.reshape(copies, rows.shape[0] // copies, *rows.shape[1:])
     for x, kernel, gradient in zip(*saved, gradients, strict=True):
         before, kernel, gradient = jax.lax.optimization_barrier((before, kernel, gradient))
-        of_kernel = jnp.einsum("...D,...F->DF", x, gradient)
-        before, of_kernel = jax.lax.optimization_barrier((jnp.einsum("...F,DF->...D", gradient, kernel), of_kernel))
+        # Copies of the parameters, in other slices perhaps, have their own gradient here. No product waits for the sum.
+        of_copies = jnp.einsum("C...D,C...F->CDF", by_copy(x), by_copy(gradient))
+        of_copies = jax.lax.with_sharding_constraint(of_copies, PartitionSpec("data", free, free))
+        before, of_copies = jax.lax.optimization_barrier((jnp.einsum("...F,DF->...D", gradient, kernel), of_copies))
         of_inputs.append(before)
-        of_kernels.append(of_kernel)
+        of_kernels.append(of_copies.sum(0))
     return tuple(of_inputs), tuple(of_kernels)
 
 

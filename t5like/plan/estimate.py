@@ -223,8 +223,7 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
     group = sizes["data"] // topology.num_slices * sizes["fsdp"]
     seconds = 0.0
     if group > 1:  # libtpu reduces gradients over several torus axes whole, in the type they are computed in
-        hidden = topology.kind != "v5e" or topology.num_slices == 1  # `model.tpu.products`
-        share = WAITED.get(topology.kind, 1.0) if hidden else 1.0
+        share = WAITED.get(topology.kind, 1.0)
         seconds += share * microbatches * 2 * weights / (chip.ici * torus_axes(topology, group))
     if flat_fsdp(topology, sizes["fsdp"]):
         seconds += microbatches * 3 * weights * ZEROS / chip.memory_bandwidth
