@@ -82,7 +82,9 @@ CASES = (
     Case("t5_xxl_2_v5e_16x16_8_rows", "t5_xxl", "v5e:16x16", {"data.batch_size": "4096"}, num_slices=2),
     Case("t5_xxl_v5p_8x16x16_4_rows", "t5_xxl", "v5p:8x16x16", V5P_2048 | {"data.batch_size": "8192"}),
     Case("t5_xxl_v5e_16x16_2_long_rows", "t5_xxl", "v5e:16x16", LONG),
+    Case("t5_xxl_2_v5e_16x16_2_long_rows", "t5_xxl", "v5e:16x16", LONG | {"data.batch_size": "1024"}, num_slices=2),
     Case("t5_xxl_v5p_8x8x8_1_long_row", "t5_xxl", "v5p:8x8x8", LONG | V5P),
+    Case("t5_xxl_v5p_8x16x16_1_long_row", "t5_xxl", "v5p:8x16x16", LONG | V5P_2048 | {"data.batch_size": "2048"}),
 )
 HEADER = (
     "| case | arguments GiB | temporary GiB | peak GiB | cycles s | exposed s | step s | MFU | exposed in loops GB "
