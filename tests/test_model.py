@@ -2,7 +2,6 @@
 
 import functools
 import math
-from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -394,7 +393,7 @@ def test_products_in_turn_have_the_values_and_gradients_of_plain_ones(monkeypatc
         operands = tuple(place(kernel, "embed", "mlp") for kernel in kernels), place(x, "batch", None, None)
         in_turn = jax.jit(jax.value_and_grad(products_loss, argnums=(0, 1)))(*operands)
         assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(products_loss))(*a_product()))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), in_turn, plain)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), in_turn, plain)
 
 
 @pytest.mark.parametrize(

@@ -209,9 +209,9 @@ class Attention(nn.Module):
         q_BNLH = self._heads(projected, positions_BL, self.config.qk_norm and self.query_norm)
         return checkpoint_name(self._scale(q_BNLH), "query")  # what `stack.REMAT` may keep, by name
 
-    def _keys(self, projected: jax.Array, positions_BS: jax.Array | None = None) -> jax.Array:
-        k_BKSH = self._heads(projected, positions_BS, self.config.qk_norm and self.key_norm)
-        return checkpoint_name(k_BKSH, "key")
+    def _source(self, keys: jax.Array, values: jax.Array, positions_BS: jax.Array | None = None) -> KeyValues:
+        k_BKSH = self._heads(keys, positions_BS, self.config.qk_norm and self.key_norm)
+        return KeyValues(checkpoint_name(k_BKSH, "key"), self._heads(values))
 
     def _heads(self, x: jax.Array, positions_BL: jax.Array | None = None, norm: Norm | Literal[False] = False):
         """[B, L, heads * H] -> [B, heads, L, H], normed and then rotated where the config says so."""
@@ -230,8 +230,7 @@ class Attention(nn.Module):
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValues:
         """Keys and values of a source, for `cross`."""
-        keys, values = projections((source_BSD, self.key), (source_BSD, self.value))
-        return KeyValues(self._keys(keys), self._heads(values))
+        return self._source(*projections((source_BSD, self.key), (source_BSD, self.value)))
 
     def cross(
         self, x_BLD: jax.Array, source: KeyValues | jax.Array, *, mask_B1LS: jax.Array | Seen | None, train: bool
@@ -241,7 +240,7 @@ class Attention(nn.Module):
             queries = self.query(x_BLD)
         else:
             keys, values, queries = projections((source, self.key), (source, self.value), (x_BLD, self.query))
-            source = KeyValues(self._keys(keys), self._heads(values))
+            source = self._source(keys, values)
         q_BNLH = self._queries(queries)
         return self._finish(attend(q_BNLH, *source, mask_B1LS=mask_B1LS, kernels=self.config.kernels), train=train)
 
@@ -273,7 +272,7 @@ class Attention(nn.Module):
         rotary_BL = positions_BL if self.config.positions == "rotary" else None
         queries, keys, values = projections((x_BLD, self.query), (x_BLD, self.key), (x_BLD, self.value))
         q_BNLH = self._queries(queries, rotary_BL)
-        new = KeyValues(self._keys(keys, rotary_BL), self._heads(values))
+        new = self._source(keys, values, rotary_BL)
         if cache is not None:
             new = cache = KeyValues(
                 *(

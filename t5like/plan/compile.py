@@ -164,17 +164,14 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
     begin = time.monotonic()
     lowered = lower(config, topology, name)
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
-        written = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if topology.chip.platform == "tpu" else None
-        try:
-            with compiler_options.refusals():
-                program = lowered.compile(compiler_options=written)
-        except Exception as error:
-            message = str(error)
-            if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
-                raise
-            return out_of_memory(message, digest, time.monotonic() - begin)
-        text = _text(program, Path(dump))
+    try:
+        with compiler_options.refusals():
+            program, text = scheduled(lowered, topology.chip.platform)
+    except Exception as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+            raise
+        return out_of_memory(message, digest, time.monotonic() - begin)
     memory = program.memory_analysis()
     return Program(
         text=text,
@@ -186,6 +183,14 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
         peak=getattr(memory, "peak_memory_in_bytes", 0),
         seconds=time.monotonic() - begin,
     )
+
+
+def scheduled(lowered, platform: str):
+    """Compile: the program, and its text, which is empty where nothing can read it."""
+    with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
+        written = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
+        program = lowered.compile(compiler_options=written)
+        return program, _text(program, Path(dump))
 
 
 def _text(program, dump: Path) -> str:

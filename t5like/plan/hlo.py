@@ -171,6 +171,12 @@ def _attribute(instruction: Instruction, name: str) -> str:
     return found[1] if found else ""
 
 
+def _called(instruction: Instruction) -> str:
+    """The computation that an instruction runs; empty if there is none."""
+    found = re.search(r"\bcalled_computations=\{%?([\w.\-]+)", instruction.rest)
+    return found[1] if found else _attribute(instruction, "calls") or _attribute(instruction, "to_apply")
+
+
 def _source(instruction: Instruction) -> str:
     found = re.search(r'op_name="([^"]*)"', instruction.rest)
     return found[1] if found else ""
@@ -293,7 +299,7 @@ class _Reader:
                 self.loops.append(Loop(trips, depth, _source(item)))
                 self._walk(_attribute(item, "body"), runs * (1 if trips is None else trips), depth + 1)
             elif item.op in ("call", "async-start"):
-                called = _attribute(item, "to_apply") or _attribute(item, "calls")
+                called = _called(item)
                 if called in self.computations and not (item.op == "async-start" and self.threaded(item)):
                     self._walk(called, runs, depth)
             elif item.op == "conditional":
@@ -304,27 +310,19 @@ class _Reader:
                     self._walk(branch, runs, depth)
 
     def inside(self, name: str) -> list[tuple[dict[str, Instruction], Instruction]]:
-        """All instructions of a fused computation and of those fused in it, each with the computation that holds it."""
+        """All instructions of a computation and of those that it calls, each with the computation that holds it."""
         if name not in self._inner:
             found = []
             for item in self.computations.get(name, {}).values():
                 found.append((self.computations[name], item))
-                if item.op in ("fusion", "call"):
-                    found += self.inside(_attribute(item, "calls") or _attribute(item, "to_apply"))
+                if item.op in ("fusion", "call", "custom-call"):
+                    found += self.inside(_called(item))
             self._inner[name] = found
         return self._inner[name]
 
     def threaded(self, start: Instruction) -> list[tuple[dict[str, Instruction], Instruction]]:
         """Collectives that another thread runs from this start on, each with the computation that holds it."""
-        found = re.search(r"\bcalled_computations=\{%?([\w.\-]+)", start.rest)
-        name = found[1] if found else _attribute(start, "calls") or _attribute(start, "to_apply")
-        collectives = []
-        for item in self.computations.get(name, {}).values():
-            if item.op.removesuffix("-start") in _COLLECTIVES:
-                collectives.append((self.computations[name], item))
-            elif item.op in ("custom-call", "fusion", "call"):
-                collectives += self.threaded(item)
-        return collectives
+        return [each for each in self.inside(_called(start)) if each[1].op.removesuffix("-start") in _COLLECTIVES]
 
     def flops(self, computation: dict[str, Instruction], item: Instruction) -> float:
         """Of the products in an instruction, fused ones included."""

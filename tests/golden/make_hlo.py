@@ -17,7 +17,6 @@ os.environ |= {
 }
 
 import gzip
-import tempfile
 from pathlib import Path
 
 import jax
@@ -104,24 +103,22 @@ def threads(mesh: Mesh):
         return jax.grad(lambda k: jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, k)[0] ** 2))(kernels)
 
     whole = array(mesh, (5, 4096, 4096))
-    return jax.jit(step, out_shardings=whole.sharding).lower(array(mesh, (4096, 4096), "d", None), whole)
+    options = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": True}
+    return jax.jit(step, out_shardings=whole.sharding, compiler_options=options).lower(
+        array(mesh, (4096, 4096), "d", None), whole
+    )
 
 
 def main() -> None:
-    mesh = mesh_of("v5e:2x4", (8,), ("d",))
-    for probe in (loops, gathers, gradient, batched, attention):
-        text = probe(mesh).compile().as_text()
+    mesh, torus = mesh_of("v5e:2x4", (8,), ("d",)), mesh_of("v5p:2x2x2", (8,), ("d",))
+    for probe, devices in (
+        *((each, mesh) for each in (loops, gathers, gradient, batched, attention)),
+        (threads, torus),
+    ):
+        _, text = compiler.scheduled(probe(devices), "tpu")
         path = HERE / f"hlo_{probe.__name__}.txt.gz"
         path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
         print(path.name, len(text), path.stat().st_size)
-    options = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": True, "xla_dump_hlo_as_text": True}
-    with tempfile.TemporaryDirectory() as dump:
-        lowered = threads(mesh_of("v5p:2x2x2", (8,), ("d",)))
-        program = lowered.compile(compiler_options=options | {"xla_dump_to": dump})
-        text = compiler._text(program, Path(dump))
-    path = HERE / "hlo_threads.txt.gz"
-    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    print(path.name, len(text), path.stat().st_size)
     huge = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T + 1).lower(array(mesh, (2**17, 2**17)))
     try:
         huge.compile()
