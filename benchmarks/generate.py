@@ -1,7 +1,7 @@
 """Decoding in t5like and in PyTorch `transformers.generate`, side by side in one call.
 
     python benchmarks/generate.py [--shapes=small,dec] [--rows=1,32] [--ways=greedy,beams] [--rounds=5]
-                                  [--torch_python=PYTHON]
+                                  [--torch_python=PYTHON] [--peers=transformers]
 
 Models as in `peers.py` (T5 1.1 small; a Llama-like decoder of its size), random weights, float32, prompts of 64 tokens,
 64 new tokens without an end, greedy or by 4 beams. For each case every side gets a process of its own; after their
@@ -143,12 +143,14 @@ def weights_per_token(shape: Shape) -> int:
 
 def compare(name: str, rows: int, way: str, options: argparse.Namespace) -> list[dict]:
     """Run both sides of a case and return a result for each."""
-    sides, peers = {"t5like": sys.executable, "transformers": options.torch_python}, []
+    pythons = {"t5like": sys.executable, "transformers": options.torch_python}
+    peers, sides = [], ["t5like", *options.peers]
     case = {"shape": name, "rows": rows, "way": way}
     try:
-        for side, python in sides.items():
-            peers.append(Peer(side, [python, str(Path(__file__)), f"--serve={side}", f"--case={json.dumps(case)}"]))
-        ours, theirs = peers
+        for side in sides:
+            command = [pythons[side], str(Path(__file__)), f"--serve={side}", f"--case={json.dumps(case)}"]
+            peers.append(Peer(side, command))
+        ours, theirs = peers[0], peers[-1]
         if ours.start["params"] != theirs.start["params"]:
             raise SystemExit(f"generate.py: {name}: {ours.start['params']:,} parameters, {theirs.start['params']:,}")
         for _ in range(options.warmup + options.rounds):
@@ -156,7 +158,7 @@ def compare(name: str, rows: int, way: str, options: argparse.Namespace) -> list
                 time.sleep(options.pause)
                 peer.step()
         times = {peer.name: [each["step_ms"][0] for each in peer.rounds[options.warmup :]] for peer in peers}
-        ratios = [a / b for a, b in zip(times["t5like"], times["transformers"], strict=True)]
+        ratios = [a / b for a, b in zip(times[ours.name], times[theirs.name], strict=True)]
         floor = weights_per_token(SHAPES[name]) / ours.start["sum_gbps"] / 1e6
         return [
             {
@@ -177,27 +179,40 @@ def compare(name: str, rows: int, way: str, options: argparse.Namespace) -> list
             peer.kill()
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line."""
     parser = argparse.ArgumentParser(description="Compare decoding with transformers.generate.")
     parser.add_argument("--shapes", default="small,dec")
     parser.add_argument("--rows", default="1,32")
     parser.add_argument("--ways", default="greedy,beams")
+    parser.add_argument("--peers", default="transformers", help="empty: t5like alone")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds before each call")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and transformers")
     parser.add_argument("--serve", choices=["t5like", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    for field, known in (("shapes", SHAPES), ("peers", ["transformers"]), ("ways", ["greedy", "beams"])):
+        names = [name for name in getattr(options, field).split(",") if name]
+        if unknown := set(names) - set(known):
+            parser.error(f"--{field}: {', '.join(unknown)} must be of {', '.join(known)}")
+        setattr(options, field, names)
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for."""
+    options = parse(arguments)
     if options.serve:
         case = options.case
         serve = serve_t5like if options.serve == "t5like" else serve_torch
         serve(SHAPES[case["shape"]], case["rows"], case["way"])
         return
     rows = []
-    for shape in options.shapes.split(","):
+    for shape in options.shapes:
         for count in map(int, options.rows.split(",")):
-            for way in options.ways.split(","):
+            for way in options.ways:
                 for values in compare(shape, count, way, options):
                     measurement.emit(**values)
                     rows.append({key: values[key] for key in list(values)[:9]})
@@ -206,4 +221,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    main()
+    main(sys.argv[1:])

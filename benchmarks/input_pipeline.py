@@ -1,15 +1,18 @@
 """Speed of finished batches on one core, for every objective and architecture that go together.
 
     python benchmarks/input_pipeline.py [--config=configs/tiny.py] [--config.SECTION.FIELD=VALUE ...] [--seconds=3]
+                                        [--examples=task:summarization]
 
 Prepares the config's data if that is not done yet, then makes batches of 128 rows of 512 and 114 tokens (other values
 by flags) with `Batches.at`, in one thread pinned to one core. Tokens are those that the model reads, as the trainer
 counts them; times are CPU seconds, since the core may be shared. Location is the share that goes into finding rows: the
-mixture and the permutation of the epoch. Supervised rows are packed from --task.
+mixture and the permutation of the epoch. Supervised rows are packed from --examples.
 
 Prints a JSON line per case and, on standard error, a table in Markdown.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -26,14 +29,14 @@ from t5like.data import corpus, pipeline
 from t5like.data.pipeline import Batches
 from t5like.data.text import Vocabulary
 from t5like.errors import UserError
-from t5like.main import Parser
+from t5like.flags import Parser
 from t5like.step import real_tokens
 
 STEPS = 64  # whose batches are made again and again
 SHAPE = [("data.inputs_length", "512"), ("data.targets_length", "114"), ("data.batch_size", "128")]
 
 
-def cases(config: Config, task: str) -> Iterator[Config]:
+def cases(config: Config, examples: str) -> Iterator[Config]:
     """The config with every objective, architecture and treatment of document borders that go together."""
     for objective, architectures in ARCHITECTURES.items():
         supervised = objective == "supervised"
@@ -46,7 +49,7 @@ def cases(config: Config, task: str) -> Iterator[Config]:
                 )
                 case = dataclasses.replace(config, data=data, model=model)
                 if supervised:
-                    case = dataclasses.replace(case, data=dataclasses.replace(data, source=(f"task:{task}",)))
+                    case = dataclasses.replace(case, data=dataclasses.replace(data, source=(examples,)))
                 rules.check(case)
                 yield case
 
@@ -88,18 +91,34 @@ def row(values: dict[str, float | str]) -> dict[str, float | str]:
     }
 
 
-def main() -> None:
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Within, this process keeps to one of its cores."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The options and the config of a command line."""
     parser = Parser(prog="input_pipeline.py", description="Measure finished batches on one core.", allow_abbrev=False)
     parser.add_argument("--config", default="configs/tiny.py", metavar="FILE")
-    parser.add_argument("--task", default="summarization", metavar="NAME", help="of the supervised rows")
+    parser.add_argument("--examples", default="task:summarization", metavar="SOURCE", help="of the supervised rows")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="X", help="of batches per case")
-    arguments, overrides = measurement.split(sys.argv[1:])
-    options = parser.parse_args(arguments)
-    config = config_file.load(options.config, [*SHAPE, *overrides])
+    rest, overrides = measurement.split(arguments)
+    options = parser.parse_args(rest)
+    return options, config_file.load(options.config, [*SHAPE, *overrides])
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for."""
+    options, config = parse(arguments)
     prepared = corpus.prepare(config)
     trained = dataclasses.replace(config.tokenizer, path=str(prepared.tokenizer_path))
     config = dataclasses.replace(config, tokenizer=trained)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     vocabulary = Vocabulary.of(prepared.tokenizer)
     measurement.emit(
         **measurement.machine("numpy"),
@@ -109,9 +128,10 @@ def main() -> None:
         targets=config.data.targets_length,
     )
     rows = []
-    for case in cases(config, options.task):
+    for case in cases(config, options.examples):
         stores = corpus.prepare(case).stores
-        values = measure(Batches(case, vocabulary, pipeline.open_split(case, stores, "train")), options.seconds)
+        with one_core():
+            values = measure(Batches(case, vocabulary, pipeline.open_split(case, stores, "train")), options.seconds)
         measurement.emit(**values)
         rows.append(row(values))
     print(f"\n{measurement.table(rows)}", file=sys.stderr)
@@ -119,6 +139,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"input_pipeline.py: {error}")

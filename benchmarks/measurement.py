@@ -13,6 +13,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+WIDEST = ("amx_tile", "avx512f", "avx2", "sve", "asimd")  # instruction sets, the fastest first
+
 
 def split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Take the pairs of ``--config.section.field=value`` out of a command line."""
@@ -42,24 +44,28 @@ def short(value: object) -> object:
 
 def since_start() -> float:
     """Seconds since this process was started, in hundredths; an exec in between does not set it back."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_memory_mb() -> int:
     """The most memory that this process has held (VmHWM, in MB of 2**20 bytes); children are not counted."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
 
 
 def machine(*packages: str) -> dict[str, object]:
-    """CPU model, cores that this process may use, load of the last minute, date, versions of Python and packages."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    """CPU model and its widest instruction set, cores that this process may use, load of the last minute, date, and
+    versions of Python and packages.
+    """
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
     versions = {"python": sys.version.split()[0], **{package: metadata.version(package) for package in packages}}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "cpu": cpu,
+        "instructions": next((name for name in WIDEST if name in flags), "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         **versions,

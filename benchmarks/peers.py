@@ -54,7 +54,10 @@ SHAPES = {
     "tiny": Shape(256, 4, 4, 1024, 4096, 256, 64, 16),
     "small": Shape(512, 8, 6, 1024, 32_128, 512, 114, 4),  # T5 1.1 small
     "dec": Shape(512, 8, 8, 2048, 32_000, 0, 512, 4),  # Llama's layer
+    "toy": Shape(64, 1, 1, 64, 512, 32, 16, 8),  # measures nothing: it shows that both sides run
+    "toy_dec": Shape(64, 1, 1, 64, 512, 0, 32, 8),
 }
+MEASURED = ("tiny", "small", "dec")
 
 
 def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
@@ -204,9 +207,10 @@ def row(r: dict) -> dict:
     }
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line."""
     parser = argparse.ArgumentParser(description="Compare t5like with PyTorch transformers.")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of those in the default")
+    parser.add_argument("--shapes", default=",".join(MEASURED), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--peers", default=",".join(PEERS), help="PyTorch's modes; may be empty")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each peer")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
@@ -214,13 +218,18 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and transformers")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for field, known in (("shapes", SHAPES), ("peers", PEERS)):
         names = [name for name in getattr(options, field).split(",") if name]
         if unknown := set(names) - set(known):
             parser.error(f"--{field}: {', '.join(unknown)} must be of {', '.join(known)}")
         setattr(options, field, names)
-    rows = []
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for."""
+    options, rows = parse(arguments), []
     for name in options.shapes:
         for values in compare(name, options):
             measurement.emit(**values)
@@ -229,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -33,6 +33,7 @@ from t5like.config import Config
 from t5like.data import corpus
 from t5like.data.sources import open_source
 from t5like.errors import UserError
+from t5like.flags import Parser
 
 COPIES = 8  # of the texts, as JSON lines
 ROWS, LENGTH = 1024, 568  # windows a call, and tokens a window: what span corruption makes 512 of
@@ -95,13 +96,19 @@ def measure_reading(prepared: corpus.Prepared, rounds: int) -> dict[str, float |
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="token_store.py", description="Measure the token store.", allow_abbrev=False)
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The options and the config of a command line."""
+    parser = Parser(prog="token_store.py", description="Measure the token store.", allow_abbrev=False)
     parser.add_argument("--config", default="configs/tiny.py", metavar="FILE")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    arguments, overrides = measurement.split(sys.argv[1:])
-    options = parser.parse_args(arguments)
-    config = config_file.load(options.config, overrides)
+    rest, overrides = measurement.split(arguments)
+    options = parser.parse_args(rest)
+    return options, config_file.load(options.config, overrides)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for."""
+    options, config = parse(arguments)
     prepared = corpus.prepare(config)
     measurement.emit(**measurement.machine("numpy", "sentencepiece"))
     measurement.emit(**measure_reading(prepared, options.rounds))
@@ -111,6 +118,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"token_store.py: {error}")

@@ -5,6 +5,7 @@ bfloat16; everything else as the library comes. `serve` in `measurement` is the 
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 
@@ -100,13 +101,14 @@ def matmul_gflops() -> float:
     return 2e-9 * size**3 / min(timed(lambda: matrix @ matrix)[0] for _ in range(20))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    """Train a model of one shape, a step for each request."""
     parser = argparse.ArgumentParser(description="PyTorch's side of peers.py.")
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     trainer = Trainer(options)
     first, loss = timed(trainer.step)
     start_to_first_step = measurement.since_start()
@@ -132,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ Compiled programs are kept, so the first start and the later ones differ: JAX_EN
 process from using them. `peers.py` runs this file with --serve (see `measurement`).
 """
 
+import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ import measurement
 
 from t5like import config_file
 from t5like.errors import UserError
-from t5like.main import Parser, start_devices
+from t5like.flags import Parser
+from t5like.main import start_devices
 
 if TYPE_CHECKING:
     from t5like.config import Config
@@ -116,15 +118,21 @@ class Trainer:
         return seconds
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, "Config"]:
+    """The options and the config of a command line."""
     parser = Parser(prog="train_step.py", description="Measure the training step of a config.", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.SECTION.FIELD=VALUE changes a field")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, after 2 that are not")
     parser.add_argument("--fake_devices", type=int, default=None, metavar="N", help="N CPU devices in this process")
     parser.add_argument("--serve", action="store_true", help="time as many steps as each line of standard input says")
-    arguments, overrides = measurement.split(sys.argv[1:])
-    options = parser.parse_args(arguments)
-    config = config_file.load(options.config, overrides)
+    rest, overrides = measurement.split(arguments)
+    options = parser.parse_args(rest)
+    return options, config_file.load(options.config, overrides)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for."""
+    options, config = parse(arguments)
     start_devices(options.fake_devices)
     trainer = Trainer(config)
     [first] = trainer.run(1)
@@ -175,6 +183,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"train_step.py: {error}")

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5like import distributed, losses, scores
+from t5like import distributed, losses, scores, segmentation
 from t5like.config import Config
 from t5like.data.examples import Examples
 from t5like.data.text import START
 from t5like.data.token_store import written_whole
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import ConfigError
-from t5like.generate import Generator, Prompt
+from t5like.generate import Generator, Prompt, eos_ids
 from t5like.mesh import to_host
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
@@ -76,11 +77,12 @@ class Answers:
         Raises:
             ConfigError: a metric's package is not installed, or a choice is longer than an answer may be.
         """
-        scores.score(config.evaluate.metrics, ["a"], [["a"]])
         self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
         each = -(-config.evaluate.max_examples // len(heldout))
         self.questions = [question for examples in heldout for question in questions(config, examples, each)]
         self.right = [[tokenizer.decode(question.answer)] for question in self.questions]
+        self._scores("eval/score", ["a"] * len(self.right))  # says what is not installed
+        self.rules = scores.rules_for(self.right, config.evaluate.language)
         self._train = train
         self._choices = [[*tokenizer.encode(text), tokenizer.eos_id] for text in config.evaluate.choices]
         longest = max(map(len, self._choices), default=0)
@@ -113,6 +115,10 @@ class Answers:
                 record["nats"] = dict(zip(self.config.evaluate.choices, nats_C, strict=True))
         return self._scores("eval/score", said), records
 
+    def describe(self) -> dict[str, str]:
+        """``eval/rule/METRIC``: how it takes texts of this language apart."""
+        return {f"eval/rule/{name}": self.rules.describe(name) for name in self.config.evaluate.metrics}
+
     def baselines(self) -> dict[str, float]:
         """``baseline/majority/METRIC`` and so on, in percent."""
         targets = [
@@ -121,7 +127,7 @@ class Answers:
             for question in questions(self.config, examples, COUNTED)
         ]
         inputs = [self.tokenizer.decode(question.read) for question in self.questions]
-        words = round(np.mean([len(target.split()) for target in targets]))
+        words = round(np.mean([segmentation.num_words(target) for target in targets]))
         said = {
             "majority": [scores.majority_baseline(targets)] * len(inputs),
             "copy": scores.copy_baseline(inputs),
@@ -134,7 +140,7 @@ class Answers:
         }
 
     def _scores(self, prefix: str, said: Sequence[str]) -> dict[str, float]:
-        found = scores.score(self.config.evaluate.metrics, said, self.right)
+        found = scores.score(self.config.evaluate.metrics, said, self.right, self.config.evaluate.language)
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
     def _generate(self, params: Tree, progress: Callable[[int], None]) -> tuple[list[str], None]:
@@ -152,11 +158,12 @@ class Answers:
     def _choose(self, params: Tree, progress: Callable[[int], None]) -> tuple[list[str], np.ndarray]:
         pairs = [(question.prompt, choice) for question in self.questions for choice in self._choices]
         width = max(len(question.prompt.ids) for question in self.questions)
+        ends = eos_ids(self.config, self.tokenizer)
         nats: list[float] = []
         for begin in range(0, len(pairs), ROWS):
             some = pairs[begin : begin + ROWS]
             batch = answered(self.config, some + some[:1] * (ROWS - len(some)), width, max(map(len, self._choices)))
-            nats += to_host(scored(self.config, params, batch).nats_B)[: len(some)].tolist()
+            nats += to_host(scored(self.config, params, batch, ends).nats_B)[: len(some)].tolist()
             progress(len(nats))
         nats_NC = np.reshape(nats, (len(self.questions), -1))
         return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC
@@ -201,12 +208,22 @@ class Scored(NamedTuple):
     greedy_B: jax.Array
 
 
-@partial(jax.jit, static_argnames="config")
-def scored(config: Config, params: Tree, batch: Batch) -> Scored:
-    """How likely the rows' targets are, given what the rows read."""
+@partial(jax.jit, static_argnames=("config", "ends"))
+def scored(config: Config, params: Tree, batch: Batch, ends: tuple[int, ...] = ()) -> Scored:
+    """How likely the rows' targets are, given what the rows read.
+
+    Where `ends`, the ids that end a text, are several, the first of them as a target stands for any.
+    """
     logits_BLV = Transformer(config).apply({"params": params}, batch)
     nats_BL = losses.nats(logits_BLV, batch.targets_BL)
-    likeliest_BL = (logits_BLV.argmax(-1) == batch.targets_BL) | (batch.weights_BL == 0)
+    hit_BL = logits_BLV.argmax(-1) == batch.targets_BL
+    if len(ends) > 1:
+        ends_BLE = logits_BLV[..., np.array(ends)].astype(jnp.float32)
+        one_BL = jnp.take_along_axis(logits_BLV, batch.targets_BL[..., None], axis=-1)[..., 0].astype(jnp.float32)
+        end_BL = batch.targets_BL == ends[0]
+        nats_BL = jnp.where(end_BL, nats_BL + one_BL - jax.nn.logsumexp(ends_BLE, axis=-1), nats_BL)
+        hit_BL = jnp.where(end_BL, ends_BLE.max(-1) >= logits_BLV.max(-1), hit_BL)
+    likeliest_BL = hit_BL | (batch.weights_BL == 0)
     return Scored((nats_BL * batch.weights_BL).sum(1), likeliest_BL.all(1))
 
 

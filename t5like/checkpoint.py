@@ -1,7 +1,8 @@
 """Save and restore the training state: async, sharded, strict, verified. What one checkpoint holds, and which are kept.
 
-    WORKDIR/checkpoints/<step>/state/              Orbax arrays, under the names that `tree.flatten` gives the leaves
-                               meta/metadata       JSON: config, tokenizer, versions, every leaf's shape, dtype, digest
+    WORKDIR/checkpoints/run_id                     the run's id, a random number
+                        <step>/state/              Orbax arrays, under the names that `tree.flatten` gives the leaves
+                               meta/metadata       JSON: step, run, config, tokenizer, every leaf's shape, dtype, digest
                                commit_success.txt  written last: without it the checkpoint does not exist
 
 Called by the loops (save, restore), and by evaluate, generate and export (restore_params, meta). When to save, and what
@@ -12,67 +13,46 @@ to do about a failure, is theirs. Orbax 0.12 writes and reads the bytes; what it
 * It restores flipped bits, casts to the dtype asked for, and merges colliding names, all silently. We compare names,
   shapes and dtypes before reading, and a digest of every leaf after it.
 * A failed save leaves its files behind and spoils the next one. Each save gets its own writer and is cleared away.
+* It reads a checkpoint wherever it lies. Metadata name the step and the run, and both must be those of the directory.
 """
 
-import base64
 import contextlib
 import functools
-import hashlib
-import importlib.metadata
-import json
 import logging
-import platform
+import re
+import secrets
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from flax import traverse_util
 
-import t5like
-from t5like import tree
+from t5like import checkpoint_metadata, tree
+from t5like.checkpoint_metadata import Meta
 from t5like.config import Config
-from t5like.config_file import from_json, to_json
-from t5like.errors import CheckpointError, ConfigError
+from t5like.digests import Leaf, describe
+from t5like.errors import CheckpointError
+from t5like.paths import literal
+from t5like.strict_json import loads
 from t5like.types import Array, TrainState, Tree
 
-FORMAT = 1  # of a checkpoint; a later version reads older numbers and refuses newer ones
 COMMITTED = "commit_success.txt"
+NEEDED = ("_CHECKPOINT_METADATA", "meta/metadata", "state/_METADATA", "state/manifest.ocdbt")  # in each checkpoint
+RUN_ID = "run_id"  # beside the checkpoints
 SAVE_SECONDS = 600  # a save that takes longer has failed: storage that hangs must not hang the run
 # What TensorStore compresses waits in memory until a file is full (2 GiB by default, which is a second copy of a small
 # model), and a chunk is packed and unpacked whole.
 SHARE = 16  # a file holds that part of all bytes, and so much is read at once beside the largest array
 DATA_FILE = 32 * 2**20, 2 * 2**30  # bytes of a file, at least and at most
-PART = 8 * 2**20  # bytes whose digest is taken at once
 CHUNK = 16 * 2**20  # bytes of an array, at most
+STEP = re.compile("0|[1-9][0-9]{0,17}")  # names of directories that may be checkpoints
 SHOWN = 5  # differences named in one message
-
-
-class Leaf(NamedTuple):
-    """What is known of a stored array without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    digest: tuple[int, int]
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
-class Meta(NamedTuple):
-    """All of a checkpoint but its arrays."""
-
-    step: int
-    config: Config
-    tokenizer: bytes
-    tokenizer_hash: str
-    versions: dict[str, str]
-    leaves: dict[str, Leaf]
 
 
 class Checkpoints:
@@ -81,10 +61,9 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, keep_every: int = 0):
         """Keep the newest `keep` checkpoints, and for good those at multiples of `keep_every` steps."""
         _silence()
-        path = epath.Path(directory).expanduser()
-        self.directory = path if "://" in str(path) else epath.Path(Path(path).absolute())
+        self.directory = Path(directory).absolute()
         self._keep, self._keep_every = keep, keep_every
-        self._saving: tuple[int, ocp.AsyncCheckpointer] | None = None
+        self._saving: _Saving | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints on disk, ascending. A save in flight is not one yet."""
@@ -107,26 +86,21 @@ class Checkpoints:
         if step in self.steps():
             return
         leaves = _leaves(state)
-        body = {
-            "step": step,
-            "config": to_json(config),
-            "tokenizer": base64.b64encode(tokenizer).decode(),
-            "tokenizer_hash": tokenizer_hash,
-            "versions": _versions(),
-            "leaves": {name: leaf._asdict() for name, leaf in describe(leaves).items()},
-        }
-        meta = {"format": FORMAT, "sha256": _sha256(body), "body": body}
-        self._saving = step, _writer()
+        run, versions = self._begin_run(), checkpoint_metadata.versions()
+        meta = Meta(step, run, config, tokenizer, tokenizer_hash, versions, describe(leaves))
+        self._saving = _Saving(step, _writer(partial(self._check_written, step)), contextlib.ExitStack())
         with self._clears_up("can't be written"):
-            self._saving[1].save(  # plain dicts: on disk no Optax tuple or empty state shapes the tree
-                self.directory / str(step),
+            self.directory.mkdir(parents=True, exist_ok=True)
+            directory = self._saving.held.enter_context(literal(self.directory))
+            self._saving.writer.save(  # plain dicts: on disk no Optax tuple or empty state shapes the tree
+                directory / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(
                         tree.nested(leaves),
                         tree.nested({name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves}),
                         ocdbt_target_data_file_size=min(max(_bytes(leaves) // SHARE, DATA_FILE[0]), DATA_FILE[1]),
                     ),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(checkpoint_metadata.to_dict(meta)),
                 ),
                 force=True,  # over what a killed save left
             )
@@ -140,7 +114,8 @@ class Checkpoints:
         if self._saving is None:
             return
         with self._clears_up("could not be written"):
-            self._saving[1].close()  # waits
+            self._saving.writer.close()  # waits
+            self._saving.held.close()
         self._saving = None
         self._prune()
 
@@ -149,15 +124,30 @@ class Checkpoints:
         self.wait()
 
     def meta(self, step: int | None = None) -> Meta:
-        """Read everything but the arrays; the latest checkpoint by default."""
+        """Read everything but the arrays; the latest checkpoint by default.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is damaged or incomplete, or it is of another step or run
+                than its place says.
+        """
         step = self._complete(step)
-        body = self._body(step)
-        try:
-            config = from_json(body["config"])
-        except ConfigError as error:
-            raise CheckpointError(f"{self.directory / str(step)} has a config that does not fit: {error}") from None
-        tokenizer = base64.b64decode(body["tokenizer"])
-        return Meta(step, config, tokenizer, body["tokenizer_hash"], body["versions"], _stored(body))
+        path = self.directory / str(step)
+        for name in NEEDED:
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path} is incomplete: it has no file {name}; {self._without(step)}")
+        meta = self._read_meta(step)
+        if meta.step != step:
+            raise CheckpointError(
+                f"{path} was saved as step {meta.step}, not {step}; rename it to {self.directory / str(meta.step)}, or "
+                f"{self._without(step)}"
+            )
+        run = self._run_id()
+        if run and meta.run and meta.run != run:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another run ({meta.run[:8]}, not {run[:8]}); to begin a run with its "
+                f"weights, set --config.init_from.checkpoint to its own run directory; here, {self._without(step)}"
+            )
+        return meta
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
         """Read a state onto today's mesh, whatever mesh it was saved from; the latest by default.
@@ -186,7 +176,7 @@ class Checkpoints:
         wanted = {prefix + name: leaf for name, leaf in tree.flatten(abstract).items()}
         stored = {
             name: leaf
-            for name, leaf in _stored(self._body(step)).items()
+            for name, leaf in self.meta(step).leaves.items()
             if name.startswith(prefix) and not tree.matches(name.removeprefix(prefix), without)
         }
         if found := differences(stored, wanted):
@@ -199,20 +189,25 @@ class Checkpoints:
         largest = max(_bytes({name: leaf}) for name, leaf in wanted.items())
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + _bytes(wanted) // SHARE + 2**20) / 10**9)
         request = ocp.args.PyTreeRestore(tree.nested(wanted), tree.nested(arguments), partial_restore=bool(prefix))
-        with _one_line(path / "state", "can't be read"), ocp.Checkpointer(handler) as reader:
-            restored = traverse_util.flatten_dict(reader.restore(path / "state", args=request), sep="/")
+        with (
+            _one_line(path / "state", "can't be read", self._without(step)),
+            literal(self.directory) as directory,
+            ocp.Checkpointer(handler) as reader,
+        ):
+            restored = traverse_util.flatten_dict(
+                reader.restore(directory / str(step) / "state", args=request), sep="/"
+            )
         damaged = [name for name, leaf in describe(restored).items() if leaf != stored[name]]
         if damaged:
             raise CheckpointError(
-                f"{path} is damaged: what was read is not what was saved in {_some(damaged)}; "
-                f"move it away to go on from an earlier one{_among(self.steps(), but=step)}"
+                f"{path} is damaged: what was read is not what was saved in {_some(damaged)}; {self._without(step)}"
             )
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
-    def _numbered(self) -> list[tuple[int, epath.Path]]:
+    def _numbered(self) -> list[tuple[int, Path]]:
         with _one_line(self.directory, "can't be read"):
             entries = list(self.directory.iterdir()) if self.directory.exists() else []
-        return [(int(path.name), path) for path in entries if path.name.isdecimal()]
+        return [(int(path.name), path) for path in entries if STEP.fullmatch(path.name)]
 
     def _complete(self, step: int | None) -> int:
         steps = self.steps()
@@ -222,37 +217,76 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} holds no complete checkpoint of step {step}{_among(steps)}")
         return steps[-1] if step is None else step
 
-    def _body(self, step: int) -> dict[str, Any]:
-        path = self.directory / str(step) / "meta" / "metadata"
-        with _one_line(path, "can't be read"):
-            meta = json.loads(path.read_text())
-            if not isinstance(meta, dict) or not isinstance(meta.get("format"), int):
-                raise ValueError("not the metadata of a t5like checkpoint")
-        if meta["format"] > FORMAT:
-            raise CheckpointError(
-                f"{path}: format={meta['format']} is newer than {FORMAT}, which t5like "
-                f"{t5like.__version__} reads; install a newer t5like"
-            )
-        if _sha256(meta.get("body")) != meta.get("sha256"):
-            raise CheckpointError(
-                f"{path} is damaged: its checksum does not match; move {path.parent.parent} away to "
-                f"go on from an earlier one{_among(self.steps(), but=step)}"
-            )
-        return meta["body"]
+    def _read_meta(self, step: int) -> Meta:
+        file = self.directory / str(step) / "meta" / "metadata"
+        with _one_line(file, "can't be read", self._without(step)):
+            values = loads(file.read_bytes())
+        try:
+            return checkpoint_metadata.from_dict(values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file} can't be used: {error}; {self._without(step)}") from None
+
+    def _without(self, step: int) -> str:
+        """How to go on without a checkpoint."""
+        others = _among(self.steps(), but=step)
+        return f"move {self.directory / str(step)} away to go on from an earlier one{others}"
+
+    def _run_id(self) -> str:
+        """The id of the run whose checkpoints these are; "" if it has none."""
+        path, remedy = self.directory / RUN_ID, "remove it to take the newest checkpoint's"
+        with _one_line(path, "can't be read", remedy):
+            text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if path.exists() and not checkpoint_metadata.RUN.fullmatch(text):
+            raise CheckpointError(f"{path} is damaged: it must hold 32 hexadecimal digits; {remedy}")
+        return text
+
+    def _begin_run(self) -> str:
+        """As `_run_id`; a run without one takes over its newest checkpoint's, or gets a new one."""
+        if run := self._run_id():
+            return run
+        steps = self.steps()
+        run = (self.meta(steps[-1]).run if steps else "") or secrets.token_hex(16)
+        if jax.process_index() == 0:  # the process that writes metadata
+            with _one_line(self.directory / RUN_ID, "can't be written"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                temporary = self.directory / f".{RUN_ID}"
+                temporary.write_text(f"{run}\n", encoding="utf-8")
+                temporary.replace(self.directory / RUN_ID)
+        return run
 
     @contextlib.contextmanager
     def _clears_up(self, failure: str) -> Iterator[None]:
         """After a failed save remove its files, so that a full disk does not stay full."""
-        path = self.directory / str(self._saving[0])
+        saving, path = self._saving, self.directory / str(self._saving.step)
         try:
             with _one_line(path, failure):
                 yield
         except BaseException:
             self._saving = None
+            saving.held.close()
             with contextlib.suppress(OSError):  # what failed to write may fail to delete too; the first error counts
                 if jax.process_index() == 0 and not (path / COMMITTED).exists():
-                    path.rmtree(missing_ok=True)
+                    shutil.rmtree(path)
             raise
+
+    def _check_written(self, step: int) -> None:
+        """Read back what a checkpoint consists of, but for the bytes of the arrays. Orbax asks before it commits.
+
+        It merges what the processes wrote into one manifest, and does not mind if it finds nothing to merge.
+
+        Raises:
+            CheckpointError: something is missing, or is not what was to be written.
+        """
+        path = self.directory / str(step)
+        if not (path / "state" / "manifest.ocdbt").is_file():
+            raise CheckpointError(f"{path} could not be written: its arrays are not there; use another --workdir")
+        want = {name: (leaf.shape, leaf.dtype) for name, leaf in self._read_meta(step).leaves.items()}
+        with literal(self.directory) as directory:
+            read = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state").tree
+        got = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in tree.flatten(read).items()}
+        if got != want:
+            differ = [name for name in {**want, **got} if got.get(name) != want.get(name)]
+            raise CheckpointError(f"{path} could not be written: {_some(differ)} can't be read back; use another disk")
 
     def _prune(self) -> None:
         """Delete old checkpoints and what killed saves and deletions left. The commit file goes first: see `steps`."""
@@ -265,73 +299,11 @@ class Checkpoints:
                 if step in steps and step not in kept:
                     (path / COMMITTED).unlink()
                 if step not in kept and _is_ours(path):
-                    path.rmtree()
-
-
-def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
-    """Shape, dtype and digest of each array.
-
-    On one device leaf by leaf: on a CPU a program for all keeps some of every leaf's bits at once, twice the memory.
-    """
-    if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
-        digests = {name: jax.device_get(_digest_in_parts(leaf)) for name, leaf in leaves.items()}
-    else:
-        digests = jax.device_get(_digests(dict(leaves)))
-    return {
-        name: Leaf(tuple(leaf.shape), str(leaf.dtype), tuple(int(lane) for lane in digests[name]))
-        for name, leaf in leaves.items()
-    }
-
-
-@jax.jit
-def _digests(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
-    """One program for all leaves: on many CPU devices, programs in flight together can block each other."""
-    return {name: digest(leaf) for name, leaf in leaves.items()}
+                    shutil.rmtree(path)
 
 
 def _bytes(leaves: Mapping[str, Array | jax.ShapeDtypeStruct]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
-
-
-def _digest_in_parts(x: Array) -> tuple[Array, Array]:
-    """As `digest`, of some MB at a time: what a CPU keeps besides would else be twice the largest leaf."""
-    rows = max(PART // max(x.nbytes // max(x.shape[0], 1), 1), 1) if x.ndim else 1
-    if not x.ndim or x.shape[0] <= rows:
-        return digest(x)
-    sums = (0, 0)
-    for begin in range(0, x.shape[0], rows):
-        part = jax.lax.dynamic_slice_in_dim(x, begin, min(rows, x.shape[0] - begin))
-        lanes = jax.device_get(digest(part, np.uint32(begin)))  # waits: else all parts are there at once
-        sums = tuple((total + int(lane)) % 2**32 for total, lane in zip(sums, lanes, strict=True))
-    return sums
-
-
-@jax.jit
-def digest(x: Array, first: Array | int = 0) -> tuple[Array, Array]:
-    """Two uint32 that change with any element's bits or place, and not with the sharding.
-
-    Each lane is the wrapping sum of ``mix(bits ^ key(index))``, where mix is MurmurHash3's 32-bit finalizer. That is a
-    bijection, so one changed element always shows. `first` is the place of x's first row in a larger array.
-    """
-    bits = (
-        x.astype(jnp.uint32)
-        if x.dtype == bool
-        else jax.lax.bitcast_convert_type(
-            x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        ).astype(jnp.uint32)
-    )
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for dim, size in enumerate(bits.shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
-        index = index * np.uint32(size % 2**32) + (place if dim else place + jnp.uint32(first))
-
-    def lane(key: int) -> Array:
-        mixed = bits ^ (index * np.uint32(key) + np.uint32(key >> 1))
-        mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-    return lane(0x9E3779B1), lane(0x7FEB352D)
 
 
 def differences(stored: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
@@ -357,44 +329,48 @@ def _leaves(state: TrainState) -> dict[str, Array]:
     return tree.flatten(state)
 
 
-def _stored(body: Mapping[str, Any]) -> dict[str, Leaf]:
-    return {
-        name: Leaf(tuple(leaf["shape"]), leaf["dtype"], tuple(leaf["digest"])) for name, leaf in body["leaves"].items()
-    }
+class _Saving(NamedTuple):
+    """A save in flight; `held` is let go when it ends."""
+
+    step: int
+    writer: ocp.AsyncCheckpointer
+    held: contextlib.ExitStack
 
 
-def _sha256(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "t5like": t5like.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def _writer() -> ocp.AsyncCheckpointer:
+def _writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(),
-        async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS, create_directories_asynchronously=False),
+        async_options=ocp.AsyncOptions(
+            timeout_secs=SAVE_SECONDS,
+            create_directories_asynchronously=False,
+            post_finalization_callback=before_commit,  # of the arrays; the commit file is written after it
+        ),
         atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
     )
 
 
 @functools.cache
 def _silence() -> None:
-    """Drop what Orbax tells besides raising: its log, and pages of tracebacks of the tasks that a failure orphans."""
+    """Drop what Orbax tells besides raising: its log, and reports on coroutines and tasks that a failure orphans.
+
+    Those are told of when they are collected: by the hook for what can't be raised, a warning, or asyncio's log.
+    """
+    orphaned = ("exception was never retrieved", "Task was destroyed but it is pending")
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: not any(text in record.getMessage() for text in orphaned))
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     report = sys.unraisablehook
-    sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
+
+    def report_others(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        orphan = code is not None and "/orbax/" in code.co_filename and isinstance(event.exc_value, Exception)
+        if not orphan and str(event.exc_value) != "Event loop is closed":
+            report(event)
+
+    sys.unraisablehook = report_others
 
 
-def _is_ours(path: epath.Path) -> bool:
+def _is_ours(path: Path) -> bool:
     """Whether a directory holds what Orbax or we write, or nothing: a kill can fall between making it and filling it.
 
     A stranger's is not deleted.
@@ -404,7 +380,7 @@ def _is_ours(path: epath.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _one_line(path: epath.Path, failure: str) -> Iterator[None]:
+def _one_line(path: Path, failure: str, remedy: str = "") -> Iterator[None]:
     """Turn what Orbax, TensorStore and the file system raise into one line."""
     try:
         yield
@@ -417,7 +393,7 @@ def _one_line(path: epath.Path, failure: str) -> Iterator[None]:
         text = " ".join(str(cause).split()) or type(cause).__name__
         if len(text) > 300:  # TensorStore begins with what it did, and ends with why it could not
             text = f"{text[:100]} ... {text[-200:]}"
-        raise CheckpointError(f"{path} {failure}: {text}") from error
+        raise CheckpointError(f"{path} {failure}: {text}" + f"; {remedy}" * bool(remedy)) from error
 
 
 def _some(items: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import re
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5like import __version__, config_file
-from t5like.errors import CheckpointError, ConfigError
+from t5like.errors import CheckpointError, ConfigError, printable
+from t5like.paths import expand
 
 if TYPE_CHECKING:
     from t5like.config import Config
@@ -27,8 +27,18 @@ def versions() -> dict[str, str]:
 
 
 def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":
-    """The config of the command line."""
-    return config_file.load(options.config, overrides)
+    """The config of the command line; without one that of the run in --workdir, which `train` goes on with."""
+    if options.config is not None:
+        return config_file.load(options.config, overrides)
+    return config_file.of_run(expand(options.workdir), overrides)
+
+
+def configs(_, __) -> None:
+    """`t5like configs`."""
+    presets = config_file.presets()
+    width = max(map(len, presets))
+    for name, path in presets.items():
+        print(f"{name:{width}}  {config_file.description(path)}")
 
 
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -37,7 +47,7 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
     from t5like.distributed import joined
     from t5like.train import train
 
-    workdir = options.workdir.expanduser().absolute()
+    workdir = expand(options.workdir).absolute()
     with joined(options.begin, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
         train(config, workdir)
 
@@ -45,23 +55,21 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
 def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like prepare`."""
     config = load_config(options, overrides)
-    from t5like.data import corpus, pipeline
+    from t5like.data import corpus, pipeline, statistics
+    from t5like.data.source_names import source_names
 
     pipeline.spec(config)
     if options.workdir:
         from t5like.run import check_run_directory, open_run_directory
 
-        check_run_directory(config, workdir := options.workdir.expanduser().absolute())
+        check_run_directory(config, workdir := expand(options.workdir).absolute())
     prepared = corpus.prepare(config)
     for note in prepared.notes:
-        print(note)
-    print(f"tokenizer  {prepared.tokenizer_path}")
-    for source, store in zip(config.data.source, prepared.stores, strict=True):
-        train, heldout = store.split("train"), store.split("heldout")
-        print(
-            f"data       {source}: {train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out, "
-            f"in {store.directory}"
-        )
+        print(printable(note))
+    print(printable(f"tokenizer  {prepared.tokenizer_path}"))
+    directories = [f"in {store.directory}" for store in prepared.stores]
+    for line in statistics.lines(source_names(config.data), prepared.stores, directories):
+        print(printable(f"data       {line}"))
     if options.workdir:
         open_run_directory(config, prepared.tokenizer, workdir)
 
@@ -71,7 +79,7 @@ def evaluate(options: argparse.Namespace, _) -> None:
     from t5like import run
 
     check_tasks_options(options)
-    workdir = options.workdir.expanduser().absolute()
+    workdir = expand(options.workdir).absolute()
     if options.tasks is None:
         from t5like import evaluate
         from t5like.distributed import joined, primary
@@ -82,8 +90,8 @@ def evaluate(options: argparse.Namespace, _) -> None:
             values, records = evaluate.evaluate_run(loaded, workdir / "tokenizer.model")
             if not primary():
                 return
-        print(evaluate.table(values), file=sys.stderr)
         write_evaluation(workdir, str(loaded.step), values, {str(loaded.step): records})
+        print(evaluate.table(values), file=sys.stderr)
         return
     from t5like import harness  # says at once what is not installed
 
@@ -91,11 +99,11 @@ def evaluate(options: argparse.Namespace, _) -> None:
     values, records = harness.evaluate_tasks(
         loaded, tasks, directory=options.tasks_dir, limit=options.limit, shots=options.num_fewshot
     )
-    print(harness.table(values), file=sys.stderr)
     name = "+".join(tasks)[:100]
     write_evaluation(
         workdir, f"{loaded.step}.{name}", values, {f"{loaded.step}.{task}": records[task] for task in records}
     )
+    print(harness.table(values), file=sys.stderr)
 
 
 def check_tasks_options(options: argparse.Namespace) -> None:
@@ -107,18 +115,14 @@ def check_tasks_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--tasks={options.tasks} must be names with commas between them; use --tasks=lambada_openai")
     if options.tasks_dir is not None and not options.tasks_dir.is_dir():
         raise ConfigError(f"--tasks_dir={options.tasks_dir} is no directory; name one with the tasks' YAML files")
-    for name, least in (("limit", 1), ("num_fewshot", 0)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise ConfigError(f"--{name}={value} must be at least {least}; use --{name}=5")
 
 
 def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictions: dict[str, list[Any]]) -> None:
-    """Print values, and write them to ``evaluations/NAME.json`` and each list of records to ``predictions/``."""
+    """Write values to ``evaluations/NAME.json`` and each list of records to ``predictions/``, then print the values."""
     from t5like.answers import write_predictions
     from t5like.data.token_store import written_whole
 
     text = json.dumps(values, indent=1, ensure_ascii=False)
-    print(text)
     path = workdir / "evaluations" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -128,7 +132,11 @@ def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictio
             if records:
                 write_predictions(workdir, each, records)
     except OSError as error:
-        raise CheckpointError(f"{path} can't be written: {error.strerror}; the metrics are above") from None
+        raise CheckpointError(
+            f"{path} can't be written: {error.strerror}; the metrics are on standard output"
+        ) from None
+    finally:
+        print(text)
 
 
 def generate(options: argparse.Namespace, _) -> None:
@@ -146,11 +154,11 @@ def generate(options: argparse.Namespace, _) -> None:
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
     rows = prompting.read_prompts(options.prompts_file) if options.prompts_file else []
-    loaded = run.load(options.workdir.expanduser().absolute(), options.step, all_devices=True)
+    loaded = run.load(expand(options.workdir).absolute(), options.step, all_devices=True)
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     with jax.set_mesh(loaded.mesh):
         if options.prompts_file:
-            made_by = {"workdir": str(options.workdir.expanduser().absolute()), "step": loaded.step}
+            made_by = {"workdir": str(expand(options.workdir).absolute()), "step": loaded.step}
             prompting.answer_file(generator, decoding, options.prompts_file, rows, options.output, made_by)
         elif options.prompt is not None:
             prompting.show(generator, decoding, options.prompt)
@@ -162,27 +170,27 @@ def import_hf(options: argparse.Namespace, _) -> None:
     """`t5like import --format=hf`."""
     from t5like.hf.directory import import_run
 
-    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute()):
-        print(line, flush=True)
+    for line in import_run(expand(options.input), expand(options.workdir).absolute()):
+        print(printable(line), flush=True)
 
 
 def export_hf(options: argparse.Namespace, _) -> None:
     """`t5like export --format=hf`."""
     size = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(K|M|G)?B?", options.max_shard_size.upper())
-    if not size or float(size[1]) == 0:
+    if not size or not 0 < float(size[1]) < 1e15:
         raise ConfigError(f"--max_shard_size={options.max_shard_size} must be a number of bytes; use 5GB or 500MB")
     from t5like.hf.directory import export_run
 
     lines = export_run(
-        options.workdir.expanduser().absolute(),
-        options.output.expanduser().absolute(),
+        expand(options.workdir).absolute(),
+        expand(options.output).absolute(),
         step=options.step,
         family=options.family,
         dtype=options.dtype,
         max_shard_size=int(float(size[1]) * {None: 1, "K": 1e3, "M": 1e6, "G": 1e9}[size[2]]),
     )
     for line in lines:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def import_t5x(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -194,41 +202,31 @@ def import_t5x(options: argparse.Namespace, overrides: list[tuple[str, str]]) ->
     config = load_config(options, overrides)
     from t5like.t5x import import_run
 
-    for line in import_run(options.input.expanduser(), options.workdir.expanduser().absolute(), config):
-        print(line, flush=True)
+    for line in import_run(expand(options.input), expand(options.workdir).absolute(), config):
+        print(printable(line), flush=True)
 
 
 def export_stablehlo(options: argparse.Namespace, _) -> None:
     """`t5like export --format=stablehlo`."""
-    for field in ("max_new_tokens", "prompt_length"):
-        if (value := getattr(options, field)) is not None and value < 1:
-            raise ConfigError(f"--{field}={value} must be at least 1; use --{field}=64")
-    if not 0 <= options.temperature < math.inf:
-        raise ConfigError(f"--temperature={options.temperature:g} must be at least 0; use --temperature=0.8")
+    from t5like.decoding import Decoding
+
+    Decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     from t5like.stablehlo import export_run
 
     for line in export_run(
-        options.workdir.expanduser().absolute(),
-        options.output.expanduser().absolute(),
+        expand(options.workdir).absolute(),
+        expand(options.output).absolute(),
         step=options.step,
         max_new_tokens=options.max_new_tokens,
         prompt_length=options.prompt_length,
         temperature=options.temperature,
     ):
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like plan`."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here stays free
-    for flag in ("tokens", "price"):
-        value = getattr(options, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(
-                f"--{flag}={value:g} must be more than 0; use --{flag}={'2e12' if flag == 'tokens' else 1.2}"
-            )
-    if options.search is not None and options.search < 0:
-        raise ConfigError(f"--search={options.search} must be at least 0; use --search=2")
     if options.quick and (options.keep or options.search):
         flag = f"--keep={options.keep}" if options.keep else f"--search={options.search}"
         remedy = "leave it out" if options.keep else "use --search"
@@ -239,9 +237,11 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     from t5like.plan import planner, report, topology
 
     machine = topology.parse(options.topology, options.num_slices)
-    paths = [path and path.expanduser().absolute() for path in (options.workdir, options.keep)]
+    paths = [path and expand(path).absolute() for path in (options.workdir, options.keep)]
     wishes = planner.Wishes(options.quick, options.search, options.tokens, options.price, *paths)
-    made, errors = planner.make(config, machine, wishes, lambda line: print(line, file=sys.stderr, flush=True))
+    made, errors = planner.make(
+        config, machine, wishes, lambda line: print(printable(line), file=sys.stderr, flush=True)
+    )
     print(json.dumps(made, indent=1) if options.json else report.text(made))
     if errors:  # the plan is printed all the same
         raise errors[0]
@@ -251,6 +251,7 @@ IMPORTS = {"hf": import_hf, "t5x": import_t5x}
 EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
 COMMANDS = {
     "train": train,
+    "configs": configs,
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,

@@ -7,8 +7,9 @@ benchmarks/RESULTS.md ("What moved them"); libtpu 0.0.42, which jax 0.10.2 asks 
 import contextlib
 from collections.abc import Iterator
 
+import jax
 from jax.errors import JaxRuntimeError
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from t5like.config import TrainConfig
 from t5like.errors import ConfigError
@@ -51,6 +52,19 @@ def of_training(config: TrainConfig, mesh: Mesh) -> dict[str, Option]:
     own = dict(text.split("=", 1) for text in config.compiler_options if text != NONE)
     booleans = {"true": True, "false": False}
     return of_chip(config, mesh) | {name: booleans.get(value.lower(), value) for name, value in own.items()}
+
+
+def check(config: TrainConfig, mesh: Mesh) -> None:
+    """Compile an empty program with the config's own options, which takes no time.
+
+    Raises:
+        ConfigError: see `refusals`.
+    """
+    if config.compiler_options:
+        with refusals():
+            device = SingleDeviceSharding(mesh.local_devices[0])
+            shape = jax.ShapeDtypeStruct((), "float32", sharding=device)
+            jax.jit(lambda x: x + 1, compiler_options=of_training(config, mesh)).lower(shape).compile()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
-"""The one schema of a run: every field, its unit and its default, as frozen dataclasses.
+"""The one schema of a run: every field, its unit, range and default, as frozen dataclasses.
 
+A field's comment, above it or at the end of its line, is its help: `t5like train --help` shows it (`config_help`).
 A file in `configs/` defines ``get_config() -> ml_collections.ConfigDict``: it takes `default()` and sets what differs.
 `config_file` reads it, `rules` says which values go together.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import ml_collections
 
@@ -21,100 +22,152 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {  # which models can learn from an 
     "ul2": ("encoder_decoder", "decoder"),
     "supervised": ("encoder_decoder", "decoder"),
 }
+LANGUAGES = (  # ISO 639-1's codes
+    "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en "
+    "eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja "
+    "jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb "
+    "nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq "
+    "sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a field of numbers may have, each end included (`least`, `most`) or not (`above`, `below`)."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """The rule, as in ``at least 1 and at most 1,000``."""
+        number = lambda end: f"{end:,}" if isinstance(end, int) else f"{end:g}"
+        ends = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
+        return " and ".join(f"{words} {number(end)}" for words, end in ends.items() if end is not None)
+
+
+LARGEST = 2**31 - 1  # of what is counted in 32 bits: steps, positions
+Positive = Annotated[int, Range(1, LARGEST)]
+NotNegative = Annotated[int, Range(0, LARGEST)]
+Share = Annotated[float, Range(least=0, below=1)]
+Rates = Annotated[tuple[float, ...], Range(0, 1e9)]
+Axis = Annotated[int, Range(-1, 2**20)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     path: str = ""  # a SentencePiece model or a tokenizer.json; empty: train one on the data
-    vocab_size: int = 32_100  # ids of text and sentinels together; the model pads its rows to `model.vocab_multiple`
+    # ids of text and sentinels together; the model pads its rows to `model.vocab_multiple`
+    vocab_size: Annotated[int, Range(1, 2**24)] = 32_100
     # <extra_id_0> has the highest id, and they count down (T5); 2, [MASK] and [CLS], of a tokenizer.json like BERT's
-    num_sentinels: int = 100
-    model_type: Literal["unigram", "bpe"] = "unigram"
-    sample_characters: int = 20_000_000  # how much text a new tokenizer is trained on, drawn by document
-    character_coverage: float = 0.9995  # characters beyond it are spelled in bytes
+    num_sentinels: Annotated[int, Range(0, 2**16)] = 100
+    model_type: Literal["unigram", "bpe"] = "unigram"  # SentencePiece's, of a new tokenizer
+    # how much text a new tokenizer is trained on, drawn by document
+    sample_characters: Annotated[int, Range(1, 2**40)] = 20_000_000
+    character_coverage: Annotated[float, Range(above=0, most=1)] = 0.9995  # characters beyond it are spelled in bytes
+    # Ids that end a generated text besides the tokenizer's own end-of-sequence id, as Llama 3 and its kin have them. An
+    # import sets it; nothing is trained on them.
+    extra_eos_ids: Annotated[tuple[int, ...], Range(0, 2**24)] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME, one or several; with the objective
-    # supervised also tsv:GLOB and task:NAME
+    # python_stdlib | tfds:NAME | text:GLOB | jsonl:GLOB | parquet:GLOB | csv:GLOB | tsv:GLOB | hf:NAME, one or several;
+    # with the objective supervised also task:NAME. Rows are shuffled, whatever their order in the files.
     source: tuple[str, ...] = ("python_stdlib",)
-    rates: tuple[float, ...] = ()  # how often each source is drawn from; empty: in proportion to its rows an epoch
+    # Of each source, for metrics and tables; empty: what tells them apart, see `data.source_names`.
+    source_names: tuple[str, ...] = ()
+    rates: Rates = ()  # how often each source is drawn from; empty: in proportion to its rows an epoch
     split: str = "train"  # of TFDS and Hugging Face data sets
-    text_field: str = "text"  # of TFDS, JSONL, Parquet and Hugging Face data sets
+    text_field: str = "text"  # of TFDS, JSONL, Parquet, CSV, TSV and Hugging Face data sets
     # What one document is in text files: a file, a line, or a passage of about 16 KiB that ends with a line. auto: a
     # file if there are at least 100 of them, else a passage, so that a part of a few large files can be held out.
     text_documents: Literal["auto", "file", "line", "passage"] = "auto"
     directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
-    heldout_fraction: float = 0.01  # of the documents (at least one), chosen by a hash of their text, never trained on
-    num_workers: int = 0  # processes that tokenize; 0: one per core
+    # of the documents (at least one), chosen by a hash of their text, never trained on
+    heldout_fraction: Annotated[float, Range(above=0, below=1)] = 0.01
+    num_workers: Annotated[int, Range(0, 1024)] = 0  # processes that tokenize; 0: one per core
     objective: tuple[Objective, ...] = ("span_corruption",)  # one or several, each on every source
-    objective_rates: tuple[float, ...] = ()  # how often each objective is drawn; empty: all alike
+    objective_rates: Rates = ()  # how often each objective is drawn; empty: all alike
     # Steps at which the rates change. rates and objective_rates then hold one list per phase, one behind another:
     # objective=span_corruption,prefix_lm objective_rates=1,0,0,1 change_steps=1000 turns from one to the other.
-    change_steps: tuple[int, ...] = ()
-    batch_size: int = 128  # rows per step, over all devices and microbatches
-    inputs_length: int = 512  # tokens
-    targets_length: int = 114  # tokens; a decoder-only model reads rows of inputs_length + targets_length
-    noise_density: float = 0.15  # span corruption and MLM: share of the tokens that are masked
-    mean_span_length: float = 3.0  # span corruption: tokens per masked span
+    change_steps: Annotated[tuple[int, ...], Range(1, LARGEST)] = ()
+    batch_size: Annotated[int, Range(1, 2**24)] = 128  # rows per step, over all devices and microbatches
+    inputs_length: Annotated[int, Range(0, 2**20)] = 512  # tokens that a row reads
+    # tokens; a decoder-only model reads rows of inputs_length + targets_length
+    targets_length: Annotated[int, Range(1, 2**20)] = 114
+    # span corruption and MLM: share of the tokens that are masked
+    noise_density: Annotated[float, Range(above=0, below=1)] = 0.15
+    mean_span_length: Annotated[float, Range(1, 2**20)] = 3.0  # span corruption: tokens per masked span
     whole_words: bool = False  # MLM: all pieces of a word are masked together
     document_borders: Literal["concatenate", "segments"] = "concatenate"  # segments: no attention across documents
     # Supervised: how an example's fields become the text that is read and the text that is learned.
     inputs_template: str = "{inputs}"
-    targets_template: str = "{targets}"
+    targets_template: str = "{targets}"  # the text that is learned
     messages_field: str = ""  # chat instead of templates: the field with a list of {"role": ..., "content": ...}
     packing: bool = True  # supervised: several examples in a row, which don't see each other; else one
-    prefetch: int = 4  # steps made ahead in background threads
+    prefetch: Annotated[int, Range(1, 1000)] = 4  # steps made ahead in background threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    architecture: Literal["encoder_decoder", "decoder", "encoder"] = "encoder_decoder"
-    num_layers: int = 8  # of the encoder and of the decoder each
-    num_decoder_layers: int = 0  # 0: num_layers
-    model_dim: int = 512
-    num_heads: int = 6
-    num_kv_heads: int = 0  # grouped-query attention; 0: num_heads
-    head_dim: int = 64
-    mlp_dim: int = 1024
+    architecture: Literal["encoder_decoder", "decoder", "encoder"] = "encoder_decoder"  # T5; Llama, GPT; BERT
+    num_layers: Annotated[int, Range(1, 1000)] = 8  # of the encoder and of the decoder each
+    num_decoder_layers: Annotated[int, Range(0, 1000)] = 0  # 0: num_layers
+    model_dim: Annotated[int, Range(1, 2**20)] = 512  # numbers of a token's hidden state
+    num_heads: Annotated[int, Range(1, 2**14)] = 6  # of each attention
+    num_kv_heads: Annotated[int, Range(0, 2**14)] = 0  # grouped-query attention; 0: num_heads
+    head_dim: Annotated[int, Range(1, 2**14)] = 64  # numbers of a head's queries, keys and values each
+    mlp_dim: Annotated[int, Range(1, 2**24)] = 1024  # numbers between an MLP's two products
     mlp: Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"] = "gated_gelu"  # gelu: tanh approximation
-    positions: Literal["relative", "rotary", "learned"] = "relative"
-    relative_buckets: int = 32
-    relative_max_distance: int = 128  # tokens
+    positions: Literal["relative", "rotary", "learned"] = "relative"  # T5; Llama; GPT-2 and BERT
+    relative_buckets: Annotated[int, Range(4, 2**16)] = 32  # distances that a bias tells apart
+    relative_max_distance: Annotated[int, Range(1, LARGEST)] = 128  # tokens; larger distances share a bucket
     relative_bias: Literal["shared", "per_layer"] = "shared"  # one for all layers of a stack (T5), or one each (UMT5)
-    rotary_base: float = 10_000.0
+    rotary_base: Annotated[float, Range(1, 1e12)] = 10_000.0  # the longest wave is about 2 pi times as many tokens
     # Rotary positions for texts longer than those that the base was trained on: linear divides all frequencies by
     # rotary_factor, llama3 the low ones, yarn by a ramp and scales attention; see `model.layers.rotary_frequencies`.
     rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    rotary_factor: float = 1.0  # how much longer texts may get
-    rotary_original_length: int = 0  # llama3, yarn: tokens of the texts that the base was trained on
-    rotary_low: float = 1.0  # llama3: full turns in the original length below which a frequency counts as low
-    rotary_high: float = 4.0  # llama3: turns above which it stays
-    rotary_slow: float = 1.0  # yarn: turns below which a frequency is divided
-    rotary_fast: float = 32.0  # yarn: turns above which it stays
-    rotary_attention: float = 0.0  # yarn: factor on queries and keys; 0: 0.1 ln(rotary_factor) + 1
-    max_length: int = 1024  # rows of learned positions
-    norm: Literal["rms", "layer"] = "rms"
-    norm_position: Literal["pre", "post"] = "pre"
-    norm_epsilon: float = 1e-6
+    rotary_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0  # how much longer texts may get
+    rotary_original_length: NotNegative = 0  # llama3, yarn: tokens of the texts that the base was trained on
+    # llama3: full turns in the original length below which a frequency counts as low
+    rotary_low: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    rotary_high: Annotated[float, Range(1e-6, 1e9)] = 4.0  # llama3: turns above which it stays
+    rotary_slow: Annotated[float, Range(1e-6, 1e6)] = 1.0  # yarn: turns below which a frequency is divided
+    rotary_fast: Annotated[float, Range(1e-6, 1e9)] = 32.0  # yarn: turns above which it stays
+    # yarn: factor on queries and keys; 0: 0.1 ln(rotary_factor) + 1
+    rotary_attention: Annotated[float, Range(0, 1e6)] = 0.0
+    max_length: Annotated[int, Range(1, 2**24)] = 1024  # rows of learned positions
+    norm: Literal["rms", "layer"] = "rms"  # T5 and Llama; GPT-2 and BERT
+    norm_position: Literal["pre", "post"] = "pre"  # of each attention and MLP; post: behind them, as in BERT
+    norm_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-6  # added to the mean square
     embedding_norm: bool = False  # a norm behind the sum of the embeddings, as in BERT
     biases: bool = False  # on every dense layer
-    tied_embeddings: bool = False
+    tied_embeddings: bool = False  # the output head is the embedding
     scale_attention: bool = False  # multiply q k by head_dim**-0.5; T5 does not, it folds that into the init
     qk_norm: bool = False  # a norm on each head's query and key (Qwen3)
-    attention_window: int = 0  # decoder-only: how many tokens each sees, itself and those just before; 0: all
+    attention_window: NotNegative = 0  # decoder-only: how many tokens each sees, itself and those just before; 0: all
     # model_dim: logits are multiplied by model_dim**-0.5. auto: where embeddings are tied and init is t5, as in T5 1.0.
     logits_scale: Literal["auto", "none", "model_dim"] = "auto"
     # t5: scaled by fan-in (Mesh TensorFlow); gpt2: N(0, 0.02), smaller in deep stacks; bert: N(0, 0.02) everywhere
     init: Literal["t5", "gpt2", "bert"] = "t5"
     # Encoder-only: rows of the embeddings of a pair's first and second text. If there are any, there is also BERT's
     # pooler with the next-sentence classifier, whatever the objective: parameters follow from this section alone.
-    token_types: int = 0
+    token_types: Annotated[int, Range(0, 2**16)] = 0
     pair_head: bool = True  # false: without that pooler and classifier, as in BertForMaskedLM
     head: Literal["plain", "mlm"] = "plain"  # mlm, encoder-only: a dense layer and a norm first, a bias on the logits
-    dropout_rate: float = 0.0
-    vocab_multiple: int = 128  # embedding rows are padded up to it; padding rows never win a softmax
+    dropout_rate: Share = 0.0  # share of values that are set to 0 in training
+    # embedding rows are padded up to it; padding rows never win a softmax
+    vocab_multiple: Annotated[int, Range(1, 2**24)] = 128
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 on accelerators
     layers: Literal["auto", "scan", "unroll"] = "auto"  # auto: scan on accelerators, unroll on a CPU
     # cpu: backward passes written for XLA:CPU, see model/cpu.py; tpu: attention as one kernel, see model/tpu.py
@@ -130,51 +183,59 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    # adamw_rms: steps in proportion to the size of each parameter, as in nanoT5
     name: Literal["adafactor", "adamw", "adamw_rms", "lion", "muon"] = "adafactor"
-    learning_rate: float = 0.01  # at its highest
+    learning_rate: Annotated[float, Range(1e-30, 1e38)] = 0.01  # at its highest
+    # Of the learning rate behind the warm-up. wsd: constant, then decay_steps of linear decay.
     schedule: Literal["constant", "rsqrt", "cosine", "linear", "wsd"] = "rsqrt"
-    warmup_steps: int = 10_000  # linear from 0; rsqrt is flat during it instead, as in T5
-    decay_steps: int = 0  # wsd: steps of the decay at the end
-    final_fraction: float = 0.0  # of learning_rate, at the end of cosine, linear and wsd
-    b1: float = 0.9  # of Adam and Lion; Muon's momentum is 0.95
-    b2: float = 0.999  # Lion's authors use 0.99
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    warmup_steps: NotNegative = 10_000  # linear from 0; rsqrt is flat during it instead, as in T5
+    decay_steps: NotNegative = 0  # wsd: steps of the decay at the end
+    final_fraction: Share = 0.0  # of learning_rate, at the end of cosine, linear and wsd
+    b1: Share = 0.9  # of Adam and Lion; Muon's momentum is 0.95
+    b2: Share = 0.999  # of Adam and Lion; Lion's authors use 0.99
+    epsilon: Annotated[float, Range(1e-30, 1)] = 1e-8  # of Adam
+    weight_decay: Annotated[float, Range(0, 1e6)] = 0.0  # an update takes learning rate x this x parameter away
     no_decay: tuple[str, ...] = (".*(scale|bias).*",)  # parameter names, as regular expressions
     frozen: tuple[str, ...] = ()  # parameter names, as regular expressions, that keep their first value
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    ema_decay: float = 0.0  # moving average of the parameters, kept beside them and evaluated; 0: none
+    clip_norm: Annotated[float, Range(0, 1e30)] = 1.0  # global gradient norm; 0: no clipping
+    ema_decay: Share = 0.0  # moving average of the parameters, kept beside them and evaluated; 0: none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    num_steps: int = 524_288
-    microbatches: int = 1  # a step's rows are worked through in that many parts; their gradients are summed
-    z_loss: float = 1e-4  # weight of log(Z)^2
-    label_smoothing: float = 0.0
-    loss_chunk: int = 0  # target tokens per chunk of the loss; 0: all at once
-    log_every: int = 10  # steps
-    eval_every: int = 1_000  # steps; it is also done before the first step and after the last
-    eval_batches: int = 16  # batches of held-out text per evaluation
-    checkpoint_every: int = 1_000  # steps
-    keep_checkpoints: int = 3  # the newest ones
-    keep_every: int = 0  # steps whose checkpoints are kept for good; 0: none
-    max_bad_steps: int = 3  # updates with a non-finite gradient that are skipped in a row before the run gives up
-    wait_seconds: int = 600  # that a process waits for the others, where there are several, before the run ends (76)
-    profile_step: int = 0  # writes a profile of the 3 steps from this one; 0: none
+    num_steps: Positive = 524_288  # updates of the whole run
+    # a step's rows are worked through in that many parts; their gradients are summed
+    microbatches: Annotated[int, Range(1, 2**20)] = 1
+    z_loss: Annotated[float, Range(0, 1e6)] = 1e-4  # weight of log(Z)^2
+    label_smoothing: Share = 0.0  # probability of a target that goes to the other tokens, as in T5X
+    loss_chunk: NotNegative = 0  # target tokens per chunk of the loss; 0: all at once
+    log_every: Positive = 10  # steps
+    eval_every: Positive = 1_000  # steps; it is also done before the first step and after the last
+    # evaluations before that, after 1/2, 1/4, 1/8, ... of eval_every: of the loss alone
+    early_evals: Annotated[int, Range(0, 31)] = 4
+    eval_batches: Positive = 16  # batches of held-out text per evaluation
+    checkpoint_every: Positive = 1_000  # steps
+    keep_checkpoints: Positive = 3  # the newest ones
+    keep_every: NotNegative = 0  # steps whose checkpoints are kept for good; 0: none
+    max_bad_steps: Positive = 3  # updates with a non-finite gradient that are skipped in a row before the run gives up
+    # that a process waits for the others, where there are several, before the run ends (76)
+    wait_seconds: Annotated[int, Range(1, 604_800)] = 600
+    profile_step: NotNegative = 0  # writes a profile of the 3 steps from this one; 0: none
     # XLA's, as NAME=VALUE, of the train step, after those of compiler_options.py; none: without those.
     compiler_options: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    data: int = -1  # devices per axis; at most one axis is -1: what is left
-    fsdp: int = 1
-    tensor: int = 1
+    # Devices per axis; at most one axis is -1: what is left. Those of data have other rows, and all parameters.
+    data: Axis = -1
+    fsdp: Axis = 1  # each has other rows, and a part of every parameter
+    tensor: Axis = 1  # each has a part of the heads, MLP dim and vocabulary
     # Splits a row's length, for inputs too long for one device. It must divide data.inputs_length (decoder-only: the
     # row); targets that it does not divide stay whole.
-    context: int = 1
-    slices: int = 1  # parts of the machine that a slower network joins (TPU slices); data is split over them first
+    context: Axis = 1
+    # parts of the machine that a slower network joins (TPU slices); data is split over them first
+    slices: Annotated[int, Range(1, 2**20)] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +243,8 @@ class InitConfig:
     # A run directory whose weights this run begins with, at step 0. Its tokenizer comes with them, unless adapt has
     # vocabulary. A relative path is made absolute.
     checkpoint: str = ""
-    step: int = -1  # of its checkpoints; -1: the latest; an import's weights are those of step 0
+    # of its checkpoints; -1: the latest; an import's weights are those of step 0
+    step: Annotated[int, Range(-1, LARGEST)] = -1
     new: tuple[str, ...] = ()  # parameter names, as regular expressions, that begin at random all the same
     # What may differ from the model that the weights are of; anything else has to fit. RUN/init_from.txt says for each
     # parameter how it began. architecture: an encoder-decoder from a decoder-only model, both stacks from its layers,
@@ -195,14 +257,15 @@ class InitConfig:
 class EvaluateConfig:
     # Of the texts that are generated for held-out supervised examples; see `scores`. Empty: held-out loss alone.
     metrics: tuple[Metric, ...] = ()
+    language: str = "auto"  # of the answers, an ISO 639-1 code: what a word is; auto: by their letters; see `scores`
     choices: tuple[str, ...] = ()  # all possible answers: the likeliest is taken, nothing is generated; empty: generate
-    max_new_tokens: int = 0  # generated per example; 0: data.targets_length
-    max_examples: int = 256  # held-out examples that are scored, the first ones
+    max_new_tokens: Annotated[int, Range(0, 2**20)] = 0  # generated per example; 0: data.targets_length
+    max_examples: Positive = 256  # held-out examples that are scored, the first ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of everything random: parameters, order of rows, masks, dropout
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -15,16 +15,18 @@ In addition to the legend of `types`: E tokens that end a text, M candidates.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from t5like.errors import ConfigError
+from t5like.config import NotNegative, Range
+from t5like.errors import ConfigError, shown
+from t5like.rules import ranges
 
 IMPOSSIBLE = -1e9  # the score of a beam that is none yet; finite, as in transformers
+LEAST_TEMPERATURE = 1e-6  # logits over a smaller one may be infinite
 BLOCK = 128  # values of which `largest` first looks at the maximum only
 
 
@@ -46,17 +48,17 @@ class Decoding:
         seed: of the sampling.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    num_returned: int = 1
+    max_new_tokens: Annotated[int, Range(1, 2**20)] = 64
+    temperature: Annotated[float, Range(0, 1e6)] = 0.0
+    top_k: NotNegative = 0
+    top_p: Annotated[float, Range(1e-9, 1)] = 1.0
+    min_p: Annotated[float, Range(0, 1)] = 0.0
+    repetition_penalty: Annotated[float, Range(1e-3, 1e3)] = 1.0
+    num_beams: Annotated[int, Range(1, 2**16)] = 1
+    length_penalty: Annotated[float, Range(-5, 5)] = 1.0
+    num_returned: Annotated[int, Range(1, 2**16)] = 1
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
 
     def __post_init__(self) -> None:
         """Refuse what can't be done.
@@ -68,19 +70,13 @@ class Decoding:
         def need(good: bool, field: str, rule: str, use: object) -> None:
             if not good:
                 value = getattr(self, field)
-                shown = f"{value:g}" if isinstance(value, float) else value
-                raise ConfigError(f"--{field}={shown} must be {rule}; use --{field}={use}")
+                text = f"{value:g}" if isinstance(value, float) else shown(value)
+                raise ConfigError(f"--{field}={text} must be {rule}; use --{field}={use}")
 
-        need(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", 64)
-        need(0 <= self.temperature < math.inf, "temperature", "at least 0", 0.8)
-        need(self.top_k >= 0, "top_k", "at least 0 (0: all tokens)", 40)
-        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", 0.95)
-        need(0 <= self.min_p <= 1, "min_p", "between 0 and 1", 0.05)
-        need(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0", 1.2)
-        need(self.num_beams >= 1, "num_beams", "at least 1", 4)
-        need(math.isfinite(self.length_penalty), "length_penalty", "a finite number", 1)
-        need(self.num_returned >= 1, "num_returned", "at least 1", 1)
-        need(0 <= self.seed < 2**32, "seed", "at least 0 and less than 2**32", 0)
+        for field, (limits, default) in ranges(Decoding).items():
+            need(getattr(self, field) in limits, field, str(limits), default)
+        least = LEAST_TEMPERATURE
+        need(self.temperature == 0 or self.temperature >= least, "temperature", f"0 or at least {least:g}", 0)
         need(all(self.stop), "stop", "a text that is not empty", "'.'")
         if self.num_beams > 1:
             need(self.temperature == 0, "temperature", f"0 with --num_beams={self.num_beams}", 0)

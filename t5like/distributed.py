@@ -38,6 +38,7 @@ from t5like.config import Config
 from t5like.environment import Start
 from t5like.errors import ConfigError, PeerLost, Preempted, UserError
 from t5like.meeting import GRACE, REMEDY, disagreement, meet, processes
+from t5like.standard_streams import write_error
 
 PREPARING = 3600.0  # seconds without progress after which making the data has failed: a tokenizer is trained in silence
 OVER = "t5like/over"  # the key that ends the run: empty, or who failed and why
@@ -285,6 +286,12 @@ def sharers(name: str, directory: Path) -> list[int]:
     return found
 
 
+def share(name: str, directory: Path) -> tuple[int, int]:
+    """This process's place among those that see its directory as theirs, and how many these are."""
+    process, sharing = _run.begin.process if _run else 0, sharers(name, directory)
+    return (sharing.index(process), len(sharing)) if process in sharing else (0, 1)  # it may be read-only
+
+
 def check_shared(workdir: Path) -> None:
     """Refuse a run directory that is not one and the same to all processes; process 0 has made it.
 
@@ -374,11 +381,11 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
     if isinstance(error, UserError) and not lost:
         _end(run, error.exit_code, str(error), lines if debug else "", foreign=isinstance(error, PeerFailed))
     if isinstance(error, KeyboardInterrupt):
-        _end(run, 130, "stopped")
+        _end(run, getattr(error, "exit_code", 130), str(error) or "stopped")
     if lost:
         text = " ".join(str(cause).split())[:200]
         _end(run, 76, f"{run.where()}, another process is lost: {text}; start all of them again", lines * debug)
-    _end(run, 70, "this is a bug of ours; please report it with the lines above", lines)
+    _end(run, 70, "internal error; please report it with the lines above", lines)
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -435,7 +442,7 @@ def _watch() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(_: int) -> None:
     where = "a process" if _run is None else _run.where()
-    os.write(2, f"t5like: {where}, another process is lost, see above; start all of them again\n".encode())
+    write_error(f"t5like: {where}, another process is lost, see above; start all of them again\n")
     os._exit(PeerLost.exit_code)
 
 

@@ -1,8 +1,21 @@
 """What a user can do about a failure, as exception types; `main` turns each into one line and its exit code.
 
-Everything else that escapes is a bug of ours (exit code 70). Messages follow one form: field, value, rule, and a value
-that would work, for example ``data.batch_size=100 must be a multiple of 8 (data 2 x fsdp 4); use 96 or 104``.
+Everything else that escapes is an internal error (exit code 70). Messages follow one form: field, value, rule, and a
+value that would work, for example ``data.batch_size=100 must be a multiple of 8 (data 2 x fsdp 4); use 96 or 104``.
 """
+
+import json
+
+LONGEST_VALUE = 200  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, for a message: one line of printable characters, cut where it is very long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes a whole number of at most 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 class UserError(Exception):
@@ -45,3 +58,16 @@ class PeerLost(UserError):
     """Another process of the run died, hangs or never came; all of them should be started again."""
 
     exit_code = 76
+
+
+def printable(text: str, *, longest: int | None = None, kept: str = "") -> str:
+    """Foreign text as one line that a terminal shows and does not obey.
+
+    Line ends, control and bidirectional characters, unassigned ones and bytes that were no UTF-8 become JSON's escapes,
+    such as ``\\u001b``; what is longer than `longest` characters is cut in its middle. Characters in `kept` stay.
+    """
+    escape = lambda char: json.dumps(char)[1:-1] if char != "\x7f" else "\\u007f"
+    safe = "".join(char if char.isprintable() or char in kept else escape(char) for char in text)
+    if longest is None or len(safe) <= longest:
+        return safe
+    return f"{safe[: longest * 2 // 3]} ... {safe[-longest // 3 :]}"

@@ -24,7 +24,10 @@ from t5like.data import corpus, pipeline
 from t5like.data.pipeline import Batches
 from t5like.data.text import Vocabulary
 from t5like.data.tokenizer import Tokenizer
-from t5like.metrics import Progress, by_component, perplexity
+from t5like.errors import printable
+from t5like.metrics import by_component, perplexity
+from t5like.paths import cache_directory
+from t5like.progress import Progress
 from t5like.run import Run
 from t5like.types import Metrics, Sum, Tree, host_metrics
 
@@ -108,27 +111,28 @@ class Evaluator:
         return counts_V, bytes_C
 
 
-def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str], list[dict[str, Any]]]:
     """Evaluate a run on all of its held-out text, with its own tokenizer.
 
-    What is done is shown on standard error, for people: a bar or, elsewhere, a line for every hundred batches.
+    What is done is shown on standard error, for people: a bar or, elsewhere, a line every few seconds.
 
     Returns:
         values, baselines and the step; ``eval/left_out``, the number of held-out examples that no row can hold, if
-        there are any; and the records of `Answers`, where the config names `evaluate.metrics`.
+        there are any; where the config names `evaluate.metrics`, how they take texts apart (``eval/rule/METRIC``); and
+        the records of `Answers`.
     """
     config = dataclasses.replace(
         run.config,
         tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
         train=dataclasses.replace(run.config.train, eval_batches=2**31),
     )
-    directory = Path(config.data.directory).expanduser()
+    directory = cache_directory(config.data.directory)
     work = partial(corpus.prepare, config)
     stores = distributed.once_per_file_system("preparing the data", directory, work).stores
     heldout = pipeline.open_split(config, stores, "heldout")
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer, every=True)
-    shown = partial(Progress, log_every=100, primary=distributed.primary())
+    shown = partial(Progress, primary=distributed.primary())
     with shown(evaluator.num_batches, unit="batch") as progress:
         found = evaluator(run.params, progress.timed())
     values = {"step": run.step, **found, **(evaluator.baselines() if distributed.primary() else {})}
@@ -139,10 +143,10 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float], list
     answers = Answers(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
     with shown(answers.count, unit="answer") as progress:
         found, records = answers(run.params, progress.timed())
-    return values | found | answers.baselines(), records
+    return values | found | answers.describe() | answers.baselines(), records
 
 
-def table(values: Mapping[str, float]) -> str:
+def table(values: Mapping[str, float | str]) -> str:
     """What `evaluate_run` found, for people: a line for everything, each source, objective, denoiser and component."""
     measures = ("loss", "perplexity", "bits_per_byte", "tokens")
     rows = {("all", ""): [values.get(f"eval/{measure}") for measure in measures]}
@@ -150,7 +154,7 @@ def table(values: Mapping[str, float]) -> str:
         parts = key.split("/", 3)
         if parts[:2] == ["eval", "loss"] and len(parts) == 4:
             kind, name = parts[2:]
-            rows[kind, name] = [values.get(f"eval/{measure}/{kind}/{name}") for measure in measures]
+            rows[kind, printable(name)] = [values.get(f"eval/{measure}/{kind}/{name}") for measure in measures]
     components = [row for row in rows if row[0] == "component"]
     if len(components) == 1:
         del rows[components[0]]
@@ -162,5 +166,8 @@ def table(values: Mapping[str, float]) -> str:
         cells = ["" if number is None else form.format(number) for number, form in shown]
         lines.append(f"{kind:{width[0]}}  {name:{width[1]}}" + "".join(f"{cell:>12}" for cell in cells))
     for prefix, form in (("baseline/", "{:.4f}"), ("eval/score/", "{:.2f} %")):
-        lines += [f"{key}  {form.format(value)}" for key, value in values.items() if key.startswith(prefix)]
+        for key, value in values.items():
+            if key.startswith(prefix):
+                rule = values.get(key.replace("eval/score/", "eval/rule/")) if prefix == "eval/score/" else None
+                lines.append(f"{key}  {form.format(value)}" + (f"  ({rule})" if rule else ""))
     return f"held out, step {values['step']:,}\n" + "\n".join(lines)

@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from t5like.errors import ConfigError
+from t5like import __version__, config_help
+from t5like.config import LARGEST, Range
+from t5like.errors import ConfigError, shown
+from t5like.paths import expand, why_no_path
 
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
 # Of each command's formats the flags that it alone takes, with their defaults.
@@ -14,6 +17,19 @@ FORMATS = {
         "hf": {"family": None, "dtype": None, "max_shard_size": "5GB"},
         "stablehlo": {"max_new_tokens": 64, "prompt_length": None, "temperature": 0.0},
     },
+}
+
+# Flags of numbers: what they may be, and a value that works. Those of generate are checked by `decoding.Decoding`.
+RANGES = {
+    "fake_devices": (Range(1, 1024), 8),
+    "step": (Range(0, LARGEST), 0),
+    "limit": (Range(1, LARGEST), 5),
+    "num_fewshot": (Range(0, 1000), 5),
+    "prompt_length": (Range(1, 2**20), 64),
+    "num_slices": (Range(1, 2**20), 2),
+    "search": (Range(0, 1000), 2),
+    "tokens": (Range(1, 1e30), "2e12"),
+    "price": (Range(above=0, most=1e9), 1.2),
 }
 
 
@@ -33,8 +49,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         else:
             rest.append(argument)
     options = build_parser().parse_args(rest)
+    for flag, (limits, use) in RANGES.items():
+        value = getattr(options, flag, None)
+        if value is not None and value not in limits:
+            text = f"{value:g}" if isinstance(value, float) else shown(value)
+            raise ConfigError(f"--{flag}={text} must be {limits}; use --{flag}={use}")
     settle_format(options)
-    if overrides and not getattr(options, "config", None):
+    if overrides and not getattr(options, "config", None) and options.command != "train":
         raise ConfigError(
             f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
         )
@@ -55,13 +76,27 @@ def settle_format(options: argparse.Namespace) -> None:
 class Parser(argparse.ArgumentParser):
     """Argparse whose refusals are ours: one line, exit code 2."""
 
+    shows_fields = False  # whether its help goes on with the config's fields
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{config_help.text()}" if self.shows_fields else "")
+
     def error(self, message: str) -> None:
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def given_path(text: str) -> Path:
+    """The type of a flag that is a path."""
+    if why := why_no_path(text):
+        raise argparse.ArgumentTypeError(f"{text} {why}")
+    path = expand(text)
+    return path.absolute() if str(path).startswith("~") else path  # ./~name, which must not be expanded later
 
 
 def build_parser() -> Parser:
     """All commands and their flags."""
     parser = Parser(prog="t5like", description="Pretrain T5-like language models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"t5like {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str) -> Parser:
@@ -71,28 +106,33 @@ def build_parser() -> Parser:
         return sub
 
     sub = command("train", "Train a model; the same command again continues the run.")
+    sub.shows_fields = True
     sub.add_argument(
         "--config",
-        required=True,
         metavar="FILE",
-        help="a config, such as configs/tiny.py; --config.SECTION.FIELD=VALUE changes a field",
+        help="a config: a preset (t5like configs lists them), a file like theirs, or a run's config.json; default: the "
+        "one of the run in --workdir; --config.SECTION.FIELD=VALUE changes a field",
     )
-    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory")
+    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN", help="the run directory")
 
     start_flags(sub)
 
+    command("configs", "List the presets that --config takes by name.")
+
     sub = command("prepare", "Make the tokenizer and the token store, without training.")
     sub.add_argument("--config", required=True, metavar="FILE")
-    sub.add_argument("--workdir", type=Path, metavar="RUN", help="also put config and tokenizer into a run directory")
+    sub.add_argument(
+        "--workdir", type=given_path, metavar="RUN", help="also put config and tokenizer into a run directory"
+    )
 
     sub = command("evaluate", "Print and write a run's held-out metrics, or those of public tasks, as JSON.")
-    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
     sub.add_argument(
         "--tasks", metavar="NAME[,NAME]", help="of lm-evaluation-harness instead (pip install 't5like[harness]')"
     )
     sub.add_argument(
-        "--tasks_dir", type=Path, metavar="DIR", help="of YAML files with more tasks; paths in them start there"
+        "--tasks_dir", type=given_path, metavar="DIR", help="of YAML files with more tasks; paths in them start there"
     )
     sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
     sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
@@ -100,12 +140,15 @@ def build_parser() -> Parser:
     start_flags(sub)
 
     sub = command("generate", "Continue prompts, or fill their <extra_id_N> gaps: one, a file's, or as they are typed.")
-    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
+    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
     sub.add_argument("--prompt", metavar="TEXT", help="without it or a file, lines of standard input are prompts")
-    sub.add_argument("--prompts_file", type=Path, metavar="F", help='JSON lines with the field "prompt"')
+    sub.add_argument("--prompts_file", type=given_path, metavar="F", help='JSON lines with the field "prompt"')
     sub.add_argument(
-        "--output", type=Path, metavar="F", help="the same rows with predictions; the same command again continues it"
+        "--output",
+        type=given_path,
+        metavar="F",
+        help="the same rows with predictions; the same command again continues it",
     )
     for name, kind, default, text in (
         ("max_new_tokens", int, 64, "at most so many tokens"),
@@ -129,8 +172,8 @@ def build_parser() -> Parser:
         choices=FORMATS["import"],
         help="hf: a Hugging Face directory; t5x: a checkpoint of T5X, with --config for its model",
     )
-    sub.add_argument("--input", required=True, type=Path, metavar="DIR")
-    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN", help="the run directory to make")
+    sub.add_argument("--input", required=True, type=given_path, metavar="DIR")
+    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN", help="the run directory to make")
     sub.add_argument(
         "--config", metavar="FILE", help="t5x: the model, and tokenizer.path; --config.SECTION.FIELD=VALUE"
     )
@@ -142,8 +185,8 @@ def build_parser() -> Parser:
         choices=FORMATS["export"],
         help="hf: a Hugging Face directory; stablehlo: programs for cpu, cuda and tpu",
     )
-    sub.add_argument("--workdir", required=True, type=Path, metavar="RUN")
-    sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="absent, or an empty directory")
+    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN")
+    sub.add_argument("--output", required=True, type=given_path, metavar="DIR", help="absent, or an empty directory")
     sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
     sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
@@ -172,8 +215,8 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--tokens", type=float, metavar="N", help="of the run, such as 2e12; default: train.num_steps")
     sub.add_argument("--price", type=float, metavar="X", help="of a chip for an hour")
-    sub.add_argument("--workdir", type=Path, metavar="RUN", help="check that this run directory can be written")
-    sub.add_argument("--keep", type=Path, metavar="DIR", help="keep the compiled programs there")
+    sub.add_argument("--workdir", type=given_path, metavar="RUN", help="check that this run directory can be written")
+    sub.add_argument("--keep", type=given_path, metavar="DIR", help="keep the compiled programs there")
     return parser
 
 

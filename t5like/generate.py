@@ -5,6 +5,7 @@ it, for `prompting` (the command line), `answers`, and what a training run shows
 differ in length, and none depends on the others: neither its text nor its samples.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5like import memory
 from t5like.config import Config
 from t5like.data.masking import CLS, MASK
 from t5like.data.objectives import MODES
@@ -40,18 +42,18 @@ def generate(
     key: jax.Array,
     *,
     max_new_tokens: int,
-    eos: int,
+    eos_ids: Sequence[int],
     prefix_B: jax.Array | None = None,
     temperature: float = 0.0,
 ) -> jax.Array:
-    """Continue each prompt until EOS or for `max_new_tokens`: `make_texts` for one text a prompt.
+    """Continue each prompt until one of `eos_ids` or for `max_new_tokens`: `make_texts` for one text a prompt.
 
     Returns:
-        int32 ids [B, max_new_tokens], without the prompt; after EOS all 0.
+        int32 ids [B, max_new_tokens], without the prompt; after the one that ended a text all 0.
     """
     numbers = Numbers(temperature=np.float32(temperature) if temperature else None)
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(prompt_BP.shape[0]))
-    stops_E = np.array([eos], np.int32)
+    stops_E = np.array(eos_ids, np.int32)
     made = make_texts(
         config, params, prompt_BP, lengths_B, keys_B, stops_E, numbers, prefix_B, max_new_tokens=max_new_tokens
     )
@@ -159,6 +161,11 @@ def likeliest(config: Config, params: Tree, batch: Batch) -> jax.Array:
     return Transformer(config).apply({"params": params}, batch).argmax(-1).astype(jnp.int32)
 
 
+def eos_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """All ids that end a text, the tokenizer's own first: transformers stops at each id of its eos_token_id, too."""
+    return tuple(dict.fromkeys((tokenizer.eos_id, *config.tokenizer.extra_eos_ids)))
+
+
 class Prompt(NamedTuple):
     """A prompt as the model reads it.
 
@@ -193,6 +200,7 @@ class Generator:
     def __init__(self, config: Config, params: Tree, tokenizer: Tokenizer):
         """`config` is settled; `params` may be sharded."""
         self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.eos_ids = eos_ids(config, tokenizer)
         self._unstacked: Tree = None
 
     def __call__(
@@ -279,7 +287,7 @@ class Generator:
         seed: int = 0,
         width: int = 1,
     ) -> np.ndarray:
-        """Ids of one text each: int32 [len(prompts), max_new_tokens], 0 after EOS. `width` is as of `answer`."""
+        """Ids of one text each: int32 [len(prompts), max_new_tokens], 0 after its end. `width` is as of `answer`."""
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return self._make(prompts, decoding, width, None).ids_BGL[:, 0]
 
@@ -295,6 +303,7 @@ class Generator:
             ConfigError: see `answer`.
         """
         self._check_length(places(self.config, len(prompt.ids), decoding.max_new_tokens))
+        memory.check_texts(self.config, prompt=len(prompt.ids), new=decoding.max_new_tokens, texts=decoding.texts)
         most = self.config.tokenizer.vocab_size // (1 + len(self._stops(decoding)))
         if 1 < decoding.num_beams > most:
             raise ConfigError(
@@ -336,10 +345,10 @@ class Generator:
         return jax.tree.map(lambda x: to_host(x)[:count], made)
 
     def _stops(self, decoding: Decoding) -> list[int]:
-        """Ids that end a text: EOS, and the sentinels among the texts to stop at; other texts are cut behind."""
+        """Ids that end a text: `eos_ids`, and the sentinels among the texts to stop at; other texts are cut behind."""
         encoded = [self.tokenizer.encode_with_sentinels(text) for text in decoding.stop if "<extra_id_" in text]
         sentinels = {int(token) for token in self.tokenizer.sentinel_ids}
-        return [self.tokenizer.eos_id, *(ids[0] for ids in encoded if len(ids) == 1 and ids[0] in sentinels)]
+        return [*self.eos_ids, *(ids[0] for ids in encoded if len(ids) == 1 and ids[0] in sentinels)]
 
     def _answer(self, ids: list[int], log_p: list[float], ends: list[int], stop: Sequence[str]) -> Answer:
         decode = self.tokenizer.decode
@@ -350,11 +359,9 @@ class Generator:
         return Answer(text, ids[:count], float(np.sum(log_p[:count])), log_p[:count])
 
     def texts(self, ids_BL: np.ndarray) -> list[str]:
-        """Generated ids as text, up to EOS: what is behind it is padding, whatever its id means."""
-        rows = [row.tolist() for row in ids_BL]
-        return [
-            self.tokenizer.decode(row[: [*row, self.tokenizer.eos_id].index(self.tokenizer.eos_id)]) for row in rows
-        ]
+        """Generated ids as text, up to what ends it: what is behind that is padding, whatever its id means."""
+        goes_on = lambda token: token not in self.eos_ids
+        return [self.tokenizer.decode(itertools.takewhile(goes_on, row.tolist())) for row in ids_BL]
 
     def likeliest(self, batch: Batch) -> np.ndarray:
         """An encoder-only model's guess at each place of a batch's rows: int32 [B, S]."""
@@ -395,20 +402,3 @@ def places(config: Config, prompt: int, new: int) -> int:
     A decoder-only model has both in one text, whose last token is never read. An encoder-only model has no answer.
     """
     return {"decoder": prompt + new - 1, "encoder": prompt}.get(config.model.architecture, max(prompt, new))
-
-
-def fill(prompt: str, answer: str) -> str:
-    """Put the spans of a span-corruption answer into the gaps of its prompt; a gap without an answer stays.
-
-    fill("a <extra_id_0> c", "<extra_id_0> b <extra_id_1>") -> "a  b  c": text is kept as the model wrote it.
-    """
-    return re.sub(r"<extra_id_\d+>", lambda gap: spans(answer).get(gap.group(), gap.group()), prompt)
-
-
-def spans(answer: str) -> dict[str, str]:
-    """The text behind each sentinel of an answer, the first time that it occurs."""
-    _, *pieces = re.split(r"(<extra_id_\d+>)", answer)
-    found: dict[str, str] = {}
-    for sentinel, text in zip(pieces[::2], pieces[1::2], strict=True):
-        found.setdefault(sentinel, text)
-    return found

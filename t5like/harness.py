@@ -18,7 +18,8 @@ from typing import Any
 
 from t5like.errors import ConfigError, DataError
 from t5like.likelihood import CONTINUATION, Likelihoods
-from t5like.metrics import Progress
+from t5like.paths import expand
+from t5like.progress import Progress
 from t5like.run import Run
 
 try:
@@ -115,7 +116,7 @@ class Shown:
 
     def __call__(self, what: str, done: int, count: int) -> None:
         if self._bar is None:
-            self._bar = Progress(count, log_every=1000, unit=what).__enter__()
+            self._bar = Progress(count, unit=what).__enter__()
             self._show = self._bar.timed()
         self._show(done)
         if done == count:
@@ -145,7 +146,7 @@ def evaluate_tasks(
     for name in ("lm_eval", "lm-eval", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
-    directory = None if directory is None else directory.expanduser().absolute()
+    directory = None if directory is None else expand(directory).absolute()
     # Standard output is for the result alone; data files that a task names are found from its directory.
     with contextlib.redirect_stdout(sys.stderr), contextlib.chdir(directory or "."):
         manager = task_manager(tasks, directory)

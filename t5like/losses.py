@@ -2,10 +2,12 @@
 
 All in float32. `step` decides whether the logits exist whole (`cross_entropy`) or a chunk at a time (`in_chunks`);
 `nats` gives each token's own, for answers and choices.
-Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with; label smoothing is Szegedy et al. 2016;
-next-sentence prediction is BERT's (Devlin et al. 2019, section 3.1).
+Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with; label smoothing (Szegedy et al. 2016,
+section 7) is T5X's (`losses.compute_weighted_cross_entropy`); next-sentence prediction is BERT's (Devlin et al. 2019,
+section 3.1).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -48,7 +50,9 @@ def cross_entropy(
         weights_BL: float32, 0 for positions that don't count.
         vocab_size: how many of the V rows are real.
         z_loss: factor of log(Z)^2, which keeps the logits from drifting.
-        label_smoothing: share of the probability that is spread evenly over the real rows.
+        label_smoothing: share of the target's probability that is spread evenly over the other real rows. The entropy
+            of that distribution is subtracted, so that the least possible objective is 0. T5X's vocabulary counts all
+            V rows; here those that are masked have no part in it.
         component_B1: int32 below `num_components`, where each row comes from: the metrics get `by_component`. None: one
             component, no such metric.
         num_components: C.
@@ -132,8 +136,11 @@ def _per_token_forward(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_si
     log_z_BL, true_BL, top_BL = _log_z(logits_BLV, targets_BL)
     nats_BL = objective_BL = log_z_BL - true_BL
     if label_smoothing:
-        even_BL = log_z_BL - logits_BLV[..., :vocab_size].mean(-1)
-        objective_BL = (1 - label_smoothing) * nats_BL + label_smoothing * even_BL
+        # target share * nats + other share * (nats of all real rows - nats) - entropy
+        target, other = _shares(label_smoothing, vocab_size)
+        all_BL = vocab_size * log_z_BL - logits_BLV[..., :vocab_size].sum(-1)
+        entropy = -(target * math.log(target) + (vocab_size - 1) * other * math.log(other + 1e-20))
+        objective_BL = (target - other) * nats_BL + other * all_BL - entropy
     objective_BL = objective_BL + z_loss * jnp.square(log_z_BL)
     # true == top is argmax == target but for exact ties, and needs no second pass over the vocabulary.
     return (objective_BL, nats_BL, log_z_BL, true_BL >= top_BL), (logits_BLV, targets_BL, log_z_BL)
@@ -143,12 +150,18 @@ def _per_token_backward(z_loss, label_smoothing, vocab_size, saved, gradients):
     logits_BLV, targets_BL, log_z_BL = saved
     gradient_BL1 = gradients[0][..., None]
     row_V = jnp.arange(logits_BLV.shape[-1])[None, None]
-    # d objective / d logit = (1 + 2 z log Z) p - (1 - s) [target] - s / V [real row]
+    target, other = _shares(label_smoothing, vocab_size)
+    # d objective / d logit = (1 + 2 z log Z) p - (target share - other share) [target] - other share [real row]
     share_BLV = jnp.exp(logits_BLV - log_z_BL[..., None]) * ((1 + 2 * z_loss * log_z_BL[..., None]) * gradient_BL1)
     if label_smoothing:
-        share_BLV = share_BLV - jnp.where(row_V < vocab_size, label_smoothing / vocab_size, 0.0) * gradient_BL1
+        share_BLV = share_BLV - jnp.where(row_V < vocab_size, other, 0.0) * gradient_BL1
     hit_BLV = row_V == targets_BL[..., None]
-    return jnp.where(hit_BLV, share_BLV - (1 - label_smoothing) * gradient_BL1, share_BLV), None
+    return jnp.where(hit_BLV, share_BLV - (target - other) * gradient_BL1, share_BLV), None
+
+
+def _shares(label_smoothing, vocab_size):
+    """Probability of the target and of each other real row, under label smoothing."""
+    return 1 - label_smoothing, label_smoothing / (vocab_size - 1)
 
 
 _per_token.defvjp(_per_token_forward, _per_token_backward)

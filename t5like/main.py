@@ -1,30 +1,35 @@
 """The command line: reads it, settles what must be settled before JAX starts, runs one command, gives the exit code.
 
 Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each,
-no traceback unless --debug); 75 preempted and saved, 76 another process of the run lost or stuck (both: start again);
-70 a bug of ours; 130 and 143 stopped by Ctrl-C and SIGTERM, where there was nothing to save.
+no traceback unless --debug); 75 preempted, and saved what there was, 76 another process of the run lost or stuck (both:
+start again); 70 an internal error; 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM, where nothing was to be saved.
+
+Nobody has to read what a command prints. One whose result is files (`FILES`) then goes on in silence and ends with its
+own code. One that only prints ends at once: quietly with 141 where the reader left, as programs in front of `head` do,
+and in one line with 4 where standard output can't be written, as on a full disk.
 """
 
 import argparse
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import platform
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from t5like import interrupts, run_lock, standard_streams
 from t5like.commands import COMMANDS
 from t5like.environment import Start, cloud_tpu, environment
-from t5like.errors import ConfigError, UserError
+from t5like.errors import CheckpointError, ConfigError, UserError, printable
 from t5like.flags import parse
+from t5like.paths import cache_directory
 
 MOVE_WEIGHTS = ("import", "export")  # commands that hold the weights once: what they free goes back
-UNWOUND = (*MOVE_WEIGHTS, "generate", "plan")  # commands that SIGTERM stops as Ctrl-C does
+FILES = (*MOVE_WEIGHTS, "train", "prepare", "evaluate")  # commands whose result is files; and generate --output
 STARTS = {
     "coordinator": "T5LIKE_COORDINATOR",
     "num_processes": "T5LIKE_NUM_PROCESSES",
@@ -33,62 +38,69 @@ STARTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's) and return its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    """Run a command line and return its exit code.
+
+    Without `arguments` it is this process's own: its standard streams are then guarded, and a signal that stops the
+    command ends the process here, without a wait for threads that compile.
+    """
+    own = arguments is None
+    if own:
+        standard_streams.guard()
+    arguments = list(sys.argv[1:] if own else arguments)
+    request = None
+    try:
+        with run_lock.released(), interrupts.raised(training=arguments[:1] == ["train"]) as request:
+            run_command(arguments)
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        interrupted = request.interrupted if request else None
+        code = report(interrupted or error, debug="--debug" in arguments)
+        if own and interrupted:
+            standard_streams.ignore_lost_output()
+            sys.stdout.flush()
+            os._exit(code)
+    finally:
+        standard_streams.ignore_lost_output()  # whatever is left to flush
+    return code
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Read a command line and run its command."""
     try:
         options, overrides = parse(arguments)
-        start_devices(options.fake_devices)
-        if options.command in MOVE_WEIGHTS:
-            give_freed_memory_back()
-        else:
-            keep_freed_memory()
-        options.begin = place(options)
-        with unwound() if options.command in UNWOUND else contextlib.nullcontext():
-            COMMANDS[options.command](options, overrides)
-    except UserError as error:
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    if options.command in FILES or getattr(options, "output", None):
+        standard_streams.ignore_lost_output()
+    start_devices(options.fake_devices)
+    if options.command in MOVE_WEIGHTS:
+        give_freed_memory_back()
+    else:
+        keep_freed_memory()
+    options.begin = place(options)
+    COMMANDS[options.command](options, overrides)
+    sys.stdout.flush()
+
+
+def report(error: BaseException, *, debug: bool) -> int:
+    """Say on standard error what ended a command; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        stopped = error if isinstance(error, interrupts.Interrupted) else "stopped"
+        print(f"t5like: {stopped}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
+    if error is standard_streams.lost_output:
+        if error.errno == errno.EPIPE:
+            return standard_streams.NO_READER
+        error = CheckpointError(f"standard output can't be written: {error.strerror}; send it elsewhere")
+    if isinstance(error, UserError):
         if debug:
-            traceback.print_exc()
-        print(f"t5like: {error}", file=sys.stderr)
+            traceback.print_exception(error)
+        print(f"t5like: {printable(str(error), longest=2000)}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt as stop:
-        print("t5like: stopped", file=sys.stderr)
-        return 128 + signal_of(stop)
-    except Exception:
-        traceback.print_exc()
-        print("t5like: this is a bug of ours; please report it with the lines above", file=sys.stderr)
-        return 70
-    return 0
-
-
-@contextlib.contextmanager
-def unwound() -> Iterator[None]:
-    """Within, SIGTERM unwinds the program, so that what is half made, and processes that it started, go with it.
-
-    What is raised while Python collects garbage is ignored, and JAX has much to do there: such a signal comes again.
-    """
-
-    def stop(number: int, _) -> None:
-        raise KeyboardInterrupt(number)
-
-    def ignored(what) -> None:
-        if isinstance(what.exc_value, KeyboardInterrupt):
-            threading.Timer(0.01, os.kill, (os.getpid(), signal_of(what.exc_value))).start()
-        else:
-            hook(what)
-
-    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
-    sys.unraisablehook = ignored
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = hook
-
-
-def signal_of(stop: KeyboardInterrupt) -> int:
-    """The signal that raised it: Python's own for Ctrl-C names none."""
-    return stop.args[0] if stop.args else signal.SIGINT
+    traceback.print_exception(error)
+    print("t5like: internal error; please report it with the lines above", file=sys.stderr)
+    return 70
 
 
 def place(options: argparse.Namespace) -> Start | None:
@@ -115,8 +127,6 @@ def place(options: argparse.Namespace) -> Start | None:
 
 def start_devices(fake_devices: int | None) -> None:
     """Set what JAX and the allocator read once, when they start."""
-    if fake_devices is not None and fake_devices < 1:
-        raise ConfigError(f"--fake_devices={fake_devices} must be at least 1; use --fake_devices=8")
     if fake_devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = (
@@ -129,7 +139,7 @@ def start_devices(fake_devices: int | None) -> None:
         if Path("/proc/cpuinfo").exists()
         else platform.machine()
     )
-    cache = Path("~/.cache/t5like/compiled").expanduser() / processor
+    cache = cache_directory("~/.cache/t5like/compiled") / processor
     with contextlib.suppress(OSError):  # a home that can't be written only costs time
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

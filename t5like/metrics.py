@@ -1,4 +1,4 @@
-"""What a run reports: its speed against the hardware's, the files its values go to, the progress line, the picture.
+"""What a run reports: its speed against the hardware's, and the files its values go to.
 
 Used by `train`. What the values are is up to the caller; device sums become floats in `types.host_metrics`. Names:
 ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
@@ -13,13 +13,10 @@ Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appe
 
 import contextlib
 import functools
-import io
 import json
 import math
 import os
 import re
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,15 +24,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 
 from t5like.config import Config
-from t5like.errors import DataError
+from t5like.errors import CheckpointError, DataError
+from t5like.strict_json import loads
 from t5like.types import COMPONENT_METRICS, Metrics
 
 FILE = "metrics.jsonl"  # in a run directory
-PICTURE = "loss.png"
+LINE = b'{"step": '  # how each of its lines begins
 TENSORBOARD = "tensorboard"
 
 
@@ -216,7 +212,7 @@ def by_component(
         bytes_C: UTF-8 bytes of each component's targets; adds perplexity and bits per byte to each loss.
 
     Returns:
-        ``train/loss/objective/ul2``, ``train/tokens/denoiser/X3_50``, ``train/share/source/text:a.txt``, ...; a loss
+        ``train/loss/objective/ul2``, ``train/tokens/denoiser/X3_50``, ``train/share/source/wiki``, ...; a loss
         only where something was learned; bits per byte only where its targets are text.
     """
     nats, rows = (sums[name] for name in COMPONENT_METRICS)
@@ -248,22 +244,36 @@ def read(workdir: Path) -> list[dict[str, float | None]]:
     """The lines of a run's metrics.jsonl; no file is no lines. A line that was cut off while being written is left out.
 
     Raises:
-        DataError: another line is no JSON object with a step.
+        DataError: another line is no JSON object with a step and numbers.
+        CheckpointError: the file can't be read.
     """
     path = workdir / FILE
-    if not path.exists():
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, _ = path.read_text().split("\n")  # after the last line end: nothing, or half a line
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise DataError(f"{path}:{number} must be a JSON object with a step; delete that line")
-        records.append(record)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}; move it away") from None
+    cut_off = LINE.startswith(rest[: len(LINE)]) or (lines and not rest.strip(b"\0"))  # zeros: the machine crashed
+    records = [_record(line) for line in (lines if cut_off else [*lines, rest])]
+    if None in records:
+        number = records.index(None) + 1
+        raise DataError(
+            f"{path}:{number} must be a JSON object with a step and numbers; delete that line, or move the file away"
+        )
     return records
+
+
+def _record(line: bytes) -> dict[str, float | None] | None:
+    """A line's values; None if it is not what `Writer` writes."""
+    try:
+        record = loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    fits = lambda value: value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return record if all(map(fits, record.values())) else None
 
 
 class Writer:
@@ -281,18 +291,19 @@ class Writer:
             return
         import tensorboardX  # 0.2 s, and only here
 
-        workdir.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read(workdir) if record["step"] <= step]
         self._known = {(step, name) for record in kept if record["step"] == step for name in record}
         self._step = step
         text = "".join(json.dumps(record) + "\n" for record in kept)
         path = workdir / FILE
-        if path.exists() and path.read_text() != text:
-            _replace(path, text.encode())
-        self._file = path.open("a", buffering=1)  # each line goes out whole, at once
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
-        )  # names have whole seconds: a quick restart must not overwrite the last file
+        with _writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.read_bytes() != text.encode():
+                replace(path, text.encode())
+            self._file = path.open("a", buffering=1, encoding="utf-8")  # each line goes out whole, at once
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
+            )  # names have whole seconds: a quick restart must not overwrite the last file
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add one line. Steps must not go back."""
@@ -315,123 +326,25 @@ class Writer:
             self._events.close()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Give a file new content so that no reader, and no crash, ever finds half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def replace(path: Path, content: bytes) -> None:
+    """Give a file new content so that no reader, and no crash, ever finds half of it.
 
-
-# ---- Screen and picture ----
-
-
-class Progress:
-    """The state of the run on standard error: a bar on a terminal, elsewhere a plain line every `log_every` steps.
-
-    step 120/600  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:32
-
-    `unit` names what is counted, where that is not training's steps.
+    Raises:
+        CheckpointError: it can't be written.
     """
-
-    def __init__(self, num_steps: int, *, log_every: int, step: int = 0, primary: bool = True, unit: str = "step"):
-        self._num_steps, self._log_every, self._unit = num_steps, log_every, unit
-        self._begun = self._printed = step
-        self._values: dict[str, float] = {}
-        self._primary, self._bar = primary, None
-        console = rich.console.Console(stderr=True)
-        if primary and console.is_terminal:
-            self._bar = rich.progress.Progress(
-                rich.progress.BarColumn(None),
-                rich.progress.TextColumn("{task.description}"),
-                console=console,
-                refresh_per_second=4,
-                expand=True,
-                redirect_stdout=sys.stdout.isatty(),
-            )  # what is piped elsewhere must arrive there
-            self._task = self._bar.add_task(f"{unit} {step}/{num_steps}", total=num_steps, completed=step)
-
-    def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, step: int, values: dict[str, float], seconds_left: float | None = None) -> None:
-        """Show a completed step; what `values` lacks keeps its last value. May be called for every step."""
-        if not self._primary:
-            return
-        self._values |= values
-        text = _line(f"{self._unit} {step}/{self._num_steps}", self._values, seconds_left)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif step // self._log_every > self._printed // self._log_every or step == self._num_steps > self._printed:
-            self._printed = step
-            print(text, file=sys.stderr, flush=True)
-
-    def timed(self) -> Callable[[int], None]:
-        """A function to call with how much is done, from now on; it shows that, and the time left."""
-        begin = time.monotonic()
-        left = lambda done: (time.monotonic() - begin) / (done - self._begun) * (self._num_steps - done)
-        return lambda done: self.update(done, {}, left(done))
-
-    def note(self, text: str) -> None:
-        """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""
-        if self._primary:
-            print(text, file=sys.stderr, flush=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _writing(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
-def _line(begin: str, values: dict[str, float], seconds_left: float | None) -> str:
-    parts = [begin]
-    for name, form in (("train/loss", "loss {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
-        if name in values:
-            parts.append(form.format(values[name]))
-    if "train/mfu" in values:
-        parts.append(f"mfu {100 * values['train/mfu']:.1f} %")
-    if seconds_left is not None:
-        minutes, seconds = divmod(round(seconds_left), 60)
-        hours, minutes = divmod(minutes, 60)
-        parts.append(f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}")
-    return "  ".join(parts)
-
-
-def draw_loss_curve(workdir: Path) -> Path:
-    """Draw metrics.jsonl as loss.png beside it: training and held-out loss, and the baselines that it has."""
-    from matplotlib.figure import Figure  # not pyplot: that keeps global state and may look for a display
-
-    records = read(workdir)
-
-    def series(name: str) -> tuple[list[float], list[float]]:
-        points = [(record["step"], record[name]) for record in records if name in record]
-        return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*series("train/loss"), color="tab:blue", linewidth=1, label="training")
-    axes.plot(*series("eval/loss"), color="tab:red", marker="o", markersize=4, label="held out")
-    for name, label in (("baseline/uniform", "uniform guess"), ("baseline/unigram", "unigram frequencies")):
-        if values := series(name)[1]:
-            axes.axhline(
-                values[-1],
-                color="gray",
-                linestyle=":" if name.endswith("uniform") else "--",
-                linewidth=1,
-                label=f"{label} {values[-1]:.2f}",
-            )
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", xlim=(0, None))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    rates = zip(series("train/tokens_per_second")[1], series("train/step_seconds")[1], strict=True)
-    if per_step := statistics.median([rate * seconds for rate, seconds in rates] or [0]) / 1e6:
-        tokens = axes.secondary_xaxis("top", (lambda step: step * per_step, lambda millions: millions / per_step))
-        tokens.set_xlabel("million tokens")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    _replace(workdir / PICTURE, image.getvalue())
-    return workdir / PICTURE
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename or path
+        raise CheckpointError(f"{name} can't be written: {error.strerror or error}; move it away") from None

@@ -1,12 +1,12 @@
 """A directory that appears whole: filled beside its place, and renamed when that ends well. What exports write into."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from t5like.errors import CheckpointError, ConfigError
+from t5like.paths import temporary_beside
 
 
 def check_free(place: Path, flag: str) -> None:
@@ -30,7 +30,7 @@ def made_whole(place: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it can't be made or written.
     """
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    beside = temporary_beside(place)
     try:
         beside.mkdir(parents=True)
         yield beside

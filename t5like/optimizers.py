@@ -60,11 +60,49 @@ def schedule(config: Config) -> optax.Schedule:
     return rate
 
 
+def warnings(config: Config, before: Config, step: int) -> list[str]:
+    """What is odd about the schedule of a run that goes on after `step` updates, which were made with `before`."""
+    return [line for line in (unreached(config), jump(before, config, step) if step else None) if line]
+
+
+def unreached(config: Config) -> str | None:
+    """A line about a warm-up that is longer than the run, so that the learning rate never gets to its highest."""
+    optimizer, steps = config.optimizer, config.train.num_steps
+    if optimizer.schedule == "rsqrt" or optimizer.warmup_steps <= steps:  # rsqrt is flat during its warm-up
+        return None
+    return (
+        f"optimizer.warmup_steps={optimizer.warmup_steps:,} is more than train.num_steps={steps:,}: the learning rate "
+        f"ends at {float(schedule(config)(steps - 1)):.3g} and never reaches {optimizer.learning_rate:g}; use "
+        f"optimizer.warmup_steps={max(1, steps // 10)}"
+    )
+
+
+def jump(old: Config, new: Config, step: int) -> str | None:
+    """A line about a learning rate that jumps where a run goes on after `step` updates; None if it does not."""
+    before, after = (float(schedule(config)(at)) for config, at in ((old, step - 1), (new, step)))
+    expected = float(schedule(old)(step))
+    if abs(after - before) <= abs(expected - before) + 1e-3 * new.optimizer.learning_rate:
+        return None  # no larger a step than the old schedule's own next one
+    return (
+        f"train.num_steps={new.train.num_steps:,} instead of {old.train.num_steps:,} moves the learning rate of "
+        f"optimizer.schedule={new.optimizer.schedule} from {before:.3g} at step {step:,} to {after:.3g} at step "
+        f"{step + 1:,}; smooth are optimizer.schedule=wsd, continued from before its decay, or a run that begins a new "
+        "decay with init_from.checkpoint"
+    )
+
+
+def without_frozen_gradients(config: Config, params: Tree) -> Tree:
+    """The same values, through which no gradient reaches a frozen parameter: XLA leaves out what would compute it."""
+    return tree.map_named(
+        lambda name, leaf: jax.lax.stop_gradient(leaf) if tree.matches(name, config.optimizer.frozen) else leaf, params
+    )
+
+
 def make_optimizer(config: Config, params: Tree) -> optax.GradientTransformation:
     """Make the whole update rule of a config; ``apply_updates`` adds what it returns.
 
     Weight decay is decoupled and follows the learning rate: an update takes ``rate * weight_decay * parameter`` away.
-    Frozen parameters get updates of exactly 0, have no state, and do not count in the gradient norm.
+    Frozen parameters get updates of exactly 0, have no state, and do not count in the norm that is clipped.
 
     Args:
         params: arrays or shapes; only names and shapes are read.

@@ -5,6 +5,7 @@ that a killed command continues where it was. A row's answer depends on the row,
 """
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -12,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from t5like.data.lines import read_json_lines
 from t5like.data.token_store import written_whole
 from t5like.decoding import Decoding
 from t5like.errors import CheckpointError, ConfigError, DataError, UserError
-from t5like.generate import Answer, Generator, fill
-from t5like.metrics import Progress
+from t5like.gaps import fill
+from t5like.generate import Answer, Generator
+from t5like.progress import Progress
+from t5like.strict_json import InvalidJSON, loads
 
 ROWS = 32  # prompts of one call
 WINDOW = 8 * ROWS  # prompts that are ordered by length before they are answered, and written together
@@ -37,7 +41,10 @@ def converse(generator: Generator, decoding: Decoding) -> None:
     while True:
         if typed:
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            raise DataError("standard input is not UTF-8; send it as that, or use --prompts_file") from None
         if not line:
             return
         try:
@@ -55,16 +62,11 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         DataError: it can't be read, or a line is not as it must be; with its number.
     """
     rows = []
-    for number, line in _lines(path, "--prompts_file"):
-        if not line.strip():
-            continue
-        row = _parsed(path, number, line, "--prompts_file")
+    for row, where in read_json_lines(path, "--prompts_file"):
         if not isinstance(row.get("prompt"), str):
-            raise DataError(
-                f'--prompts_file={path}: line {number} must have a text in "prompt"; as in {{"prompt": "a text"}}'
-            )
+            raise DataError(f'--prompts_file={where} must have a text in "prompt"; as in {{"prompt": "a text"}}')
         if taken := [name for name in MADE if name in row]:
-            raise DataError(f'--prompts_file={path}: line {number} already has a "{taken[0]}"; rename that field')
+            raise DataError(f'--prompts_file={where} already has a "{taken[0]}"; rename that field')
         rows.append(row)
     if not rows:
         raise DataError(f'--prompts_file={path} has no prompts; a line is one, as in {{"prompt": "a text"}}')
@@ -94,6 +96,8 @@ def answer_file(
         ConfigError: the output was begun with other settings.
         CheckpointError: the output can't be written.
     """
+    if output is not None:
+        check_output(output, path)
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
@@ -108,7 +112,7 @@ def answer_file(
         return
     try:
         done = _kept(output, rows, {**made_by, "decoding": dataclasses.asdict(decoding)})
-        bar, written = Progress(len(rows), log_every=1000, step=done, unit="prompt"), done
+        bar, written = Progress(len(rows), step=done, unit="prompt"), done
         with open(output, "a", encoding="utf-8") as file, bar:
             show = bar.timed()
             for answered in _answered(generator, decoding, rows, prompts, done):
@@ -168,61 +172,100 @@ def _filled(generator: Generator, prompt: str, text: str) -> str:
 # ---- Files ----
 
 
+def check_output(output: Path, prompts: Path) -> None:
+    """Refuse an output that is not a file of its own.
+
+    Raises:
+        ConfigError: it, or the file of settings beside it, is the file of prompts.
+        CheckpointError: it is a directory, a device or the like, or can't be written.
+    """
+    try:
+        for path in (output, _settings_of(output)):
+            if path.exists() and path.samefile(prompts.expanduser()):
+                raise ConfigError(f"--output={output} would write into --prompts_file={prompts}; use another --output")
+        if not output.name or (output.exists() and not output.is_file()):
+            raise CheckpointError(f"--output={output} is not a regular file; use another --output, or none to print")
+        if output.exists() and not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise CheckpointError(f"--output={output} can't be written: {error.strerror}; use another --output") from None
+
+
+def _settings_of(output: Path) -> Path:
+    return output.parent / f"{output.name}.settings.json"
+
+
 def _kept(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> int:
-    """Make ready to append to an output: cut an unfinished last line; the number of rows that it has.
+    """Make ready to append to an output; the number of rows that it has.
+
+    No line that is there changes. A last line without a newline gets one where it is a whole answer. It goes where it
+    is the beginning of the next one, as a killed command leaves it.
 
     Raises:
         DataError, ConfigError: see `answer_file`.
     """
-    beside = output.with_name(f"{output.name}.settings.json")
+    beside = _settings_of(output)
     settings = json.loads(json.dumps(settings))
-    count = 0
-    if output.exists():
-        _refuse_other_settings(output, beside, settings)
-        content = output.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, line in _lines(output, "--output", content[:whole]):
-            row = _parsed(output, number, line, "--output")
-            if (
-                "prediction" not in row
-                or number > len(rows)
-                or {name: row.get(name) for name in row if name not in MADE} != rows[number - 1]
-            ):
-                raise DataError(
-                    f"--output={output}: line {number} answers another prompt than --prompts_file has there; "
-                    "use another --output"
-                )
-            count = number
-        if whole < len(content):
-            os.truncate(output, whole)
-    if count == 0 or not beside.exists():  # settings of an output that is gone say nothing
+    content = output.read_bytes() if output.exists() else b""
+    known = _refuse_other_settings(output, beside, settings, begun=bool(content))
+    whole = content.rfind(b"\n") + 1
+    count, unfinished = content.count(b"\n"), content[whole:]
+    started = count < len(rows) and _is_beginning(unfinished, rows[count])
+    for number, line in _lines(output, "--output", content[:whole] if started else content):
+        row = _parsed(output, number, line, "--output")
+        kept = {name: row.get(name) for name in row if name not in MADE}
+        if "prediction" not in row or number > len(rows) or _text([kept]) != _text([rows[number - 1]]):
+            raise DataError(
+                f"--output={output}: line {number} answers another prompt than --prompts_file has there; "
+                "use another --output"
+            )
+    if content and not known:
+        raise DataError(
+            f"--output={output} has answers, but {beside.name}, which says how they were made, is not there; "
+            "use another --output"
+        )
+    if unfinished and started:
+        os.truncate(output, whole)
+    elif unfinished:
+        with open(output, "ab") as file:
+            file.write(b"\n")
+        count += 1
+    if count == 0:  # settings of an output that is gone say nothing
         with written_whole(beside) as file:
             file.write((json.dumps(settings, indent=1) + "\n").encode())
     return count
 
 
-def _refuse_other_settings(output: Path, beside: Path, settings: dict[str, Any]) -> None:
+def _is_beginning(unfinished: bytes, row: dict[str, Any]) -> bool:
+    """Whether a line without an end is the first part, and not all, of what is written for a row."""
     try:
-        before = json.loads(beside.read_text())
+        loads(unfinished)
+        return False  # whole but for its newline, or not ours
+    except ValueError:
+        written = _text([row]).encode().removesuffix(b"}\n")
+        return unfinished[: len(written)] == written[: len(unfinished)]
+
+
+def _refuse_other_settings(output: Path, beside: Path, settings: dict[str, Any], *, begun: bool) -> bool:
+    """Whether the file beside an output says how its answers were made; refused if that is not as they are now."""
+    try:
+        before = loads(beside.read_bytes())
         made_by = {name: before.get(name) for name in settings}, dict(before["decoding"])
     except FileNotFoundError:
-        return
+        return False
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{beside} is not what t5like wrote there; remove it, or use another --output") from None
     for was, now in zip(made_by, (settings, settings["decoding"]), strict=True):
         for name, value in now.items():
-            if name != "decoding" and was.get(name) != value:
+            if begun and name != "decoding" and was.get(name) != value:
                 raise ConfigError(
                     f"--output={output} was begun with {name}={was.get(name)}, which is now {value}; "
                     "use another --output"
                 )
+    return True
 
 
-def _lines(path: Path, flag: str, content: bytes | None = None) -> Iterator[tuple[int, str]]:
-    try:
-        content = path.expanduser().read_bytes() if content is None else content
-    except OSError as error:
-        raise DataError(f"{flag}={path} can't be read: {error.strerror}") from None
+def _lines(path: Path, flag: str, content: bytes) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if number == content.count(b"\n") + 1 and not line:
             return
@@ -234,8 +277,8 @@ def _lines(path: Path, flag: str, content: bytes | None = None) -> Iterator[tupl
 
 def _parsed(path: Path, number: int, line: str, flag: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = loads(line)
+    except InvalidJSON as error:
         raise DataError(f"{flag}={path}: line {number} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f'{flag}={path}: line {number} must be an object, as in {{"prompt": "a text"}}')

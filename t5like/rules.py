@@ -6,74 +6,27 @@ Called by `config_file.resolve`. A refusal names the field, its value, the rule,
 import dataclasses
 import math
 import re
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
-from t5like.config import ARCHITECTURES, Config, DataConfig, InitConfig
-from t5like.errors import ConfigError
+from t5like.config import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, Range
+from t5like.errors import ConfigError, shown
+from t5like.paths import check_path
 
-AT_LEAST_ONE = (
-    "data.batch_size",
-    "data.targets_length",
-    "data.prefetch",
-    "model.num_layers",
-    "model.model_dim",
-    "model.num_heads",
-    "model.head_dim",
-    "model.mlp_dim",
-    "model.vocab_multiple",
-    "model.max_length",
-    "model.relative_buckets",
-    "train.num_steps",
-    "train.microbatches",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.max_bad_steps",
-    "train.wait_seconds",
-    "mesh.slices",
-    "tokenizer.sample_characters",
-    "evaluate.max_examples",
-)
-AT_LEAST_ZERO = (
-    "seed",
-    "data.inputs_length",
-    "data.num_workers",
-    "model.num_decoder_layers",
-    "model.num_kv_heads",
-    "model.token_types",
-    "model.attention_window",
-    "model.rotary_original_length",
-    "model.rotary_attention",
-    "optimizer.warmup_steps",
-    "optimizer.decay_steps",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "train.z_loss",
-    "train.loss_chunk",
-    "train.keep_every",
-    "train.profile_step",
-    "tokenizer.num_sentinels",
-    "evaluate.max_new_tokens",
-)
-ABOVE_ZERO = (
-    "optimizer.learning_rate",
-    "optimizer.epsilon",
-    "model.norm_epsilon",
-    "model.rotary_base",
-    "model.rotary_factor",
-    "model.rotary_low",
-    "model.rotary_slow",
-)
-SHARES = (  # at least 0 and less than 1
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.ema_decay",
-    "model.dropout_rate",
-    "train.label_smoothing",
-    "optimizer.final_fraction",
-)
+LEAST_RATE = 1e-9  # products of smaller ones may be 0
+SECTIONS = [field for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
+
+
+@cache
+def ranges(cls: type) -> dict[str, tuple[Range, Any]]:
+    """The range of each field of numbers of a section, and its default, which lies in it."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        field.name: (limits, field.default)
+        for field in dataclasses.fields(cls)
+        for limits in getattr(hints[field.name], "__metadata__", ())
+        if isinstance(limits, Range)
+    }
 
 
 def check(config: Config) -> None:
@@ -82,15 +35,10 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: with field, value, rule, and a value that would work.
     """
-    for field in AT_LEAST_ONE:
-        _require(config, _get(config, field) >= 1, field, "must be at least 1")
-    for field in AT_LEAST_ZERO:
-        _require(config, _get(config, field) >= 0, field, "must be at least 0")
-    for field in ABOVE_ZERO:
-        _require(config, _get(config, field) > 0, field, "must be more than 0")
-    for field in SHARES:
-        _require(config, 0 <= _get(config, field) < 1, field, "must be at least 0 and less than 1")
-    _require(config, config.seed < 2**32, "seed", "must be less than 2**32")
+    _ranges(config)
+    check_path("data.directory", config.data.directory)
+    if config.tokenizer.path:
+        check_path("tokenizer.path", config.tokenizer.path)
     for part in (
         _tokenizer,
         _data,
@@ -107,13 +55,24 @@ def check(config: Config) -> None:
         part(config)
 
 
+def _ranges(config: Config) -> None:
+    """Every number of the config against the range at its field."""
+    for section, part in [("", config), *((field.name + ".", getattr(config, field.name)) for field in SECTIONS)]:
+        for name, (limits, default) in ranges(type(part)).items():
+            value = getattr(part, name)
+            items = value if isinstance(value, tuple) else (value,)
+            if wrong := [item for item in items if item not in limits]:
+                use = f"; use {default}" if default != () else ""
+                raise ConfigError(f"{section}{name}={shown(wrong[0])} must be {limits}{use}")
+
+
 def _tokenizer(config: Config) -> None:
     tokenizer = config.tokenizer
     _require(
         config,
-        0 < tokenizer.character_coverage <= 1,
-        "tokenizer.character_coverage",
-        "must be above 0 and at most 1; use 0.9995",
+        all(0 <= token < tokenizer.vocab_size for token in tokenizer.extra_eos_ids),
+        "tokenizer.extra_eos_ids",
+        f"must be token ids, at least 0 and less than tokenizer.vocab_size={tokenizer.vocab_size}; empty: none",
     )
     if tokenizer.path:  # a tokenizer from elsewhere has what it has
         _require(
@@ -138,9 +97,15 @@ def _data(config: Config) -> None:
     _require(
         config, len(data.source) >= 1, "data.source", "must name a source, such as python_stdlib or text:my_texts/*.txt"
     )
-    _require(config, 0 < data.heldout_fraction < 1, "data.heldout_fraction", "must lie between 0 and 1; use 0.01")
-    _require(config, 0 < data.noise_density < 1, "data.noise_density", "must lie between 0 and 1; use 0.15")
-    _require(config, data.mean_span_length >= 1, "data.mean_span_length", "must be at least 1; use 3.0")
+    names = data.source_names
+    _require(
+        config,
+        not names
+        or (len(set(names)) == len(names) == len(data.source) and all(re.fullmatch(r"[\w.-]+", n) for n in names)),
+        "data.source_names",
+        f"must be {len(data.source)} different names of letters, digits, _, - and ., one for each in data.source; use "
+        + ",".join(f"source{number}" for number in range(1, len(data.source) + 1)),
+    )
     _require(config, len(data.objective) >= 1, "data.objective", "must name an objective, such as span_corruption")
     _require(
         config, len(set(data.objective)) == len(data.objective), "data.objective", "must not name an objective twice"
@@ -169,7 +134,6 @@ def _data(config: Config) -> None:
 
 
 def _init_from(config: Config) -> None:
-    _require(config, config.init_from.step >= -1, "init_from.step", "must be at least -1, the latest; use -1")
     for field in ("step", "new", "adapt"):
         _require(
             config,
@@ -223,6 +187,12 @@ def _evaluate(config: Config) -> None:
     )
     _require(
         config,
+        evaluate.language in ("auto", *LANGUAGES.split()),
+        "evaluate.language",
+        "must be auto or an ISO 639-1 code; use en, zh or auto",
+    )
+    _require(
+        config,
         not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
         "evaluate.choices",
         "must be at least two different answers, or empty; use yes,no",
@@ -236,9 +206,9 @@ def _rates(config: Config) -> None:
     data = config.data
     _require(
         config,
-        list(data.change_steps) == sorted(set(data.change_steps)) and all(step > 0 for step in data.change_steps),
+        list(data.change_steps) == sorted(set(data.change_steps)),
         "data.change_steps",
-        "must be positive steps in ascending order; use 1000,2000",
+        "must be steps in ascending order; use 1000,2000",
     )
     phases = 1 + len(data.change_steps)
     for field, of, names in (
@@ -257,12 +227,15 @@ def _rates(config: Config) -> None:
         lists = [rates[start : start + len(names)] for start in range(0, len(rates), len(names))]
         _require(
             config,
-            all(rate >= 0 for rate in rates) and all(sum(each) > 0 for each in lists),
+            all(rate == 0 or rate >= LEAST_RATE for rate in rates),
             field,
-            "must not be negative and must not sum to 0"
-            + (" in any phase" if phases > 1 else "")
-            + "; use "
-            + ",".join("1" for _ in rates),
+            f"must be 0 or at least {LEAST_RATE:g} each; use " + ",".join("1" for _ in rates),
+        )
+        _require(
+            config,
+            all(sum(each) > 0 for each in lists),
+            field,
+            "must not sum to 0" + (" in any phase" if phases > 1 else "") + "; use " + ",".join("1" for _ in rates),
         )
 
 
@@ -393,7 +366,7 @@ def _train(config: Config) -> None:
 def _mesh(config: Config) -> None:
     axes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "slices"}
     for axis, size in axes.items():
-        _require(config, size == -1 or size >= 1, f"mesh.{axis}", "must be at least 1, or -1 for what is left")
+        _require(config, size != 0, f"mesh.{axis}", "must be at least 1, or -1 for what is left; use 1")
     if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
         raise ConfigError(
             f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1"
@@ -406,7 +379,7 @@ def _mesh(config: Config) -> None:
 
 def _require(config: Config, holds: bool, field: str, rule: str) -> None:
     if not holds:
-        raise ConfigError(f"{field}={_get(config, field)!r} {rule}")
+        raise ConfigError(f"{field}={shown(_get(config, field))} {rule}")
 
 
 def _get(config: Config, field: str) -> Any:

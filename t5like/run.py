@@ -1,6 +1,7 @@
 """What a run directory holds, and how a finished or running run is opened again by another command.
 
-    config.json  tokenizer.model  checkpoints/<step>/  metrics.jsonl  tensorboard/  loss.png  samples.txt  profile/
+    config.json  tokenizer.model  checkpoints/<step>/  metrics.jsonl  provenance.jsonl  tensorboard/  loss.png
+    samples.txt  profile/
 
 `train` writes it; `main`'s other commands read it through `load`.
 """
@@ -20,10 +21,12 @@ from t5like import config_file, distributed, tree
 from t5like import mesh as meshes
 from t5like import step as steps
 from t5like.checkpoint import Checkpoints
+from t5like.checkpoint_metadata import Meta
 from t5like.config import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, DataError
+from t5like.run_lock import lock
 from t5like.types import Array, TrainState, Tree
 
 # What may differ when a run continues: how it runs and what it reports, not what it learns. A longer num_steps
@@ -33,6 +36,7 @@ MAY_CHANGE = (
     "train.num_steps",
     "train.log_every",
     "train.eval_every",
+    "train.early_evals",
     "train.eval_batches",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -44,12 +48,14 @@ MAY_CHANGE = (
     "train.loss_chunk",
     "train.compiler_options",
     "data.directory",
+    "data.source_names",
     "data.num_workers",
     "data.prefetch",
     "model.layers",
     "model.remat",
     "model.kernels",
     "tokenizer.path",
+    "tokenizer.extra_eos_ids",
     "evaluate.",
 )
 
@@ -82,13 +88,11 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    checkpoints = checkpoints_of(workdir, config_of(workdir))
+    saved = config_of(workdir)
+    checkpoints = checkpoints_of(workdir, saved)
     meta = checkpoints.meta(step)
     tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
-    if tokenizer.hash != meta.tokenizer_hash:
-        raise DataError(
-            f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
-        )
+    check_checkpoint(meta, saved, tokenizer, workdir)
     devices = jax.devices() if all_devices else jax.devices()[:1]
     config = on_devices(meta.config, len(devices), meshes.num_slices(devices))
     mesh = meshes.make_mesh(config, devices)
@@ -97,6 +101,27 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     with distributed.limit("reading a checkpoint", meta.step, times=3):
         params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
+
+
+def check_checkpoint(meta: Meta, config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Refuse a checkpoint that does not belong to the run in whose directory it lies.
+
+    Raises:
+        CheckpointError: it was saved with a config that can't be an earlier one of the run.
+        DataError: it was saved with another tokenizer than the run's tokenizer.model.
+    """
+    path = workdir / "checkpoints" / str(meta.step)
+    if config.model.dtype == "auto":  # a checkpoint has what that was on the run's devices
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=meta.config.model.dtype))
+    if differs := _what_differs(meta.config, config, imported=meta.step == 0):
+        raise CheckpointError(
+            f"{path} is not of the run in {workdir}, whose config differs: {_some(differs)}; move it away, or put the "
+            "run's own config.json back"
+        )
+    if tokenizer.hash != meta.tokenizer_hash:
+        raise DataError(
+            f"{workdir / 'tokenizer.model'} is not the tokenizer of checkpoint {meta.step}; put that one back"
+        )
 
 
 def on_devices(config: Config, count: int, slices: int = 1) -> Config:
@@ -137,11 +162,20 @@ def imported(workdir: Path) -> bool:
 
 
 def with_its_tokenizer(config: Config, workdir: Path) -> Config:
-    """The config with the tokenizer that came with imported weights, where it names none."""
-    if config.tokenizer.path or not imported(workdir):
-        return config
-    path = str(workdir / "tokenizer.model")
-    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+    """The config with what it does not name itself: the tokenizer of imported weights, and the ids that end a text.
+
+    The ids are those of the run that continues, or of the one that `init_from.checkpoint` begins with.
+    """
+    tokenizer, init = config.tokenizer, config.init_from
+    if not tokenizer.path and imported(workdir):
+        tokenizer = dataclasses.replace(tokenizer, path=str(workdir / "tokenizer.model"))
+    origins = [workdir]
+    if init.checkpoint and "vocabulary" not in init.adapt:
+        origins.append(Path(init.checkpoint))
+    origin = next((path for path in origins if (path / "config.json").is_file()), None)
+    if origin and not tokenizer.extra_eos_ids:
+        tokenizer = dataclasses.replace(tokenizer, extra_eos_ids=saved_config(origin).tokenizer.extra_eos_ids)
+    return dataclasses.replace(config, tokenizer=tokenizer)
 
 
 def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
@@ -151,17 +185,26 @@ def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
 
 def _differs(config: Config, workdir: Path) -> list[str]:
     """The fields that keep a config from going on with a run directory."""
-    if not imported(workdir):
-        lines = config_file.difference(saved_config(workdir), config)
+    if imported(workdir):
+        return _what_differs(Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config, imported=True)
+    return _what_differs(saved_config(workdir), config)
+
+
+def _what_differs(old: Config, new: Config, *, imported: bool = False) -> list[str]:
+    """What keeps `new` from going on where `old` stopped; imported: `old` is of weights from elsewhere."""
+    lines = config_file.difference(old, new)
+    if not imported:
         return [line for line in lines if not line.startswith(MAY_CHANGE)]
-    born = Checkpoints(workdir / "checkpoints", keep=1).meta(0).config
-    lines = config_file.difference(born, config)
     fixed = ("model.", "tokenizer.vocab_size", "tokenizer.num_sentinels")
     free = tuple(f"model.{name}:" for name in MAY_CHANGE_AT_BIRTH)
-    if config.model.positions == "learned":
+    if new.model.positions == "learned":
         free = tuple(name for name in free if name != "model.max_length:")
-    free += ("model.vocab_multiple:",) if born.vocab_rows == config.vocab_rows else ()
+    free += ("model.vocab_multiple:",) if old.vocab_rows == new.vocab_rows else ()
     return [line for line in lines if line.startswith(fixed) and not line.startswith(free)]
+
+
+def _some(lines: list[str]) -> str:
+    return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
 
 
 def check_run_directory(config: Config, workdir: Path) -> None:
@@ -177,8 +220,7 @@ def check_run_directory(config: Config, workdir: Path) -> None:
                 born = imported(workdir)
                 raise ConfigError(
                     f"--workdir={workdir} holds {'weights of another model' if born else 'another run'}: "
-                    + "; ".join(differs[:4])
-                    + (f"; and {len(differs) - 4} more" if len(differs) > 4 else "")
+                    + _some(differs)
                     + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if born else "")
                     + "; use another --workdir" * (not born)
                 )
@@ -199,11 +241,11 @@ def check_run_directory(config: Config, workdir: Path) -> None:
 
 
 def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Make the run directory with its config.json and tokenizer, or check that it holds this very run.
+    """Make the run directory with its config.json and tokenizer, or check that it holds this very run; lock it.
 
     Raises:
         DataError: the run began with another tokenizer.
-        ConfigError, CheckpointError: see `check_run_directory`.
+        ConfigError, CheckpointError: see `check_run_directory`; also if another process has the lock.
     """
     if not distributed.primary():
         distributed.check_shared(workdir)  # after process 0: half of what it writes would look like a stranger's files
@@ -217,6 +259,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock(workdir)
         for name, content in (
             ("config.json", config_file.to_json(config).encode()),
             ("tokenizer.model", tokenizer.model_bytes),
@@ -237,7 +280,7 @@ def config_of(workdir: Path) -> Config:
     Raises:
         CheckpointError: there is no run, or it is damaged.
     """
-    if not (workdir / "config.json").is_file():
+    if not os.path.isfile(workdir / "config.json"):  # also of a name that is too long for any file
         raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
     return saved_config(workdir)
 
@@ -249,8 +292,8 @@ def saved_config(workdir: Path) -> Config:
         CheckpointError: its config.json is damaged, or of another version.
     """
     try:
-        return config_file.from_json((workdir / "config.json").read_text())
-    except (ConfigError, UnicodeDecodeError) as error:
+        return config_file.from_json((workdir / "config.json").read_bytes())
+    except ConfigError as error:
         raise CheckpointError(
             f"{workdir / 'config.json'} can't be read: {error}; each checkpoint below has a copy of it"
         ) from None

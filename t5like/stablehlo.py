@@ -18,7 +18,7 @@ Called by `main`.
 import dataclasses
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +28,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from t5like import __version__, config_file, run, tree
+from t5like import __version__, config_file, memory, run, tree
 from t5like.config import Config
 from t5like.data.objectives import MODES
 from t5like.data.templates import render_prompt
 from t5like.data.text import START
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError
-from t5like.generate import generate, likeliest, places
+from t5like.generate import eos_ids, generate, likeliest, places
 from t5like.model.transformer import Transformer
 from t5like.new_directory import check_free, made_whole
 from t5like.types import Array, Batch
@@ -88,7 +88,7 @@ def export_run(
     config = portable(loaded.config, run.saved_config(workdir).model.dtype)
     made = programs(
         config,
-        loaded.tokenizer.eos_id,
+        eos_ids(loaded.config, loaded.tokenizer),
         max_new_tokens=max_new_tokens,
         prompt_length=prompt_length,
         temperature=temperature,
@@ -102,11 +102,12 @@ def export_run(
             yield f"{name:10} {signature_text(program)}"
         save_weights(directory / "weights.npz", params)
         yield f"weights    {tree.num_parameters(params):,} numbers in {len(params)} arrays"
-        (directory / "signature.json").write_text(json.dumps(_signature(loaded, made), indent=1) + "\n")
+        signature = json.dumps(_signature(loaded, made), indent=1) + "\n"
+        (directory / "signature.json").write_text(signature, encoding="utf-8")
         (directory / "tokenizer.model").write_bytes(loaded.tokenizer.model_bytes)
-        (directory / "config.json").write_text(config_file.to_json(config))
-        (directory / "README.txt").write_text(_readme(loaded, made))
-        (directory / "run.py").write_text(SCRIPT.read_text())
+        (directory / "config.json").write_text(config_file.to_json(config), encoding="utf-8")
+        (directory / "README.txt").write_text(_readme(loaded, made), encoding="utf-8")
+        (directory / "run.py").write_bytes(SCRIPT.read_bytes())
         compare(directory, made, params)
     yield f"exported   {output}; python {output / 'run.py'} --prompt=TEXT"
 
@@ -119,9 +120,17 @@ def portable(config: Config, dtype: str) -> Config:
 
 
 def programs(
-    config: Config, eos: int, *, max_new_tokens: int, prompt_length: int | None = None, temperature: float = 0.0
+    config: Config,
+    eos: Sequence[int],
+    *,
+    max_new_tokens: int,
+    prompt_length: int | None = None,
+    temperature: float = 0.0,
 ) -> dict[str, Program]:
-    """`forward` and `generate` of a model, by its architecture; parameters are a dict by name. See `export_run`."""
+    """`forward` and `generate` of a model, by its architecture; parameters are a dict by name. See `export_run`.
+
+    `eos` are the ids that end a text.
+    """
     data, model = config.data, config.model
     inputs = {"encoder_decoder": data.inputs_length, "decoder": config.row_length}.get(
         model.architecture, data.inputs_length
@@ -134,6 +143,7 @@ def programs(
             f"--prompt_length={width} and --max_new_tokens={max_new_tokens} do not fit model.max_length="
             f"{model.max_length}; use smaller ones"
         )
+    memory.check_texts(config, prompt=width, new=max_new_tokens, texts=1)
     of = partial(_shapes, {"P": width, "S": max(inputs, 1), "L": data.targets_length, "R": config.row_length})
     apply = lambda params, batch: Transformer(config).apply({"params": tree.nested(params)}, batch)
     if model.architecture == "encoder":
@@ -163,7 +173,7 @@ def programs(
             lengths,
             jax.random.key(seed),
             max_new_tokens=max_new_tokens,
-            eos=eos,
+            eos_ids=eos,
             prefix_B=prefix[0] if decoder else None,
             temperature=temperature,
         )
@@ -187,7 +197,7 @@ def programs(
     arguments = of(prompt="P", lengths="", **({"prefix": ""} if decoder else {}))
     if temperature:
         arguments["seed"] = jax.ShapeDtypeStruct((), jnp.uint32)
-    return {"forward": forward, "generate": Program(answer, arguments, f"ids [b, {max_new_tokens}], 0 after EOS")}
+    return {"forward": forward, "generate": Program(answer, arguments, f"ids [b, {max_new_tokens}], 0 after the end")}
 
 
 def _shapes(sizes: Mapping[str, int], **names: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -282,6 +292,7 @@ def text_rules(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "sentencepiece": not tokenizer.is_json,
         "sentinels": {f"<extra_id_{number}>": token for number, token in enumerate(ids)},
         "eos": tokenizer.eos_id,
+        "ends": eos_ids(config, tokenizer),
         "start": START,
         "bos": tokenizer.bos_id,
         "answers": bool(objectives & {"span_corruption", "ul2", "supervised"}),

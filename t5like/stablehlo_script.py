@@ -8,6 +8,7 @@ python run.py --ids=17,4,1 --logits=logits.npy     what `forward` says, instead 
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ class Model:
     def __init__(self, directory: Path):
         """Read the weights onto jax's default device."""
         self.directory = directory
-        self.signature = json.loads((directory / "signature.json").read_text())
+        self.signature = json.loads((directory / "signature.json").read_text(encoding="utf-8"))
         self.architecture, self.text = self.signature["architecture"], self.signature["text"]
         with np.load(directory / "weights.npz", allow_pickle=False) as archive:
             self.weights = {name: jax.numpy.asarray(archive[name]) for name in archive.files}
@@ -42,7 +43,7 @@ class Model:
         wanted = self.signature["programs"]["generate"]["arguments"]
         values = {"lengths": np.int32([len(ids)]), "prefix": np.int32([prefix]), "seed": np.uint32(seed)}
         said = self.call("generate", row, *(values[name] for name in wanted if name != "prompt"))[0].tolist()
-        return said[: [*said, self.text["eos"]].index(self.text["eos"])]
+        return said[: next((place for place, token in enumerate(said) if token in self.text["ends"]), len(said))]
 
     def forward(self, ids: list[int], prefix: int = 0) -> np.ndarray:
         """Logits [L, V] at each id; of an encoder-decoder, which reads the ids, those of the first answered one."""
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of programs that sample")
     parser.add_argument("--logits", metavar="FILE", help="write forward's logits there instead of generating")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
     model = Model(Path(__file__).resolve().parent)
     if options.ids is None:
         ids, prefix = model.encode(options.prompt)

@@ -20,7 +20,7 @@ from t5like import mesh as meshes
 from t5like.config import Config
 from t5like.data.objectives import num_components
 from t5like.model.transformer import Transformer
-from t5like.optimizers import make_optimizer, schedule
+from t5like.optimizers import make_optimizer, schedule, without_frozen_gradients
 from t5like.types import Batch, Metrics, Sum, TrainState, Tree
 
 LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
@@ -113,13 +113,13 @@ def make_train_step(
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
 
     An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on,
-    and the metric `bad_steps` is 1.
+    and the metric `bad_steps` is 1. The gradient of frozen parameters is not computed, and no part of that norm.
     """
     microbatches = config.train.microbatches
 
     def gradient(params: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Metrics]:
         def objective(params):
-            loss = loss_fn(config, params, batch, key)
+            loss = loss_fn(config, without_frozen_gradients(config, params), batch, key)
             return loss.objective, loss.metrics
 
         return jax.grad(objective, has_aux=True)(params)

@@ -37,6 +37,7 @@ from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, UserError
 from t5like.new_directory import check_free, made_whole
+from t5like.paths import literal
 from t5like.types import Array
 
 VERSION = 3  # the newest of T5X (June 2021)
@@ -120,8 +121,8 @@ def import_run(source: Path, workdir: Path, config: Config) -> Iterator[str]:
     mesh = meshes.make_mesh(one, jax.devices()[:1])
     shape = steps.abstract_state(meshes.settle(one, mesh), pipeline.spec(one), mesh)
     wanted = tree.flatten(shape.params)
-    with made_whole(workdir) as made:
-        layout, leaves = read_params(source, wanted)
+    with made_whole(workdir) as made, literal(source) as directory:
+        layout, leaves = read_params(directory, wanted)
         yield f"model      {tree.num_parameters(wanted):,} parameters, T5X, {layout}"
         params = jax.tree.unflatten(jax.tree.structure(shape.params), leaves)
         own = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.model"))

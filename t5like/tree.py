@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from t5like.errors import ConfigError
+from t5like.errors import ConfigError, shown
 from t5like.types import Tree
 
 
@@ -50,10 +50,10 @@ def mask(tree: Tree, patterns: Sequence[str], *, field: str) -> Tree:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(f"{field}={shown(pattern)} is not a regular expression: {error}") from None
         if not any(matches(name, [pattern]) for name in names):
-            raise ConfigError(f"{field}={pattern!r} matches no parameter; there are {', '.join(names[:4])}, ...")
+            raise ConfigError(f"{field}={shown(pattern)} matches no parameter; there are {', '.join(names[:4])}, ...")
     return map_named(lambda name, _: matches(name, patterns), tree)
 
 

@@ -27,11 +27,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like import config_file, tree
-from t5like.checkpoint import Checkpoints, Leaf, Meta
+from t5like.checkpoint import Checkpoints
+from t5like.checkpoint_metadata import Meta
 from t5like.config import Config
 from t5like.data.token_store import written_whole
 from t5like.data.tokenizer import Tokenizer
+from t5like.digests import Leaf
 from t5like.errors import CheckpointError
+from t5like.paths import expand
 from t5like.types import Array, TrainState
 
 ROW_DIMS = {"embedding": 0, "head": 1, "head_bias": 0}  # the parameters with a row for each id, and which dim that is
@@ -112,7 +115,7 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
         ConfigError: a pattern of `init_from.new` matches no parameter.
     """
     init = config.init_from
-    directory = Path(init.checkpoint).expanduser()
+    directory = expand(init.checkpoint)
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"init_from.checkpoint={init.checkpoint} holds no run; name the directory of a trained one"

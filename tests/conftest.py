@@ -187,6 +187,7 @@ def flags(texts: Path) -> list[str]:
         "train.num_steps": 12,
         "train.log_every": 1,
         "train.eval_every": 100,
+        "train.early_evals": 0,
         "train.checkpoint_every": 100,
     }
     return ["--config=configs/tiny.py", *(f"--config.{name}={value}" for name, value in values.items())]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t5like import main, metrics
+from t5like import main, progress
 from t5like import mesh as meshes
 
 
@@ -48,7 +48,7 @@ def held(path: Path) -> list[tuple[int, list]]:
 
 if __name__ == "__main__":
     path, step, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    show = metrics.Progress.update
+    show = progress.Progress.update
 
     def update(self, done, *rest):
         show(self, done, *rest)
@@ -59,6 +59,6 @@ if __name__ == "__main__":
         if done >= step >= 0:
             time.sleep(0.2)
 
-    metrics.Progress.update = update
+    progress.Progress.update = update
     meshes.to_global = recorded(path)
     sys.exit(main.main(sys.argv[4:]))

@@ -24,8 +24,8 @@ def model_of(architecture):
     return config, params
 
 
-@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
-def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture):
+@pytest.mark.parametrize("architecture, ends", [("encoder_decoder", (1, 44, 45)), ("decoder", (1,))])
+def test_the_nats_of_an_answer_and_any_end_are_those_of_the_unpadded_row_alone(architecture, ends):
     config, params = model_of(architecture)
     asked, answers = [[5, 6, 7, 8, 1], [9, 10, 1]], [[20, 21, 1], [30, 1]]
     if architecture == "decoder":
@@ -33,7 +33,7 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
     else:
         prompts = [Prompt(ids) for ids in asked]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    found = scored(config, params, answered(config, pairs, 9, 4))
+    found = scored(config, params, answered(config, pairs, 9, 4), ends)
     logits_of = jax.jit(lambda batch: Transformer(config).apply({"params": params}, batch))
     for (prompt, answer), nats, greedy in zip(pairs, *found, strict=True):
         ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
@@ -44,8 +44,10 @@ def test_the_nats_of_an_answer_are_those_of_the_unpadded_row_alone(architecture)
         else:
             batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
         logits = logits_of(batch)[0, -len(answer) :]
-        wanted = -jax.nn.log_softmax(logits)[np.arange(len(answer)), answer].sum()
-        assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (logits.argmax(-1).tolist() == answer)
+        p = np.asarray(jax.nn.softmax(logits))
+        wanted = -np.log(p[np.arange(len(answer) - 1), answer[:-1]]).sum() - np.log(p[-1, list(ends)].sum())
+        likeliest = [1 if token in ends else token for token in logits.argmax(-1).tolist()]
+        assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (likeliest == answer)
 
 
 # ---- Through the command line ----
@@ -86,7 +88,9 @@ def supervised(command, flags, tasks, tmp_path):
 @pytest.mark.parametrize("architecture, choices", [("encoder_decoder", ""), ("decoder", "yes,no")])
 def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, supervised, command):
     settings = {"evaluate.choices": choices} if choices else {}
-    workdir, records, _ = supervised("run", **{"train.num_steps": 60, "model.architecture": architecture, **settings})
+    workdir, records, said = supervised(
+        "run", **{"train.num_steps": 60, "model.architecture": architecture, **settings}
+    )
     majority = records[0]["baseline/majority/accuracy"]
     scores = [record["eval/score/accuracy"] for record in records if "eval/score/f1" in record]
     assert 55 < majority < 85 and scores[-1] > majority + 10 and scores[0] <= majority
@@ -97,6 +101,12 @@ def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, 
         assert all(min(line["nats"], key=line["nats"].get) == line["prediction"] for line in lines)
     code, out, err = command("evaluate", f"--workdir={workdir}")
     assert code == 0 and json.loads(out)["eval/score/f1"] == pytest.approx(records[-1]["eval/score/f1"]), err
+    rule = json.loads(out)["eval/rule/f1"]
+    assert (
+        "SQuAD" in rule
+        and f"metric     f1: {rule}" in said
+        and re.search(rf"eval/score/f1 .*\({re.escape(rule)}\)", err)
+    )
     code, out, err = command("generate", f"--workdir={workdir}", "--prompt=beta 1000", "--max_new_tokens=4")
     assert code == 0 and out.strip() == "yes", err
 

@@ -17,9 +17,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5like import checkpoint
-from t5like.checkpoint import Checkpoints, describe
+from t5like import checkpoint, checkpoint_metadata, digests
+from t5like.checkpoint import Checkpoints
 from t5like.config import Config
+from t5like.digests import describe, digest
 from t5like.errors import CheckpointError
 from t5like.types import TrainState
 
@@ -233,7 +234,7 @@ def test_changed_metadata_and_newer_formats_are_refused(tmp_path):
     path.write_text(json.dumps(meta | {"body": meta["body"] | {"tokenizer_hash": "another"}}))
     with pytest.raises(CheckpointError, match="checksum does not match"):
         checkpoints.meta()
-    path.write_text(json.dumps(meta | {"format": checkpoint.FORMAT + 1}))
+    path.write_text(json.dumps(meta | {"format": checkpoint_metadata.FORMAT + 1}))
     with pytest.raises(CheckpointError, match="install a newer t5like"):
         checkpoints.meta()
 
@@ -255,7 +256,7 @@ def test_only_committed_checkpoints_exist(tmp_path):
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path):
     assert saved(tmp_path, 2, 4, 5, 6, 10, 11, 12, keep=2, keep_every=5).steps() == [5, 10, 11, 12]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "12", "5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "12", "5", "run_id"]
 
 
 def test_a_relative_path_stays_where_it_was_made(tmp_path, monkeypatch):
@@ -278,7 +279,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
             checkpoints.save(state._replace(step=jnp.int32(step)), **REST)
             with pytest.raises(CheckpointError, match=f"/{step} could not be written: .*File too large") as error:
                 checkpoints.wait()
-            assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["1"]
+            assert "\n" not in str(error.value)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "run_id"]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(new_state(4), **REST)
@@ -341,11 +343,11 @@ def test_a_killed_save_costs_nothing_but_itself(tmp_path):
         assert_bitwise(checkpoints.restore(on_mesh(want, data=1)), want)
     checkpoints.save(new_state(99_999), **REST)
     checkpoints.close()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3  # two checkpoints and run_id
 
 
 def test_a_large_array_has_one_digest_whether_it_is_read_whole_or_in_parts(rng, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PART", 100)
+    monkeypatch.setattr(digests, "PART", 100)
     for shape in [(), (7,), (7, 3, 2), (300,), (2, 500)]:  # bytes of a row below and above a part's, a rest at the end
         x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-        assert describe({"x": x})["x"].digest == tuple(map(int, checkpoint.digest(x))), shape
+        assert describe({"x": x})["x"].digest == tuple(map(int, digest(x))), shape

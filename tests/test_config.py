@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from t5like import config_file
+from t5like import config_file, rules
 from t5like.config import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig
 from t5like.data import objectives, pipeline
 from t5like.errors import ConfigError
@@ -101,7 +101,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             "optimizer.name='adam' must be one of adafactor, adamw, adamw_rms, lion, muon; did you mean 'adamw'?",
         ),
         ({"data": {"batch_size": 0}}, "data.batch_size=0 must be at least 1"),
-        ({"data": {"noise_density": 1.0}}, "data.noise_density=1.0 must lie between 0 and 1; use 0.15"),
+        ({"data": {"noise_density": 1.0}}, "data.noise_density=1.0 must be more than 0 and less than 1; use 0.15"),
         (
             {"data": {"rates": (1, 2)}},
             "data.rates=(1.0, 2.0) must have one rate for each of the 1 in data.source, or be empty",
@@ -136,6 +136,10 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         ),
         ({"train": {"microbatches": 3}}, "data.batch_size=128 must be a multiple of train.microbatches=3; use 129"),
         (
+            {"tokenizer": {"vocab_size": 500, "num_sentinels": 20, "extra_eos_ids": (2, 500)}},
+            "tokenizer.extra_eos_ids=(2, 500) must be token ids, at least 0 and less than tokenizer.vocab_size=500",
+        ),
+        (
             {"tokenizer": {"vocab_size": 300}},
             "tokenizer.vocab_size=300 must be more than 359 (3 special ids, 256 bytes, 100 sentinels); use 1359",
         ),
@@ -157,24 +161,64 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         ),
         (
             {"data": {"objective": ("span_corruption", "ul2"), "objective_rates": (0, 0)}},
-            "data.objective_rates=(0.0, 0.0) must not be negative and must not sum to 0; use 1,1",
+            "data.objective_rates=(0.0, 0.0) must not sum to 0; use 1,1",
         ),
         (
             {"data": {"change_steps": (5,), "rates": (1, 0)}},
-            "data.rates=(1.0, 0.0) must not be negative and must not sum to 0 in any phase; use 1,1",
+            "data.rates=(1.0, 0.0) must not sum to 0 in any phase; use 1,1",
         ),
         (
             {"data": {"change_steps": (5, 5)}},
-            "data.change_steps=(5, 5) must be positive steps in ascending order; use 1000,2000",
+            "data.change_steps=(5, 5) must be steps in ascending order; use 1000,2000",
         ),
         ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can take what is left; use mesh.fsdp=1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for what is left"),
+        ({"mesh": {"data": -2}}, "mesh.data=-2 must be at least -1 and at most 1,048,576; use -1"),
+        ({"data": {"change_steps": (5, -1), "rates": ()}}, "data.change_steps=-1 must be at least 1 and at most "),
+        ({"data": {"rates": (1e30,)}}, "data.rates=1e+30 must be at least 0 and at most 1e+09"),
+        ({"data": {"rates": (1e-30,)}}, "data.rates=(1e-30,) must be 0 or at least 1e-09"),
+        ({"model": {"model_dim": 10**12}}, "model.model_dim=1000000000000 must be at least 1 and at most 1,048,576"),
+        ({"model": {"num_layers": 10**9}}, "model.num_layers=1000000000 must be at least 1 and at most 1,000; use 8"),
+        ({"data": {"batch_size": 10**5000}}, "data.batch_size=a number of thousands of digits must be at least 1"),
+        ({"optimizer": {"learning_rate": 10**400}}, "optimizer.learning_rate=1000"),
+        ({"data": {"split": "a\0"}}, "data.split='a\\x00' must be UTF-8 text without NUL characters"),
+        ({"data": {"directory": "/tmp/\udcff"}}, "data.directory='/tmp/\\udcff' must be UTF-8 text"),
+        ({"data": {"directory": "~nobody-known/x"}}, "data.directory=~nobody-known/x names a home directory that"),
+        ({"init_from": {"checkpoint": "~nobody-known/x"}}, "init_from.checkpoint=~nobody-known/x names a home"),
+        ({3: 4}, "3: there is no field 3; there are seed, tokenizer"),
+        ({"a\nb": 4}, "'a\\nb': there is no field 'a\\nb'; there are seed, tokenizer"),
+        ({"model": {"mlp": 10**5000}}, "model.mlp=a number of thousands of digits must be one of relu, gelu"),
+        ({"model": {"mlp": ["relu"]}}, "model.mlp=['relu'] must be one of relu, gelu"),
     ],
 )
 def test_a_wrong_config_is_refused_with_field_value_and_rule(values, message):
     with pytest.raises(ConfigError) as refusal:
         config_file.resolve(values)
     assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+
+
+NUMBERS = [
+    (section, field.name)
+    for section in ("", "tokenizer", "data", "model", "optimizer", "train", "mesh", "init_from", "evaluate")
+    for field in dataclasses.fields(getattr(Config(), section) if section else Config)
+    if get_type_hints(type(getattr(Config(), section)) if section else Config)[field.name]
+    in (int, float, tuple[int, ...], tuple[float, ...])
+]
+
+
+def test_every_number_has_a_range_at_its_field_with_its_default_inside():
+    for section, name in NUMBERS:
+        limits, default = rules.ranges(type(getattr(Config(), section)) if section else Config)[name]
+        assert default == () or default in limits, (section, name)
+        many, wrong = isinstance(default, tuple), [1e300]
+        wrong += [float("-inf"), limits.least - 1] if limits.least is not None else []
+        wrong += [end for end in (limits.above, limits.below) if end is not None]
+        whole = isinstance(default, int) or name in ("change_steps", "extra_eos_ids")
+        for value in [int(value) for value in wrong if math.isfinite(value)] if whole else wrong:
+            inside = {name: (value,) if many else value}
+            where = f"{section}." if section else ""
+            with pytest.raises(ConfigError, match=f"^{where}{name}=.* must be (at|more|a finite)"):
+                config_file.resolve({section: inside} if section else inside)
 
 
 def test_an_unknown_name_in_a_config_file_is_refused(tmp_path):
@@ -195,6 +239,12 @@ def test_an_unknown_name_in_a_config_file_is_refused(tmp_path):
         ("x = 1\n", "get_config"),
         ("def get_config():\n    return 3\n", "must return a ConfigDict, not int"),
         ("def get_config():\n    return 1 / 0\n", "division by zero"),
+        ("import sys\nsys.exit(0)\n", "ended the program by sys.exit(0); define get_config() and return"),
+        ("def get_config():\n    raise SystemExit\n", "ended the program by sys.exit(None)"),
+        ("def get_config():\n    return get_config()\n", "RecursionError: maximum recursion depth"),
+        ("def get_config():\n    raise ValueError('x' * 10_000)\n", "xxx"),
+        ("\0", "source code string cannot contain null bytes"),
+        ("def get_config():\n    c = {}\n    c['train'] = c\n    return c\n", "train.train: there is no field"),
     ],
 )
 def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message, tmp_path):
@@ -202,7 +252,15 @@ def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message
     path.write_text(text)
     with pytest.raises(ConfigError) as refusal:
         config_file.load(path)
-    assert str(path) in str(refusal.value) and message in str(refusal.value) and "\n" not in str(refusal.value)
+    if "train.train" not in message:
+        assert str(path) in str(refusal.value)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
+
+
+def test_what_a_config_file_prints_is_no_result(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("print('hello')\ndef get_config():\n    return {'seed': 3}\n")
+    assert config_file.load(tmp_path / "mine.py").seed == 3
+    assert capsys.readouterr() == ("", "hello\n")
 
 
 # ---- Flags ----
@@ -277,7 +335,9 @@ def test_a_saved_config_has_every_field_and_is_read_as_strictly(tmp_path):
         config_file.from_json(json.dumps({**saved, "format": newer}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "[" * 100_000, '{"format": 3, "seed": 1, "seed": 2}', '{"a": NaN}', b"\xff"]
+)
 def test_a_damaged_saved_config_is_refused(text):
     with pytest.raises(ConfigError, match="not a saved config"):
         config_file.from_json(text)

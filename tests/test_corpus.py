@@ -176,7 +176,7 @@ def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subproc
     )
     if pieces is not None:  # each finished one advances the progress bar
         code = (
-            f"import time; from rich import progress; count = iter(range({pieces - 1}))\n"
+            f"import time; from t5like import progress; count = iter(range({pieces - 1}))\n"
             "progress.Progress.update = lambda *_, **__: next(count, None) is None and time.sleep(60)\n" + code
         )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
@@ -315,7 +315,7 @@ def test_a_store_serves_when_its_source_is_gone(own, tmp_path):
 def test_bad_data_end_prepare_with_one_line_and_no_store(own, tmp_path, workers):
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "half a pair \\ud800"}\n')
-    with pytest.raises(DataError, match="document 6000: text has the lone surrogate") as refused:
+    with pytest.raises(DataError, match="a.jsonl:6001: not valid JSON .a string has half of a surrogate") as refused:
         ready(changed(own, num_workers=workers))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("prepared/stores/*/manifest.json"))

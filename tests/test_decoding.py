@@ -35,7 +35,7 @@ def made_by(name, ids_BP, lengths_B, *, eos, num_beams=1, **numbers):
         ids_BP.astype(np.int32),
         lengths_B.astype(np.int32),
         row_keys(0, np.arange(len(ids_BP))),
-        np.array([eos], np.int32),
+        np.array([eos], np.int32).reshape(-1),
         Numbers(**{key: None if value is None else np.float32(value) for key, value in numbers.items()}),
         max_new_tokens=NEW,
         texts=num_beams,
@@ -43,10 +43,11 @@ def made_by(name, ids_BP, lengths_B, *, eos, num_beams=1, **numbers):
     )
 
 
-def golden_ids(key: str, eos: int) -> np.ndarray:
+def golden_ids(key: str, eos) -> np.ndarray:
     """Hugging Face fills beams with EOS behind EOS; here it is 0."""
     ids = GOLDEN[f"{key}.ids"]
-    ended = np.cumsum(ids == eos, axis=-1) - (ids == eos) > 0
+    ends = np.isin(ids, eos)
+    ended = np.cumsum(ends, axis=-1) - ends > 0
     return np.where(ended, 0, ids)
 
 
@@ -70,6 +71,18 @@ def test_texts_and_scores_equal_those_of_hugging_face(name):
             np.testing.assert_allclose(made.scores_BG, GOLDEN[f"{name}.{what}.{end}.scores"], rtol=1e-4)
         ends |= {int(length) for length in (wanted != 0).sum(-1).ravel()}
     assert len(ends) >= 3  # texts ended early, at several lengths
+
+
+def test_beams_that_several_ids_may_end_equal_those_of_hugging_face():
+    prompts, lengths, eos = (GOLDEN[f"llama.{what}"] for what in ("prompts", "lengths", "several"))
+    last = set()
+    for penalty in (0.6, 1, 2):
+        made = made_by("llama", prompts, lengths, eos=eos, num_beams=4, length_penalty=float(penalty))
+        wanted = golden_ids(key := f"llama.beams {penalty}.several", eos)
+        np.testing.assert_array_equal(made.ids_BGL, wanted, err_msg=key)
+        np.testing.assert_allclose(made.scores_BG, GOLDEN[f"{key}.scores"], rtol=1e-4)
+        last |= set(eos) & set(wanted.ravel())
+    assert last == set(eos)
 
 
 def test_penalized_beams_equal_those_of_hugging_face():

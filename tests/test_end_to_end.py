@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,10 +75,12 @@ def test_own_text_becomes_a_model_that_has_learned_something(train, command, tmp
     assert abs(losses[0] - np.log(400)) < 0.5
     assert np.mean(series(workdir, "train/loss")[-5:]) < np.mean(series(workdir, "train/loss")[:5]) - 1
     assert {path.name for path in workdir.iterdir()} == {
+        ".lock",
         "config.json",
         "tokenizer.model",
         "checkpoints",
         "metrics.jsonl",
+        "provenance.jsonl",
         "tensorboard",
         "loss.png",
         "samples.txt",
@@ -179,10 +182,11 @@ def test_one_run_turns_from_one_objective_to_another(train, texts):
     assert losses == {
         "eval/loss/objective/span_corruption",
         "eval/loss/objective/prefix_lm",
-        f"eval/loss/source/text:{texts}/a.txt",
-        f"eval/loss/source/text:{texts}/b.txt",
+        "eval/loss/source/a",
+        "eval/loss/source/b",
     }
-    assert "100 % then 0 % of the rows" not in out and "span_corruption of text:" in out
+    assert "100 % then 0 % of the rows" not in out and "span_corruption of a:" in out
+    assert re.findall("---- held-out passage ([0-9]), ([ab]) ----", out) == [*zip("1234", "aabb", strict=True)]
 
 
 def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_targets(train, straight):
@@ -209,10 +213,17 @@ def test_a_moving_average_is_what_is_evaluated(train, straight):
 
 
 def test_saving_and_evaluating_often_changes_nothing_of_the_training(train, straight):
-    often, _ = train("often", train__checkpoint_every=5, train__eval_every=3, train__log_every=4, data__prefetch=1)
+    often, _ = train(
+        "often",
+        train__checkpoint_every=5,
+        train__eval_every=3,
+        train__early_evals=9,
+        train__log_every=4,
+        data__prefetch=1,
+    )
     assert leaves(often, 12) == leaves(straight, 12)
-    assert sorted(int(path.name) for path in (often / "checkpoints").iterdir()) == [5, 10, 12]
-    assert [record["step"] for record in records(often) if "eval/loss" in record] == [0, 3, 6, 9, 12]
+    assert Checkpoints(often / "checkpoints", keep=9).steps() == [5, 10, 12]
+    assert [record["step"] for record in records(often) if "eval/loss" in record] == [0, 1, 2, 3, 6, 9, 12]
     assert [record["step"] for record in records(often) if "train/loss" in record] == [4, 8, 12]
 
 
@@ -227,14 +238,28 @@ def test_a_complete_run_says_so_and_changes_nothing(train, trained, tmp_path):
     _, out = train("run", train__num_steps=2, train__checkpoint_every=1)
     assert f"complete   2 of 2 steps are done; nothing is left to train in {workdir}" in out
     assert contents(workdir) == before
+    _, out = train("run", train__num_steps=1, train__checkpoint_every=1)
+    assert f"complete   2 of 1 steps are done; nothing is left to train in {workdir}" in out
+    assert contents(workdir) == before
 
 
-def test_a_complete_run_goes_on_when_more_steps_are_asked_for(train, straight, half, tmp_path):
+def test_a_run_goes_on_with_its_own_config_when_more_steps_are_asked_for(command, straight, half, tmp_path):
     workdir = shutil.copytree(half, tmp_path / "run")
-    _, out = train("run")
-    assert "after step 6" in out
+    code, out, _ = command("train", f"--workdir={workdir}", "--config.train.num_steps=12")
+    assert code == 0 and "after step 6" in out and "schedule " not in out
+    starts = [json.loads(line) for line in (workdir / "provenance.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 6] and starts[0]["fingerprints"] == starts[1]["fingerprints"]
+    assert all(starts[0]["fingerprints"][name] in out for name in ("config", "tokenizer", "heldout"))
+    assert starts[1]["processor"]["model"] in out
     assert leaves(workdir, 12) == leaves(straight, 12)
     assert series(workdir, "train/loss") == series(straight, "train/loss")
+
+
+def test_a_learning_rate_that_jumps_where_a_run_goes_on_is_named(train):
+    _, out = train("run", train__num_steps=2, optimizer__schedule="linear", optimizer__warmup_steps=1)
+    assert "schedule " not in out
+    _, out = train("run", train__num_steps=4, optimizer__schedule="linear", optimizer__warmup_steps=1)
+    assert "schedule   train.num_steps=4 instead of 2 moves the learning rate of" in out and "from 0 at step 2" in out
 
 
 def test_a_run_goes_on_another_mesh_with_the_same_loss(train, straight, half, tmp_path):

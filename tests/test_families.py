@@ -147,7 +147,7 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"rope_parameters": [1]}, "config.json is not as transformers writes it"),
         ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers='2' must be a whole number"),
-        ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 must be a finite number"),
+        ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 must be a number, at least 0"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True must be False"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "must all be full_attention for qwen3"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True must be False"),

@@ -1,5 +1,6 @@
 """Decoding from the cache, token by token, against the whole forward pass; stopping, sampling, filling gaps."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,9 +12,10 @@ from conftest import random_batch, small
 from t5like import mesh as meshes
 from t5like import step
 from t5like.data.tokenizer import Tokenizer, train_tokenizer
-from t5like.decoding import Numbers
+from t5like.decoding import Decoding, Numbers
 from t5like.errors import ConfigError
-from t5like.generate import Generator, Prompt, fill, generate, make_texts, row_keys, spans, until
+from t5like.gaps import fill, spans
+from t5like.generate import Generator, Prompt, generate, make_texts, row_keys, until
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
@@ -47,7 +49,7 @@ def prompts_of(config, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]
     return np.stack([np.pad(row, (16 - len(row), 0) if left else (0, 16 - len(row))) for row in rows]), rows
 
 
-def decode(config, params, lengths, *, seed=0, eos=1, **options):
+def decode(config, params, lengths, *, seed=0, eos=(1,), **options):
     prompt_BP, rows = prompts_of(config, lengths)
     if "prefix_lm" in config.data.objective:
         options["prefix_B"] = np.array(lengths, np.int32)
@@ -58,7 +60,7 @@ def decode(config, params, lengths, *, seed=0, eos=1, **options):
         np.array(lengths, np.int32),
         jax.random.key(seed),
         max_new_tokens=NEW,
-        eos=eos,
+        eos_ids=eos,
         **options,
     )
     return np.asarray(ids), rows
@@ -84,7 +86,7 @@ def whole_logits(config, params, prompt, answer):
 @pytest.mark.parametrize("shape", list(SHAPES)[:6])  # the others: with beams
 def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
-    answers, prompts = decode(config, params, [3, 16, 9], eos=499)
+    answers, prompts = decode(config, params, [3, 16, 9], eos=[499])
     assert len(np.unique(answers)) > 5
     for prompt, answer in zip(prompts, answers, strict=True):
         np.testing.assert_array_equal(whole_logits(config, params, prompt, answer).argmax(-1), answer)
@@ -125,13 +127,13 @@ def test_one_token_alone_can_have_several_beams():
 
 
 @pytest.mark.parametrize("shape", ["encoder_decoder", "rotary decoder"])
-def test_a_row_ends_with_eos_and_the_others_go_on(shape):
+def test_a_row_ends_with_any_of_the_ids_that_end_a_text_and_the_others_go_on(shape):
     config, params = model_of(**SHAPES[shape])
-    free, _ = decode(config, params, [3, 16], eos=499)
-    eos = int(free[0, 2])
-    assert eos not in free[0, :2] and eos not in free[1]
-    answers, _ = decode(config, params, [3, 16], eos=eos)
-    np.testing.assert_array_equal(answers, [[*free[0, :3], 0, 0, 0], free[1]])
+    free, _ = decode(config, params, [3, 16, 9], eos=[499, 498])
+    ends = [int(free[0, 2]), int(free[1, 3])]
+    assert not np.isin(ends, [*free[0, :2], *free[1, :3], *free[2]]).any()
+    answers, _ = decode(config, params, [3, 16, 9], eos=ends)
+    np.testing.assert_array_equal(answers, [[*free[0, :3], 0, 0, 0], [*free[1, :4], 0, 0], free[2]])
 
 
 def test_sampling_depends_on_the_seed_alone():
@@ -149,7 +151,14 @@ def test_samples_are_distributed_as_the_softmax_at_the_temperature():
     prompt_BP, rows = prompts_of(config, [9])
     many = np.repeat(prompt_BP, 4000, axis=0)
     drawn = generate(
-        config, params, many, np.full(4000, 9, np.int32), jax.random.key(0), max_new_tokens=1, eos=1, temperature=0.7
+        config,
+        params,
+        many,
+        np.full(4000, 9, np.int32),
+        jax.random.key(0),
+        max_new_tokens=1,
+        eos_ids=[1],
+        temperature=0.7,
     )[:, 0]
     log_p = jax.nn.log_softmax(whole_logits(config, params, rows[0], [0])[0] / 0.7)
     wanted = float(jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -50, log_p, 0)))
@@ -173,6 +182,21 @@ def test_a_prompt_is_answered_the_same_alone_and_among_others(tokenizer):
         together = generator(prompts, max_new_tokens=NEW)
         assert together == [generator([prompt], max_new_tokens=NEW)[0] for prompt in prompts]
         assert len(set(together)) > 1
+
+
+def test_extra_eos_ids_of_the_config_end_answers_which_leave_them_out(tokenizer):
+    config, params = model_of(tokenizer={"vocab_size": 400, "num_sentinels": 20})
+    [answer] = Generator(config, params, tokenizer).answer([Prompt([5, 6, 1])], Decoding(NEW))[0]
+    end = answer.ids[3]
+    assert end not in answer.ids[:3]
+    ending = dataclasses.replace(config.tokenizer, extra_eos_ids=(end, 399, end))
+    generator = Generator(dataclasses.replace(config, tokenizer=ending), params, tokenizer)
+    assert generator.eos_ids == (tokenizer.eos_id, end, 399)
+    [ended] = generator.answer([Prompt([5, 6, 1])], Decoding(NEW))[0]
+    assert ended.ids == answer.ids[:4] and ended.text == tokenizer.decode(answer.ids[:3])
+    assert ended.log_prob == pytest.approx(sum(answer.token_log_probs[:4]), rel=1e-5)
+    ids = generator.ids([Prompt([5, 6, 1])], max_new_tokens=NEW)
+    assert ids.tolist() == [[*answer.ids[:4], 0, 0]] and generator.texts(ids) == [ended.text]
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused(tokenizer):

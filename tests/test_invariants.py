@@ -20,10 +20,10 @@ SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
 # `t5like ...` that sends itself a signal when a step has been reported, after a checkpoint is complete.
 INTERRUPTED = """
 import os, sys, time
-from t5like import main, metrics
+from t5like import main, progress
 
 step, number, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-show = metrics.Progress.update
+show = progress.Progress.update
 
 def update(self, done, *rest):
     show(self, done, *rest)
@@ -32,7 +32,7 @@ def update(self, done, *rest):
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-metrics.Progress.update = update
+progress.Progress.update = update
 sys.exit(main.main(sys.argv[4:]))
 """
 
@@ -118,9 +118,9 @@ def test_a_run_that_is_killed_and_stopped_and_started_again_ends_as_if_nothing_h
 def test_a_fresh_run_says_what_it_does_and_nothing_else(finished):
     _, process = finished
     beginnings = [line.split()[0] for line in process.stdout.split("\n\n")[0].splitlines()]
-    assert beginnings == ["model", "devices", "data", beginnings[3], "start"]
+    assert beginnings == ["model", "devices", "data", beginnings[3], "run", "machine", "start"]
     shown = [line.split()[0] for line in process.stderr.splitlines()]
-    assert [word for word in shown if word != "tokenizing"] == ["baselines:", *["step"] * (12 + 4)]
+    assert [word for word in shown if word not in ("training", "tokenizing")] == ["baselines:", *["step"] * (12 + 4)]
 
 
 def test_an_interrupt_from_outside_stops_a_run_between_two_steps(arguments, tmp_path):

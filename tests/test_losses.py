@@ -14,14 +14,19 @@ def example(rng, rows=3, length=10, vocab=17):
 
 
 def reference(logits, targets, weights, z_loss, smoothing):
+    """T5X's compute_weighted_cross_entropy (t5x/losses.py), written out in float64: its objective, and plain nats."""
     log_z = np.log(np.exp(logits).sum(-1))
-    nats = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    smooth = (1 - smoothing) * nats + smoothing * (log_z[..., None] - logits).mean(-1)
+    log_p, vocab = logits - log_z[..., None], logits.shape[-1]
+    confidence, low_confidence = 1.0 - smoothing, smoothing / (vocab - 1)
+    soft_targets = np.where(np.arange(vocab) == targets[..., None], confidence, low_confidence)
+    constant = -(confidence * np.log(confidence) + (vocab - 1) * low_confidence * np.log(low_confidence + 1e-20))
+    smooth = -(soft_targets * log_p).sum(-1) - constant
+    nats = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     return (weights * (smooth + z_loss * log_z**2)).sum(), (weights * nats).sum()
 
 
-@pytest.mark.parametrize("z_loss, smoothing", [(0, 0), (1e-2, 0), (0, 0.1), (1e-2, 0.1)])
-def test_cross_entropy_is_the_formula(rng, z_loss, smoothing):
+@pytest.mark.parametrize("z_loss, smoothing", [(0, 0), (1e-2, 0), (0, 0.1), (1e-2, 0.4)])
+def test_cross_entropy_is_that_of_t5x(rng, z_loss, smoothing):
     logits, targets, weights = example(rng)
     loss = losses.cross_entropy(
         jnp.asarray(logits, jnp.float32), targets, weights, vocab_size=17, z_loss=z_loss, label_smoothing=smoothing
@@ -32,6 +37,29 @@ def test_cross_entropy_is_the_formula(rng, z_loss, smoothing):
     assert loss.metrics["loss"].weight == weights.sum()
     accuracy = ((logits.argmax(-1) == targets) * weights).sum()
     assert loss.metrics["accuracy"].total == accuracy
+
+
+def test_the_gradient_is_that_of_the_formula(rng):
+    logits, targets, weights = example(rng, rows=1, length=2, vocab=5)
+    weights[:] = [[1.0, 0.5]]
+    padded = jnp.asarray(np.concatenate([logits, np.full((1, 2, 3), -1e9)], axis=-1), jnp.float32)
+    settings = {"vocab_size": 5, "z_loss": 1e-2, "label_smoothing": 0.3}
+    gradient = jax.grad(lambda x: losses.cross_entropy(x, targets, weights, **settings).objective)(padded)
+    wanted = np.zeros((1, 2, 8))  # by central differences in float64
+    for place in np.ndindex(logits.shape):
+        step = np.zeros_like(logits)
+        step[place] = 1e-5
+        high, low = (reference(logits + sign * step, targets, weights, 1e-2, 0.3)[0] for sign in (1, -1))
+        wanted[place] = (high - low) / 2e-5
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+
+
+def test_smoothing_has_its_least_value_0_at_its_own_shares():
+    shares = np.full((1, 1, 9), 0.2 / 8)
+    shares[..., 4] = 0.8
+    settings = {"vocab_size": 9, "label_smoothing": 0.2}
+    loss = losses.cross_entropy(jnp.log(shares), np.array([[4]]), np.ones((1, 1), np.float32), **settings)
+    assert abs(loss.objective) < 1e-6
 
 
 def test_smoothing_leaves_padding_rows_alone(rng):

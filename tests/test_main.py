@@ -1,15 +1,20 @@
 """The command line: what is refused, in one line with its exit code, and that a refusal leaves nothing behind."""
 
+import dataclasses
 import gzip
 import json
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import contents, write_text
 
+from t5like import __version__, config_file, config_help
+from t5like.config import Config, TokenizerConfig
 from t5like.main import main
 
 
@@ -34,7 +39,19 @@ def refused(command):
     [
         ([], "the following arguments are required: COMMAND; see t5like --help"),
         (["tarin"], "argument COMMAND: invalid choice: 'tarin'"),
-        (["train"], "the following arguments are required: --config, --workdir; see t5like train --help"),
+        (["train"], "the following arguments are required: --workdir; see t5like train --help"),
+        (
+            ["train", "--workdir=/proc/nowhere", "--config.seed=3"],
+            "--config is missing, and --workdir=/proc/nowhere holds no run that has one; use --config=tiny",
+        ),
+        (
+            ["train", "--config=tinny", "--workdir=/proc/nowhere"],
+            "--config=tinny: no such file, and no preset; did you mean --config=tiny?",
+        ),
+        (
+            ["train", "--config=configs/t5_smal.py", "--workdir=/proc/nowhere"],
+            "--config=configs/t5_smal.py: no such file, and no preset; did you mean --config=t5_small?",
+        ),
         (
             ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--stesp=3"],
             "unrecognized arguments: --stesp=3",
@@ -54,6 +71,10 @@ def refused(command):
         (
             ["train", "--config=configs/tiny.py", "--workdir=/proc/nowhere", "--fake_devices=-1"],
             "--fake_devices=-1 must be at least 1",
+        ),
+        (
+            ["train", "--config=tiny", "--workdir=/proc/nowhere", "--fake_devices=9999999"],
+            "--fake_devices=9999999 must be at least 1 and at most 1,024; use --fake_devices=8",
         ),
         (
             ["export", "--format=stablehlo", "--workdir=/proc/nowhere", "--output=/proc/out", "--family=t5"],
@@ -108,6 +129,27 @@ def refused(command):
             "--temperature=nan must be at least 0",
         ),
         (["generate", "--workdir=/proc/nowhere", "--prompt=a", "--seed=-1"], "--seed=-1 must be at least 0"),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--max_new_tokens=1000000000"],
+            "--max_new_tokens=1000000000 must be at least 1 and at most 1,048,576; use --max_new_tokens=64",
+        ),
+        (
+            ["generate", "--workdir=/proc/nowhere", "--prompt=a", "--temperature=1e-30"],
+            "--temperature=1e-30 must be 0 or at least 1e-06; use --temperature=0",
+        ),
+        (
+            ["export", "--format=stablehlo", "--workdir=/proc/a", "--output=/proc/b", "--prompt_length=1000000000"],
+            "--prompt_length=1000000000 must be at least 1 and at most 1,048,576; use --prompt_length=64",
+        ),
+        (
+            ["plan", "--config=tiny", "--topology=cpu:8", "--tokens=nan"],
+            "--tokens=nan must be at least 1 and at most 1e+30; use --tokens=2e12",
+        ),
+        (
+            ["plan", "--config=tiny", "--topology=cpu:8", "--price=-1"],
+            "--price=-1 must be more than 0 and at most 1e+09; use --price=1.2",
+        ),
+        (["evaluate", "--workdir=/proc/nowhere", "--step=-1"], "--step=-1 must be at least 0"),
     ],
 )
 def test_a_command_line_that_is_not_understood_is_refused(arguments, message, refused):
@@ -117,13 +159,50 @@ def test_a_command_line_that_is_not_understood_is_refused(arguments, message, re
 
 def test_help_shows_each_command_and_its_flags(capsys):
     for arguments, words in (
-        (["--help"], ("train", "prepare", "evaluate", "generate")),
+        (["--help"], ("train", "prepare", "evaluate", "generate", "configs")),
         (["train", "--help"], ("--config", "--workdir", "--debug")),
+        (["--version"], (f"t5like {__version__}\n",)),
     ):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         text = capsys.readouterr().out
         assert end.value.code == 0 and all(word in text for word in words)
+
+
+def test_the_help_of_train_shows_every_field_with_its_default_values_and_comment():
+    text = config_help.text()
+    assert config_help.comments(TokenizerConfig)["path"].startswith("a SentencePiece model or")
+    for section in ("tokenizer", "data", "model", "optimizer", "train", "mesh", "init_from", "evaluate"):
+        cls = type(getattr(Config(), section))
+        assert config_help.comments(cls).keys() == {field.name for field in dataclasses.fields(cls)}
+        for field in dataclasses.fields(cls):
+            assert f"\n--config.{section}.{field.name}=" in text and config_help.comments(cls)[field.name], field.name
+    assert (
+        "\n--config.train.log_every=10\n    at least 1 and at most 2,147,483,647\n    steps\n" in text
+        and "\n--config.model.biases=false\n    true | false\n    on every dense layer\n" in text
+        and "\n--config.model.norm=rms\n    rms | layer\n" in text
+    )
+
+
+def test_presets_are_listed_with_a_line_each_and_found_by_name_from_anywhere(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command("configs")
+    files = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [path.stem for path in files]
+    assert all(len(line.split()) > 4 for line in out.splitlines())
+    for path in files:
+        assert config_file.load(path.stem) == config_file.load(path)
+
+
+def test_setup_names_presets_licence_author_and_description(monkeypatch):
+    root, given = Path(__file__).parent.parent, {}
+    builder = SimpleNamespace(setup=given.update, find_packages=lambda include: ["t5like"])
+    monkeypatch.setitem(sys.modules, "setuptools", builder)  # not installed where pip builds in a place of its own
+    runpy.run_path(str(root / "setup.py"))
+    assert "t5like.configs" in given["packages"] and given["package_dir"] == {"t5like.configs": "configs"}
+    assert given["license"] == "Apache-2.0" and given["version"] == __version__ and given["author"]
+    assert all("Apache License" in (root / name).read_text() for name in given["license_files"])
+    assert given["description"] and given["long_description"].startswith("# t5like")
 
 
 def test_debug_shows_the_traceback_of_an_error(command):
@@ -168,13 +247,31 @@ CONFIGS = {
     ),
     "targets": ("--config.data.targets_length=5", "data.targets_length=5 must be at least "),
     "source": ("--config.data.source=txt:a", "data.source='txt:a' must be one of python_stdlib, tfds:NAME, text:GLOB"),
-    "no file": ("--config=nowhere.py", "--config=nowhere.py: no such file; try --config=configs/tiny.py"),
+    "no file": ("--config=nowhere.py", "--config=nowhere.py: no such file, and no preset; use --config=tiny"),
+    "memory of the model": (
+        "--config.model.mlp_dim=16000000 --config.model.model_dim=1048576",
+        "model.num_layers=1, model.model_dim=1048576, model.mlp_dim=16000000, model.num_heads=2, model.head_dim=16, "
+        "tokenizer.vocab_size=400: a model of 100,66",
+    ),
+    "memory of the batch": (
+        "--config.data.batch_size=16777216 --config.data.inputs_length=4096 --config.data.targets_length=4096 "
+        "--config.tokenizer.num_sentinels=999 --config.tokenizer.vocab_size=2000",
+        "data.batch_size=16777216, data.inputs_length=4096, data.targets_length=4096, train.microbatches=1, ",
+    ),
+    "compiler": (
+        "--config.train.compiler_options=xla_nothing=1",
+        "train.compiler_options: the compiler refuses one (",
+    ),
+    "beyond 64 bits": (
+        "--config.train.num_steps=99999999999999999999",
+        "train.num_steps=99999999999999999999 must be at least 1 and at most 2,147,483,647; use 524288",
+    ),
 }
 
 
 @pytest.mark.parametrize("flag, message", CONFIGS.values(), ids=CONFIGS)
 def test_a_config_that_can_not_run_is_refused(flag, message, refused, flags, tmp_path):
-    code, said = refused("train", *flags, flag, f"--workdir={tmp_path}/run")
+    code, said = refused("train", *flags, *flag.split(), f"--workdir={tmp_path}/run")
     assert code == 2 and said.startswith(message), said
     assert not (tmp_path / "run").exists()
 

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pty
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -15,8 +11,9 @@ import pytest
 
 from t5like import metrics
 from t5like.config import Config, DataConfig, ModelConfig, TokenizerConfig
-from t5like.errors import DataError
-from t5like.metrics import Progress, Throughput, Writer, draw_loss_curve, model_flops, peak_flops, read
+from t5like.errors import CheckpointError, DataError
+from t5like.loss_curve import draw_loss_curve
+from t5like.metrics import Throughput, Writer, model_flops, peak_flops, read
 
 DATA = DataConfig(batch_size=2, inputs_length=5, targets_length=3)
 
@@ -180,11 +177,52 @@ def test_a_resumed_run_adds_what_the_last_step_lacks(tmp_path):
     assert read(tmp_path) == [{"step": 3, "train/loss": 7.0}, {"step": 3, "eval/loss": 2.0}]
 
 
-@pytest.mark.parametrize("line", ["{oops", "[1]", '{"train/loss": 1.0}'])
+BROKEN = [
+    b"{oops",
+    b"[1]",
+    b'{"train/loss": 1.0}',
+    b'{"step": true}',
+    b'{"step": 2, "train/loss": "1.0"}',
+    b'{"step": 2, "train/loss": [1]}',
+    b'{"step": 2, "train/loss": 1%s}' % (b"0" * 400),
+    b"\xff\xfe",
+    b"\0" * 50,
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", BROKEN)
 def test_a_broken_line_that_no_kill_explains_is_named(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2 must be a JSON object with a step"):
         Writer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rest", "lines"),
+    [(b"", 1), (b"{", 1), (b'{"step": 2, "tr', 1), (b"\0\0", 1), (b"[]", None), (b"oops", None)],
+)
+def test_only_a_line_that_was_cut_off_is_left_out(tmp_path, rest, lines):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + rest)
+    if lines:
+        assert len(read(tmp_path)) == lines
+        return
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 must be"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", r"metrics\.jsonl can't be read: Is a directory; move it away"),
+        ("loss.png", r"loss\.png can't be written: Is a directory; move it away"),
+    ],
+)
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, name, line):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=line):
+        write_run(tmp_path, range(2))
+        draw_loss_curve(tmp_path)
 
 
 def test_only_the_primary_process_writes(tmp_path):
@@ -215,58 +253,6 @@ def events(path) -> list:
         found.append(Event.FromString(content[12 : 12 + size]))
         content = content[16 + size :]
     return found
-
-
-VALUES = {"train/loss": 4.8123, "train/tokens_per_second": 31204.4, "train/mfu": 0.451}
-
-
-def test_off_a_terminal_there_is_one_plain_line_per_interval_and_one_at_the_end(capsys):
-    with Progress(25, log_every=10) as progress:
-        for step in range(1, 26):
-            early = step < 15
-            progress.update(step, VALUES if early else {"train/loss": 4.0}, seconds_left=3692 if early else 92.4)
-        progress.note("held-out loss 4.1")
-    assert capsys.readouterr().err.splitlines() == [
-        "step 10/25  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:01:32",
-        "step 20/25  loss 4.000  31,204 tokens/s  mfu 45.1 %  left 1:32",
-        "step 25/25  loss 4.000  31,204 tokens/s  mfu 45.1 %  left 1:32",
-        "held-out loss 4.1",
-    ]
-
-
-def test_other_processes_show_nothing(capsys):
-    with Progress(25, log_every=1, primary=False) as progress:
-        progress.update(1, VALUES)
-        progress.note("held-out loss 4.1")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_on_a_terminal_there_is_a_bar_with_everything_and_standard_output_stays_clean():
-    program = (
-        "from t5like.metrics import Progress\n"
-        "with Progress(600, log_every=10) as progress:\n"
-        f"    progress.update(120, {VALUES}, 92)\n"
-        "    progress.note('held-out loss 4.1')\n"
-        "    print('for the pipe')\n"
-    )
-    terminal, end = pty.openpty()
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=end,
-        check=True,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
-    )
-    os.close(end)
-    shown = b""
-    try:
-        while part := os.read(terminal, 1 << 16):
-            shown += part
-    except OSError:  # Linux reports the closed end of a terminal so
-        pass
-    os.close(terminal)
-    assert "step 120/600  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:32" in shown.decode()
-    assert "held-out loss 4.1" in shown.decode() and ran.stdout == b"for the pipe\n"
 
 
 def test_the_loss_curve_shows_each_series_that_there_is(tmp_path):

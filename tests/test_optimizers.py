@@ -12,7 +12,7 @@ import pytest
 from t5like import tree
 from t5like.config import Config, OptimizerConfig, TrainConfig
 from t5like.errors import ConfigError
-from t5like.optimizers import make_optimizer, schedule
+from t5like.optimizers import jump, make_optimizer, schedule, unreached
 
 NAMES = ("adafactor", "adamw", "adamw_rms", "lion", "muon")
 RATE = 0.01
@@ -281,3 +281,45 @@ def test_wsd_is_flat_and_then_falls_linearly_over_its_decay_steps():
 @pytest.mark.parametrize("name", ["constant", "rsqrt", "cosine", "linear"])
 def test_without_warm_up_the_first_rate_is_the_highest_even_of_a_run_of_one_step(name):
     assert rates(50, [0], schedule=name) == rates(1, [0], schedule=name) == [pytest.approx(RATE)]
+
+
+# ---- What is said of a schedule ----
+
+
+def scheduled(name: str, num_steps: int, warmup: int = 2, decay: int = 0) -> Config:
+    optimizer = OptimizerConfig(schedule=name, warmup_steps=warmup, decay_steps=decay, learning_rate=RATE)
+    return Config(optimizer=optimizer, train=TrainConfig(num_steps=num_steps))
+
+
+@pytest.mark.parametrize(
+    "name, steps, warmup, line",
+    [
+        ("constant", 10, 20, "=20 is more than train.num_steps=10: the learning rate ends at 0.005 and never"),
+        ("cosine", 10, 11, "the learning rate ends at 0.00909 and"),
+        ("linear", 10, 10, None),
+        ("rsqrt", 10, 20, None),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_named(name, steps, warmup, line):
+    said = unreached(scheduled(name, steps, warmup))
+    assert said is None if line is None else line in said and "use optimizer.warmup_steps=1" in said
+
+
+@pytest.mark.parametrize(
+    "old, new, step, line",
+    [
+        (scheduled("linear", 10), scheduled("linear", 20), 10, "from 0 at step 10 to 0.005 at step 11"),
+        (scheduled("cosine", 20), scheduled("cosine", 10), 6, "from 0.00883 at step 6 to 0.00309 at step 7"),
+        (scheduled("wsd", 10, decay=4), scheduled("wsd", 20, decay=4), 10, "from 0 at step 10 to 0.01 at step 11"),
+        (scheduled("wsd", 10, decay=4), scheduled("wsd", 20, decay=4), 6, None),
+        (scheduled("linear", 10), scheduled("linear", 10), 5, None),
+        (scheduled("constant", 10), scheduled("constant", 20), 10, None),
+        (scheduled("rsqrt", 10), scheduled("rsqrt", 20), 10, None),
+    ],
+)
+def test_a_learning_rate_that_jumps_where_a_run_goes_on_is_named(old, new, step, line):
+    said = jump(old, new, step)
+    if line is None:
+        assert said is None
+    else:
+        assert line in said and "optimizer.schedule=wsd" in said and "init_from.checkpoint" in said

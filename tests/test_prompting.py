@@ -3,17 +3,21 @@
 import dataclasses
 import io
 import json
+import os
+import re
+from pathlib import Path
 
 import jax
 import pytest
-from conftest import small
+from conftest import contents, small
 
 from t5like import mesh as meshes
-from t5like import run
+from t5like import prompting, run
 from t5like import step as steps
 from t5like.config import MeshConfig
 from t5like.data import pipeline
 from t5like.decoding import Decoding
+from t5like.errors import CheckpointError, ConfigError, DataError
 from t5like.generate import Generator
 
 
@@ -59,10 +63,94 @@ def test_a_file_is_answered_in_order_and_continued_where_it_was_cut(generate, pr
     assert code == 3 and err.startswith(f"t5like: --output={output}: line 2 answers another prompt than")
     assert output.read_bytes() == whole
 
-    code, _, err = generate(f"--prompts_file={prompts}", f"--output={prompts}")  # rows without answers are none
-    assert code == 3 and err.startswith(f"t5like: --output={prompts}: line 1 answers another prompt than")
     output.unlink()  # begun anew, with other settings
     assert generate(*flags, "--seed=1")[0] == 0 and generate(*flags, "--seed=1")[0] == 0
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A file of two prompts."""
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"prompt": "éde"}\n{"prompt": "go"}\n')
+    return path
+
+
+@pytest.fixture
+def answer(trained, two, capsys):
+    """Answer the two prompts into a file, in this process; what is printed."""
+    loaded = run.load(trained)
+    generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+
+    def answer(output, seed=0, step=2):
+        prompting.answer_file(
+            generator, Decoding(8, seed=seed), two, prompting.read_prompts(two), output, {"step": step}
+        )
+        return capsys.readouterr().out
+
+    return answer
+
+
+def test_lines_of_an_output_never_change(answer, tmp_path):
+    output = tmp_path / "out.jsonl"
+    answer(output)
+    whole = output.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    middle = first.index(b"\xc3") + 1  # of a character
+    for begun, kept in ((whole[:-1], 2), (first[:-1], 1), (first + second[:-9], 1), (first[:middle], 0), (b"", 0)):
+        output.write_bytes(begun)
+        out = answer(output)
+        assert output.read_bytes() == whole, begun
+        assert out == f"answers  {output}: 2 rows" + f", {kept} of them kept" * (kept > 0) + "\n"
+
+
+def test_what_is_no_output_of_the_same_command_is_refused_and_stays(answer, two, tmp_path):
+    directory = tmp_path / "outputs"
+    directory.mkdir()
+    output, beside = directory / "out.jsonl", directory / "out.jsonl.settings.json"
+    answer(output)
+    whole, settings = output.read_bytes(), beside.read_bytes()
+    first = whole.splitlines(keepends=True)[0]
+
+    def refused(error, complaint, output=output, **settings):
+        before = contents(tmp_path)
+        with pytest.raises(error, match=re.escape(complaint)):
+            answer(output, **settings)
+        assert contents(tmp_path) == before
+
+    for content in (whole + b"notes", whole + b"{}", first + b"notes", b"notes", b"\n", first * 2):
+        output.write_bytes(content)
+        refused(DataError, f"--output={output}: line ")
+    output.write_bytes(first)
+    refused(ConfigError, "was begun with seed=0, which is now 7", seed=7)
+    refused(ConfigError, "was begun with step=2, which is now 1", step=1)
+    beside.write_text("notes")
+    refused(DataError, f"{beside} is not what t5like wrote there; remove it")
+    beside.unlink()
+    refused(DataError, "has answers, but out.jsonl.settings.json, which says how they were made, is not there")
+    output.unlink()
+    beside.write_text("notes")  # of somebody else
+    refused(DataError, f"{beside} is not what t5like wrote there; remove it")
+    beside.write_bytes(settings)
+    output.symlink_to(two)
+    (directory / "also.jsonl.settings.json").hardlink_to(two)
+    os.mkfifo(directory / "pipe")
+    for path, error, complaint in (
+        (two, ConfigError, f"would write into --prompts_file={two}; use another --output"),
+        (output, ConfigError, f"would write into --prompts_file={two}; use another --output"),
+        (directory / "also.jsonl", ConfigError, f"would write into --prompts_file={two}; use another --output"),
+        (directory, CheckpointError, f"--output={directory} is not a regular file; use another --output"),
+        ("/", CheckpointError, "--output=/ is not a regular file; use another --output"),
+        ("/dev/null", CheckpointError, "--output=/dev/null is not a regular file; use another --output"),
+        (directory / "pipe", CheckpointError, "pipe is not a regular file; use another --output"),
+        (
+            directory / "none" / "out",
+            CheckpointError,
+            "can't be written: No such file or directory; use another --output",
+        ),
+        (directory / ("o" * 300), CheckpointError, "can't be written: File name too long; use another --output"),
+        (two / "out", CheckpointError, "can't be written: Not a directory; use another --output"),
+    ):
+        refused(error, complaint, Path(path))
 
 
 def test_beams_come_ordered_and_samples_repeat(generate, prompts, tmp_path):
@@ -82,9 +170,9 @@ def test_beams_come_ordered_and_samples_repeat(generate, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
-        ('{"prompt": "a"}\n\n{"text": "a"}\n', 'line 3 must have a text in "prompt"'),
-        ('{"prompt": "a", "prediction": "b"}\n', 'line 1 already has a "prediction"'),
+        ('{"prompt": "a"}\n{"prompt"\n', "prompts.jsonl:2: not valid JSON"),
+        ('{"prompt": "a"}\n\n{"text": "a"}\n', 'prompts.jsonl:3 must have a text in "prompt"'),
+        ('{"prompt": "a", "prediction": "b"}\n', 'prompts.jsonl:1 already has a "prediction"'),
         ('{"prompt": "<extra_id_99>"}\n', "prompt 1: <extra_id_99> is not one of the tokenizer's 20 sentinels"),
         ("", "has no prompts"),
         (None, "can't be read: No such file"),

@@ -242,6 +242,11 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
     assert again[3] == opened.record(3).fields["inputs"]
     with pytest.raises(ConfigError, match="there is no task 'three'; use task: and one of one, two"):
         open_source("task:three", data)
+    [features] = tmp_path.glob("tfds/**/two/**/features.json")
+    for damaged in (b"", b"[1]", b"{}", b"\xff", b"[" * 100_000):  # which the library fails on in as many ways
+        features.write_bytes(damaged)
+        with pytest.raises(DataError, match="data.source=task:two in .* can't be read: .+"):
+            open_source("task:two", data, Wanted(("inputs",)))
 
 
 def test_texts_without_fields_are_refused_where_fields_are_wanted(tmp_path):
@@ -305,7 +310,7 @@ def test_invalid_utf_8_in_a_text_file_is_named_with_its_place(tmp_path):
 
 def test_documents_above_64_mib_are_refused(tmp_path):
     with open(tmp_path / "a.txt", "wb") as file:
-        file.truncate(LARGEST_DOCUMENT + 1)
+        file.write(b"a" * (LARGEST_DOCUMENT + 1))
     with pytest.raises(DataError, match="64 MiB"):
         source(f"text:{tmp_path}/a.txt", text_documents="file")[0]
     with pytest.raises(DataError, match="a.txt:1: more than the 64 MiB"):

@@ -1,5 +1,8 @@
 """StableHLO exports: what the programs say, that they run without t5like, that they are portable, what is refused."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
 import re
@@ -17,17 +20,34 @@ from t5like import step as steps
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
 from t5like.generate import Generator
+from t5like.main import main
 from t5like.model.transformer import Transformer
 from t5like.stablehlo import export_run, exported_program, portable, programs
 from t5like.types import Batch
 
+PROMPT = f"{SYLLABLES[0]}{SYLLABLES[3]} <extra_id_0> {SYLLABLES[5]}."
+
 
 @pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
+def ending(trained, tmp_path_factory):
+    """A run with the weights of `trained`, whose answer to PROMPT ends at once, with a second end-of-sequence id."""
+    loaded, workdir = run.load(trained), tmp_path_factory.mktemp("ending") / "run"
+    generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+    end = int(generator.ids([generator.prompt(PROMPT)], max_new_tokens=8)[0, 0])
+    tokenizer = dataclasses.replace(loaded.config.tokenizer, extra_eos_ids=(end,))
+    config = dataclasses.replace(run.saved_config(trained), tokenizer=tokenizer)
+    run.write_imported(loaded.params, config, loaded.tokenizer, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def exported(ending, tmp_path_factory):
     """The export of an encoder-decoder, for eight new tokens."""
     output = tmp_path_factory.mktemp("export") / "out"
-    lines = list(export_run(trained, output, max_new_tokens=8))
-    assert "int32[b, 32]" in lines[0]
+    command = ["export", "--format=stablehlo", f"--workdir={ending}", f"--output={output}", "--max_new_tokens=8"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(command) == 0
+    assert "int32[b, 32]" in printed.getvalue().splitlines()[0]
     return output
 
 
@@ -63,13 +83,21 @@ def test_an_exported_forward_says_what_the_run_says_for_any_number_of_rows(expor
         assert (np.asarray(there)[..., 400:] < -1e8).all()
 
 
-def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported, trained, tmp_path):
-    loaded = run.load(trained)
+def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported, ending, trained, tmp_path):
+    loaded = run.load(ending)
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
-    prompt = f"{SYLLABLES[0]}{SYLLABLES[3]} <extra_id_0> {SYLLABLES[5]}."
-    [answer] = generator([prompt], max_new_tokens=8)
-    assert script(exported, f"--prompt={prompt}", cwd=tmp_path).rstrip("\n") == answer
-    ids = generator.prompt(prompt).ids
+    [answer] = generator([PROMPT], max_new_tokens=8)
+    before = run.load(trained)
+    [longer] = Generator(before.config, before.params, before.tokenizer)([PROMPT], max_new_tokens=8)
+    assert longer.startswith(answer) and longer != answer
+    assert script(exported, f"--prompt={PROMPT}", cwd=tmp_path).rstrip("\n") == answer
+    signature = json.loads((exported / "signature.json").read_text())
+    assert signature["text"]["ends"] == [1, *loaded.config.tokenizer.extra_eos_ids]
+    ids = generator.prompt(PROMPT).ids
+    row, real = np.array([ids + [0] * (32 - len(ids))], np.int32), np.array([len(ids)], np.int32)
+    program = jax.export.deserialize(bytearray((exported / "generate.jax").read_bytes()))
+    said = np.asarray(program.call(dict(np.load(exported / "weights.npz")), row, real))[0]
+    np.testing.assert_array_equal(said, generator.ids([generator.prompt(PROMPT)], max_new_tokens=8)[0])
     script(exported, f"--ids={','.join(map(str, ids))}", f"--logits={tmp_path}/logits.npy", cwd=tmp_path)
     row, zero = np.array([ids], np.int32), np.zeros((1, 1), np.int32)
     batch = Batch(zero, zero, np.ones((1, 1)), row)
@@ -102,7 +130,9 @@ def test_programs_of_every_architecture_export_without_a_custom_call_to_run(arch
     if architecture == "decoder":
         model |= {"positions": "rotary", "mlp": "gated_silu", "num_kv_heads": 1}
     config = portable(small(model=model), "auto")
-    made = programs(config, 1, max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0)
+    made = programs(
+        config, [1], max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0
+    )
     batch = Batch(*[None] * 3)._replace(**_rows(architecture))
     boxes = jax.eval_shape(lambda: steps.init_params(config, batch, jax.random.key(0)))
     shapes = tree.flatten(jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names")))
@@ -137,7 +167,7 @@ def test_the_files_are_as_the_signature_says_and_a_damaged_one_is_noticed(export
     signature = json.loads((exported / "signature.json").read_text())
     assert signature["programs"]["generate"]["arguments"]["prompt"] == ["int32", ["b", "32"]]
     assert (
-        signature["step"] == 2
+        signature["step"] == 0
         and (exported / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
     )
     save = stablehlo.save_weights

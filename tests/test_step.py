@@ -15,6 +15,7 @@ from conftest import begun, random_batch
 from t5like import mesh as meshes
 from t5like import step, tree
 from t5like.errors import ConfigError
+from t5like.optimizers import make_optimizer
 
 
 def small(**sections):
@@ -360,3 +361,30 @@ def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), four, one)
     held, less = (program.memory_analysis().temp_size_in_bytes for program in programs)
     assert less < held / 2
+
+
+def test_frozen_parameters_cost_no_gradient_do_not_count_in_its_norm_and_can_not_spoil_an_update():
+    first = begun_alone("encoder_decoder")
+
+    def updated(loss_fn, **optimizer):
+        config = small(optimizer=optimizer)
+        config = meshes.settle(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
+        abstract = step.abstract_state(config, batch := random_batch(config), mesh)
+        program = step.lower_train_step(config, batch, abstract, loss_fn).compile()
+        state = first._replace(params=jax.tree.map(jnp.copy, first.params))
+        state = state._replace(
+            step=jnp.zeros((), jnp.int32), opt_state=make_optimizer(config, state.params).init(state.params)
+        )
+        return program, *program(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract)), batch)
+
+    def spoiled(config, params, batch, key):  # its gradient with respect to the embedding is not finite
+        loss = step.pretrain_loss(config, params, batch, key)
+        return loss._replace(objective=loss.objective + jnp.sqrt(params["embedding"] * 0).sum())
+
+    whole, _, unfrozen = updated(step.pretrain_loss)
+    frozen, state, metrics = updated(spoiled, frozen=("(?!decoder/final_norm).*",))
+    assert frozen.cost_analysis()["flops"] < 0.5 * whole.cost_analysis()["flops"]
+    assert frozen.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
+    assert 0 < metrics["grad_norm"].total < 0.5 * unfrozen["grad_norm"].total and metrics["bad_steps"].total == 0
+    same = jax.tree.map(lambda new, old: bool((new == old).all()), state.params, first.params)
+    assert [name for name, equal in tree.flatten(same).items() if not equal] == ["decoder/final_norm/scale"]

@@ -165,7 +165,8 @@ def test_the_command_makes_a_run_with_the_same_numbers(command, t5_1_1, tokenize
     values = {"tokenizer.path": tokenizer, "tokenizer.vocab_size": 400, "tokenizer.num_sentinels": 20}
     values |= {f"model.{name}": value for name, value in MODEL.items()} | {"mesh.tensor": 2}
     flags = [f"--config.{name}={value}" for name, value in values.items()]
-    begin = ["import", "--format=t5x", f"--input={t5_1_1}", f"--workdir={tmp_path}/run"]
+    source = shutil.copytree(t5_1_1, tmp_path / "a\\b [1]")
+    begin = ["import", "--format=t5x", f"--input={source}", f"--workdir={tmp_path}/run"]
     code, out, err = command(*begin, "--config=configs/tiny.py", *flags)
     assert code == 0 and "one subtree per layer" in out and "imported" in out, err
     loaded, params = run.load(tmp_path / "run"), params_of(model_of(tokenizer))
@@ -179,7 +180,11 @@ def test_the_command_makes_a_run_with_the_same_numbers(command, t5_1_1, tokenize
     lacks(shutil.copytree(t5_1_1, tmp_path / "in"))
     begin[2] = f"--input={tmp_path}/in"
     code, _, err = command(*begin, "--config=configs/tiny.py", *flags)
-    assert code == 4 and "lacks decoder/layers_1" in err and {p.name for p in tmp_path.iterdir()} == {"run", "in"}
+    assert (
+        code == 4
+        and "lacks decoder/layers_1" in err
+        and {p.name for p in tmp_path.iterdir()} == {source.name, "run", "in"}
+    )
 
 
 def unpacked(directory: Path) -> dict:

@@ -35,6 +35,9 @@ def test_a_pattern_that_matches_nothing_or_is_none_is_refused():
         tree.mask(PARAMS, ["head", "heads"], field="optimizer.frozen")
     with pytest.raises(ConfigError, match=r"optimizer.frozen='\(' is not a regular expression: "):
         tree.mask(PARAMS, ["("], field="optimizer.frozen")
+    for pattern in ("(a{99999999999})", "(" * 5000):
+        with pytest.raises(ConfigError, match="optimizer.frozen='.* is not a regular expression: "):
+            tree.mask(PARAMS, [pattern], field="optimizer.frozen")
 
 
 def test_parameters_are_counted():

@@ -160,5 +160,5 @@ def test_a_relative_checkpoint_is_made_absolute_so_that_the_run_goes_on_from_any
     config = small(init_from={"checkpoint": "runs/first"}, tokenizer={"vocab_size": 400})
     assert config.init_from.checkpoint == f"{tmp_path}/runs/first"
     assert config.tokenizer.path == f"{tmp_path}/runs/first/tokenizer.model"
-    far = {"checkpoint": "gs://bucket/first", "adapt": "vocabulary"}
-    assert small(init_from=far).init_from.checkpoint == "gs://bucket/first" and not small(init_from=far).tokenizer.path
+    other = {"checkpoint": "runs/first", "adapt": "vocabulary"}
+    assert not small(init_from=other).tokenizer.path

@@ -9,7 +9,6 @@ one store.
 Called by `train`, `evaluate` and the command line. JAX is never imported here: worker processes start in a moment.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,21 +23,26 @@ import numpy as np
 
 from t5like import __version__
 from t5like.config import Config, DataConfig
+from t5like.data import statistics
 from t5like.data.files import SourceGone
-from t5like.data.pieces import Documents, Job, bar, draws, finished_piece, write_pieces
+from t5like.data.manifest import SPLITS, add_up, sealed, token_dtype
+from t5like.data.pieces import Documents, Job, bar, draws, finished_piece, hashes_of, write_pieces
 from t5like.data.sources import canonical, open_source
 from t5like.data.templates import form_of
 from t5like.data.token_store import (
     FORMAT,
-    SPLITS,
     Stream,
     TokenStore,
+    file_digest,
+    read_again,
     remove_leftovers,
-    token_dtype,
     written_whole,
 )
 from t5like.data.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError
+from t5like.paths import cache_directory, expand
+from t5like.progress import status
+from t5like.strict_json import loads
 
 __all__ = ["Prepared", "Stream", "TokenStore", "prepare"]
 
@@ -92,7 +96,7 @@ def find(config: Config) -> tuple[Tokenizer | None, tuple[TokenStore | None, ...
         DataError: the tokenizer that `tokenizer.path` names is missing, or one does not fit the config.
     """
     own = not config.tokenizer.path
-    path = _own_tokenizer_path(config) if own else Path(config.tokenizer.path).expanduser()
+    path = _own_tokenizer_path(config) if own else expand(config.tokenizer.path)
     if own and not (path.parent / "trained_on.json").exists():
         return None, (None,) * len(config.data.source)
     tokenizer = Tokenizer.load(path, num_sentinels=config.tokenizer.num_sentinels)
@@ -144,19 +148,17 @@ def _form_settings(data: DataConfig) -> dict[str, str]:
 def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tuple[Tokenizer, Path]:
     """The configured tokenizer, or one trained on the sources, now or earlier."""
     if config.tokenizer.path:
-        path = Path(config.tokenizer.path).expanduser()
+        path = expand(config.tokenizer.path)
     else:
         path = _own_tokenizer_path(config)
         directory = path.parent
         fingerprints = [source.fingerprint for source in opened]
-        try:
-            trained_on = json.loads((directory / "trained_on.json").read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            trained_on = None
+        trained_on = _trained_on(directory, len(opened))
         if trained_on is None:
             _train(config, opened, path, progress)
+            record = {"sources": fingerprints, "sha256": file_digest(path)}
             with written_whole(directory / "trained_on.json") as file:  # after the model: says that it is there
-                file.write(json.dumps(fingerprints).encode())
+                file.write(json.dumps(record).encode())
         else:
             for source, fingerprint in zip(opened, trained_on, strict=True):
                 if source.documents and source.fingerprint != fingerprint:
@@ -166,20 +168,48 @@ def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tup
     return tokenizer, path
 
 
+def _trained_on(directory: Path, num_sources: int) -> list[str] | None:
+    """The fingerprints of the sources that the tokenizer in a directory was trained on; None if none is there yet.
+
+    A directory that was written before there was a checksum has the fingerprints alone.
+
+    Raises:
+        DataError: the record or the tokenizer is damaged.
+    """
+    path = directory / "trained_on.json"
+    again = f"remove {directory} to train that tokenizer again"
+    try:
+        record = loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        record = None
+    sources = record.get("sources") if isinstance(record, dict) else record
+    if not isinstance(sources, list) or len(sources) != num_sources:
+        raise DataError(f"{path} is damaged; {again}")
+    model = directory / "tokenizer.model"
+    if isinstance(record, dict) and (not model.is_file() or file_digest(model) != record.get("sha256")):
+        raise DataError(f"{model} is damaged or missing (sha256 differs); {again}")
+    return sources
+
+
 def _own_tokenizer_path(config: Config) -> Path:
     """Where a tokenizer that is trained on the sources lies."""
     settings = [_source_settings(config.data, spec) for spec in config.data.source]
-    key = _key(FORMAT, settings, config.data.rates, dataclasses.asdict(config.tokenizer))
-    return Path(config.data.directory).expanduser() / "tokenizers" / key / "tokenizer.model"
+    training = {k: v for k, v in dataclasses.asdict(config.tokenizer).items() if k != "extra_eos_ids"}
+    key = _key(FORMAT, settings, config.data.rates, training)
+    return cache_directory(config.data.directory) / "tokenizers" / key / "tokenizer.model"
 
 
 def _train(config: Config, opened: Sequence[_Opened], path: Path, progress: bool) -> None:
     for source in opened:
         if source.gone:
             raise source.gone
-    thresholds = [_threshold(config.data, source) for source in opened]
-    with _status("training a tokenizer", progress):
+    thresholds = [_threshold(config.data, source, progress) for source in opened]
+    with status("training a tokenizer", show=progress):
         train_tokenizer(_sample(config, [source.documents for source in opened], thresholds), config.tokenizer, path)
+    for source in opened:
+        _refuse_if_changed(source)
 
 
 def _sample(config: Config, opened: Sequence[Documents], thresholds: Sequence[float]) -> Iterator[str]:
@@ -195,7 +225,7 @@ def _sample(config: Config, opened: Sequence[Documents], thresholds: Sequence[fl
                     yield from (part.text for part in parts)
 
 
-def _threshold(data: DataConfig, source: _Opened) -> float:
+def _threshold(data: DataConfig, source: _Opened, progress: bool) -> float:
     """The hash below which a document is held out: `heldout_fraction`, or just above the smallest if none is below it.
 
     Reads only until it has seen a document of each kind.
@@ -204,11 +234,12 @@ def _threshold(data: DataConfig, source: _Opened) -> float:
         DataError: there is nothing to train on, or nothing else to hold out.
     """
     seen = set()
-    for number in range(len(source.documents)):
-        if parts := source.documents[number]:
-            seen.add(draws(parts)[0])
-        if seen and min(seen) < data.heldout_fraction <= max(seen):
-            return data.heldout_fraction
+    with status(f"reading {source.spec}", show=progress):  # a large file of lines is read to its end, to count them
+        for number in range(len(source.documents)):
+            if parts := source.documents[number]:
+                seen.add(draws(parts)[0])
+            if seen and min(seen) < data.heldout_fraction <= max(seen):
+                return data.heldout_fraction
     if len(seen) < 2 and source.documents.form:
         raise DataError(
             f"data.source={source.spec} has {len(seen)} different inputs with targets, and one has to be held out; "
@@ -227,6 +258,14 @@ def _threshold(data: DataConfig, source: _Opened) -> float:
     return math.nextafter(min(seen), 1.0)
 
 
+def _refuse_if_changed(source: _Opened) -> None:
+    """Raise DataError if the data are not those any more whose fingerprint was taken before they were read."""
+    if source.documents.source.fingerprint() != source.fingerprint:
+        raise DataError(
+            f"data.source={source.spec} changed while it was read; prepare again once nothing writes to it any more"
+        )
+
+
 def _changed(spec: str, since: str, directory: Path) -> DataError:
     return DataError(
         f"data.source={spec} has changed since {since}; put the old data back, or remove {directory} to prepare it anew"
@@ -239,7 +278,7 @@ def _changed(spec: str, since: str, directory: Path) -> DataError:
 def _store_directory(data: DataConfig, spec: str, tokenizer: Tokenizer) -> Path:
     readable = re.sub(r"[^A-Za-z0-9]+", "_", spec).strip("_")[-40:]
     key = _key(FORMAT, _source_settings(data, spec), tokenizer.hash)
-    return Path(data.directory).expanduser() / "stores" / f"{readable}-{key}"
+    return cache_directory(data.directory) / "stores" / f"{readable}-{key}"
 
 
 def _finished_store(data: DataConfig, source: _Opened, tokenizer: Tokenizer) -> TokenStore | None:
@@ -247,6 +286,8 @@ def _finished_store(data: DataConfig, source: _Opened, tokenizer: Tokenizer) -> 
     if not (directory / "manifest.json").exists():
         return None
     store = TokenStore.open(directory)
+    if (store.manifest["tokenizer"], store.manifest["vocab_size"]) != (tokenizer.hash, tokenizer.vocab_size):
+        raise DataError(f"{directory}/manifest.json names another tokenizer; {read_again(directory)}")
     if source.documents and source.fingerprint != store.manifest["fingerprint"]:
         raise _changed(source.spec, f"{store.manifest['splits']['train']['tokens']} tokens were made of it", directory)
     return store
@@ -256,7 +297,7 @@ def _build_store(data: DataConfig, opened: _Opened, tokenizer: Tokenizer, progre
     if opened.gone:
         raise opened.gone
     documents, size = opened.documents, max(opened.documents.source.size_hint, 1)
-    threshold = _threshold(data, opened)  # reads, and so checks, before anything is written
+    threshold = _threshold(data, opened, progress)  # reads, and so checks, before anything is written
     directory = _store_directory(data, opened.spec, tokenizer)
     pieces = directory / "pieces"
     pieces.mkdir(parents=True, exist_ok=True)
@@ -271,6 +312,12 @@ def _build_store(data: DataConfig, opened: _Opened, tokenizer: Tokenizer, progre
         for number, record in write_pieces(job, missing, workers):
             records[number] = record
             advance(sum(split["tokens"] for split in record["splits"].values()))
+    try:
+        _refuse_if_changed(opened)
+    except DataError:
+        for record in pieces.glob("*.json"):  # they say that the pieces are of the data that had this fingerprint
+            record.unlink(missing_ok=True)
+        raise
     _write_manifest(directory, data, opened, tokenizer, [records[number] for number in numbers])
     return TokenStore.open(directory)
 
@@ -280,6 +327,7 @@ def _write_manifest(
 ) -> None:
     """Say that the store is complete; remove what else lies there."""
     pieces = directory / "pieces"
+    duplicates = statistics.num_duplicates(hashes_of(pieces, record["number"]) for record in records)
     known = {f"{record['number']:05d}.json" for record in records} | {name for r in records for name in r["files"]}
     for path in pieces.iterdir():  # pieces of an earlier attempt on other data
         if path.name not in known and not path.name.startswith("."):
@@ -298,21 +346,12 @@ def _write_manifest(
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer.vocab_size),
-        "splits": {
-            split: {what: sum(r["splits"][split][what] for r in records) for what in ("documents", "tokens")}
-            for split in SPLITS
-        },
+        "splits": {split: add_up(records, split) for split in SPLITS},
         "pieces": records,
     }
+    if duplicates is not None:
+        manifest["duplicates"] = duplicates
     if form_of(data):
         manifest["empty"] = sum(record["empty"] for record in records)
     with written_whole(directory / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1).encode())
-
-
-@contextlib.contextmanager
-def _status(text: str, show: bool) -> Iterator[None]:
-    from rich.console import Console  # workers do without it
-
-    with Console(stderr=True).status(text) if show else contextlib.nullcontext():
-        yield
+        file.write(json.dumps(sealed(manifest), indent=1).encode())

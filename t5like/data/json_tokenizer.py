@@ -21,12 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from t5like.data.regular_files import read_regular
 from t5like.data.sentencepiece_model import SENTINEL, SPACE
 from t5like.errors import DataError
+from t5like.strict_json import InvalidJSON, loads
 
 MAIN = "tokenizer.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+LARGEST_FILE = 2**28  # bytes; the largest have 40 million
 LARGEST = 2**24  # ids; the largest vocabularies have a million
 _PREFIX = '{"t5like_tokenizer":'
 _NEVER = "\U0010ffff"  # no character: begins the names of tokens that no text may become
@@ -43,19 +46,18 @@ def bundle(path: Path, content: bytes) -> bytes:
     """A tokenizer.json and the files beside it as one file; what is one already stays as it is.
 
     Raises:
-        DataError: a file beside it is no JSON.
-        OSError: a file can't be read.
+        DataError: a file beside it is no JSON, can't be read, or is too large.
     """
     if content.startswith(_PREFIX.encode()):
         return content
     files = {MAIN: _text(content, path)}
     for name in BESIDE:
         if (beside := path.with_name(name)).is_file():
-            files[name] = _text(beside.read_bytes(), beside)
+            files[name] = _text(read_regular(beside, str(beside), LARGEST_FILE), beside)
     special_ids = {}
     for name in ("generation_config.json", "config.json"):
         if (beside := path.with_name(name)).is_file():
-            config = _object(_text(beside.read_bytes(), beside), str(beside))
+            config = _object(_text(read_regular(beside, str(beside), LARGEST_FILE), beside), str(beside))
             special_ids |= {f"{role}_token_id": config.get(f"{role}_token_id") for role in ROLES}
     special_ids = {name: token for name, token in sorted(special_ids.items()) if token is not None}
     rest = json.dumps({"files": files, "special_ids": special_ids}, ensure_ascii=False)
@@ -307,8 +309,8 @@ def _text(content: bytes, origin: str | Path) -> str:
 
 def _object(text: str, origin: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = loads(text)
+    except InvalidJSON as error:
         raise DataError(f"{origin} is no JSON, or is truncated: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{origin} must be a JSON object")

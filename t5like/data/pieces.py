@@ -4,6 +4,7 @@
 processes that get a `Job` once and then numbers of pieces; they import what this module imports, and no JAX.
 """
 
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -16,15 +17,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5like.data.manifest import COUNTS, SPLITS, check_record, token_dtype
 from t5like.data.sources import RecordSource, Source
+from t5like.data.statistics import count_tokens
 from t5like.data.templates import Chat, Part, Templates, inputs_of
-from t5like.data.token_store import SPLITS, file_digest, token_dtype, written_whole
+from t5like.data.token_store import file_digest, written_whole
 from t5like.data.tokenizer import Tokenizer, refuse_surrogates
-from t5like.errors import DataError, UserError
+from t5like.errors import DataError, UserError, printable
+from t5like.interrupts import blocked
+from t5like.progress import Progress
+from t5like.strict_json import loads
 
 BATCH = 2**20  # characters that go through SentencePiece at a time
 
@@ -60,8 +66,32 @@ class Documents:
 
 def draws(parts: Sequence[Part]) -> tuple[float, float]:
     """Two numbers in [0, 1) from a hash of what is read first: one decides whether it is held out, one is free."""
-    digest = hashlib.blake2b(inputs_of(parts).encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
+    return tuple(number / 2**64 for number in _hashes(inputs_of(parts).encode()))
+
+
+def _hashes(text: bytes) -> tuple[int, int]:
+    """Two independent numbers of 64 bits."""
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+
+
+class _Document(NamedTuple):
+    """A document on its way into a piece: its parts, their bytes of UTF-8, and a hash of all of them."""
+
+    parts: tuple[Part, ...]
+    heldout: bool
+    num_bytes: int
+    hash: int
+
+    @classmethod
+    def of(cls, parts: tuple[Part, ...], heldout_below: float) -> "_Document":
+        inputs = inputs_of(parts).encode()
+        draw, whole_hash = _hashes(inputs)
+        whole = inputs
+        if len(parts) > 1:
+            whole = "\0".join(part.text for part in parts).encode()
+            whole_hash = _hashes(whole)[1]
+        return cls(parts, draw / 2**64 < heldout_below, len(whole) - (len(parts) - 1), whole_hash)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +111,24 @@ class Job:
         return range(begin, min(begin + self.documents_per_piece, len(self.documents)))
 
 
+def hashes_of(pieces: Path, number: int) -> Path:
+    """The file with a hash of each document of a piece, uint64."""
+    return pieces / f"{number:05d}.hashes"
+
+
 def finished_piece(job: Job, number: int) -> dict[str, Any] | None:
-    """The record of a piece that is whole and made of the same data."""
+    """The record of a piece that is whole, made of the same data, and has the bytes that were written."""
     try:
-        record = json.loads((job.pieces / f"{number:05d}.json").read_text("utf-8"))
-        whole = all((job.pieces / name).stat().st_size == file["bytes"] for name, file in record["files"].items())
-        return record if whole and record["fingerprint"] == job.fingerprint else None
-    except (FileNotFoundError, ValueError, KeyError):
+        record = loads((job.pieces / f"{number:05d}.json").read_bytes())
+        check_record(record, number, job.tokenizer.vocab_size, targets=job.documents.form is not None)
+        if record["fingerprint"] != job.fingerprint:
+            return None
+        sizes = ((job.pieces / name).stat().st_size == file["bytes"] for name, file in record["files"].items())
+        if not all(sizes):
+            return None
+        digests = (file_digest(job.pieces / name) == file["sha256"] for name, file in record["files"].items())
+        return record if all(digests) else None
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged
         return None
 
 
@@ -95,23 +136,29 @@ def _write_piece(job: Job, number: int) -> dict[str, Any]:
     """Tokenize one range of documents; its files first, its record last."""
     kinds = ("tokens", "ends", "targets") if job.documents.form else ("tokens", "ends")
     names = {(split, kind): f"{number:05d}.{split}.{kind}" for split in SPLITS for kind in kinds}
-    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+    counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
+    hashes = array.array("Q")
     with contextlib.ExitStack() as stack:
         files = {key: stack.enter_context(written_whole(job.pieces / name)) for key, name in names.items()}
-        for documents, heldout in _batches(job, number):
-            encoded = iter(job.tokenizer.encode_batch([part.text for parts in documents for part in parts]))
-            tokenized = [[(next(encoded), part.learned) for part in parts] for parts in documents]
+        for documents in _batches(job, number):
+            encoded = iter(job.tokenizer.encode_batch([part.text for each in documents for part in each.parts]))
+            tokenized = [[(next(encoded), part.learned) for part in each.parts] for each in documents]
+            hashes.extend(each.hash for each in documents)
             for split, wanted in (("train", False), ("heldout", True)):
-                chosen = [parts for parts, out in zip(tokenized, heldout, strict=True) if out == wanted]
+                chosen = [parts for parts, each in zip(tokenized, documents, strict=True) if each.heldout == wanted]
                 if chosen:
                     arrays = _arrays(job.tokenizer, chosen, counts[split]["tokens"])
                     for kind in kinds:
                         files[split, kind].write(arrays[kind].tobytes())
-                    counts[split]["documents"] += len(chosen)
-                    counts[split]["tokens"] += len(arrays["tokens"])
+                    new = {"documents": len(chosen), "tokens": len(arrays["tokens"])}
+                    new["bytes"] = sum(each.num_bytes for each in documents if each.heldout == wanted)
+                    new |= count_tokens(job.tokenizer, arrays["tokens"])
+                    counts[split] = {name: counts[split][name] + new[name] for name in COUNTS}
+    with written_whole(hashes_of(job.pieces, number)) as file:
+        file.write(np.asarray(hashes).astype("<u8").tobytes())
     described = {
         name: {"bytes": (job.pieces / name).stat().st_size, "sha256": file_digest(job.pieces / name)}
-        for name in names.values()
+        for name in (*names.values(), hashes_of(job.pieces, number).name)
     }
     record = {"number": number, "fingerprint": job.fingerprint, "splits": counts, "files": described}
     if job.documents.form:
@@ -136,20 +183,19 @@ def _arrays(tokenizer: Tokenizer, documents: list[list[tuple[np.ndarray, bool]]]
     }
 
 
-def _batches(job: Job, number: int) -> Iterator[tuple[list[tuple[Part, ...]], list[bool]]]:
-    """Documents of a piece, about `BATCH` characters at a time, and whether each is held out."""
-    documents, heldout, size = [], [], 0
+def _batches(job: Job, number: int) -> Iterator[list[_Document]]:
+    """Documents of a piece, about `BATCH` characters at a time."""
+    documents, size = [], 0
     for document in job.numbers(number):
         if not (parts := job.documents[document]):
             continue
-        documents.append(parts)
-        heldout.append(draws(parts)[0] < job.heldout_below)
+        documents.append(_Document.of(parts, job.heldout_below))
         size += sum(len(part.text) for part in parts)
         if size >= BATCH:
-            yield documents, heldout
-            documents, heldout, size = [], [], 0
+            yield documents
+            documents, size = [], 0
     if documents:
-        yield documents, heldout
+        yield documents
 
 
 def write_pieces(job: Job, missing: Sequence[int], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,7 +215,8 @@ def write_pieces(job: Job, missing: Sequence[int], workers: int) -> Iterator[tup
         for _ in range(workers):
             ours, theirs = context.Pipe()
             processes.append(context.Process(target=_serve, args=(job, theirs), daemon=True))
-            processes[-1].start()
+            with blocked():
+                processes[-1].start()
             theirs.close()
             connections.append(ours)
             ours.send(next(queue))
@@ -183,8 +230,9 @@ def write_pieces(job: Job, missing: Sequence[int], workers: int) -> Iterator[tup
                     connection.send(number)
     finally:
         for process in processes:
-            process.terminate()
-            process.join()
+            if process.pid:  # it was started
+                process.terminate()
+                process.join()
 
 
 def _answer(connection: multiprocessing.connection.Connection) -> tuple[int, dict[str, Any]]:
@@ -200,7 +248,8 @@ def _answer(connection: multiprocessing.connection.Connection) -> tuple[int, dic
 
 def _serve(job: Job, connection: multiprocessing.connection.Connection) -> None:
     """A worker's life: a number in, a piece written, its record out; ends when the other end is closed or gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the first process ends the others
+        signal.signal(number, signal.SIG_IGN)
     while True:
         try:
             number = connection.recv()
@@ -219,26 +268,15 @@ def _serve(job: Job, connection: multiprocessing.connection.Connection) -> None:
 
 @contextlib.contextmanager
 def bar(name: str, total: int, done: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over pieces; gives a function that is called with the tokens of each finished one."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = [
-        "{task.description}",
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        "pieces,",
-        "{task.fields[rate]:.2f} M tokens/s,",
-        progress.TimeRemainingColumn(),
-        "left",
-    ]
-    tokens, began = 0, time.monotonic()
-    with progress.Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(f"tokenizing {name}", total=total, completed=done, rate=0.0)
+    """Progress over pieces; gives a function that is called with the tokens of each finished one."""
+    tokens, finished, began = 0, done, time.monotonic()
+    with Progress(total, step=done, primary=show, unit=f"tokenizing {printable(name)}: piece") as progress:
 
         def advance(count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            bar.update(task, advance=1, rate=tokens / (time.monotonic() - began) / 1e6)
+            nonlocal tokens, finished
+            tokens, finished = tokens + count, finished + 1
+            seconds = time.monotonic() - began
+            left = seconds / (finished - done) * (total - finished)
+            progress.update(finished, {"train/tokens_per_second": tokens / seconds}, left)
 
         yield advance

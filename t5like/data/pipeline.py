@@ -24,6 +24,7 @@ from t5like.data.masking import sentence_pairs
 from t5like.data.objectives import Denoiser, denoisers
 from t5like.data.packing import ExampleRows, blank_rows
 from t5like.data.randomness import permute, random_bits
+from t5like.data.source_names import source_names
 from t5like.data.text import Text, Vocabulary
 from t5like.data.token_store import Stream, TokenStore
 from t5like.errors import DataError
@@ -74,10 +75,10 @@ def component_names(config: Config, *, every: bool = False) -> list[dict[str, st
         every: also a kind that has one name only, and the kind `component`: source and denoiser together. Else only
             kinds that tell components apart.
     """
-    found = components(config)
+    found, sources = components(config), source_names(config.data)
     names = [
         {
-            "source": config.data.source[each.source],
+            "source": sources[each.source],
             "objective": config.data.objective[each.objective],
             "denoiser": each.name,
         }
@@ -281,6 +282,11 @@ class Batches:
         """Held-out rows of all components that are ever drawn."""
         return int(self._heldout_C.sum())
 
+    def heldout_rows(self, source: int) -> np.ndarray:
+        """int64: the numbers of a source's held-out rows, ascending; of a source that is never drawn there are none."""
+        component_R, _ = self._heldout_order
+        return np.flatnonzero(np.array([each.source for each in self.components])[component_R] == source)
+
     def describe(self) -> list[str]:
         """Lines for the user: how often the run's steps go through each component, and at what rates."""
         data, lines = self.config.data, []
@@ -290,7 +296,7 @@ class Batches:
         for each, rows, drawn, rates_P in zip(self.components, self.rows, drawn_C, self.rates_PC.T, strict=True):
             count = rows.count
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
-            where = f" of {data.source[each.source]}" if len(data.source) > 1 else ""
+            where = f" of {source_names(data)[each.source]}" if len(data.source) > 1 else ""
             share = f", {rate} of the rows" if len(self.components) > 1 else ""
             filled = "" if each.denoiser else f", {100 * rows.fill:.0f} % filled"
             lines.append(f"{each.name}{where}: {count:,} rows an epoch{filled}, {drawn / count:.2f} epochs{share}")

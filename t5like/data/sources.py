@@ -2,9 +2,9 @@
 (`Source`, `RecordSource`).
 
 `open_source` turns a word of `data.source` into one; `data.corpus` reads it, in several processes: a source pickles as
-its names and its index, never as open files. Sources that are files are in `data.files`; here are the data sets of
-libraries. Packages that a source needs are imported where it starts to use them. What is wrong with the data is a
-`DataError` in one line.
+its names and its index, never as open files. Sources that are files are in `data.files` and the modules that it names;
+here are the data sets of libraries. Packages that a source needs are imported where it starts to use them. What is
+wrong with the data is a `DataError` in one line.
 """
 
 import contextlib
@@ -19,25 +19,27 @@ from typing import Any, Protocol
 import numpy as np
 
 from t5like.config import DataConfig
+from t5like.data.csv_files import CommaSeparated
+from t5like.data.encoding import decode_utf8
 from t5like.data.files import (
-    Lines,
-    ParquetFiles,
     Passages,
     Record,
     SourceGone,
-    TabSeparated,
     TextFiles,
     Wanted,
-    decode_utf8,
     fingerprint_files,
     matching_files,
     one_line,
     require_fields,
     text_of,
 )
+from t5like.data.lines import JsonLines, Lines, TabSeparated
+from t5like.data.parquet_files import ParquetFiles
 from t5like.errors import ConfigError, DataError
+from t5like.paths import cache_directory, expand
 
-KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, tsv:GLOB, hf:NAME, task:NAME"
+KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, csv:GLOB, tsv:GLOB, hf:NAME, task:NAME"
+RECORD_FILES = {"jsonl": JsonLines, "parquet": ParquetFiles, "csv": CommaSeparated, "tsv": TabSeparated}
 MANY_FILES = 100  # text files that are documents as they stand; fewer are cut into passages
 _ROWS = 1024  # rows of a Hugging Face data set in memory at a time
 
@@ -72,8 +74,8 @@ def canonical(spec: str) -> str:
     kind, _, rest = spec.partition(":")
     if kind == "python_stdlib":
         return f"python_stdlib:{platform.python_version()}"
-    if kind in ("text", "jsonl", "parquet", "tsv") or (kind == "hf" and os.path.isdir(os.path.expanduser(rest))):
-        return f"{kind}:{os.path.abspath(os.path.expanduser(rest))}"
+    if kind in ("text", *RECORD_FILES) or (kind == "hf" and os.path.isdir(expand(rest))):
+        return f"{kind}:{os.path.abspath(expand(rest))}"
     return spec
 
 
@@ -99,19 +101,21 @@ def open_source(spec: str, data: DataConfig, wanted: Wanted | None = None) -> So
             return _open_task(spec, rest, data, fields)
         case "text" if rest and wanted:
             raise ConfigError(
-                f"data.source={spec} has no fields, which data.objective=supervised needs; use jsonl:GLOB or tsv:GLOB"
+                f"data.source={spec} has no fields, which data.objective=supervised needs; use jsonl:GLOB or csv:GLOB"
             )
         case "text" if rest:
-            return _text_source(spec, matching_files(spec, rest), data.text_documents)
-        case "jsonl" if rest:
-            return Lines(spec, matching_files(spec, rest), fields)
-        case "tsv" if rest:
-            return TabSeparated(spec, matching_files(spec, rest), fields)
-        case "parquet" if rest:
-            return ParquetFiles(spec, matching_files(spec, rest), fields)
+            return _text_source(spec, _files(spec, rest), data.text_documents)
+        case _ if rest and kind in RECORD_FILES:
+            return RECORD_FILES[kind](spec, _files(spec, rest), fields)
         case "hf" if rest:
             return HuggingFace(spec, rest, data.split, fields)
     raise ConfigError(f"data.source={spec!r} must be one of {KINDS}, such as text:my_texts/*.txt")
+
+
+def _files(spec: str, pattern: str) -> list[str]:
+    if os.path.isdir(expand(pattern)):
+        raise DataError(f"data.source={spec} is a directory; name the files in it, as in {spec.rstrip('/')}/*")
+    return matching_files(spec, pattern)
 
 
 def _text_source(spec: str, paths: list[str], documents: str) -> Source:
@@ -125,18 +129,20 @@ class Tfds:
 
     def __init__(self, name: str, directory: str, split: str, wanted: Wanted) -> None:
         self.name, self.directory, self.split, self.wanted = name, directory, split, wanted
-        try:
+        with _failures(f"data.source={name} in {directory}"):
             info = self._builder.info
-            self.size_hint = int(info.splits[split].num_bytes or info.dataset_size)
-        except ValueError as error:
-            raise DataError(f"data.split={split!r} is not a split of data.source={name}: {one_line(error)}") from None
+            try:
+                self.size_hint = int(info.splits[split].num_bytes or info.dataset_size)
+            except ValueError as error:
+                rule = f"data.split={split!r} is not a split of data.source={name}"
+                raise DataError(f"{rule}: {one_line(error)}") from None
         require_fields(f"data.source={name}", sorted(info.features), wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
     def fingerprint(self) -> str:
-        files = sorted(str(path) for path in Path(self.directory).iterdir() if path.is_file())
+        files = sorted(str(path) for path in _listed(self.directory) if path.is_file())
         return fingerprint_files(files, self.split)
 
     def __len__(self) -> int:
@@ -147,11 +153,8 @@ class Tfds:
 
     def record(self, number: int) -> Record:
         where = f"data.source={self.name}: example {number}"
-        try:
+        with _failures(f"{where} in {self.directory}"):
             record = self._records[number]
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = one_line(error) or "damaged file"  # for a truncated file the library has no words
-            raise DataError(f"{where} in {self.directory} can't be read: {reason}") from None
         features = self._builder.info.features
         return Record({name: _plain(record[name], features[name], where) for name in self.wanted.names}, where)
 
@@ -163,22 +166,31 @@ class Tfds:
 
     @cached_property
     def _records(self) -> Any:
-        try:
-            return self._builder.as_data_source(split=self.split)
-        except NotImplementedError:
-            raise DataError(
-                f"data.source={self.name}: {self.directory} is in a format without random access; prepare it again "
-                "with tfds build --file_format=array_record"
-            ) from None
+        with _failures(f"data.source={self.name} in {self.directory}"):
+            try:
+                return self._builder.as_data_source(split=self.split)
+            except NotImplementedError:
+                raise DataError(
+                    f"data.source={self.name}: {self.directory} is in a format without random access; prepare it again "
+                    "with tfds build --file_format=array_record"
+                ) from None
+
+
+def _listed(directory: str) -> list[Path]:
+    try:
+        return list(Path(directory).iterdir())
+    except OSError as error:
+        raise DataError(f"{directory} can't be read: {error.strerror}") from None
 
 
 def _open_tfds(spec: str, name: str, data: DataConfig, wanted: Wanted) -> Tfds:
     import tensorflow_datasets as tfds
 
-    try:
-        builder = tfds.builder(name)
-    except (ValueError, ImportError) as error:
-        raise SourceGone(f"data.source={spec}: {str(error).splitlines()[0]}") from None
+    with _failures(f"data.source={spec}"):
+        try:
+            builder = tfds.builder(name)
+        except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
+            raise SourceGone(f"data.source={spec}: {str(error).splitlines()[0]}") from None
     if not builder.is_prepared():
         raise SourceGone(
             f"data.source={spec} is not in {builder.data_dir}; prepare it with tfds build {name} "
@@ -205,7 +217,7 @@ def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
     """The directory of a data set of ours below `data.directory`; it is built there if it is missing."""
     import tensorflow_datasets as tfds
 
-    directory = Path(data.directory).expanduser() / "tfds"
+    directory = cache_directory(data.directory) / "tfds"
     make = lambda: builder_class(data_dir=directory, file_format="array_record", **options)
     with _quiet():
         builder = make()
@@ -217,6 +229,17 @@ def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
                 if not make().is_prepared():  # nor by another process
                     raise DataError(f"data.directory={directory.parent} can't be written: {one_line(error)}") from None
     return str(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _failures(where: str) -> Iterator[None]:
+    """Failures within become a DataError: of a damaged file, a library may raise anything, at times without a word."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where} can't be read: {one_line(error) or 'damaged file'}") from error
 
 
 @contextlib.contextmanager
@@ -273,9 +296,10 @@ class HuggingFace:
 
     def record(self, number: int) -> Record:
         block, inner = divmod(number, _ROWS)
-        if self._block[0] != block:
-            self._block = block, self._rows[block * _ROWS : (block + 1) * _ROWS]
         where, features = f"data.source={self.name}: row {number}", self._rows.features
+        if self._block[0] != block:
+            with _failures(where):
+                self._block = block, self._rows[block * _ROWS : (block + 1) * _ROWS]
         fields = {name: _plain(self._block[1][name][inner], features[name], where) for name in self.wanted.names}
         return Record(fields, where)
 
@@ -289,7 +313,7 @@ class HuggingFace:
             import datasets
         except ImportError:
             raise DataError(f"data.source={self.name} needs the package datasets; pip install 't5like[hf]'") from None
-        local = os.path.expanduser(self.path)
+        local = expand(self.path)
         try:
             if os.path.isdir(local):
                 found = datasets.load_from_disk(local)
@@ -298,7 +322,7 @@ class HuggingFace:
             else:
                 owner, name, config = [*self.path.split("/", 2), None, None][:3]
                 found = datasets.load_dataset(f"{owner}/{name}" if name else owner, config, split=self.split)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # see `_failures`
             raise SourceGone(f"data.source={self.name}, data.split={self.split}: {one_line(error)}") from None
         names = list(self.wanted.names)
         return found.select_columns(names) if set(names) <= set(found.column_names) else found

@@ -3,39 +3,42 @@
 A store is a directory: ``manifest.json``, written last, and ``pieces/``. Piece 7 holds a range of the source's
 documents in these files, for each split (train, heldout): ``00007.train.tokens`` (little-endian uint16, or uint32 for
 vocabularies above 65,536; every document ends in EOS) and ``00007.train.ends`` (uint64, the place after each document's
-EOS); ``00007.json`` says what is in them and marks the piece as whole. The pieces of a split, in order, are a `Stream`.
+EOS). ``00007.hashes`` has a uint64 of each document's text, in both splits together; `data.statistics` counts
+duplicates by them. ``00007.json`` says what is in these files and marks the piece as whole. The pieces of a split, in
+order, are a `Stream`.
 
 A store of supervised examples has a document for each; every part of it ends in EOS (inputs, targets, or the turns of
 a conversation), and ``00007.train.targets`` (pairs of uint64) holds [start, stop) of each part that is learned.
+
+A file is compared with its checksum when it is first read, once per process. Of a large store `data.verification` does
+that with the training tokens, in the background.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from t5like.data import manifest as manifests
+from t5like.data.manifest import SPLITS
 from t5like.errors import DataError
+from t5like.paths import temporary_beside
+from t5like.strict_json import loads
 
 FORMAT = 1  # of the store; part of its key
-SPLITS = ("train", "heldout")
-
-
-def token_dtype(vocab_size: int) -> str:
-    """The smallest integer type on disk that holds every id."""
-    return "<u2" if vocab_size <= 2**16 else "<u4"
+CHUNK = 2**22  # bytes that are read and hashed at a time
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write in a with statement; it appears at `path` when that ends well, and not at all otherwise."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    temporary = temporary_beside(path, socket.gethostname())
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -71,6 +74,49 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_again(directory: Path) -> str:
+    """What mends a damaged store."""
+    return f"remove {directory}/manifest.json to prepare it again, which makes anew what is damaged"
+
+
+class StoredFile(NamedTuple):
+    """A file of a piece, and what it must hold.
+
+    Attributes:
+        kind: "tokens", "ends" or "targets".
+        dtype: numpy's name for its numbers.
+        below: all numbers are below this: the vocabulary, or, of places, one more than the piece's tokens.
+    """
+
+    path: Path
+    kind: str
+    dtype: str
+    below: int
+    sha256: str
+    directory: Path  # of the store
+
+    def verify(self) -> None:
+        """Read the file and compare it with its checksum.
+
+        Raises:
+            DataError: it has other bytes than were written, or numbers that can't be; names it.
+        """
+        digest, largest, buffer = hashlib.sha256(), 0, bytearray(CHUNK)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while size := file.readinto(buffer):
+                    digest.update(memoryview(buffer)[:size])
+                    numbers = np.frombuffer(buffer, self.dtype, size // np.dtype(self.dtype).itemsize)
+                    largest = max(largest, int(numbers.max(initial=0)))
+        except OSError as error:
+            raise DataError(f"{self.path} can't be read: {error.strerror}; {read_again(self.directory)}") from None
+        if digest.hexdigest() != self.sha256:
+            raise DataError(f"{self.path} is damaged (sha256 differs); {read_again(self.directory)}")
+        if largest >= self.below:
+            what = f"ids beyond its vocabulary of {self.below}" if self.kind == "tokens" else "places outside its piece"
+            raise DataError(f"{self.path} has {what}; remove {self.directory} to prepare it again")
+
+
 def spread(starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
     """int64 [sum of the lengths]: the places of stretches behind each other; (7, 2), (1, 3) is 7 8 1 2 3."""
     before_N = np.cumsum(lengths_N) - lengths_N
@@ -93,24 +139,25 @@ class TokenStore:
             DataError: it is unfinished, of another version, or a file is missing or has another size.
         """
         directory = Path(directory)
+        path = directory / "manifest.json"
         try:
-            manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-            if (found := manifest["format"]) != FORMAT:
-                raise DataError(f"{directory} has the format {found}, not {FORMAT}; remove it to prepare it again")
-            store = cls(directory, manifest)
-            for name, expected in store._files():
+            manifest = loads(path.read_bytes())
+            if isinstance(manifest, dict) and (written := manifest.get("format")) != FORMAT:
+                raise DataError(f"{directory} has the format {written!r}, not {FORMAT}; remove it to prepare it again")
+            manifest = manifests.checked(manifest)
+            for name, expected in _files(manifest):
                 size = (directory / "pieces" / name).stat().st_size
                 if size != expected["bytes"]:
                     raise DataError(
                         f"{directory}/pieces/{name} has {size} bytes instead of {expected['bytes']}; "
-                        f"remove {directory} to prepare it again"
+                        f"{read_again(directory)}"
                     )
         except OSError as error:
-            reason = f"{error.filename} can't be read: {error.strerror}"
-            raise DataError(f"{reason}; remove {directory} to prepare it again") from None
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{directory}/manifest.json is damaged; remove {directory} to prepare it again") from None
-        return store
+            raise DataError(f"{error.filename} can't be read: {error.strerror}; {read_again(directory)}") from None
+        except (ValueError, RecursionError) as error:
+            reason = error if isinstance(error, manifests.Inconsistent) else "it is no JSON"
+            raise DataError(f"{path} is damaged: {reason}; {read_again(directory)}") from None
+        return cls(directory, manifest)
 
     def verify(self) -> None:
         """Read everything and compare it with the checksums of the manifest.
@@ -118,18 +165,18 @@ class TokenStore:
         Raises:
             DataError: a file has other bytes than were written; names it.
         """
-        for name, expected in self._files():
-            path = self.directory / "pieces" / name
-            if file_digest(path) != expected["sha256"]:
-                raise DataError(f"{path} is damaged (sha256 differs); remove {self.directory} to prepare it again")
+        for stream in self._streams.values():
+            for file in stream.files():
+                file.verify()
 
     def split(self, name: str) -> "Stream":
         """The stream of "train" or "heldout"."""
         return self._streams[name]
 
-    def _files(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for piece in self.manifest["pieces"]:
-            yield from piece["files"].items()
+
+def _files(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for piece in manifest["pieces"]:
+        yield from piece["files"].items()
 
 
 class Stream:
@@ -138,14 +185,42 @@ class Stream:
     def __init__(self, directory: Path, manifest: dict[str, Any], split: str) -> None:
         self.num_tokens: int = manifest["splits"][split]["tokens"]
         self.num_documents: int = manifest["splits"][split]["documents"]
-        pieces = [piece for piece in manifest["pieces"] if piece["splits"][split]["tokens"]]
-        counts = [piece["splits"][split]["tokens"] for piece in pieces]
-        self._first = np.cumsum([0, *counts])  # of each shard, and the end
-        self._paths = [directory / "pieces" / f"{piece['number']:05d}.{split}" for piece in pieces]
-        self._dtype = manifest["dtype"]
+        self._directory, self._split = directory, split
+        self._pieces = [piece for piece in manifest["pieces"] if piece["splits"][split]["tokens"]]
+        pieces = self._pieces
+        self._first = np.cumsum([0, *(piece["splits"][split]["tokens"] for piece in pieces)])  # of each shard; the end
+        self._dtype, self._vocab_size = manifest["dtype"], manifest["vocab_size"]
+        self._verified_elsewhere = False  # of tokens
         self._tokens: list[np.ndarray | None] = [None] * len(pieces)
         self._ends: list[np.ndarray | None] = [None] * len(pieces)
         self._counts_path = directory / f"token_counts.{split}.npy"
+
+    @property
+    def token_bytes(self) -> int:
+        """The size of its tokens on disk."""
+        return self.num_tokens * np.dtype(self._dtype).itemsize
+
+    def files(self) -> Iterator[StoredFile]:
+        """All its files."""
+        for shard, piece in enumerate(self._pieces):
+            for kind in ("tokens", "ends", "targets"):
+                if f"{piece['number']:05d}.{self._split}.{kind}" in piece["files"]:
+                    yield self._file(shard, kind)
+
+    def verify(self) -> None:
+        """Verify all tokens and ends now, so that they need not be when they are first read.
+
+        Raises:
+            DataError: a file is damaged; names it.
+        """
+        for shard in range(len(self._pieces)):
+            self._shard_tokens(shard)
+            self._shard_ends(shard)
+
+    def leave_verifying(self) -> list[StoredFile]:
+        """The files of tokens, which from now on are read without being verified: the caller does that."""
+        self._verified_elsewhere = True
+        return [file for file in self.files() if file.kind == "tokens"]
 
     def windows(self, starts_N: np.ndarray, length: int) -> np.ndarray:
         """int32 [N, length]: the tokens from each start on, which may be any number from 0 on."""
@@ -205,19 +280,19 @@ class Stream:
 
     def targets(self) -> np.ndarray:
         """int64 [M, 2]: [start, stop) of every stretch that is learned, in order; of supervised examples only."""
-        found = [first + self._map(s, "targets", "<i8") for s, first in enumerate(self._first[:-1])]
+        found = [first + self._map(s, "targets") for s, first in enumerate(self._first[:-1])]
         return np.concatenate(found or [np.empty(0, np.int64)]).reshape(-1, 2)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each id occurs. Counted once, then kept in the store if it can be written."""
         try:
             counts = np.load(self._counts_path, allow_pickle=False)
-            if counts.shape == (vocab_size,) and counts.sum() == self.num_tokens:
+            if counts.shape == (vocab_size,) and counts.dtype == np.int64 and counts.sum() == self.num_tokens:
                 return counts
-        except (OSError, ValueError):
-            pass  # not counted yet
+        except (OSError, ValueError, EOFError, MemoryError):
+            pass  # not counted yet, or damaged
         counts = np.zeros(vocab_size, np.int64)
-        for shard in range(len(self._paths)):
+        for shard in range(len(self._pieces)):
             tokens = self._shard_tokens(shard)
             for start in range(0, len(tokens), 2**22):
                 counts += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
@@ -236,7 +311,7 @@ class Stream:
                 count = min(length - column, self._lengths[shard] - place)
                 yield row, column, shard, place, count
                 column, place = column + count, 0
-                shard = (shard + 1) % len(self._paths)
+                shard = (shard + 1) % len(self._pieces)
 
     @cached_property
     def _lengths(self) -> list[int]:
@@ -244,13 +319,27 @@ class Stream:
 
     def _shard_tokens(self, shard: int) -> np.ndarray:
         if self._tokens[shard] is None:
-            self._tokens[shard] = self._map(shard, "tokens", self._dtype)
+            self._tokens[shard] = self._map(shard, "tokens")
         return self._tokens[shard]
 
     def _shard_ends(self, shard: int) -> np.ndarray:
         if self._ends[shard] is None:
-            self._ends[shard] = self._map(shard, "ends", "<i8")  # uint64 below 2**63; searchsorted wants one type
+            self._ends[shard] = self._map(shard, "ends")
         return self._ends[shard]
 
-    def _map(self, shard: int, kind: str, dtype: str) -> np.ndarray:
-        return np.asarray(np.memmap(f"{self._paths[shard]}.{kind}", dtype, "r"))  # asarray: a memmap is slow to slice
+    def _file(self, shard: int, kind: str) -> StoredFile:
+        piece, directory = self._pieces[shard], self._directory
+        name = f"{piece['number']:05d}.{self._split}.{kind}"
+        dtype = self._dtype if kind == "tokens" else "<i8"  # uint64 below 2**63; searchsorted wants one type
+        below = self._vocab_size if kind == "tokens" else piece["splits"][self._split]["tokens"] + 1
+        return StoredFile(directory / "pieces" / name, kind, dtype, below, piece["files"][name]["sha256"], directory)
+
+    def _map(self, shard: int, kind: str) -> np.ndarray:
+        """A file's numbers, verified."""
+        file = self._file(shard, kind)
+        if kind != "tokens" or not self._verified_elsewhere:
+            file.verify()
+        try:
+            return np.asarray(np.memmap(file.path, file.dtype, "r"))  # asarray: a memmap is slow to slice
+        except (OSError, ValueError) as error:  # it was there when the store was opened
+            raise DataError(f"{file.path} can't be read: {error}; {read_again(self._directory)}") from None

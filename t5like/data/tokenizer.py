@@ -23,11 +23,14 @@ from sentencepiece import sentencepiece_model_pb2
 
 from t5like.config import TokenizerConfig
 from t5like.data import json_tokenizer
-from t5like.data.json_tokenizer import JsonModel
+from t5like.data.json_tokenizer import LARGEST_FILE, JsonModel
+from t5like.data.regular_files import read_regular
 from t5like.data.sentencepiece_model import SENTINEL, SentencePieceModel
 from t5like.errors import DataError
+from t5like.paths import expand
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2  # of trained models, as in T5
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 SCORE_GRID = 64  # scores of trained models are multiples of 1 / 64: sums are exact in float32 for 15,000 tokens or so
 _TRAINING_LINE = 16_384  # characters; longer lines are cut for training, SentencePiece would leave them out
 
@@ -41,10 +44,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
     Raises:
         DataError: there is too little text for `config.vocab_size`, or too many different characters.
     """
-    model = io.BytesIO()
+    model, failures = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_training_lines(texts),
+            sentence_iterator=_keeping_failures(_training_lines(texts), failures),
             model_writer=model,
             vocab_size=config.vocab_size - config.num_sentinels,
             model_type=config.model_type,
@@ -64,6 +67,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if failures:
+            raise failures[0] from None
         raise DataError(_training_failure(str(error), config)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -93,6 +98,15 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
         for line in text.split("\n"):
             for start in range(0, len(line), _TRAINING_LINE):
                 yield line[start : start + _TRAINING_LINE]
+
+
+def _keeping_failures(texts: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
+    """The same texts. What they raise is kept as well: SentencePiece turns it into a RuntimeError of its own."""
+    try:
+        yield from texts
+    except BaseException as error:  # Ctrl-C among them
+        failures.append(error)
+        raise
 
 
 def _training_failure(message: str, config: TokenizerConfig) -> str:
@@ -128,6 +142,7 @@ class Tokenizer:
         sentinel_names: how `decode` writes them.
         ordinary_V: bool [vocab_size], True for ids of text: neither special nor a sentinel.
         bytes_V: float64 [vocab_size], bytes of UTF-8 that an id stands for; 0 for special ids and sentinels.
+        byte_fallback_V: bool [vocab_size], True for ids that spell a byte of a character that has no piece.
         begins_word_V: bool [vocab_size], True for pieces that begin with a space, or are white space themselves.
     """
 
@@ -169,6 +184,13 @@ class Tokenizer:
     def begins_word_V(self) -> np.ndarray:
         return self._model.begins_word_V()
 
+    @cached_property
+    def byte_fallback_V(self) -> np.ndarray:
+        byte_fallback_V = np.zeros(self.vocab_size, bool)
+        for token in np.flatnonzero(self.ordinary_V).tolist():
+            byte_fallback_V[token] = bool(_BYTE.fullmatch(self._model.name(token)))
+        return byte_fallback_V
+
     @property
     def exact(self) -> bool:
         """Whether a SentencePiece model spells U+2581 in bytes: see `SentencePieceModel`."""
@@ -184,13 +206,10 @@ class Tokenizer:
         Raises:
             DataError: see `__init__`; also when the file is missing or can't be read.
         """
-        path = Path(path).expanduser()
-        try:
-            model_bytes = path.read_bytes()
-            if json_tokenizer.is_json(model_bytes):
-                model_bytes = json_tokenizer.bundle(path, model_bytes)
-        except OSError as error:
-            raise DataError(f"tokenizer.path={path} can't be read: {error.strerror}") from None
+        path = expand(path)
+        model_bytes = read_regular(path, f"tokenizer.path={path}", LARGEST_FILE)
+        if json_tokenizer.is_json(model_bytes):
+            model_bytes = json_tokenizer.bundle(path, model_bytes)
         return cls(model_bytes, num_sentinels=num_sentinels, origin=f"tokenizer.path={path}")
 
     def check(self, config: TokenizerConfig) -> None:

@@ -5,7 +5,6 @@ in, marked. Called by `hf.directory`. The front matter's fields are those of Hug
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from t5like import metrics, run, tree
 from t5like.config import Config
 from t5like.data.sources import canonical
 from t5like.data.token_store import written_whole
+from t5like.paths import cache_directory
+from t5like.strict_json import loads
 
 KINDS = {  # architecture: pipeline_tag, class of transformers, what it is
     "encoder_decoder": ("text2text-generation", "AutoModelForSeq2SeqLM", "encoder-decoder"),
@@ -153,9 +154,9 @@ def _sources(config: Config, tokenizer_hash: str) -> Iterator[tuple[str, str]]:
     """Each source, and the size of its token store where that is still there."""
     sizes, settings = {}, dataclasses.asdict(config.data)
     del settings["source"]  # compared below, each by itself
-    for path in Path(config.data.directory).expanduser().glob("stores/*/manifest.json"):
+    for path in cache_directory(config.data.directory).glob("stores/*/manifest.json"):
         try:
-            manifest = json.loads(path.read_text())
+            manifest = loads(path.read_bytes())
             same = all(settings[name] == value for name, value in manifest.items() if name in settings)
             if same and manifest["tokenizer"] == tokenizer_hash:
                 sizes[manifest["source"]] = manifest["splits"]["train"]

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from t5like.config import Config, ModelConfig
 from t5like.data import pipeline
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError
-from t5like.hf import card, families, logits, tables, tokenizer_files, weights
+from t5like.hf import card, eos, families, fit, logits, tables, tokenizer_files, weights
+from t5like.hf.fit import few
 from t5like.hf.keys import whole
 from t5like.hf.tables import Row
 from t5like.new_directory import check_free, made_whole
@@ -33,25 +34,6 @@ KEPT = "hf"  # the folder in a run directory
 RECORD = "import.json"  # what an import knew, beside the kept files
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # kept, but for weights' indices
 LARGEST_SIDE_FILE = 64 * 2**20  # bytes
-SHOWN = 4  # tensors named in one message
-# T5's head and the names under which files have its embedding.
-EMBEDDINGS = ("lm_head.weight", "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-
-
-class Imported(NamedTuple):
-    """What an import remembers for the way back.
-
-    Attributes:
-        family: one of `families.FAMILIES`.
-        names: names in the files of each of the table's tensors; more than one are copies.
-        dtypes: safetensors' name of the dtype that each of the table's tensors had.
-        rows: of the embedding.
-    """
-
-    family: str
-    names: dict[str, list[str]]
-    dtypes: dict[str, str]
-    rows: int
 
 
 # ---- In ----
@@ -70,24 +52,22 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     check_free(workdir, "--workdir")
     hf = weights.read_json(source / "config.json")
     found = weights.tensors(source)
-    heads = [found[name] for name in EMBEDDINGS if name in found]
-    untied = "lm_head.weight" in found and len(heads) > 1 and not _same(*heads[:2])
-    pair_head = any(name.startswith("cls.seq_relationship.") for name in found)
-    family, model = families.model_of(hf, untied=untied, pair_head=pair_head)
-    if max(model.num_layers, model.num_decoder_layers) > len(found):
-        raise CheckpointError(f"config.json: {model.num_layers} layers are more than the {len(found)} tensors")
-    tokenizer = tokenizer_files.read(source)
+    untied = fit.has_own_head(hf, found)
+    family, model = families.model_of(hf, untied=untied, pair_head=fit.has_pair_head(hf, found))
     rows = hf.get("vocab_size")
-    config = _new_config(model, tokenizer, rows, hf, workdir)
-    names, left_out = _canonical_names(family, model, found)
-    imported = Imported(family, names, {name: found[files[0]].dtype for name, files in names.items()}, rows)
+    fit.check_sizes(model, rows, found)
+    tokenizer = tokenizer_files.read(source)
+    extra_eos, unknown_eos = eos.extra_ids(source, hf, tokenizer)
+    config = _new_config(model, tokenizer, rows, hf, workdir, extra_eos)
+    names, left_out = fit.canonical_names(family, model, found)
+    imported = fit.Imported(family, names, {name: found[files[0]].dtype for name, files in names.items()}, rows)
 
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     settled = meshes.settle(config, mesh)
     shape = steps.abstract_state(settled, pipeline.spec(settled), mesh)
     wanted = tree.flatten(shape.params)
     rows_of_table = tables.table(family, model)
-    _check_fit(rows_of_table, wanted, imported, found)
+    fit.check(rows_of_table, wanted, imported, found)
     yield f"model      {tree.num_parameters(wanted):,} parameters, {family}, {config.model.architecture}"
 
     with made_whole(workdir) as made:
@@ -98,12 +78,18 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
         run.write_imported(params, config, tokenizer, made)
         _keep(source, made / KEPT, imported)
     if left_out:
-        yield f"           left out, no weights: {_few(left_out)}"
+        yield f"           left out, no weights: {few(left_out)}"
     yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
+    if extra_eos:
+        yield f"           texts also end with {few([str(token) for token in extra_eos])}, by {eos.KEY}"
+    if unknown_eos:
+        yield f"           no tokens, left out of {eos.KEY}: {few([str(token) for token in unknown_eos])}"
     yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... speaks with it"
 
 
-def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping[str, Any], workdir: Path) -> Config:
+def _new_config(
+    model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping[str, Any], workdir: Path, extra_eos: list[int]
+) -> Config:
     """A config for the model, with data and optimizer to go on learning by."""
     if type(rows) is not int or rows < tokenizer.vocab_size:
         raise CheckpointError(
@@ -122,7 +108,12 @@ def _new_config(model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping
         optimizer = {"name": "adafactor", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0}
     path = str(workdir / "tokenizer.model")
     values = {
-        "tokenizer": {"path": path, "vocab_size": ids, "num_sentinels": tokenizer.num_sentinels},
+        "tokenizer": {
+            "path": path,
+            "vocab_size": ids,
+            "num_sentinels": tokenizer.num_sentinels,
+            "extra_eos_ids": extra_eos,
+        },
         "data": data,
         "model": {**dataclasses.asdict(model), "vocab_multiple": multiple},
         "optimizer": optimizer,
@@ -141,61 +132,8 @@ def _denoising(sentinels: int) -> dict[str, Any]:
     return {"inputs_length": min(512, 16 * sentinels), "targets_length": min(114, 4 * sentinels)}
 
 
-def _canonical_names(
-    family: str, model: ModelConfig, found: Mapping[str, weights.Tensor]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The file names of each of the table's tensors, and those of what is no weight."""
-    names: dict[str, list[str]] = {}
-    left_out = []
-    for name in found:
-        if (known := tables.canonical(family, name, tied=model.tied_embeddings)) is None:
-            left_out.append(name)
-        else:
-            names.setdefault(known, []).append(name)
-    for files in names.values():
-        for copy in files[1:]:
-            if not _same(found[files[0]], found[copy]):
-                raise CheckpointError(
-                    f"{copy} must be a copy of {files[0]}, as config.json says tie_word_embeddings, but they differ; "
-                    "set tie_word_embeddings to false"
-                )
-    return names, left_out
-
-
-def _same(one: weights.Tensor, other: weights.Tensor) -> bool:
-    """Whether two tensors have the same bits."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return np.array_equal(*(weights.read(tensor).reshape(-1).view(np.uint8) for tensor in (one, other)))
-
-
-def _check_fit(
-    rows: list[Row], wanted: Mapping[str, Any], imported: Imported, found: Mapping[str, weights.Tensor]
-) -> None:
-    """Refuse files that lack a tensor of the model, have one more, or have one of another shape or kind."""
-    assert {name for row in rows for name in row.ours} == set(wanted), "the table names every parameter"
-    expected = {name: tables.shape_of(row, wanted) for row in rows for name, _ in row.places()}
-    missing = [name for name in expected if name not in imported.names]
-    extra = [files[0] for name, files in imported.names.items() if name not in expected]
-    tensors = {name: found[files[0]] for name, files in imported.names.items() if name in expected}
-    wrong = [
-        f"{name} {list(t.shape)}, not {list(expected[name])}"
-        for name, t in tensors.items()
-        if t.shape != expected[name]
-    ]
-    kinds = [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in weights.DTYPES]
-    for what, names in (
-        ("lack", missing),
-        ("hold what the model of config.json has not", extra),
-        ("have another shape than config.json says", wrong),
-        (f"have a dtype that is not one of {', '.join(weights.DTYPES)}", kinds),
-    ):
-        if names:
-            raise CheckpointError(f"the {imported.family} weights {what}: {_few(names)}")
-
-
 def _filled(
-    row: Row, wanted: Mapping[str, Any], imported: Imported, found: Mapping[str, weights.Tensor]
+    row: Row, wanted: Mapping[str, Any], imported: fit.Imported, found: Mapping[str, weights.Tensor]
 ) -> dict[str, jax.Array]:
     """The parameters of a row, in float32, each layer read into its place."""
     arrays = [np.empty(wanted[name].shape, np.float32) for name in row.ours]
@@ -207,7 +145,7 @@ def _filled(
     return {name: jax.device_put(array, wanted[name].sharding) for name, array in zip(row.ours, arrays, strict=True)}
 
 
-def _keep(source: Path, place: Path, imported: Imported) -> None:
+def _keep(source: Path, place: Path, imported: fit.Imported) -> None:
     """Copy the small files, so that an export has them again. Code that a file names is forgotten: it is never run."""
     place.mkdir()
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
@@ -220,7 +158,7 @@ def _keep(source: Path, place: Path, imported: Imported) -> None:
             values.pop("auto_map", None)
             content = json.dumps(values, indent=2).encode()
         (place / path.name).write_bytes(content)
-    (place / RECORD).write_text(json.dumps(imported._asdict(), indent=1))
+    (place / RECORD).write_text(json.dumps(imported._asdict(), indent=1), encoding="utf-8")
 
 
 # ---- Out ----
@@ -273,7 +211,7 @@ def export_run(
 class Export:
     """A run on its way out: which tensors there are, and what is in each."""
 
-    def __init__(self, loaded: run.Run, family: str, imported: Imported | None, dtype: str | None):
+    def __init__(self, loaded: run.Run, family: str, imported: fit.Imported | None, dtype: str | None):
         self.loaded, self.family, self.imported = loaded, family, imported
         self.leaves = tree.flatten(loaded.params)
         self.table = tables.table(family, loaded.config.model)
@@ -314,8 +252,9 @@ class Export:
         """config.json: the imported one with what has changed since, or a new one."""
         config, tokenizer = self.loaded.config, self.loaded.tokenizer
         if self.imported is None:
-            eos, pad = tokenizer.eos_id, tokenizer.pad_id
-            return families.config_of(self.family, config, rows=self.rows, eos=eos, pad=pad, dtype=self.dtype)
+            ends = eos.listed(config, tokenizer)
+            pad = tokenizer.pad_id
+            return families.config_of(self.family, config, rows=self.rows, eos=ends, pad=pad, dtype=self.dtype)
         values = weights.read_json(kept / "config.json")
         _, then = families.model_of(values, untied=not config.model.tied_embeddings, pair_head=config.model.pair_head)
         if config.model.dropout_rate != then.dropout_rate:
@@ -363,21 +302,21 @@ def _write_others(export: Export, made: Path, workdir: Path) -> str | None:
     else:
         longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
         differs = tokenizer_files.write(loaded.tokenizer, made, family=export.family, max_length=longest)
-    if config.model.architecture != "encoder" and not (made / "generation_config.json").exists():
-        eos, pad = loaded.tokenizer.eos_id, loaded.tokenizer.pad_id
+    if config.model.architecture != "encoder" and not (made / eos.GENERATION).exists():
+        ends, pad = eos.listed(config, loaded.tokenizer), loaded.tokenizer.pad_id
         start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
-        settings = {"eos_token_id": eos, "pad_token_id": pad, **start, "max_new_tokens": card.new_tokens(config)}
-        _write_json(made / "generation_config.json", settings)
+        settings = {eos.KEY: ends, "pad_token_id": pad, **start, "max_new_tokens": card.new_tokens(config)}
+        _write_json(made / eos.GENERATION, settings)
     card.write(made, workdir, loaded, export.family)
     return differs
 
 
-def _record(kept: Path) -> Imported | None:
+def _record(kept: Path) -> fit.Imported | None:
     """What the import that made a run remembered, if one did."""
     if not (kept / RECORD).is_file():
         return None
     try:
-        return Imported(**weights.read_json(kept / RECORD))
+        return fit.Imported(**weights.read_json(kept / RECORD))
     except TypeError:
         raise CheckpointError(f"{kept / RECORD} is not as an import wrote it; move it away") from None
 
@@ -386,8 +325,4 @@ def _record(kept: Path) -> Imported | None:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

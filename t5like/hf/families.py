@@ -173,12 +173,12 @@ def default_family(model: ModelConfig) -> str:
     return "qwen3" if model.qk_norm else "mistral" if model.attention_window else "llama"
 
 
-def config_of(family: str, config: Config, *, rows: int, eos: int, pad: int, dtype: str) -> dict[str, Any]:
+def config_of(family: str, config: Config, *, rows: int, eos: int | list[int], pad: int, dtype: str) -> dict[str, Any]:
     """The config.json of a model that `check` has let through.
 
     Args:
         rows: of the embedding, as it is written.
-        eos: id that ends a text.
+        eos: the id, or ids, that end a text.
         pad: id that fills a row.
         dtype: of the weights, such as float32.
     """
@@ -271,7 +271,7 @@ def _llama_fields(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
     biases = must(hf, "attention_bias", (False, True) if family == "llama" else (False,), False)
     if family == "llama":
         must(hf, "mlp_bias", (biases,), False, f"attention_bias={biases}: both or neither")
-    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    window = hf.get("sliding_window", 4096) and whole(hf, "sliding_window", 4096) if family == "mistral" else None
     if family == "qwen3":
         must(hf, "use_sliding_window", (False,), False)
     layers = hf.get("layer_types")

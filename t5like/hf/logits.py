@@ -40,7 +40,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
         command = [sys.executable, "-m", "t5like.hf.peer", kind_of(config.model), str(directory), str(given), str(made)]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        ended = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
         if ended.returncode:
             last = (ended.stderr.strip() or "no message").splitlines()[-1]
             raise CheckpointError(f"transformers can't run what was exported: {last}")

@@ -24,6 +24,7 @@ from t5like.data.token_store import written_whole
 from t5like.data.tokenizer import Tokenizer
 from t5like.errors import DataError
 from t5like.hf import sentencepiece_json
+from t5like.strict_json import InvalidJSON, loads
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 ENCODER_DECODERS, ENCODERS = ("t5", "mt5", "umt5"), ("bert",)
@@ -115,8 +116,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = loads(path.read_bytes())
+    except InvalidJSON as error:
         raise DataError(f"{path} is no JSON, or is truncated: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} must be a JSON object")
@@ -139,7 +140,7 @@ def write(tokenizer: Tokenizer, directory: Path, *, family: str, max_length: int
     """
     if tokenizer.is_json:
         files = {"tokenizer_config.json": _dumped(_config(tokenizer, family, max_length))} | tokenizer.files
-        content = json.loads(files[json_tokenizer.MAIN])
+        content = loads(files[json_tokenizer.MAIN])
         if missing := _missing(tokenizer, content):
             content["added_tokens"] = [*content.get("added_tokens", []), *missing]
             content["post_processor"] = _ends(tokenizer, family)

@@ -16,6 +16,7 @@ import numpy as np
 
 from t5like.data.token_store import written_whole
 from t5like.errors import CheckpointError
+from t5like.strict_json import InvalidJSON, loads
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {  # those that weights come in; all are exact in float32
@@ -60,11 +61,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST_JSON:
             raise CheckpointError(f"{path} is too large: {path.stat().st_size:,} bytes, the limit is {LONGEST_JSON:,}")
-        values = json.loads(path.read_bytes())
+        values = loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON; download it again") from None
+    except InvalidJSON as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
     return values
@@ -115,8 +116,8 @@ def _header(path: Path) -> dict[str, Tensor]:
         if length < 8 or size > min(length - 8, LONGEST_HEADER):
             raise CheckpointError(f"{path} is truncated or no safetensors file: {length:,} bytes; download it again")
         try:
-            header = json.loads(file.read(size), object_pairs_hook=_unique)
-        except (ValueError, RecursionError):
+            header = loads(file.read(size))
+        except InvalidJSON:
             header = None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header; download it again")
@@ -141,12 +142,6 @@ def _header(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is truncated or too long: {length:,} bytes, its header says {end:,}; download it again"
         )
-    return found
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) != len(pairs):
-        raise ValueError("a name occurs twice")
     return found
 
 
@@ -191,7 +186,7 @@ def write(
     if count > 1:
         placed = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": sum(t.size for shard in shards for t in shard)}, "weight_map": placed}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return files
 
 

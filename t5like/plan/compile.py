@@ -118,10 +118,10 @@ def _collect(directory: Path, name: str, process: subprocess.Popen) -> Program:
     code = process.wait()
     path = directory / f"{name}.json"
     if code or not path.exists():
-        lines = (directory / f"{name}.log").read_text(errors="replace").strip().split("\n")
+        lines = (directory / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().split("\n")
         last = next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
         raise UserError(f"the {name} step could not be compiled (exit code {code}): {last[:400]}")
-    answer = json.loads(path.read_text())
+    answer = json.loads(path.read_text(encoding="utf-8"))
     if "refused" in answer:
         raise ConfigError(answer["refused"])
     return read(directory, name)
@@ -129,7 +129,7 @@ def _collect(directory: Path, name: str, process: subprocess.Popen) -> Program:
 
 def read(directory: Path, name: str) -> Program:
     """What `run` kept in a folder."""
-    answer = json.loads((directory / f"{name}.json").read_text())
+    answer = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
     packed = directory / f"{name}.hlo.gz"
     return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
 
@@ -206,7 +206,7 @@ def _text(program, dump: Path) -> str:
     except JaxRuntimeError as error:
         print(f"the program can't be read: {error}", file=sys.stderr)
         stages = sorted(dump.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
-        return stages[-1].read_text() if stages else ""
+        return stages[-1].read_text(encoding="utf-8") if stages else ""
 
 
 def out_of_memory(message: str, digest: str, seconds: float) -> Program:
@@ -231,7 +231,7 @@ def _bytes(number: str, unit: str) -> int:
 
 def main(directory: Path, name: str) -> None:
     """Do what `request.json` asks."""
-    request = json.loads((directory / "request.json").read_text())
+    request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     kind, shape, num_slices, chip = request["topology"]
     topology = Topology(kind, tuple(shape), num_slices, topologies.Chip(*chip))
     try:

@@ -2,9 +2,9 @@
 
     pip install torch==2.13.0 transformers==5.* && python tests/golden/make_generate.py
 
-Greedy texts and beam searches of T5 1.1, Llama and GPT-2, prompts of several lengths in one batch, with and without a
-repetition penalty; and logits that went through transformers' processors for sampling. The versions that made it are
-stored in it.
+Greedy texts and beam searches of T5 1.1, Llama and GPT-2, prompts of several lengths in one batch, with one or several
+ids that end a text and without, with and without a repetition penalty; and logits that went through transformers'
+processors for sampling. The versions that made it are stored in it.
 """
 
 from pathlib import Path
@@ -96,7 +96,9 @@ def searches(name: str) -> dict[str, np.ndarray]:
             ids_here, mask_here = ids[1:2], mask[1:2]
         else:
             ids_here, mask_here = ids, mask
-        for eos in (None, EOS_OF[name]):
+        for end, eos in {"free": None, "eos": EOS_OF[name], "several": several(name)}.items():
+            if end == "several" and (not eos or "penalized" in what):
+                continue
             beams = settings.get("num_beams", 1)
             made = model.generate(
                 ids_here,
@@ -114,7 +116,7 @@ def searches(name: str) -> dict[str, np.ndarray]:
             )
             made_ids = made.sequences[:, 1 if not left else longest :].numpy()
             made_ids = np.pad(made_ids, ((0, 0), (0, NEW - made_ids.shape[1])))
-            key = f"{name}.{what}.{'eos' if eos is not None else 'free'}"
+            key = f"{name}.{what}.{end}"
             out[f"{key}.ids"] = made_ids.reshape(len(ids_here), beams, NEW)
             if beams > 1:
                 out[f"{key}.scores"] = made.sequences_scores.numpy().reshape(len(ids_here), beams)
@@ -123,6 +125,13 @@ def searches(name: str) -> dict[str, np.ndarray]:
 
 # A token that each family says now and then, so that texts end at different lengths; found by `found_eos`.
 EOS_OF: dict[str, int] = {}
+# Others that end a text beside it, as of models whose eos_token_id is a list.
+OTHERS: dict[str, list[int]] = {}
+
+
+def several(name: str) -> list[int]:
+    """All of a family's ids that end a text; none before they are found."""
+    return [EOS_OF[name], *OTHERS[name]] if name in OTHERS else []
 
 
 def found_eos(name: str) -> int:
@@ -131,7 +140,9 @@ def found_eos(name: str) -> int:
     ids = searches(name)[f"{name}.beams 1.free.ids"]
     counts = np.bincount(ids[:, :, 2:8].ravel(), minlength=61)
     counts[0] = 0
-    return int(counts.argmax())
+    eos, *others = np.argsort(-counts, kind="stable")[:3].tolist()
+    OTHERS[name] = others
+    return eos
 
 
 def processed() -> dict[str, np.ndarray]:
@@ -165,7 +176,7 @@ def processed() -> dict[str, np.ndarray]:
 out = {"versions": np.array([torch.__version__, transformers.__version__])} | processed()
 for name in MODELS:
     EOS_OF[name] = found_eos(name)
-    out |= {f"{name}.eos": np.array(EOS_OF[name])} | searches(name)
+    out |= {f"{name}.eos": np.array(EOS_OF[name]), f"{name}.several": np.array(several(name))} | searches(name)
     for what in SEARCHES:
         print(name, what, (out[f"{name}.{what}.eos.ids"] != 0).sum(-1).tolist())
 np.savez_compressed(HERE / "generate.npz", **out)

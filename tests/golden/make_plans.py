@@ -92,24 +92,29 @@ HEADER = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    """Compile and compare; the exit code."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line, and in `chosen` the cases that it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--probes", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args(arguments)
-    chosen = [
+    options.chosen = [
         case
         for case in CASES
         if case.probe >= options.probes and (not options.names or case.name.startswith(tuple(options.names)))
     ]
-    if not chosen:
+    if not options.chosen:
         parser.error(f"no case has such a name; they are {', '.join(case.name for case in CASES)}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Compile and compare; the exit code."""
+    options, failed = parse(arguments), []
     print(HEADER, flush=True)
-    failed = []
-    for case in chosen:
+    for case in options.chosen:
         try:
             plan, model_flops = planned(case, options.keep)
         except UserError as error:

@@ -14,6 +14,7 @@ import transformers
 from conftest import SYLLABLES
 
 from t5like import losses, metrics, run, tree
+from t5like.decoding import Decoding
 from t5like.generate import Generator, Prompt
 from t5like.hf import logits, tokenizer_files, weights
 from t5like.hf.directory import import_run
@@ -113,6 +114,28 @@ def test_a_model_of_transformers_computes_the_same_here(name, tokenizer, tmp_pat
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     here = generator.ids([Prompt(prompt.tolist())], max_new_tokens=8)[0]
     assert here[: len(said)].tolist() == said.tolist() and not here[len(said) :].any()
+
+
+@pytest.mark.parametrize("name", ["t5_1_0", "llama"])
+def test_texts_end_at_any_of_several_ids_there_and_here(name, tokenizer, tmp_path):
+    model = theirs_of(name, tmp_path / "theirs", tokenizer)
+    prompt = np.random.default_rng(1).integers(3, IDS, (1, 9))
+    skip = 1 if model.config.is_encoder_decoder else prompt.shape[1]
+    made = lambda **how: model.generate(torch.from_numpy(prompt), max_new_tokens=8, do_sample=False, **how)[:, skip:]
+    free = [beam.tolist() for beam in made(eos_token_id=None, num_beams=3, num_return_sequences=3)]
+    model.generation_config.eos_token_id = [1, free[0][2], free[1][4], free[2][5]]
+    model.save_pretrained(tmp_path / "theirs")
+    list(import_run(tmp_path / "theirs", tmp_path / "run"))
+    loaded = run.load(tmp_path / "run")
+    generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+    assert set(generator.eos_ids) == set(model.generation_config.eos_token_id)
+    for beams in (1, 3):
+        decoding = Decoding(8, num_beams=beams, num_returned=beams)
+        here = [answer.ids for answer in generator.answer([Prompt(prompt[0].tolist())], decoding)[0]]
+        there = [text.tolist() for text in made(num_beams=beams, num_return_sequences=beams)]
+        assert any(len(ids) < 8 for ids in here)
+        assert [text[: len(ids)] for text, ids in zip(there, here, strict=True)] == here
+        assert all(set(text[len(ids) :]) <= {0, *generator.eos_ids} for text, ids in zip(there, here, strict=True))
 
 
 RUNS = {

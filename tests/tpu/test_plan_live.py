@@ -1,6 +1,6 @@
 """Plans with the real TPU compiler: minutes, no TPU. Not part of `make test`, because libtpu slows each start.
 
-After `make golden ARGS=--probes`, which installs it: PYTHONPATH=$PWD/.libtpu .venv/bin/python -m pytest tests/tpu
+After `make golden ARGS=--probes`, which installs it: `PYTHONPATH=$PWD/.libtpu .venv/bin/python -m pytest tests/tpu`
 """
 
 import json

@@ -1,11 +1,14 @@
 """What a training run shows at its end: the question of a row, and its answer."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import random_batch, small
 
+from t5like.expected import summary
 from t5like.generate import Prompt
-from t5like.train import passage, show
+from t5like.samples import passage, show
 from t5like.types import Batch
 
 
@@ -56,5 +59,21 @@ def test_a_conversation_asks_for_its_first_answer():
 
 @pytest.mark.parametrize("truth", ["plain", "<extra_id_0> b"])
 def test_a_passage_shows_truth_and_guess(truth):
-    text = show(1, "a <extra_id_0> c", truth, "<extra_id_0> x" if truth[0] == "<" else "guess")
+    text = show("held-out passage 1", "a <extra_id_0> c", truth, "<extra_id_0> x" if truth[0] == "<" else "guess")
     assert ("filled  'a  x c'" in text) == (truth[0] == "<") and ("guess" in text) == (truth == "plain")
+
+
+@pytest.mark.parametrize(
+    ("records", "line"),
+    [
+        (
+            [{"step": 0, "baseline/uniform": 6.0, "baseline/unigram": 5.0}, {"step": 0, "eval/loss": 6.5}],
+            "6.500 untrained, 4.000 after 20 steps (nats per target token; uniform 6.000, unigram 5.000)",
+        ),
+        ([], "4.000 after 20 steps (nats per target token)"),  # the file was lost on the way
+    ],
+)
+def test_the_summary_says_what_the_metrics_hold(tmp_path, records, line):
+    text = "".join(json.dumps(record) + "\n" for record in [*records, {"step": 20, "eval/loss": 4.0}])
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert summary(tmp_path, small(), {"config": ""}) == f"held-out loss  {line}"

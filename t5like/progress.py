@@ -1,0 +1,114 @@
+"""How far long work is, on standard error: a bar on a terminal, plain whole lines elsewhere.
+
+    step 120/600  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:32
+
+Used by training, evaluation, generation, and the preparation of data.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from t5like.errors import printable
+
+SECONDS = 5.0  # between plain lines
+
+
+class Progress:
+    """The state of work whose size is known. Close it by leaving its with statement."""
+
+    def __init__(
+        self, num_steps: int, *, log_every: int | None = None, step: int = 0, primary: bool = True, unit: str = "step"
+    ):
+        """Show nothing yet.
+
+        Args:
+            num_steps: all there is to do.
+            log_every: steps between plain lines; None: a line every `SECONDS`. The last step always has one.
+            step: what was done before.
+            primary: whether this process shows anything.
+            unit: what is counted.
+        """
+        from rich import console, progress  # processes that tokenize do without it
+
+        self._num_steps, self._log_every, self._unit = num_steps, log_every, unit
+        self._begun = self._printed = step
+        self._shown = time.monotonic()
+        self._values: dict[str, float] = {}
+        self._primary, self._bar = primary, None
+        screen = console.Console(stderr=True)
+        if primary and screen.is_terminal:
+            self._bar = progress.Progress(
+                progress.BarColumn(None),
+                progress.TextColumn("{task.description}", markup=False),
+                console=screen,
+                refresh_per_second=4,
+                expand=True,
+                redirect_stdout=sys.stdout.isatty(),
+            )  # what is piped elsewhere must arrive there
+            self._task = self._bar.add_task(f"{unit} {step}/{num_steps}", total=num_steps, completed=step)
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, values: dict[str, float], seconds_left: float | None = None) -> None:
+        """Show a completed step; what `values` lacks keeps its last value. May be called for every step."""
+        if not self._primary:
+            return
+        self._values |= values
+        text = _line(f"{self._unit} {step}/{self._num_steps}", self._values, seconds_left)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self._due(step) or step == self._num_steps > self._printed:
+            self._printed, self._shown = step, time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def _due(self, step: int) -> bool:
+        if self._log_every is None:
+            return time.monotonic() - self._shown >= SECONDS
+        return step // self._log_every > self._printed // self._log_every
+
+    def timed(self) -> Callable[[int], None]:
+        """A function to call with how much is done, from now on; it shows that, and the time left."""
+        begin = time.monotonic()
+        left = lambda done: (time.monotonic() - begin) / (done - self._begun) * (self._num_steps - done)
+        return lambda done: self.update(done, {}, left(done))
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""
+        if self._primary:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def status(text: str, *, show: bool = True) -> Iterator[None]:
+    """Show what is being done, where nothing can be counted. Names in it may be foreign, and may look like markup."""
+    from rich import console, markup
+
+    text = printable(text)
+    screen = console.Console(stderr=True)
+    if show and not screen.is_terminal:
+        print(f"{text} ...", file=sys.stderr, flush=True)
+    with screen.status(markup.escape(text)) if show and screen.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def _line(begin: str, values: dict[str, float], seconds_left: float | None) -> str:
+    parts = [begin]
+    for name, form in (("train/loss", "loss {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
+        if name in values:
+            parts.append(form.format(values[name]))
+    if "train/mfu" in values:
+        parts.append(f"mfu {100 * values['train/mfu']:.1f} %")
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        parts.append(f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}")
+    return "  ".join(parts)

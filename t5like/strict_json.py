@@ -1,0 +1,87 @@
+"""JSON from outside of the program, read with one kind of failure.
+
+Python's `json.loads` fails on hostile or damaged text in many ways (`RecursionError`, `UnicodeDecodeError`, a limit on
+digits) and accepts what later fails elsewhere (a key twice, half of a surrogate pair). Every module reads JSON files of
+users, of runs and of other programs through `loads`, and turns `InvalidJSON` into its own one-line error.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+DEEPEST = 100  # levels of lists and objects in one another; files of tokenizers and models have about ten
+# A string goes to its quote or to the end of the text, so that the search takes linear time in any text.
+STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)|[][{}]', re.DOTALL)
+
+
+class InvalidJSON(ValueError):
+    """Text that is not JSON, or that no correct file has; the message is one line, without the file's name."""
+
+
+def loads(text: str | bytes, *, unique: bool = True, finite: bool = False) -> Any:
+    """Parse a JSON text; a byte-order mark at its start is skipped.
+
+    Args:
+        text: bytes must be UTF-8.
+        unique: refuse an object with the same name twice, of which the last one would win. It takes about twice as
+            long, so rows of data go without.
+        finite: refuse NaN and Infinity, which JSON does not have but Python writes.
+
+    Raises:
+        InvalidJSON: syntax, encoding, more than `DEEPEST` levels, a number of thousands of digits, half of a surrogate
+            pair, or what `unique` and `finite` refuse.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        else:
+            text.encode()
+        text = text.removeprefix("\ufeff")
+        # Levels can't be more than brackets: most texts have few, and need no count.
+        if text.count("[") + text.count("{") > DEEPEST and _levels(text) > DEEPEST:
+            raise InvalidJSON(f"it has more than {DEEPEST} levels of lists and objects")
+        hooks = {"object_pairs_hook": _unique} if unique else {}
+        value = json.loads(text, parse_constant=_not_finite if finite else None, **hooks)
+        if "\\ud" in text or "\\uD" in text:  # an escaped surrogate; most are halves of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except InvalidJSON:
+        raise
+    except UnicodeDecodeError as error:
+        raise InvalidJSON(f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise InvalidJSON("a string has half of a surrogate pair, which is no character") from None
+    except RecursionError:  # less is left of the stack than DEEPEST needs
+        raise InvalidJSON("it has too many levels of lists and objects") from None
+    except json.JSONDecodeError as error:
+        raise InvalidJSON(str(error)) from None
+    except ValueError:  # Python converts at most 4,300 digits
+        raise InvalidJSON("a number has too many digits") from None
+    return value
+
+
+def _levels(text: str) -> int:
+    """The largest number of brackets that are open at once outside of strings; the count ends above `DEEPEST`."""
+    depth = most = 0
+    for match in STRING_OR_BRACKET.finditer(text):
+        if match[0] in "[{":
+            depth += 1
+            most = max(most, depth)
+            if most > DEEPEST:
+                break
+        elif match[0] in "]}":
+            depth -= 1
+    return most
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise InvalidJSON(f"{twice[:80]!r} stands there twice")
+    return values
+
+
+def _not_finite(constant: str) -> float:
+    raise InvalidJSON(f"{constant} is no JSON number")

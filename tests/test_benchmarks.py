@@ -1,0 +1,89 @@
+"""The scripts of benchmarks/ run to their end at toy sizes; next to PyTorch they do in tests/live."""
+
+import io
+import json
+import os
+import sys
+
+import pytest
+from documents import ROOT
+
+TOY = [  # of the smallest model, on data that the fixtures have prepared
+    "--config.tokenizer.num_sentinels=40",
+    "--config.data.inputs_length=64",
+    "--config.data.targets_length=40",
+    "--config.data.batch_size=8",
+    "--config.model.layers=unroll",
+]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Benchmarks import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def lines(text: str) -> list[dict]:
+    """What a benchmark printed; each of its lines is a JSON object."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_training_step_is_measured_alone_and_on_request(capfd, monkeypatch):
+    import peers
+    import train_step
+
+    program, path, serve, *command = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))
+    assert (program, path, serve) == (sys.executable, str(ROOT / "benchmarks/train_step.py"), "--serve")
+    train_step.main([*command, "--steps=2"])
+    machine, start, speed = lines(capfd.readouterr().out)
+    embeddings, attention, mlp, norms = 2 * 512 * 64, 4 * 64 * 64, 3 * 64 * 64, 3 * 64
+    assert start["params"] == embeddings + attention + mlp + norms and 5 < start["loss"] < 8
+    assert machine["cpu"] and machine["devices"] == 8 and machine["dtype"] == "float32"
+    assert min(start["lower_s"], start["compile_s"], speed["tokens_per_second"], speed["step_ms"], speed["cpu_ms"]) > 0
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n"))
+    train_step.main([*command, serve])
+    _, _, first, second, last = lines(capfd.readouterr().out)
+    assert len(first["step_ms"]) == 1 and len(second["step_ms"]) == 2 and last["peak_rss_mb"] > 0
+
+
+def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):
+    import generate
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+    generate.main(["--serve=t5like", '--case={"shape": "toy_dec", "rows": 2, "way": "greedy"}'])
+    machine, start, first, last = lines(capfd.readouterr().out)
+    assert machine["jax"] and start["sum_gbps"] > 0 and len(first["step_ms"]) == 1 and last["peak_rss_mb"] > 0
+
+
+def test_finished_batches_of_every_objective_are_measured(flags, texts, tmp_path, capfd):
+    import input_pipeline
+
+    words = (texts / "a.txt").read_text().splitlines()[:40]
+    examples = [json.dumps({"inputs": text, "targets": text.split()[0]}) + "\n" for text in words]
+    (tmp_path / "examples.jsonl").write_text("".join(examples))
+    cores = os.sched_getaffinity(0)
+    input_pipeline.main([*flags, *TOY, "--seconds=0", f"--examples=jsonl:{tmp_path}/examples.jsonl"])
+    out, err = capfd.readouterr()
+    machine, *cases = lines(out)
+    assert machine["rows"] == 8 and len(cases) == 22 and all(case["tokens_per_second"] > 0 for case in cases)
+    assert {case["objective"] for case in cases} >= {"span_corruption", "mlm_nsp", "ul2", "supervised"}
+    assert err.count("\n| ") >= 23 and os.sched_getaffinity(0) == cores
+
+
+def test_making_and_reading_a_token_store_are_measured(flags, capfd):
+    import token_store
+
+    token_store.main([*flags, "--rounds=1"])
+    machine, reading, own, jsonl = lines(capfd.readouterr().out)
+    assert machine["sentencepiece"] and reading["windows_tokens_per_second"] > 0
+    assert own["source"].startswith("text:") and jsonl["documents"] == 8 * own["documents"] and own["ratio"] > 0
+
+
+def test_a_mistake_is_one_line():
+    import input_pipeline
+
+    from t5like.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"unrecognized arguments: --second=3; see input_pipeline.py --help"):
+        input_pipeline.parse(["--second=3"])

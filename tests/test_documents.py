@@ -1,0 +1,323 @@
+"""Every command, flag and file that a document names is one that there is, and every kind of command runs."""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import documents
+import pytest
+from _pytest.mark.expression import Expression
+from documents import MARKDOWN, ROOT, Mention, commands, mentions
+
+from t5like import config_file, errors
+from t5like.config import Config, default
+from t5like.flags import build_parser, parse
+
+# What a sentence leaves out of a command.
+SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
+SAMPLES |= {"format": "hf", "prompt": "TEXT"}
+NOT_FLAGS = ("--xla",)  # what begins so is XLA's
+
+
+# ---- Command lines are understood ----
+
+
+def check_t5like(words: list[str], whole: bool) -> None:
+    """The real parser takes it, and the real loader the config with its changed fields."""
+    if words == ["COMMAND"]:
+        return
+    words = [word for word in words if word != "--config.SECTION.FIELD=VALUE"]
+    if not whole:
+        [commands_of] = build_parser()._subparsers._group_actions
+        given = {word.partition("=")[0] for word in words}
+        for action in commands_of.choices[words[0]]._actions if words[0] in commands_of.choices else []:
+            if action.required and not given & {*action.option_strings}:
+                words = [*words, f"{action.option_strings[0]}={SAMPLES[action.dest]}"]
+    options, overrides = parse(words)
+    check_config(getattr(options, "config", None), overrides)
+
+
+def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
+    """A preset, or each of those whose NAME is left open, can have these fields."""
+    if name is None:
+        return
+    paths = sorted(ROOT.glob(name.replace("NAME", "*"))) if "NAME" in name else [ROOT / name]
+    assert paths, f"{name} is no file"
+    for path in paths:
+        config_file.load(path, overrides)
+
+
+@functools.cache
+def script(path: str):
+    """The module of a script, imported as it imports its neighbours."""
+    before = dict(os.environ)  # a script may set what JAX reads when it starts
+    try:
+        spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def check_script(path: str, arguments: list[str]) -> None:
+    """Its own parser takes the arguments; a script without one takes as many words as its docstring shows."""
+    path = path.removeprefix("/path/to/")
+    if path == "run.py":  # of an exported directory
+        path = "t5like/stablehlo_script.py"
+    if "/" not in path:
+        path = f"benchmarks/{path}"
+    assert (ROOT / path).is_file(), f"{path} is no file"
+    source = (ROOT / path).read_text("utf-8")
+    if path.startswith("benchmarks/") or path == "tests/golden/make_plans.py":
+        script(path).parse([word for word in arguments if word != "--config.SECTION.FIELD=VALUE"])
+        return
+    for word in arguments:
+        if word.startswith("--"):
+            assert f'"{word.partition("=")[0]}"' in source, f"{path} has no flag {word}"
+    assert bool(arguments) == ("argv" in source or "add_argument" in source), f"{path}: {arguments}"
+
+
+def check_make(words: list[str], whole: bool) -> None:
+    """The targets are there, and ARGS is what the target's program takes."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = [word for word in words if "=" not in word]
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: there is no such target"
+    for name in variables:
+        assert f"$({name})" in makefile or f"$(or $({name})," in makefile, f"the Makefile has no {name}"
+    arguments = variables.get("ARGS", "").split()
+    if "train" in targets:
+        check_t5like(["train", "--config=configs/tiny.py", "--workdir=RUN", *arguments], True)
+    elif "golden" in targets:
+        names = [word for word in arguments if word != "NAME"]
+        check_script("tests/golden/make_plans.py", names)
+    elif {"test", "parity"} & {*targets}:
+        check_pytest(arguments)
+    elif arguments:
+        raise AssertionError(f"make {targets}: nobody knows what it does with {arguments}")
+
+
+def check_pytest(words: list[str]) -> None:
+    """Files are there, and -k selects a test."""
+    expression = ""
+    paths = [word for word in words if not word.startswith("-")]
+    if "-k" in words:
+        expression = words[words.index("-k") + 1]
+        paths.remove(expression)
+    for path in paths:
+        assert (ROOT / path).exists(), f"{path} is no file"
+    roots = [ROOT / path for path in paths] or [ROOT / "tests"]
+    files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("test_*.py"))]
+    names = [
+        [file.name, name] for file in files for name in re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M)
+    ]
+    selects = Expression.compile(expression).evaluate if expression else (lambda matches: True)
+    matches = lambda test: lambda text, **_: any(text.lower() in name.lower() for name in test)
+    assert any(selects(matches(test)) for test in names), f"pytest {words} selects no test"
+
+
+def check_pip(words: list[str], whole: bool) -> None:
+    """It installs something, and our extras are those of setup.py."""
+    assert words[0] == "install" and len(words) > 1, words
+    for extra in re.findall(r"(?:t5like|\.)\[(\w+)\]", " ".join(words)):
+        assert extra in extras(), f"setup.py has no extra {extra}"
+
+
+def extras() -> set[str]:
+    [call] = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text("utf-8")))
+              if isinstance(node, ast.keyword) and node.arg == "extras_require"]  # fmt: skip
+    return {key.value for key in call.value.keys}
+
+
+CHECKS: dict[str, Callable[[list[str], bool], None]] = {
+    "t5like": check_t5like,
+    "make": check_make,
+    "pip": check_pip,
+    "pytest": lambda words, whole: check_pytest([word for word in words if not word.startswith("--")]),
+    "git": lambda words, whole: None,
+    "cd": lambda words, whole: None,
+    "ruff": lambda words, whole: None,
+}
+
+
+def problem(words: list[str], whole: bool) -> str:
+    """Why a command can't be what a user should type; empty if it can."""
+    program, *rest = words
+    try:
+        if program.endswith(".py"):
+            check_script(program, rest)
+        elif program in CHECKS:
+            CHECKS[program](rest, whole)
+        else:
+            return f"nobody knows how to check {program!r}; fence output as ```text, or teach CHECKS"
+    except (AssertionError, errors.UserError) as error:
+        return str(error)
+    except SystemExit as stop:  # --help, --version, and the refusals of argparse
+        return f"exit code {stop.code}" if stop.code else ""
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_path(monkeypatch):
+    """Benchmarks import each other as scripts do; paths of presets in documents start in the clone."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_every_command_in_a_document_is_one_that_there_is():
+    named = [(mention, words) for mention in mentions() for words in commands(mention)]
+    assert len({words[0] for _, words in named}) >= 8 and len(named) > 100
+    wrong = {}
+    for mention, words in named:
+        if reason := problem(words, mention.whole):
+            wrong[f"{mention.where}: {' '.join(words)}"] = reason
+    assert not wrong, json.dumps(wrong, indent=1)
+
+
+BAD = [
+    ("t5like trian --config=configs/tiny.py --workdir=RUN", "invalid choice: 'trian'"),
+    ("t5like train --config=configs/tiny.py --workdir=RUN --steps=3", "unrecognized arguments: --steps=3"),
+    ("t5like train --config=configs/tini.py --workdir=RUN", "no such file"),
+    ("t5like train --config=configs/tiny.py --workdir=RUN --config.train.steps=3", "there is no field 'steps'"),
+    (
+        "t5like train --config=configs/tiny.py --workdir=RUN --config.data.objective=gap",
+        "data.objective='gap' must be one of",
+    ),
+    ("t5like export --format=onnx --workdir=RUN --output=DIR", "invalid choice: 'onnx'"),
+    (".venv/bin/python benchmarks/train_step.py", "arguments are required: --config"),
+    ("python benchmarks/input_pipeline.py --config.data.batch=3", "there is no field 'batch'"),
+    ("python benchmarks/peers.py --shapes=huge", "exit code 2"),
+    ("python benchmarks/speed.py", "benchmarks/speed.py is no file"),
+    ("make trian", "there is no such target"),
+    ("make train ARGS=--config.train.steps=3", "there is no field 'steps'"),
+    ("make golden ARGS=--prove", "exit code 2"),
+    ("make test ARGS='-k nothing_is_called_so'", "selects no test"),
+    ("python -m pytest tests/live/test_gone.py", "is no file"),
+    ("pip install 't5like[everything]'", "no extra everything"),
+    ("step 900: held-out loss 3.671", "nobody knows how to check 'step'"),
+    ("JAX_X=1 .venv/bin/python -m t5like plan --config=configs/tiny.py", "required: --topology"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD, ids=[line for line, _ in BAD])
+def test_a_command_that_is_none_is_noticed(line, reason):
+    [words] = commands(Mention("a document", line, True))
+    assert reason in problem(words, True)
+
+
+def test_commands_are_found_wherever_documents_have_them():
+    text = (
+        "# Title\nSay `t5like plan\n--quick`:\n```\n.venv/bin/t5like train \\\n  --x=1  # why\n```\n```text\nno\n```\n"
+    )
+    assert list(documents.of_markdown("F", text)) == [
+        Mention("F:5", ".venv/bin/t5like train   --x=1  # why", True),
+        Mention("F:2", "t5like plan --quick", False),
+    ]
+    source = '"""What it is.\n\n    python a.py --b [--c]\n        [--d]\n\nOr:\n\n    --e=2\n    --f\n"""\n'
+    assert [commands(mention) for mention in documents.of_python("F", source)] == [
+        [["a.py", "--b", "--c", "--d"]],
+        [["a.py", "--b", "--c", "--e=2", "--f"]],
+    ]
+    makefile = '# make train  does; ARGS="--a=1" more\n#   ARGS=--b: less\nx:\n\t@$(BIN)/python -m t5like train\n'
+    assert [commands(mention)[0] for mention in documents.of_makefile("F", makefile)] == [
+        ["make", "train", "ARGS=--a=1"],
+        ["make", "train"],
+        ["make", "train", "ARGS=--b"],
+        ["t5like", "train"],
+    ]
+
+
+# ---- Flags, fields, files ----
+
+
+def test_every_flag_and_field_in_a_document_is_one_that_there_is():
+    [subparsers] = build_parser()._subparsers._group_actions
+    flags = {flag for sub in subparsers.choices.values() for action in sub._actions for flag in action.option_strings}
+    folders = (ROOT / "benchmarks", ROOT / "tests/golden")
+    scripts = "".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
+    fields, wrong = config_file._types(Config), []
+    for mention in mentions():
+        if mention.where.startswith("CHANGELOG"):  # it may say what is gone
+            continue
+        for word in mention.text.split() if mention.text.startswith("--") and not mention.whole else []:
+            name, _, value = word.partition("=")
+            if name.startswith("--config."):
+                if value and "section.field" not in name.lower():
+                    config_file.override(default().to_dict(), name.removeprefix("--config."), value)
+            elif name.startswith("--") and name not in flags and f'"{name}"' not in scripts:
+                wrong += [f"{mention.where}: {word}"] * (not name.startswith(NOT_FLAGS))
+        if found := re.fullmatch(r"(\w+)\.(\w+)(=.*)?", mention.text):
+            section, name, value = found.groups()
+            if section in fields and ".md:" in mention.where and name not in ("py", "model"):
+                known = inspect.get_annotations(fields[section])
+                wrong += [f"{mention.where}: {mention.text}"] * (name not in known)
+    assert not wrong, wrong
+
+
+def test_every_extra_that_a_message_names_is_one_that_there_is():
+    named = {extra for path in documents.PYTHON if path.is_relative_to(ROOT / "t5like")
+             for extra in re.findall(r"t5like\[(\w+)\]", path.read_text("utf-8"))}  # fmt: skip
+    assert named and named <= extras()
+
+
+def test_every_file_that_a_document_names_is_there(trained):
+    made = {path.name for path in trained.iterdir()} | {"predictions", "evaluations", "init_from.txt", "profile"}
+    wrong = []
+    for path in MARKDOWN:
+        text, name = path.read_text("utf-8"), documents.name_of(path)
+        quoted = [(mention.where, mention.text) for mention in documents.of_markdown(name, text) if not mention.whole]
+        quoted += [(name, link) for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        for where, word in quoted:
+            is_path = re.fullmatch(r"[\w.*-]+(/[\w.*-]*)*", word) and re.search(r"/|\.(py|md|txt|jsonl?|toml)$", word)
+            if not is_path or word.split("/")[0] in {*made, "RUN", "DIR", "runs", "train", "eval"}:
+                continue
+            candidate = word.replace("NAME", "*").rstrip("/")
+            folders = ("t5like", "t5like/data", "configs", "benchmarks")
+            places = (ROOT, path.parent, *(ROOT / folder for folder in folders))
+            if not any(any(place.glob(candidate)) or any(place.glob(f"{candidate}.py")) for place in places):
+                wrong.append(f"{where}: {word}")
+    assert not wrong, wrong
+
+
+def test_every_name_of_ours_that_a_script_uses_is_there():
+    """Also of scripts that need PyTorch or libtpu, which this suite can't run."""
+    wrong = []
+    for path in documents.PYTHON:
+        if path.is_relative_to(ROOT / "t5like") or path.name == "make_format_1.py":  # that one runs the code of then
+            continue
+        tree, modules = ast.parse(path.read_text("utf-8")), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "t5like":
+                for alias in node.names:
+                    if not has(node.module, alias.name):
+                        wrong.append(f"{documents.name_of(path)}:{node.lineno}: {node.module}.{alias.name}")
+                    elif importlib.util.find_spec(f"{node.module}.{alias.name}") if is_package(node.module) else None:
+                        modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                module = modules[node.value.id]
+                if module != "t5like.harness" and not hasattr(importlib.import_module(module), node.attr):
+                    wrong.append(f"{documents.name_of(path)}:{node.lineno}: {module}.{node.attr}")
+    assert not wrong, wrong
+
+
+def is_package(module: str) -> bool:
+    return importlib.util.find_spec(module).submodule_search_locations is not None
+
+
+def has(module: str, name: str) -> bool:
+    """Whether a module defines a name, or is a package with such a module. lm-eval need not be installed."""
+    if is_package(module) and importlib.util.find_spec(f"{module}.{name}"):
+        return True
+    if module == "t5like.harness":
+        return bool(re.search(rf"^(?:def|class) {name}\b", (ROOT / "t5like/harness.py").read_text(), re.MULTILINE))
+    return hasattr(importlib.import_module(module), name)
