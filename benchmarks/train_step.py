@@ -22,7 +22,7 @@ import measurement
 from t5like import config_file
 from t5like.errors import UserError
 from t5like.flags import Parser
-from t5like.main import start_devices
+from t5like.main import keep_freed_memory, start_devices
 
 if TYPE_CHECKING:
     from t5like.config import Config
@@ -134,6 +134,7 @@ def main(arguments: list[str]) -> None:
     """Measure what the command line asks for."""
     options, config = parse(arguments)
     start_devices(options.fake_devices)
+    keep_freed_memory()  # as `t5like train` does
     trainer = Trainer(config)
     [first] = trainer.run(1)
     start_to_first_step = measurement.since_start()

@@ -48,7 +48,10 @@ def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
     """A preset, or each of those whose NAME is left open, can have these fields."""
     if name is None:
         return
-    paths = sorted(ROOT.glob(name.replace("NAME", "*"))) if "NAME" in name else [name if name in config_file.presets() else ROOT / name]
+    if "NAME" in name:
+        paths = sorted(ROOT.glob(name.replace("NAME", "*")))
+    else:
+        paths = [name if name in config_file.presets() else ROOT / name]
     assert paths, f"{name} is no file"
     for path in paths:
         config_file.load(path, overrides)
