@@ -268,7 +268,7 @@ def _record(line: bytes) -> dict[str, float | None] | None:
     """A line's values; None if it is not what `Writer` writes."""
     try:
         record = loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None

@@ -106,13 +106,16 @@ def train(config: Config, workdir: Path) -> None:
     checkpoints = checkpoints_of(workdir, config)
     saved = checkpoints.latest()
     distributed.agree("checkpoint", str(saved), "use a --workdir on a file system that all share")
+    before = config  # of what the run has learned so far
     if saved is not None:
-        check_checkpoint(checkpoints.meta(saved), asked, tokenizer, workdir)
+        meta = checkpoints.meta(saved)
+        check_checkpoint(meta, asked, tokenizer, workdir)
+        before = meta.config
     if saved and saved >= config.train.num_steps:
         done = f"{saved:,} of {config.train.num_steps:,} steps are done"
         say(f"complete   {done}; nothing is left to train in {workdir}")
         return
-    for line in optimizers.warnings(config, checkpoints.meta(saved).config if saved else config, saved or 0):
+    for line in optimizers.warnings(config, before, saved or 0):
         say(f"schedule   {line}")
     initial = None
     if saved == 0:  # weights from elsewhere, and no optimizer state

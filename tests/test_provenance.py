@@ -88,9 +88,7 @@ def test_data_are_known_by_their_content(prepared, trained, tmp_path):
 
 def test_the_commit_is_gits_own():
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if git.returncode:
-        pytest.skip("not a clone")
-    assert provenance.commit() == git.stdout.strip()
+    assert provenance.commit() == (git.stdout.strip() or None)  # None: not a clone
 
 
 @pytest.mark.parametrize("packed", [False, True])

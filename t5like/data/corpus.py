@@ -182,7 +182,7 @@ def _trained_on(directory: Path, num_sources: int) -> list[str] | None:
         record = loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         record = None
     sources = record.get("sources") if isinstance(record, dict) else record
     if not isinstance(sources, list) or len(sources) != num_sources:

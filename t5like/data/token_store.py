@@ -154,7 +154,7 @@ class TokenStore:
                     )
         except OSError as error:
             raise DataError(f"{error.filename} can't be read: {error.strerror}; {read_again(directory)}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = error if isinstance(error, manifests.Inconsistent) else "it is no JSON"
             raise DataError(f"{path} is damaged: {reason}; {read_again(directory)}") from None
         return cls(directory, manifest)

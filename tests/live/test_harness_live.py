@@ -157,10 +157,9 @@ PEER_T5 = {
 
 def stand_in():
     """A tokenizer that HFLM holds, and `Peer` never asks."""
+    from tokenizers import Tokenizer as Fast
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
-
-    from tokenizers import Tokenizer as Fast
 
     fast = Fast(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
