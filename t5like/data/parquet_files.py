@@ -93,6 +93,8 @@ class _Cursor:
 
     def values(self, row: int, where: str) -> Iterator[tuple[str, Any]]:
         """The names and values of a row that is not before `first`."""
+        import pyarrow as pa
+
         with _failures(self.path):
             while row >= self.first + self._length:
                 self.first += self._length
@@ -103,6 +105,8 @@ class _Cursor:
                 self._columns, self._length = {name: batch.column(name) for name in self._names}, len(batch)
         for name, column in self._columns.items():
             try:
+                if pa.types.is_temporal(column.type):  # what as_py makes of it depends on whether pandas is installed
+                    raise TypeError("times are not texts")
                 yield name, column[row - self.first].as_py()
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the text") from None
