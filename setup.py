@@ -43,7 +43,7 @@ setup(
     # The presets lie in a folder of their own, and are installed as a part of the package: --config=NAME finds them.
     packages=[*find_packages(include=["t5like", "t5like.*"]), "t5like.configs"],
     package_dir={"t5like.configs": "configs"},
-    entry_points={"console_scripts": ["t5like = t5like.main:main"]},
+    entry_points={"console_scripts": ["t5like = t5like.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<0.9",

@@ -29,30 +29,32 @@ PROMPT, NEW, BEAMS = 64, 64, 4
 
 def serve_t5like(shape: Shape, rows: int, way: str) -> None:
     """Decode on request, by `generate.make_texts` as `t5like generate` calls it."""
-    from t5like.main import keep_freed_memory
+    from t5like.cli.main import keep_freed_memory
 
     keep_freed_memory()
     import jax
     import numpy as np
 
-    from t5like import config_file, step
-    from t5like import mesh as meshes
+    from t5like.config import loader
     from t5like.data import pipeline
-    from t5like.decoding import Decoding
-    from t5like.generate import make_texts, row_keys, unstacked_params
+    from t5like.inference.generate import make_texts, row_keys, unstacked_params
+    from t5like.inference.sampling import DecodingOptions
+    from t5like.optim import step
+    from t5like.sharding import auto
+    from t5like.sharding import mesh as meshes
 
     settings = argparse.Namespace(dtype="float32", optimizer="adamw")
     _, fields = measurement.split(t5like_command(shape, settings)[2:])
     path = Path(__file__).parent.parent / "configs" / ("t5_small.py" if shape.inputs else "llama_7b.py")
-    config = config_file.load(path, fields)
+    config = loader.load(path, fields)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    config = meshes.settle(config, mesh)
+    config = auto.resolve_auto(config, mesh)
     params = jax.jit(lambda key: step.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     params = jax.jit(lambda params: unstacked_params(config, params))(params)
     prompts = np.random.default_rng(0).integers(3, shape.vocabulary, (rows, PROMPT)).astype(np.int32)
     lengths, no_end = np.full(rows, PROMPT, np.int32), np.array([-1], np.int32)
-    decoding = Decoding(max_new_tokens=NEW, num_beams=BEAMS if way == "beams" else 1)
+    decoding = DecodingOptions(max_new_tokens=NEW, num_beams=BEAMS if way == "beams" else 1)
     numbers = jax.tree.map(np.float32, decoding.numbers)
 
     def run(times: int) -> list[float]:

@@ -23,14 +23,15 @@ from collections.abc import Callable, Iterator
 import measurement
 import numpy as np
 
-from t5like import config_file, rules
-from t5like.config import ARCHITECTURES, Config, DataConfig
-from t5like.data import corpus, pipeline
+from t5like.cli.flags import Parser
+from t5like.config import checks, loader
+from t5like.config.schema import ARCHITECTURES, Config, DataConfig
+from t5like.data import pipeline
 from t5like.data.pipeline import Batches
-from t5like.data.text import Vocabulary
+from t5like.data.store import preparation
+from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.errors import UserError
-from t5like.flags import Parser
-from t5like.step import real_tokens
+from t5like.optim.step import real_tokens
 
 STEPS = 64  # whose batches are made again and again
 SHAPE = [("data.inputs_length", "512"), ("data.targets_length", "114"), ("data.batch_size", "128")]
@@ -50,7 +51,7 @@ def cases(config: Config, examples: str) -> Iterator[Config]:
                 case = dataclasses.replace(config, data=data, model=model)
                 if supervised:
                     case = dataclasses.replace(case, data=dataclasses.replace(data, source=(examples,)))
-                rules.check(case)
+                checks.check(case)
                 yield case
 
 
@@ -110,13 +111,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--seconds", type=float, default=3.0, metavar="X", help="of batches per case")
     rest, overrides = measurement.split(arguments)
     options = parser.parse_args(rest)
-    return options, config_file.load(options.config, [*SHAPE, *overrides])
+    return options, loader.load(options.config, [*SHAPE, *overrides])
 
 
 def main(arguments: list[str]) -> None:
     """Measure what the command line asks for."""
     options, config = parse(arguments)
-    prepared = corpus.prepare(config)
+    prepared = preparation.prepare(config)
     trained = dataclasses.replace(config.tokenizer, path=str(prepared.tokenizer_path))
     config = dataclasses.replace(config, tokenizer=trained)
     vocabulary = Vocabulary.of(prepared.tokenizer)
@@ -129,7 +130,7 @@ def main(arguments: list[str]) -> None:
     )
     rows = []
     for case in cases(config, options.examples):
-        stores = corpus.prepare(case).stores
+        stores = preparation.prepare(case).stores
         with one_core():
             values = measure(Batches(case, vocabulary, pipeline.open_split(case, stores, "train")), options.seconds)
         measurement.emit(**values)

@@ -28,12 +28,12 @@ import measurement
 import numpy as np
 import sentencepiece
 
-from t5like import config_file
-from t5like.config import Config
-from t5like.data import corpus
-from t5like.data.sources import open_source
+from t5like.cli.flags import Parser
+from t5like.config import loader
+from t5like.config.schema import Config
+from t5like.data.sources.source import open_source
+from t5like.data.store import preparation
 from t5like.errors import UserError
-from t5like.flags import Parser
 
 COPIES = 8  # of the texts, as JSON lines
 ROWS, LENGTH = 1024, 568  # windows a call, and tokens a window: what span corruption makes 512 of
@@ -46,7 +46,7 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-def measure_making(config: Config, prepared: corpus.Prepared, rounds: int) -> Iterator[dict[str, float | str]]:
+def measure_making(config: Config, prepared: preparation.Prepared, rounds: int) -> Iterator[dict[str, float | str]]:
     """Tokens per CPU second of bare SentencePiece and of `prepare` from two kinds of source, in turns."""
     sources = [open_source(spec, config.data) for spec in config.data.source]
     texts = [source[number] for source in sources for number in range(len(source))]
@@ -67,7 +67,7 @@ def measure_making(config: Config, prepared: corpus.Prepared, rounds: int) -> It
                 (directory := Path(data.directory)).mkdir()
                 (directory / "tfds").symlink_to(Path(config.data.directory).expanduser() / "tfds")
                 again = dataclasses.replace(config, tokenizer=tokenizer, data=data)
-                seconds[name].append(cpu_seconds(lambda config=again: corpus.prepare(config, progress=False)))
+                seconds[name].append(cpu_seconds(lambda config=again: preparation.prepare(config, progress=False)))
                 shutil.rmtree(directory)
     for name, copies in (("own", 1), ("jsonl", COPIES)):
         yield {
@@ -81,7 +81,7 @@ def measure_making(config: Config, prepared: corpus.Prepared, rounds: int) -> It
         }
 
 
-def measure_reading(prepared: corpus.Prepared, rounds: int) -> dict[str, float | int]:
+def measure_reading(prepared: preparation.Prepared, rounds: int) -> dict[str, float | int]:
     """Tokens per CPU second of random windows from the largest store."""
     stream = max((store.split("train") for store in prepared.stores), key=lambda stream: stream.num_tokens)
     starts_N = np.random.default_rng(0).integers(0, stream.num_tokens, ROWS)
@@ -103,13 +103,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     rest, overrides = measurement.split(arguments)
     options = parser.parse_args(rest)
-    return options, config_file.load(options.config, overrides)
+    return options, loader.load(options.config, overrides)
 
 
 def main(arguments: list[str]) -> None:
     """Measure what the command line asks for."""
     options, config = parse(arguments)
-    prepared = corpus.prepare(config)
+    prepared = preparation.prepare(config)
     measurement.emit(**measurement.machine("numpy", "sentencepiece"))
     measurement.emit(**measure_reading(prepared, options.rounds))
     for values in measure_making(config, prepared, options.rounds):

@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py --config=configs/tiny.py [--config.SECTION.FIELD=VALUE ...] [--steps=20]
 
-The step is the trainer's own (`t5like.step`), started as the trainer starts it; tokens are random and go through the
-config's objective. Prints three JSON lines: the machine; what the start cost (process start to first finished step,
+The step is the trainer's own (`t5like.optim.step`), started as the trainer starts it; tokens are random and go through
+the config's objective. Prints three JSON lines: the machine; what the start cost (process start to first finished step,
 tracing, compilation: the latter two run beside the making of the state, as in `train`); the speed (tokens/s as the
 trainer counts them, MFU against `metrics.peak_flops`, peak memory).
 
@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 
 import measurement
 
-from t5like import config_file
+from t5like.cli.flags import Parser
+from t5like.cli.main import keep_freed_memory, start_devices
+from t5like.config import loader
 from t5like.errors import UserError
-from t5like.flags import Parser
-from t5like.main import keep_freed_memory, start_devices
+from t5like.metrics import flops
+from t5like.sharding import auto, placement
 
 if TYPE_CHECKING:
-    from t5like.config import Config
+    from t5like.config.schema import Config
     from t5like.types import Batch
 
 
@@ -61,7 +63,7 @@ def random_batch(config: "Config") -> "Batch":
     import numpy as np
 
     from t5like.data.pipeline import Batches
-    from t5like.data.text import Vocabulary
+    from t5like.data.tokenizers.vocabulary import Vocabulary
 
     size, count = config.tokenizer.vocab_size, config.tokenizer.num_sentinels
     text_V = (np.arange(size) >= 3) & (np.arange(size) < size - count)
@@ -76,16 +78,17 @@ class Trainer:
         """Make the state and compile the step; `start` keeps what that took."""
         import jax
 
-        from t5like import mesh as meshes
-        from t5like import metrics, step, tree
+        from t5like import tree
         from t5like.data import pipeline
+        from t5like.optim import step
+        from t5like.sharding import mesh as meshes
 
-        self._block, self._to_global = jax.block_until_ready, meshes.to_global
+        self._block, self._to_global = jax.block_until_ready, placement.to_global
         self.mesh = meshes.make_mesh(config)
-        self.config = config = meshes.settle(config, self.mesh)
+        self.config = config = auto.resolve_auto(config, self.mesh)
         self.batch, shape = random_batch(config), pipeline.spec(config)
         abstract = step.abstract_state(config, shape, self.mesh)
-        self.flops, self.start = metrics.model_flops(config), {"imports_s": measurement.since_start()}
+        self.flops, self.start = flops.model_flops(config), {"imports_s": measurement.since_start()}
 
         def compile_step():
             begin = time.perf_counter()
@@ -127,7 +130,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, "Config"]:
     parser.add_argument("--serve", action="store_true", help="time as many steps as each line of standard input says")
     rest, overrides = measurement.split(arguments)
     options = parser.parse_args(rest)
-    return options, config_file.load(options.config, overrides)
+    return options, loader.load(options.config, overrides)
 
 
 def main(arguments: list[str]) -> None:
@@ -139,8 +142,6 @@ def main(arguments: list[str]) -> None:
     [first] = trainer.run(1)
     start_to_first_step = measurement.since_start()
     import jax
-
-    from t5like import metrics
 
     values = {name: float(value.mean()) for name, value in trainer.metrics.items()}
     measurement.emit(
@@ -161,14 +162,14 @@ def main(arguments: list[str]) -> None:
     if options.serve:
         measurement.serve(trainer.run)
         memory = measurement.peak_memory_mb()
-        peak = metrics.peak_flops(trainer.mesh.devices.flatten())
+        peak = flops.peak_flops(trainer.mesh.devices.flatten())
         measurement.emit(peak_rss_mb=memory, matmul_gflops=peak and peak / 1e9)
         return
     trainer.run(2)
     times = measurement.time_steps(trainer.run, options.steps)
     speed = measurement.summary(times["step_ms"], values["tokens"])
     memory = measurement.peak_memory_mb()  # before the matmul rate is measured
-    peak = metrics.peak_flops(trainer.mesh.devices.flatten())
+    peak = flops.peak_flops(trainer.mesh.devices.flatten())
     achieved = trainer.flops / speed["step_ms"] * 1e3
     device_bytes = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in trainer.mesh.local_devices]
     measurement.emit(

@@ -11,7 +11,7 @@ Hardware: one accelerator with 40 GB, or several. Time and expected loss: not ye
 
 import ml_collections
 
-from t5like import config as schema
+from t5like.config import schema
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ yet run by us; nanoGPT reports 2.85 nats on OpenWebText after 600,000 steps.
 
 import ml_collections
 
-from t5like import config as schema
+from t5like.config import schema
 
 
 def get_config() -> ml_collections.ConfigDict:

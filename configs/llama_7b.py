@@ -8,7 +8,7 @@ all. Hardware: 256 TPU v5e or 64 H100 and up. Time and expected loss: not yet ru
 
 import ml_collections
 
-from t5like import config as schema
+from t5like.config import schema
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ Time and expected loss: not yet run by us. For base, nanoT5 (Nawrot 2023) report
 
 import ml_collections
 
-from t5like import config as schema
+from t5like.config import schema
 
 
 def get_config() -> ml_collections.ConfigDict:

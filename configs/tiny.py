@@ -5,7 +5,7 @@ t5like train --config=configs/tiny.py --workdir=runs/tiny
 
 import ml_collections
 
-from t5like import config as schema
+from t5like.config import schema
 
 
 def get_config() -> ml_collections.ConfigDict:

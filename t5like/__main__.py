@@ -2,6 +2,6 @@
 
 import sys
 
-from t5like.main import main
+from t5like.cli.main import main
 
 sys.exit(main())

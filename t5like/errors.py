@@ -54,7 +54,7 @@ class Preempted(UserError):
     exit_code = 75
 
 
-class PeerLost(UserError):
+class ProcessLost(UserError):
     """Another process of the run died, hangs or never came; all of them should be started again."""
 
     exit_code = 76

@@ -19,12 +19,14 @@ import jax
 import numpy as np
 import pytest
 
-from t5like import config_file, step
-from t5like import mesh as meshes
-from t5like.config import Config, MeshConfig
-from t5like.data import objectives
-from t5like.data.text import Text, Vocabulary
-from t5like.main import main
+from t5like.cli.main import main
+from t5like.config import loader
+from t5like.config.schema import Config, MeshConfig
+from t5like.data.objectives import denoising
+from t5like.data.objectives.windows import TextWindows
+from t5like.data.tokenizers.vocabulary import Vocabulary
+from t5like.optim import step
+from t5like.sharding import mesh as meshes
 from t5like.types import Batch, TrainState
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,15 +50,15 @@ def small(**sections: dict) -> Config:
     objective = values["data"].get("objective", ())
     if "mlm_nsp" in ([objective] if isinstance(objective, str) else objective):
         values["model"] = {"token_types": 2, **values["model"]}
-    return config_file.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
+    return loader.resolve({**values, **({"seed": sections["seed"]} if "seed" in sections else {})})
 
 
 def random_batch(config: Config, seed: int = 0) -> Batch:
     """A real objective's batch on random tokens, documents of about 9 tokens if the config minds borders."""
-    return made(config, objectives.denoisers(config)[0], seed)
+    return made(config, denoising.denoisers(config)[0], seed)
 
 
-def made(config: Config, denoiser: objectives.Denoiser, seed: int = 0) -> Batch:
+def made(config: Config, denoiser: denoising.Denoiser, seed: int = 0) -> Batch:
     """The rows of one denoiser, as `random_batch` makes them."""
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, denoiser.window.length)
@@ -71,8 +73,8 @@ def made(config: Config, denoiser: objectives.Denoiser, seed: int = 0) -> Batch:
         ends = np.where(np.arange(shape[0]) % 2, shape[1], shape[1] * 2 // 3)[:, None]
         segments_BT = (place < ends) * (1 + (place >= ends // 2)).astype(np.int32)
         follows_B = rng.integers(0, 2, shape[0])
-    text = Text(tokens_BT, segments_BT, keys_B, follows_B)
-    return objectives.rows(config, denoiser, vocabulary_of(config), text)
+    text = TextWindows(tokens_BT, segments_BT, keys_B, follows_B)
+    return denoising.rows(config, denoiser, vocabulary_of(config), text)
 
 
 def vocabulary_of(config: Config) -> Vocabulary:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from t5like import main, progress
-from t5like import mesh as meshes
+from t5like.cli import main
+from t5like.metrics import progress
+from t5like.sharding import placement
 
 
 def recorded(path: Path):
@@ -24,7 +25,7 @@ def recorded(path: Path):
 
     A part is (name, index, array): where it lies in the global array, and what a device of this process holds of it.
     """
-    place = meshes.to_global
+    place = placement.to_global
 
     def to_global(batch, mesh, batch_size):
         placed = place(batch, mesh, batch_size)
@@ -60,5 +61,5 @@ if __name__ == "__main__":
             time.sleep(0.2)
 
     progress.Progress.update = update
-    meshes.to_global = recorded(path)
+    placement.to_global = recorded(path)
     sys.exit(main.main(sys.argv[4:]))

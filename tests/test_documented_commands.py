@@ -9,22 +9,22 @@ import pytest
 from conftest import write_text
 from documents import ROOT, commands, mentions
 
-from t5like.flags import parse
+from t5like.cli.flags import parse
 
 # Every kind of command that documents name: the flags that make it small, or which test runs such a command instead.
 SMALL: dict[str, tuple[str, ...] | str] = {
     "train": ("toy",),
     "train on several devices": "tests/test_end_to_end.py",
-    "train on other weights": "tests/test_answers.py",
+    "train on other weights": "tests/evaluation/test_task_eval.py",
     "prepare": ("toy",),
     "evaluate": (),
     "evaluate public tasks": "tests/live/test_harness_live.py",
     "generate from a prompt": ("--max_new_tokens=4",),
     "generate from a file": ("--max_new_tokens=4",),
     "export hf": (),
-    "export stablehlo": "tests/test_stablehlo.py",
+    "export stablehlo": "tests/interop/test_stablehlo.py",
     "import hf": (),
-    "import t5x": "tests/test_t5x.py",
+    "import t5x": "tests/interop/test_t5x.py",
     "plan without compiling": (),
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
 }

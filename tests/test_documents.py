@@ -16,9 +16,10 @@ import pytest
 from _pytest.mark.expression import Expression
 from documents import MARKDOWN, ROOT, Mention, commands, mentions
 
-from t5like import config_file, errors
-from t5like.config import Config, default
-from t5like.flags import build_parser, parse
+from t5like import errors
+from t5like.cli.flags import build_parser, parse
+from t5like.config import loader
+from t5like.config.schema import Config, default
 
 # What a sentence leaves out of a command.
 SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
@@ -51,10 +52,10 @@ def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
     if "NAME" in name:
         paths = sorted(ROOT.glob(name.replace("NAME", "*")))
     else:
-        paths = [name if name in config_file.presets() else ROOT / name]
+        paths = [name if name in loader.presets() else ROOT / name]
     assert paths, f"{name} is no file"
     for path in paths:
-        config_file.load(path, overrides)
+        loader.load(path, overrides)
 
 
 @functools.cache
@@ -247,7 +248,7 @@ def test_every_flag_and_field_in_a_document_is_one_that_there_is():
     flags = {flag for sub in subparsers.choices.values() for action in sub._actions for flag in action.option_strings}
     folders = (ROOT / "benchmarks", ROOT / "tests/golden")
     scripts = "".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
-    fields, wrong = config_file._types(Config), []
+    fields, wrong = loader._types(Config), []
     for mention in mentions():
         if mention.where.startswith("CHANGELOG"):  # it may say what is gone
             continue
@@ -255,7 +256,7 @@ def test_every_flag_and_field_in_a_document_is_one_that_there_is():
             name, _, value = word.partition("=")
             if name.startswith("--config."):
                 if value and "section.field" not in name.lower():
-                    config_file.override(default().to_dict(), name.removeprefix("--config."), value)
+                    loader.override(default().to_dict(), name.removeprefix("--config."), value)
             elif name.startswith("--") and name not in flags and f'"{name}"' not in scripts:
                 wrong += [f"{mention.where}: {word}"] * (not name.startswith(NOT_FLAGS))
         if found := re.fullmatch(r"(\w+)\.(\w+)(=.*)?", mention.text):
@@ -308,7 +309,7 @@ def test_every_name_of_ours_that_a_script_uses_is_there():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
                 module = modules[node.value.id]
-                if module != "t5like.harness" and not hasattr(importlib.import_module(module), node.attr):
+                if module != "t5like.evaluation.lm_eval" and not hasattr(importlib.import_module(module), node.attr):
                     wrong.append(f"{documents.name_of(path)}:{node.lineno}: {module}.{node.attr}")
     assert not wrong, wrong
 
@@ -321,6 +322,6 @@ def has(module: str, name: str) -> bool:
     """Whether a module defines a name, or is a package with such a module. lm-eval need not be installed."""
     if is_package(module) and importlib.util.find_spec(f"{module}.{name}"):
         return True
-    if module == "t5like.harness":
+    if module == "t5like.evaluation.lm_eval":
         return bool(re.search(rf"^(?:def|class) {name}\b", (ROOT / "t5like/harness.py").read_text(), re.MULTILINE))
     return hasattr(importlib.import_module(module), name)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import contents
 
-from t5like.checkpoint import Checkpoints
-from t5like.main import main
+from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.cli.main import main
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_one_run_turns_from_one_objective_to_another(train, texts):
 
 
 def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_targets(train, straight):
-    from t5like.data.tokenizer import Tokenizer
+    from t5like.data.tokenizers.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(straight / "tokenizer.model", num_sentinels=20)
     text = "ba de <extra_id_3> fi\n\u00e9\u4e2d"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from t5like.checkpoint import Checkpoints
-from t5like.metrics import read
+from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parent.parent
 ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for

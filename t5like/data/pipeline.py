@@ -17,16 +17,17 @@ from typing import NamedTuple, Protocol
 import grain
 import numpy as np
 
-from t5like.config import Config
-from t5like.data import objectives
-from t5like.data.examples import Examples
-from t5like.data.masking import sentence_pairs
-from t5like.data.objectives import Denoiser, denoisers
-from t5like.data.packing import ExampleRows, blank_rows
+from t5like.config.schema import Config
+from t5like.data.objectives import denoising
+from t5like.data.objectives.denoising import Denoiser, denoisers
+from t5like.data.objectives.masking import sentence_pairs
+from t5like.data.objectives.windows import TextWindows
 from t5like.data.randomness import permute, random_bits
-from t5like.data.source_names import source_names
-from t5like.data.text import Text, Vocabulary
-from t5like.data.token_store import Stream, TokenStore
+from t5like.data.sources.names import source_names
+from t5like.data.store.token_store import Stream, TokenStore
+from t5like.data.supervised.examples import Examples
+from t5like.data.supervised.packing import ExampleRows, blank_rows
+from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.errors import DataError
 from t5like.types import Batch
 
@@ -111,8 +112,8 @@ def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
     data, found = config.data, components(config)
     phases = 1 + len(data.change_steps)
     sources = np.reshape(data.rates, (phases, -1)) if data.rates else np.tile(np.asarray(sizes, float), (phases, 1))
-    objectives = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
-    rates = np.array([sources[:, each.source] * objectives[:, each.objective] * each.share for each in found]).T
+    denoising = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
+    rates = np.array([sources[:, each.source] * denoising[:, each.objective] * each.share for each in found]).T
     return rates / rates.sum(1, keepdims=True)
 
 
@@ -143,8 +144,8 @@ def _row(config: Config) -> Batch:
         tokens_BT = np.ones((1, way.window.length), np.int32)
         pair = tokens_BT + (np.arange(way.window.length) > 0)
         segments_BT = pair if way.objective == "mlm_nsp" else tokens_BT if _needs_segments(config) else None
-        text = Text(tokens_BT, segments_BT, np.zeros(1, np.uint64), np.ones(1, np.int32))
-        made.append(objectives.rows(config, way, vocabulary, text))
+        text = TextWindows(tokens_BT, segments_BT, np.zeros(1, np.uint64), np.ones(1, np.int32))
+        made.append(denoising.rows(config, way, vocabulary, text))
     fields = [next((x for x in each if x is not None), None) for each in zip(*made, strict=True)]
     row = Batch(*(None if x is None else np.zeros_like(x) for x in fields))
     ones = {
@@ -195,9 +196,9 @@ class Windows:
         total, window = self.stream.num_tokens, self.denoiser.window
         offset_B = (offset_B % np.uint64(total)).astype(np.int64)
         text = self._text((index_B * window.stride + offset_B) % total, keys_B)
-        return objectives.rows(self.config, self.denoiser, self.vocabulary, text)
+        return denoising.rows(self.config, self.denoiser, self.vocabulary, text)
 
-    def _text(self, start_B: np.ndarray, keys_B: np.ndarray) -> Text:
+    def _text(self, start_B: np.ndarray, keys_B: np.ndarray) -> TextWindows:
         length = self.denoiser.window.length
         if self.denoiser.objective == "mlm_nsp":
             return sentence_pairs(self.stream, start_B, length, keys_B)
@@ -206,7 +207,7 @@ class Windows:
             segments_BT = self.stream.segments(start_B, length)
         elif self._numbered:
             segments_BT = np.ones_like(tokens_BT)
-        return Text(tokens_BT, segments_BT, keys_B)
+        return TextWindows(tokens_BT, segments_BT, keys_B)
 
 
 class _Phase(NamedTuple):

@@ -5,8 +5,6 @@ differently. T5 does not divide scores by sqrt(H) (it folds that into the query'
 families set `scale_attention`.
 """
 
-import dataclasses
-from functools import partial, reduce
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -14,13 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5like.config import ModelConfig
-from t5like.mesh import batch_parts, constrain, context_size
-from t5like.model import cpu, tpu
-from t5like.model.layers import Dense, Norm, dropout, projections, rotate
+from t5like.config.schema import ModelConfig
+from t5like.model.kernels import cpu, tpu_attention
+from t5like.model.layers import Dense, Norm, dropout, projections
+from t5like.model.masks import MaskSpec
+from t5like.model.positions import rotate
+from t5like.sharding.mesh import batch_parts, constrain, context_size
 from t5like.types import MASKED
 
-FEW = 64  # queries of a group that stand side by side instead of the keys being repeated for each head
+GROUPED_DECODE_MAX_QUERIES = (
+    64  # queries of a group that stand side by side instead of the keys being repeated for each head
+)
 
 
 class KeyValues(NamedTuple):
@@ -30,65 +32,6 @@ class KeyValues(NamedTuple):
     v_BKSH: jax.Array
 
 
-def window_mask(
-    queries: int, keys: int, first_query: jax.Array | int, window: int, fork: int | None = None
-) -> jax.Array:
-    """[1, 1, L, S]: True where the key is the query itself, one of the window - 1 before it, or after it.
-
-    From place `fork` on, each L keys that follow each other stand at the same position, as the queries do.
-    """
-    position = lambda place: place if fork is None else jnp.where(place < fork, place, fork + (place - fork) // queries)
-    query_L1 = position(jnp.arange(queries)[:, None] + first_query)
-    return (position(jnp.arange(keys)[None, :]) > query_L1 - window)[None, None]
-
-
-def causal_mask(queries: int, keys: int, first_query: jax.Array | int = 0) -> jax.Array:
-    """[1, 1, L, S]: True where the key does not lie after the query."""
-    return (jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + first_query)[None, None]
-
-
-def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
-    """[B, 1, L, S]: True where query and key belong to the same document and the key is no padding (segment 0)."""
-    same = query_segments_BL[:, None, :, None] == key_segments_BS[:, None, None, :]
-    return same & (key_segments_BS != 0)[:, None, None, :]
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["query_segments_BL", "key_segments_BS", "prefix_BS"],
-    meta_fields=["causal", "window"],
-)
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What may be seen, by rule instead of as an array: a kernel works it out where it needs it.
-
-    Attributes:
-        causal: whether a query sees only the keys up to its own place, and those of a prefix.
-        query_segments_BL: with `key_segments_BS`, as in `segment_mask`; both None: one document, no padding.
-        prefix_BS: bool, True at keys that are seen from before them too; None: no such keys.
-        window: as in `window_mask`; 0: none. By place in the row: documents behind each other, as padding on the left,
-            shift query and key alike.
-    """
-
-    causal: bool = False
-    query_segments_BL: jax.Array | None = None
-    key_segments_BS: jax.Array | None = None
-    prefix_BS: jax.Array | None = None
-    window: int = 0
-
-    def mask(self, queries: int, keys: int) -> jax.Array | None:
-        """The same as an array, [1 or B, 1, L, S]; None: everything."""
-        masks = []
-        if self.causal:
-            before = causal_mask(queries, keys)
-            masks.append(before if self.prefix_BS is None else before | self.prefix_BS[:, None, None, :])
-        if self.window:
-            masks.append(window_mask(queries, keys, 0, self.window))
-        if self.query_segments_BL is not None:
-            masks.append(segment_mask(self.query_segments_BL, self.key_segments_BS))
-        return reduce(jnp.logical_and, masks) if masks else None
-
-
 def fused(
     kernels: str,
     head_dim: int,
@@ -96,7 +39,7 @@ def fused(
     rows: int,
     queries: int,
     keys: int,
-    seen: "jax.Array | Seen | None",
+    seen: jax.Array | MaskSpec | None,
     *,
     biased: bool,
 ) -> bool:
@@ -107,7 +50,7 @@ def fused(
     if kernels != "tpu" or isinstance(seen, jax.Array) or rows % batch_parts():
         return False
     parts = context_size() if queries % context_size() == 0 else 1
-    return tpu.fits(queries // parts, keys, head_dim, dtype, biased=biased)
+    return tpu_attention.fits(queries // parts, keys, head_dim, dtype, biased=biased)
 
 
 def attend(
@@ -116,7 +59,7 @@ def attend(
     v_BKSH: jax.Array,
     *,
     bias_1NLS: jax.Array | None = None,
-    mask_B1LS: jax.Array | Seen | None = None,
+    mask_B1LS: jax.Array | MaskSpec | None = None,
     kernels: str = "plain",
 ) -> jax.Array:
     """softmax(q k + bias) v with float32 scores, per head.
@@ -137,15 +80,15 @@ def attend(
     rows, _, length, head_dim = q_BNLH.shape
     biased = bias_1NLS is not None
     if fused(kernels, head_dim, q_BNLH.dtype, rows, length, k_BKSH.shape[2], mask_B1LS, biased=biased):
-        rule, segments = mask_B1LS or Seen(), None
+        rule, segments = mask_B1LS or MaskSpec(), None
         if rule.query_segments_BL is not None:
             segments = rule.query_segments_BL, rule.key_segments_BS
-        return tpu.attend(
+        return tpu_attention.attend(
             q_BNLH, k_BKSH, v_BKSH, bias_1NLS, segments, rule.prefix_BS, causal=rule.causal, window=rule.window
         )
-    if isinstance(mask_B1LS, Seen):
+    if isinstance(mask_B1LS, MaskSpec):
         mask_B1LS = mask_B1LS.mask(length, k_BKSH.shape[2])
-    if groups > 1 and length < k_BKSH.shape[2] and length * groups <= FEW:
+    if groups > 1 and length < k_BKSH.shape[2] and length * groups <= GROUPED_DECODE_MAX_QUERIES:
         return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernels)
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
@@ -233,7 +176,7 @@ class Attention(nn.Module):
         return self._source(*projections((source_BSD, self.key), (source_BSD, self.value)))
 
     def cross(
-        self, x_BLD: jax.Array, source: KeyValues | jax.Array, *, mask_B1LS: jax.Array | Seen | None, train: bool
+        self, x_BLD: jax.Array, source: KeyValues | jax.Array, *, mask_B1LS: jax.Array | MaskSpec | None, train: bool
     ) -> jax.Array:
         """Attention of x [B, L, D] to a source [B, S, D], or to its keys and values: [B, L, D]."""
         if isinstance(source, KeyValues):
@@ -249,7 +192,7 @@ class Attention(nn.Module):
         x_BLD: jax.Array,
         *,
         bias_1NLS: jax.Array | None,
-        mask_B1LS: jax.Array | Seen | None,
+        mask_B1LS: jax.Array | MaskSpec | None,
         positions_BL: jax.Array,
         train: bool,
         cache: KeyValues | None = None,

@@ -14,11 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5like.config import ModelConfig
-from t5like.mesh import constrain
+from t5like.config.schema import ModelConfig
 from t5like.model import layers as lay
-from t5like.model import tpu
-from t5like.model.attention import Attention, KeyValues, Seen, fused
+from t5like.model import mlp, positions
+from t5like.model.attention import Attention, KeyValues, fused
+from t5like.model.kernels import tpu_attention
+from t5like.model.masks import MaskSpec
+from t5like.sharding.mesh import constrain
 from t5like.types import Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
@@ -42,10 +44,10 @@ class Context(NamedTuple):
     """
 
     bias_1NLS: jax.Array | None
-    mask_B1LS: jax.Array | Seen | None
+    mask_B1LS: jax.Array | MaskSpec | None
     positions_BL: jax.Array
     encoded_BSD: jax.Array | None = None
-    cross_mask_B1LS: jax.Array | Seen | None = None
+    cross_mask_B1LS: jax.Array | MaskSpec | None = None
     first: jax.Array | int = 0
 
 
@@ -69,21 +71,21 @@ def cache_length(cache: Caches) -> int:
     return jax.tree.leaves(cache)[0].shape[-2]
 
 
-def longer(cache: Caches, length: int) -> Caches:
+def grow_cache(cache: Caches, length: int) -> Caches:
     """A stack's cache with places for `length` tokens."""
     pad = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, length - x.shape[-2]), (0, 0)])
     is_cache = lambda x: isinstance(x, Cache)
     return jax.tree.map(lambda each: Cache(jax.tree.map(pad, each.own), each.cross), cache, is_leaf=is_cache)
 
 
-def unstacked(layers: Tree) -> tuple[Tree, ...]:
+def unstack_layers(layers: Tree) -> tuple[Tree, ...]:
     """The parameters of each layer of a stack, by slices, which are copies; those of an unstacked one as they are."""
     if isinstance(layers, tuple):
         return layers
     return tuple(jax.tree.map(itemgetter(y), layers) for y in range(jax.tree.leaves(layers)[0].shape[0]))
 
 
-def _fused(config: ModelConfig, x_BLD: jax.Array, keys: int, mask_B1LS: jax.Array | Seen | None) -> bool:
+def _fused(config: ModelConfig, x_BLD: jax.Array, keys: int, mask_B1LS: jax.Array | MaskSpec | None) -> bool:
     """Whether self-attention with a relative bias is one kernel."""
     return fused(config.kernels, config.head_dim, config.dtype, *x_BLD.shape[:2], keys, mask_B1LS, biased=True)
 
@@ -98,11 +100,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         config = self.config
         if config.positions == "relative" and config.relative_bias == "per_layer":
-            self.relative_bias = lay.RelativeBias(config, bidirectional=not self.causal)
+            self.relative_bias = positions.RelativeBias(config, bidirectional=not self.causal)
         self.attention, self.attention_norm = Attention(config), lay.Norm(config)
         if self.cross:
             self.cross_attention, self.cross_attention_norm = Attention(config), lay.Norm(config)
-        self.mlp, self.mlp_norm = lay.Mlp(config), lay.Norm(config)
+        self.mlp, self.mlp_norm = mlp.Mlp(config), lay.Norm(config)
 
     def __call__(
         self,
@@ -119,7 +121,7 @@ class Block(nn.Module):
             keys = x_BLD.shape[1] if cache is None else cache_length(cache)
             bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first, fork=fork)
             if _fused(self.config, x_BLD, keys, context.mask_B1LS):
-                bias_1NLS = tpu.spread(bias_1NLS)
+                bias_1NLS = tpu_attention.spread(bias_1NLS)
 
         def attend(y_BLD):
             nonlocal own
@@ -168,11 +170,13 @@ class Stack(nn.Module):
     def setup(self) -> None:
         config = self.config
         if config.positions == "relative" and config.relative_bias == "shared":
-            self.relative_bias = lay.RelativeBias(config, bidirectional=not self.causal)
+            self.relative_bias = positions.RelativeBias(config, bidirectional=not self.causal)
         if config.norm_position == "pre":
             self.final_norm = lay.Norm(config)
-        unstacked = self.has_variable("params", "layers") and isinstance(self.get_variable("params", "layers"), tuple)
-        self.layers = self.get_variable("params", "layers") if unstacked else self.param("layers", self._init)
+        unstack_layers = self.has_variable("params", "layers") and isinstance(
+            self.get_variable("params", "layers"), tuple
+        )
+        self.layers = self.get_variable("params", "layers") if unstack_layers else self.param("layers", self._init)
 
     @property
     def block(self) -> Block:
@@ -193,10 +197,10 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         *,
-        mask_B1LS: jax.Array | Seen | None,
+        mask_B1LS: jax.Array | MaskSpec | None,
         positions_BL: jax.Array,
         encoded_BSD: jax.Array | None = None,
-        cross_mask_B1LS: jax.Array | Seen | None = None,
+        cross_mask_B1LS: jax.Array | MaskSpec | None = None,
         cache: Caches | None = None,
         first: jax.Array | int = 0,
         fork: int | None = None,
@@ -210,7 +214,7 @@ class Stack(nn.Module):
         if self.config.positions == "relative" and self.config.relative_bias == "shared":
             bias_1NLS = self.relative_bias(queries, keys, first_query=first, fork=fork)
         if bias_1NLS is not None and _fused(self.config, x_BLD, keys, mask_B1LS):
-            bias_1NLS = tpu.spread(bias_1NLS)
+            bias_1NLS = tpu_attention.spread(bias_1NLS)
         context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
         if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values
             return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
@@ -230,7 +234,7 @@ class Stack(nn.Module):
         return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
 
     def _unroll(self, layer, x_BLD, context: Context, keys_Y, cache: tuple[Cache, ...] | None):
-        caches, layers = [], unstacked(self.layers)
+        caches, layers = [], unstack_layers(self.layers)
         for y in range(self.num_layers):
             key = None if keys_Y is None else keys_Y[y]
             x_BLD, new = layer(x_BLD, context, layers[y], key, cache and cache[y])
@@ -251,4 +255,4 @@ class Stack(nn.Module):
 
         if config.layers == "scan":
             return jax.lax.map(layer, self.layers)
-        return tuple(layer(params) for params in unstacked(self.layers))
+        return tuple(layer(params) for params in unstack_layers(self.layers))

@@ -9,12 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5like.config import Config
-from t5like.mesh import constrain
-from t5like.model import cpu
+from t5like.config.schema import Config
+from t5like.model import heads
 from t5like.model import layers as lay
-from t5like.model.attention import Seen, causal_mask, fused, window_mask
+from t5like.model.attention import fused
+from t5like.model.kernels import cpu
+from t5like.model.masks import MaskSpec, causal_mask, window_mask
 from t5like.model.stack import Caches, Stack, cache_length
+from t5like.sharding.mesh import constrain
 from t5like.types import MASKED, Batch
 
 
@@ -35,7 +37,7 @@ class Transformer(nn.Module):
             types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
             self.token_types = self.param("token_types", types, (model.token_types, model.model_dim), jnp.float32)
             if model.pair_head:
-                self.pairs = lay.PairClassifier(model)
+                self.pairs = heads.PairClassifier(model)
         if model.embedding_norm:
             self.embedding_norm = lay.Norm(model)
         encodes = model.architecture != "decoder"
@@ -50,7 +52,7 @@ class Transformer(nn.Module):
             head = lay.kernel_init(model, model.model_dim, ("embed", "vocab"), scale=0.5)
             self.head = self.param("head", head, (model.model_dim, config.vocab_rows), jnp.float32)
         if model.head == "mlm":
-            self.mlm = lay.MlmTransform(model)
+            self.mlm = heads.MlmTransform(model)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
             self.head_bias = self.param("head_bias", zeros, (config.vocab_rows,), jnp.float32)
 
@@ -77,9 +79,9 @@ class Transformer(nn.Module):
         segments_BL, (rows, length) = batch.decoder_segments_BL, batch.decoder_BL.shape
         cross_mask = None
         if segments_BL is not None and encoded_BSD is not None:
-            cross_mask = Seen(False, segments_BL, batch.encoder_segments_BS)
+            cross_mask = MaskSpec(False, segments_BL, batch.encoder_segments_BS)
             cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1], cross=True)
-        mask = Seen(True, segments_BL, segments_BL, batch.prefix_BL, self.config.model.attention_window)
+        mask = MaskSpec(True, segments_BL, segments_BL, batch.prefix_BL, self.config.model.attention_window)
         mask = self._by_rule(mask, rows, length, length)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD = self._embed(batch.decoder_BL, positions_BL, train=train)
@@ -106,12 +108,12 @@ class Transformer(nn.Module):
         positions_BS = _positions(ids_BS, positions_BS)
         mask = None
         if segments_BS is not None:
-            mask = self._by_rule(Seen(False, segments_BS, segments_BS), *ids_BS.shape, ids_BS.shape[1])
+            mask = self._by_rule(MaskSpec(False, segments_BS, segments_BS), *ids_BS.shape, ids_BS.shape[1])
         x_BSD = self._embed(ids_BS, positions_BS, token_types_BS, train=train)
         x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
         return self._drop_output(x_BSD, train=train)
 
-    def _by_rule(self, seen: Seen, rows: int, queries: int, keys: int, *, cross: bool = False):
+    def _by_rule(self, seen: MaskSpec, rows: int, queries: int, keys: int, *, cross: bool = False):
         """The rule itself for a fused kernel, else its array or None, once for all layers."""
         model = self.config.model
         biased = model.positions == "relative" and not cross
@@ -129,10 +131,10 @@ class Transformer(nn.Module):
         if model.head == "mlm":
             hidden_BLD = self.mlm(hidden_BLD)
         kernel_DV = self.embedding.T if model.tied_embeddings else self.head
-        if lay.scales_logits(model):
+        if heads.scales_logits(model):
             # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
             hidden_BLD = hidden_BLD * model.model_dim**-0.5
-        multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else lay.project_to_vocabulary
+        multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else heads.project_to_vocabulary
         logits_BLV = multiply(hidden_BLD, kernel_DV.astype(model.dtype))
         logits_BLV = constrain(logits_BLV, "batch", "length", "act_vocab")
         if model.head == "mlm":
@@ -195,10 +197,10 @@ class Transformer(nn.Module):
         self, ids_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None = None, *, train: bool
     ) -> jax.Array:
         model = self.config.model
-        x_BLD = lay.embed(self.embedding, ids_BL, model.dtype)
+        x_BLD = heads.embed(self.embedding, ids_BL, model.dtype)
         if model.positions == "learned":
             # Padding may lie behind the last position; `generate` sees to it that text does not.
-            x_BLD = x_BLD + lay.embed(self.positions, jnp.minimum(positions_BL, model.max_length - 1), model.dtype)
+            x_BLD = x_BLD + heads.embed(self.positions, jnp.minimum(positions_BL, model.max_length - 1), model.dtype)
         if model.token_types:
             types_BL = jnp.zeros_like(ids_BL) if token_types_BL is None else token_types_BL
             # A product, because the gradient of a look-up would add every token into the same few rows one by one.

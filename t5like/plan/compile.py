@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from t5like import compiler_options, config_file
-from t5like.config import Config
-from t5like.data.token_store import written_whole
+from t5like.config import loader
+from t5like.config.schema import Config
 from t5like.errors import ConfigError, UserError
+from t5like.io.atomic import atomic_write
 from t5like.plan import topology as topologies
 from t5like.plan.topology import Topology
+from t5like.sharding import auto, placement, xla_options
 
 # TPU_SKIP_MDS_QUERY: don't ask Google's metadata server. ALLOW_MULTIPLE_LIBTPU_LOAD: two steps compile side by side.
 # The accelerator's type and host only silence lines about their absence.
@@ -82,10 +83,10 @@ def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | N
     """
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as temporary:
         directory = keep or Path(temporary)
-        request = {"config": config_file.to_json(config), "topology": topology}
+        request = {"config": loader.to_json(config), "topology": topology}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with written_whole(directory / "request.json") as file:
+            with atomic_write(directory / "request.json") as file:
                 file.write(json.dumps(request).encode())
             for name in names:  # another program's, from before
                 for kept in (f"{name}.json", f"{name}.hlo.gz"):
@@ -141,18 +142,18 @@ def lower(config: Config, topology: Topology, name: str):
     """The step as `train` (or its evaluation) would lower it on these devices."""
     import jax
 
-    from t5like import mesh as meshes
-    from t5like import step
     from t5like.data import pipeline
+    from t5like.optim import step
+    from t5like.sharding import mesh as meshes
 
     mesh = meshes.make_mesh(config, topologies.devices(topology))
-    config = meshes.settle(config, mesh)
+    config = auto.resolve_auto(config, mesh)
     batch = pipeline.spec(config)
     abstract = step.abstract_state(config, batch, mesh)
     if name == "train":
         return step.lower_train_step(config, batch, abstract)
     shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, meshes.batch_shardings(batch, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placement.batch_shardings(batch, mesh)
     )
     zeros = step.zero_metrics(config, abstract.params, batch)
     with jax.set_mesh(mesh):
@@ -165,7 +166,7 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
     lowered = lower(config, topology, name)
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     try:
-        with compiler_options.refusals():
+        with xla_options.refusals():
             program, text = scheduled(lowered, topology.chip.platform)
     except Exception as error:
         message = str(error)
@@ -235,19 +236,19 @@ def main(directory: Path, name: str) -> None:
     kind, shape, num_slices, chip = request["topology"]
     topology = Topology(kind, tuple(shape), num_slices, topologies.Chip(*chip))
     try:
-        program = compiled(config_file.from_json(request["config"]), topology, name)
+        program = compiled(loader.from_json(request["config"]), topology, name)
     except UserError as error:
         answer = {"refused": str(error)}
     else:
         answer = program._replace(text="")._asdict()
         del answer["text"]
         if program.text:
-            with written_whole(directory / f"{name}.hlo.gz") as file:
+            with atomic_write(directory / f"{name}.hlo.gz") as file:
                 file.write(gzip.compress(program.text.encode(), 5))
     used = resource.getrusage(resource.RUSAGE_SELF)
     resident = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
     answer |= {"cpu_seconds": used.ru_utime + used.ru_stime, "resident": resident}
-    with written_whole(directory / f"{name}.json") as file:
+    with atomic_write(directory / f"{name}.json") as file:
         file.write(json.dumps(answer).encode())
 
 

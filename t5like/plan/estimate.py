@@ -26,16 +26,19 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from t5like import mesh as meshes
-from t5like import metrics, step, tree
-from t5like.config import Config
+from t5like import tree
+from t5like.config.schema import Config
 from t5like.data import pipeline
+from t5like.metrics.flops import model_flops
 from t5like.model.attention import fused
+from t5like.optim import step
 from t5like.plan.hlo import Analysis, Collective
 from t5like.plan.topology import Topology
+from t5like.sharding import mesh as meshes
+from t5like.sharding import placement
 from t5like.types import Batch, TrainState
 
-PESSIMISM = 1.2  # serial time over real time
+SERIAL_TO_REAL_RATIO = 1.2  # serial time over real time
 UNCERTAINTY = 0.15  # of a predicted step time
 MATMUL_SHARE = 0.87  # of the peak that a step's products reach
 WAITED = {"v5e": 0.1, "v5p": 0.1, "v6e": 0.1}  # of the time that gradients take to be reduced, where it is hidden
@@ -56,7 +59,7 @@ class Leaf(NamedTuple):
     bytes_per_device: int  # without the padding of its layout
 
 
-class Held(NamedTuple):
+class PersistentMemory(NamedTuple):
     """What a device holds all the time, bytes, and every array of it."""
 
     parameters: int
@@ -109,10 +112,10 @@ def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def held(shapes: Shapes, sizes: dict[str, int]) -> Held:
+def persistent_memory(shapes: Shapes, sizes: dict[str, int]) -> PersistentMemory:
     """Arrays that live across steps on a mesh of these sizes (`mesh.axis_sizes`): their parts and bytes."""
     mesh = _abstract_mesh(sizes)
-    rows = meshes.batch_shardings(shapes.batch, mesh)
+    rows = placement.batch_shardings(shapes.batch, mesh)
     state = shapes.state
     parts = [
         [
@@ -124,7 +127,7 @@ def held(shapes: Shapes, sizes: dict[str, int]) -> Held:
     names = tree.flatten(shapes.batch)
     parts.append([_leaf(f"batch/{name}", names[name], split) for name, split in tree.flatten(rows).items()])
     sums = [sum(leaf.bytes_per_device for leaf in part) for part in parts]
-    return Held(*sums, tuple(leaf for part in parts for leaf in part))
+    return PersistentMemory(*sums, tuple(leaf for part in parts for leaf in part))
 
 
 def _leaf(name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Leaf:
@@ -166,7 +169,7 @@ def _written(config: Config, sizes: dict[str, int], stack: _Stack) -> list[int]:
         return [n for n, bias in zip(stack.keys, biased, strict=False) if not kernel(n, None, biased=bias)]
 
 
-def quick(config: Config, topology: Topology, state: Held) -> Quick:
+def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
     """Estimate memory and time without compiling; the config is settled."""
     sizes = meshes.axis_sizes(config, topology.num_devices)
     model, chip, tensor = config.model, topology.chip, sizes["tensor"]
@@ -205,10 +208,10 @@ def quick(config: Config, topology: Topology, state: Held) -> Quick:
     gathered = weights / layers if sizes["fsdp"] > 1 else weights if width == 2 else 0.0
     activations = int(saved + max(working, logits) + gradients + gathered)
 
-    model_flops = metrics.model_flops(config) / topology.num_devices
+    needed = model_flops(config) / topology.num_devices
     projections *= config.data.batch_size / topology.num_devices
-    again = {"full": model_flops / 3, "qk": model_flops / 3 - projections, "dots": 0.0, "none": 0.0}[model.remat]
-    flops = model_flops + again
+    again = {"full": needed / 3, "qk": needed / 3 - projections, "dots": 0.0, "none": 0.0}[model.remat]
+    flops = needed + again
     seconds = None
     if chip.peak:
         softmax = config.train.microbatches * scores * 8 / chip.memory_bandwidth  # written and read in four passes
@@ -297,12 +300,12 @@ def predict(analysis: Analysis, topology: Topology) -> Prediction | None:
     custom /= CUSTOM_SHARE * chip.peak
     serial = compute + exposed + custom
     overlapped = wire + between - exposed
-    return Prediction(compute, exposed, overlapped, custom, serial, serial / PESSIMISM)
+    return Prediction(compute, exposed, overlapped, custom, serial, serial / SERIAL_TO_REAL_RATIO)
 
 
 def mfu(config: Config, topology: Topology, seconds: float) -> float:
     """Model FLOPs a second over what all chips could do, 0 to 1."""
-    return metrics.model_flops(config) / seconds / (topology.num_devices * topology.chip.peak)
+    return model_flops(config) / seconds / (topology.num_devices * topology.chip.peak)
 
 
 def tokens_per_step(config: Config) -> int:

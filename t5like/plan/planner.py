@@ -6,19 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5like import mesh as meshes
-from t5like import metrics
-from t5like.config import Config
+from t5like.config.schema import Config
 from t5like.errors import UserError
+from t5like.metrics import flops
 from t5like.plan import compile as compiler
 from t5like.plan import estimate, hlo, preflight, search
 from t5like.plan.topology import Topology
+from t5like.sharding import auto
+from t5like.sharding import mesh as meshes
 
 Plan = dict[str, Any]
 COMPILED = 2  # settings at most that are compiled when those of the config do not fit: minutes each, of a big model
 
 
-class Wishes(NamedTuple):
+class PlanOptions(NamedTuple):
     """What the command line asks for."""
 
     quick: bool = False
@@ -37,7 +38,7 @@ def for_slices(config: Config, topology: Topology) -> Config:
 
 
 def make(
-    config: Config, topology: Topology, wishes: Wishes, say: Callable[[str], None]
+    config: Config, topology: Topology, wishes: PlanOptions, say: Callable[[str], None]
 ) -> tuple[Plan, list[UserError]]:
     """Plan a run; also what `train` would stop with.
 
@@ -47,10 +48,10 @@ def make(
     if not wishes.quick:
         compiler.check_installed(topology)
     asked = config
-    config = meshes.settle_on(for_slices(config, topology), topology.chip.platform)
+    config = auto.resolve_auto_for(for_slices(config, topology), topology.chip.platform)
     sizes = meshes.axis_sizes(config, topology.num_devices)
     shapes = estimate.shapes(config)
-    held = estimate.held(shapes, sizes)
+    held = estimate.persistent_memory(shapes, sizes)
     quick = estimate.quick(config, topology, held)
     checks = [*preflight.checks(asked, wishes.workdir), *_slow(topology, sizes)]
     plan: Plan = {
@@ -59,7 +60,7 @@ def make(
         "settings": list(search.settings(asked, config))
         + ([f"mesh.slices={config.mesh.slices}"] if asked.mesh.slices != config.mesh.slices else []),
         "model": {"parameters": _count(held), "dtype": config.model.dtype, "remat": config.model.remat},
-        "model_flops": metrics.model_flops(config) / topology.num_devices,
+        "model_flops": flops.model_flops(config) / topology.num_devices,
         "held": held._replace(leaves=())._asdict() | {"total": held.total},
         "quick": _quick(config, topology, quick),
         "arrays": [leaf._asdict() for leaf in held.leaves],
@@ -102,7 +103,7 @@ def _topology(topology: Topology) -> Plan:
     }
 
 
-def _count(held: estimate.Held) -> int:
+def _count(held: estimate.PersistentMemory) -> int:
     return sum(leaf.bytes // 4 for leaf in held.leaves if leaf.name.startswith("params/"))  # all of them float32
 
 
@@ -198,7 +199,7 @@ def _slowest(analysis: hlo.Analysis) -> list[Plan]:
     return sorted(rows, key=lambda row: (-row["cycles"], -row["flops"]))[:20]
 
 
-def _choice(choice: search.Choice) -> Plan:
+def _choice(choice: search.Candidate) -> Plan:
     return {
         "settings": list(choice.settings),
         "memory": choice.memory,
@@ -208,7 +209,7 @@ def _choice(choice: search.Choice) -> Plan:
 
 
 def _compile_choice(
-    choice: search.Choice, topology: Topology, say: Callable[[str], None], names: tuple[str, ...]
+    choice: search.Candidate, topology: Topology, say: Callable[[str], None], names: tuple[str, ...]
 ) -> Plan:
     """A choice with what the compiler says of its train step; it fits if all the named steps do."""
     row = _choice(choice)
@@ -245,7 +246,7 @@ def _nearest(
         steps: those that are compiled of each.
         say: shows progress.
     """
-    choices, rows, tried = search.choices(config, topology), [], set()
+    choices, rows, tried = search.list_candidates(config, topology), [], set()
     left = lambda: [each for each in search.nearest(config, choices, topology, factor) if each.settings not in tried]
     while len(rows) < number and (found := left()):
         rows.append(_compile_choice(found[0], topology, say, steps))
@@ -259,12 +260,12 @@ def _nearest(
 
 
 def _search(config: Config, topology: Topology, number: int, say: Callable[[str], None]) -> list[Plan]:
-    front = search.pareto(search.choices(config, topology), topology.chip.memory)
+    front = search.pareto(search.list_candidates(config, topology), topology.chip.memory)
     compiled = [_compile_choice(choice, topology, say, ("train", "eval")) for choice in front[:number]]
     return compiled + [_choice(choice) for choice in front[number:]]
 
 
-def _run(config: Config, topology: Topology, plan: Plan, wishes: Wishes) -> Plan:
+def _run(config: Config, topology: Topology, plan: Plan, wishes: PlanOptions) -> Plan:
     """The whole run: steps, days, chip-hours, cost. Evaluation and checkpoints are not in it."""
     per_step = estimate.tokens_per_step(config)
     steps = config.train.num_steps if wishes.tokens is None else -(-wishes.tokens // per_step)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5like.config import Config
-from t5like.data import corpus
+from t5like.checkpoint.run_directory import check_run_directory, with_run_tokenizer
+from t5like.config.schema import Config
+from t5like.data.store import preparation
 from t5like.errors import UserError
-from t5like.optimizers import schedule
-from t5like.run import check_run_directory, with_its_tokenizer
+from t5like.optim.optimizers import schedule
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -28,7 +28,7 @@ class Check(NamedTuple):
 def checks(config: Config, workdir: Path | None) -> list[Check]:
     """Everything but the config itself, which has been read, and the batch, which the mesh has been asked about."""
     if workdir is not None:
-        config = with_its_tokenizer(config, workdir)
+        config = with_run_tokenizer(config, workdir)
     found = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
     found += _data(config)
     found.append(Check("learning rate", "ok", learning_rate(config)))
@@ -44,7 +44,7 @@ def checks(config: Config, workdir: Path | None) -> list[Check]:
 
 def _data(config: Config) -> list[Check]:
     try:
-        tokenizer, stores = corpus.find(config)
+        tokenizer, stores = preparation.find(config)
     except UserError as error:
         return [Check("tokenizer", "wrong", str(error), error)]
     make = "t5like prepare makes it"

@@ -8,12 +8,12 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from t5like import mesh as meshes
-from t5like import rules
-from t5like.config import Config
+from t5like.config import checks
+from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.plan import estimate
 from t5like.plan.topology import Topology
+from t5like.sharding import mesh as meshes
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
 REMAT = ("none", "dots", "qk", "full")
@@ -22,7 +22,7 @@ COPIES = (1, 2, 4, 8, 16)  # of the parameters, in a slice
 MARGIN = 0.95  # of the memory that an estimate may fill
 
 
-class Choice(NamedTuple):
+class Candidate(NamedTuple):
     """One way to run the step, by the quick estimate."""
 
     config: Config
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
         return self.flops if self.seconds is None else self.seconds
 
 
-def choices(config: Config, topology: Topology) -> list[Choice]:
+def list_candidates(config: Config, topology: Topology) -> list[Candidate]:
     """Every way that the config's rules and the mesh allow; the config is settled."""
     shapes = estimate.shapes(config)
     sizes = meshes.axis_sizes(config, topology.num_devices)  # -1 filled in: it is no other setting
@@ -46,13 +46,13 @@ def choices(config: Config, topology: Topology) -> list[Choice]:
     found = []
     for candidate in _candidates(config, topology):
         try:
-            rules.check(candidate)
+            checks.check(candidate)
             sizes = meshes.axis_sizes(candidate, topology.num_devices)
         except ConfigError:
             continue
-        held = estimate.held(shapes, sizes)
+        held = estimate.persistent_memory(shapes, sizes)
         quick = estimate.quick(candidate, topology, held)
-        found.append(Choice(candidate, settings(now, candidate), held.total, *quick[1:]))
+        found.append(Candidate(candidate, settings(now, candidate), held.total, *quick[1:]))
     return found
 
 
@@ -81,17 +81,17 @@ def settings(config: Config, other: Config) -> tuple[str, ...]:
     return tuple(f"{name}={value}" for (name, value), before in zip(values, old, strict=True) if value != before)
 
 
-def pareto(found: list[Choice], memory: int | None) -> list[Choice]:
+def pareto(found: list[Candidate], memory: int | None) -> list[Candidate]:
     """Those that fit and that no other one beats in both memory and time, the fastest first."""
     fitting = sorted((each for each in found if fits(each.memory, memory)), key=lambda each: (each.cost, each.memory))
-    front: list[Choice] = []
+    front: list[Candidate] = []
     for each in fitting:
         if not front or each.memory < front[-1].memory:
             front.append(each)
     return front
 
 
-def nearest(config: Config, found: list[Choice], topology: Topology, factor: float) -> list[Choice]:
+def nearest(config: Config, found: list[Candidate], topology: Topology, factor: float) -> list[Candidate]:
     """The ways that fit with the fewest changed settings, the fastest first among equals.
 
     Args:

@@ -1,4 +1,6 @@
-"""Makes the scheduled programs that tests/test_plan.py reads: probes of known size, compiled for a TPU without one.
+"""Makes the scheduled programs that tests/plan/test_plan.py reads: probes of known size.
+
+They are compiled for a TPU without one.
 
     python tests/golden/make_hlo.py      # needs libtpu (pip install 't5like[tpu]'), no TPU; a minute
 

@@ -21,14 +21,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here stays free
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}  # silence their absence
 
-from t5like import config_file, metrics
-from t5like import mesh as meshes
-from t5like.config import Config
-from t5like.data.token_store import written_whole
+from t5like.config import loader
+from t5like.config.schema import Config
 from t5like.errors import UserError
+from t5like.io.atomic import atomic_write
+from t5like.metrics import flops
 from t5like.plan import compile as compiler
 from t5like.plan import estimate, planner, topology
 from t5like.plan.topology import Topology
+from t5like.sharding import auto
+from t5like.sharding import mesh as meshes
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS = Path(__file__).parent / "plans"
@@ -126,7 +128,7 @@ def main(arguments: list[str]) -> int:
         path = PLANS / f"{case.name}.json"
         if options.write:
             PLANS.mkdir(exist_ok=True)
-            with written_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write((json.dumps(golden, indent=1) + "\n").encode())
         elif lines := differences(json.loads(path.read_text()) if path.exists() else {}, golden):
             failed.append(case.name)
@@ -139,22 +141,22 @@ def main(arguments: list[str]) -> int:
 def settled(case: Case) -> tuple[Config, Topology]:
     """The config that is compiled, as `t5like plan` and `t5like train` settle it, and the machine."""
     machine = topology.parse(case.topology, case.num_slices)
-    config = config_file.load(ROOT / "configs" / f"{case.config}.py", list(case.settings.items()))
-    return meshes.settle_on(planner.for_slices(config, machine), machine.chip.platform), machine
+    config = loader.load(ROOT / "configs" / f"{case.config}.py", list(case.settings.items()))
+    return auto.resolve_auto_for(planner.for_slices(config, machine), machine.chip.platform), machine
 
 
 def planned(case: Case, keep: Path | None) -> tuple[planner.Plan, float]:
     """The plan of a case's train step, and the model's FLOPs of a device and step."""
     config, machine = settled(case)
     compiler.check_installed(machine)
-    held = estimate.held(estimate.shapes(config), meshes.axis_sizes(config, machine.num_devices))
+    held = estimate.persistent_memory(estimate.shapes(config), meshes.axis_sizes(config, machine.num_devices))
     directory = keep and keep.absolute() / case.name
     if directory and (directory / "train.json").exists():
         program = compiler.read(directory, "train")
     else:
         [program] = compiler.run(config, machine, ("train",), directory).values()
     plan = planner.of_program(config, machine, program, held.total, is_train=True)
-    return plan, metrics.model_flops(config) / machine.num_devices
+    return plan, flops.model_flops(config) / machine.num_devices
 
 
 def compilers() -> dict[str, str]:

@@ -13,11 +13,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from t5like import run
-from t5like.data.tokenizer import Tokenizer
-from t5like.harness import T5LikeLM, decoding
-from t5like.hf import tokenizer_files
-from t5like.hf.directory import import_run
+from t5like.checkpoint import run_directory
+from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.evaluation.lm_eval import T5LikeLM, decoding
+from t5like.interop.huggingface import tokenizer_files
+from t5like.interop.huggingface.convert import import_run
 
 TASKS = Path(__file__).parent / "tasks"
 DOCS = [json.loads(line) for line in (TASKS / "choice.jsonl").read_text().splitlines()]
@@ -27,7 +27,7 @@ OBJECTIVES = {"decoder": "causal_lm", "encoder": "mlm"}
 @pytest.fixture(scope="module")
 def workdirs(trained, flags, tmp_path_factory):
     """A run of each shape."""
-    from t5like.main import main
+    from t5like.cli.main import main
 
     found = {"encoder_decoder": trained}
     for shape, objective in OBJECTIVES.items():
@@ -61,7 +61,7 @@ def test_the_choice_is_the_one_that_we_find_likeliest(workdirs, command):
     args = (f"--workdir={workdirs['decoder']}", "--tasks=t5like_choice", f"--tasks_dir={TASKS}", "--limit=6")
     code, out, err = command("evaluate", *args)
     assert code == 0, err
-    asked = T5LikeLM(run.load(workdirs["decoder"])).likelihoods
+    asked = T5LikeLM(run_directory.load(workdirs["decoder"])).likelihoods
     best = [
         np.argmax(
             [found.log_p for found in asked.pairs([(f"{doc['question']} Answer:", f" {c}") for c in doc["choices"]])]
@@ -137,7 +137,7 @@ def peers(family: str, tokenizer: Tokenizer, directory: Path) -> tuple[Peer, T5L
     hf.save_pretrained(directory / "hf")
     tokenizer_files.write(tokenizer, directory / "hf", family=family.split("_")[0], max_length=44)
     list(import_run(directory / "hf", directory / "run"))
-    ours = T5LikeLM(run.load(directory / "run"))
+    ours = T5LikeLM(run_directory.load(directory / "run"))
     theirs = Peer(
         pretrained=hf.eval(), backend="causal" if family == "llama" else "seq2seq", tokenizer=stand_in(),
         batch_size=4, max_length=ours.likelihoods.length, device="cpu",

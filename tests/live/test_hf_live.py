@@ -13,11 +13,14 @@ import torch
 import transformers
 from conftest import SYLLABLES
 
-from t5like import losses, metrics, run, tree
-from t5like.decoding import Decoding
-from t5like.generate import Generator, Prompt
-from t5like.hf import logits, tokenizer_files, weights
-from t5like.hf.directory import import_run
+from t5like import tree
+from t5like.checkpoint import run_directory
+from t5like.inference.generate import Generator, Prompt
+from t5like.inference.sampling import DecodingOptions
+from t5like.interop.huggingface import logits_check, safetensors_files, tokenizer_files
+from t5like.interop.huggingface.convert import import_run
+from t5like.metrics import writers
+from t5like.optim import losses
 
 IDS = 400
 T5 = {"d_model": 16, "d_kv": 6, "d_ff": 24, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
@@ -53,7 +56,7 @@ MODELS = {  # name: class, settings, whether it gets its own head
 
 @pytest.fixture(scope="module")
 def tokenizer(trained):
-    return run.load(trained).tokenizer
+    return run_directory.load(trained).tokenizer
 
 
 def theirs_of(name: str, place: Path, tokenizer) -> torch.nn.Module:
@@ -83,9 +86,9 @@ def loss_of(ours: np.ndarray, targets: np.ndarray, real: np.ndarray) -> float:
 def test_a_model_of_transformers_computes_the_same_here(name, tokenizer, tmp_path):
     model = theirs_of(name, tmp_path / "theirs", tokenizer)
     list(import_run(tmp_path / "theirs", tmp_path / "run"))
-    loaded = run.load(tmp_path / "run")
-    inputs = logits.example(loaded.config)
-    ours = logits.ours_on(loaded.config, loaded.params, inputs)
+    loaded = run_directory.load(tmp_path / "run")
+    inputs = logits_check.example(loaded.config)
+    ours = logits_check.ours_on(loaded.config, loaded.params, inputs)
     given = {key: torch.from_numpy(value) for key, value in inputs.items()}
     real = inputs.get("decoder_attention_mask", inputs["attention_mask"]) > 0
     targets = np.roll(inputs.get("decoder_input_ids", inputs["input_ids"]), -1, axis=1)
@@ -126,11 +129,11 @@ def test_texts_end_at_any_of_several_ids_there_and_here(name, tokenizer, tmp_pat
     model.generation_config.eos_token_id = [1, free[0][2], free[1][4], free[2][5]]
     model.save_pretrained(tmp_path / "theirs")
     list(import_run(tmp_path / "theirs", tmp_path / "run"))
-    loaded = run.load(tmp_path / "run")
+    loaded = run_directory.load(tmp_path / "run")
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     assert set(generator.eos_ids) == set(model.generation_config.eos_token_id)
     for beams in (1, 3):
-        decoding = Decoding(8, num_beams=beams, num_returned=beams)
+        decoding = DecodingOptions(8, num_beams=beams, num_returned=beams)
         here = [answer.ids for answer in generator.answer([Prompt(prompt[0].tolist())], decoding)[0]]
         there = [text.tolist() for text in made(num_beams=beams, num_return_sequences=beams)]
         assert any(len(ids) < 8 for ids in here)
@@ -181,7 +184,7 @@ def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back
     assert code == 0, err
     assert f"logits equal those of transformers {transformers.__version__}" in out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == family
-    loaded = run.load(tmp_path / "run")
+    loaded = run_directory.load(tmp_path / "run")
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = " ".join(SYLLABLES[:3]) + " <extra_id_0>" * (family != "llama")
@@ -201,7 +204,7 @@ def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back
         text = tokenizer.decode([token for token in said.tolist() if token > 1])  # without </s> and padding
         assert text == generator([prompt], max_new_tokens=12)[0]
     list(import_run(tmp_path / "out", tmp_path / "again"))  # and goes on from there
-    there = tree.flatten(run.load(tmp_path / "again").params)
+    there = tree.flatten(run_directory.load(tmp_path / "again").params)
     for name, leaf in tree.flatten(loaded.params).items():
         leaf = leaf[:IDS] if name in ("embedding", "head_bias") else leaf[:, :IDS] if name == "head" else leaf
         np.testing.assert_array_equal(leaf, there[name], strict=True)
@@ -210,8 +213,8 @@ def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back
             "train", *flags, *mesh, "--config.model.vocab_multiple=400", f"--workdir={tmp_path}/again"
         )
         assert code == 0, err
-        losses_of = lambda place: [x["eval/loss"] for x in metrics.read(tmp_path / place) if "eval/loss" in x]
+        losses_of = lambda place: [x["eval/loss"] for x in writers.read(tmp_path / place) if "eval/loss" in x]
         assert "from the import" in out
         assert losses_of("again")[0] == pytest.approx(losses_of("run")[-1], rel=1e-5)
-    assert all(tensor.dtype == "F32" for tensor in weights.tensors(tmp_path / "out").values())
+    assert all(tensor.dtype == "F32" for tensor in safetensors_files.tensors(tmp_path / "out").values())
     assert jax.tree.leaves(loaded.params)[0].dtype == np.float32

@@ -16,13 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("data/tokenizers", "interop/huggingface"))
 
-from test_json_tokenizer import byte_level, llama_3, unigram, word_piece
+from test_huggingface_model import byte_level, llama_3, unigram, word_piece
 from test_tokenizer_files import made, mixed_lines  # noqa: F401 -- made is a fixture
 
-from t5like.data.tokenizer import Tokenizer
-from t5like.hf import tokenizer_files
+from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.interop.huggingface import tokenizer_files
 
 FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
 

@@ -1,0 +1,141 @@
+"""A checkpoint's metadata: everything but its arrays, as JSON with a checksum. What is read back is checked by schema.
+
+    {"format": 1, "sha256": of the body, "body": {"step", "run", "config", "tokenizer", "tokenizer_hash", "versions",
+                                                  "leaves": {name: {"shape", "dtype", "digest"}}}}
+
+A checkpoint without "run" was written before runs had an id (`checkpoint`). Called by `checkpoint`.
+"""
+
+import base64
+import binascii
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import t5like
+from t5like.checkpoint.digests import Leaf
+from t5like.config.loader import from_json, to_json
+from t5like.config.schema import Config
+from t5like.errors import CheckpointError, ConfigError
+
+FORMAT = 1  # of a checkpoint; a later version reads older numbers and refuses newer ones
+RUN = re.compile("[0-9a-f]{32}")  # the id of a run
+TEXTS = ("config", "tokenizer", "tokenizer_hash")  # fields of the body that are strings
+
+
+class Meta(NamedTuple):
+    """All of a checkpoint but its arrays.
+
+    Attributes:
+        run: the id of the run that saved it; "" if that run had none.
+    """
+
+    step: int
+    run: str
+    config: Config
+    tokenizer: bytes
+    tokenizer_hash: str
+    versions: dict[str, str]
+    leaves: dict[str, Leaf]
+
+
+def to_dict(meta: Meta) -> dict[str, Any]:
+    """The metadata as it is written, with its checksum."""
+    body = {
+        "step": meta.step,
+        "run": meta.run,
+        "config": to_json(meta.config),
+        "tokenizer": base64.b64encode(meta.tokenizer).decode(),
+        "tokenizer_hash": meta.tokenizer_hash,
+        "versions": meta.versions,
+        "leaves": {name: leaf._asdict() for name, leaf in meta.leaves.items()},
+    }
+    return {"format": FORMAT, "sha256": _sha256(body), "body": body}
+
+
+def from_dict(values: Any) -> Meta:
+    """Check and read what `to_dict` gave.
+
+    Raises:
+        CheckpointError: it is of a newer format, has another checksum, or its body does not have the fields that it
+            must have. The message is the reason, without the file.
+    """
+    if not isinstance(values, dict) or type(values.get("format")) is not int:
+        raise CheckpointError("it is not the metadata of a t5like checkpoint")
+    if values["format"] > FORMAT:
+        raise CheckpointError(
+            f"format={values['format']} is newer than {FORMAT}, which t5like {t5like.__version__} reads; "
+            "install a newer t5like"
+        )
+    body = values.get("body")
+    if _sha256(body) != values.get("sha256"):
+        raise CheckpointError("its checksum does not match")
+    if wrong := _wrong_field(body):
+        raise CheckpointError(f"its checksum matches, but its field {wrong!r} is missing or is not what t5like writes")
+    try:
+        config = from_json(body["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"its config does not fit: {error}") from None
+    return Meta(
+        body["step"],
+        body.get("run", ""),
+        config,
+        base64.b64decode(body["tokenizer"]),
+        body["tokenizer_hash"],
+        body["versions"],
+        {
+            name: Leaf(tuple(leaf["shape"]), leaf["dtype"], tuple(leaf["digest"]))
+            for name, leaf in body["leaves"].items()
+        },
+    )
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of what writes a checkpoint, by name."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "t5like": t5like.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _sha256(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _wrong_field(body: Any) -> str:
+    """The first field of a body that is not as `to_dict` writes it, or ""."""
+    if not isinstance(body, dict):
+        return "body"
+    leaves = body.get("leaves")
+    fields = {
+        "step": type(body.get("step")) is int and body["step"] >= 0,
+        "run": body.get("run", "") == "" or (isinstance(body["run"], str) and RUN.fullmatch(body["run"])),
+        **{name: isinstance(body.get(name), str) for name in TEXTS},
+        "versions": isinstance(body.get("versions"), dict),
+        "leaves": isinstance(leaves, dict) and all(map(_is_leaf, leaves.values())),
+    }
+    if fields["tokenizer"]:
+        try:
+            base64.b64decode(body["tokenizer"])
+        except (binascii.Error, ValueError):
+            fields["tokenizer"] = False
+    return next((name for name, right in fields.items() if not right), "")
+
+
+def _is_leaf(leaf: Any) -> bool:
+    if not isinstance(leaf, Mapping):
+        return False
+    shape, digest = leaf.get("shape"), leaf.get("digest")
+    return (
+        isinstance(leaf.get("dtype"), str)
+        and all(isinstance(part, list) and all(type(number) is int for number in part) for part in (shape, digest))
+        and len(digest) == 2
+    )

@@ -1,0 +1,387 @@
+"""Which values a config may have, and which go together: all that can be refused without devices and without data.
+
+Called by `config_file.resolve`. A refusal names the field, its value, the rule, and a value that would work.
+"""
+
+import dataclasses
+import math
+import re
+from functools import cache
+from typing import Any, get_type_hints
+
+from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, Range
+from t5like.errors import ConfigError, shown
+from t5like.io.paths import check_path
+
+LEAST_RATE = 1e-9  # products of smaller ones may be 0
+SECTIONS = [field for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
+
+
+@cache
+def ranges(cls: type) -> dict[str, tuple[Range, Any]]:
+    """The range of each field of numbers of a section, and its default, which lies in it."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        field.name: (limits, field.default)
+        for field in dataclasses.fields(cls)
+        for limits in getattr(hints[field.name], "__metadata__", ())
+        if isinstance(limits, Range)
+    }
+
+
+def check(config: Config) -> None:
+    """Refuse what no machine could run.
+
+    Raises:
+        ConfigError: with field, value, rule, and a value that would work.
+    """
+    _ranges(config)
+    check_path("data.directory", config.data.directory)
+    if config.tokenizer.path:
+        check_path("tokenizer.path", config.tokenizer.path)
+    for part in (
+        _tokenizer,
+        _data,
+        _objectives,
+        _rates,
+        _init_from,
+        _evaluate,
+        _model,
+        _rotary,
+        _lengths,
+        _train,
+        _mesh,
+    ):
+        part(config)
+
+
+def _ranges(config: Config) -> None:
+    """Every number of the config against the range at its field."""
+    for section, part in [("", config), *((field.name + ".", getattr(config, field.name)) for field in SECTIONS)]:
+        for name, (limits, default) in ranges(type(part)).items():
+            value = getattr(part, name)
+            items = value if isinstance(value, tuple) else (value,)
+            if wrong := [item for item in items if item not in limits]:
+                use = f"; use {default}" if default != () else ""
+                raise ConfigError(f"{section}{name}={shown(wrong[0])} must be {limits}{use}")
+
+
+def _tokenizer(config: Config) -> None:
+    tokenizer = config.tokenizer
+    _require(
+        config,
+        all(0 <= token < tokenizer.vocab_size for token in tokenizer.extra_eos_ids),
+        "tokenizer.extra_eos_ids",
+        f"must be token ids, at least 0 and less than tokenizer.vocab_size={tokenizer.vocab_size}; empty: none",
+    )
+    if tokenizer.path:  # a tokenizer from elsewhere has what it has
+        _require(
+            config,
+            tokenizer.vocab_size > tokenizer.num_sentinels,
+            "tokenizer.vocab_size",
+            f"must be more than tokenizer.num_sentinels={tokenizer.num_sentinels}; use what tokenizer.path has",
+        )
+        return
+    smallest = 3 + 256 + tokenizer.num_sentinels
+    _require(
+        config,
+        tokenizer.vocab_size > smallest,
+        "tokenizer.vocab_size",
+        f"must be more than {smallest} (3 special ids, 256 bytes, {tokenizer.num_sentinels} sentinels); "
+        f"use {smallest + 1000}",
+    )
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    _require(
+        config, len(data.source) >= 1, "data.source", "must name a source, such as python_stdlib or text:my_texts/*.txt"
+    )
+    names = data.source_names
+    _require(
+        config,
+        not names
+        or (len(set(names)) == len(names) == len(data.source) and all(re.fullmatch(r"[\w.-]+", n) for n in names)),
+        "data.source_names",
+        f"must be {len(data.source)} different names of letters, digits, _, - and ., one for each in data.source; use "
+        + ",".join(f"source{number}" for number in range(1, len(data.source) + 1)),
+    )
+    _require(config, len(data.objective) >= 1, "data.objective", "must name an objective, such as span_corruption")
+    _require(
+        config, len(set(data.objective)) == len(data.objective), "data.objective", "must not name an objective twice"
+    )
+    defaults = DataConfig()
+    for field in ("inputs_template", "targets_template", "messages_field", "packing"):
+        _require(
+            config,
+            "supervised" in data.objective or getattr(data, field) == getattr(defaults, field),
+            f"data.{field}",
+            "needs data.objective=supervised",
+        )
+    for field in ("inputs_template", "targets_template"):
+        _require(
+            config,
+            not data.messages_field or getattr(data, field) == getattr(defaults, field),
+            f"data.{field}",
+            "can't go with data.messages_field, whose messages are the text; use one of them",
+        )
+    _require(
+        config,
+        not data.whole_words or {"mlm", "mlm_nsp"} & set(data.objective),
+        "data.whole_words",
+        "needs data.objective=mlm or mlm_nsp",
+    )
+
+
+def _init_from(config: Config) -> None:
+    for field in ("step", "new", "adapt"):
+        _require(
+            config,
+            bool(config.init_from.checkpoint) or getattr(config.init_from, field) == getattr(InitConfig, field),
+            f"init_from.{field}",
+            "needs init_from.checkpoint",
+        )
+
+
+def _objectives(config: Config) -> None:
+    data, model = config.data, config.model
+    for objective in data.objective:
+        if model.architecture not in ARCHITECTURES[objective]:
+            raise ConfigError(
+                f"data.objective={objective} needs model.architecture={' or '.join(ARCHITECTURES[objective])}, "
+                f"not {model.architecture}"
+            )
+        _require(
+            config,
+            data.inputs_length >= 1 or (objective == "causal_lm" and model.architecture == "decoder"),
+            "data.inputs_length",
+            f"must be at least 1 for {objective}",
+        )
+    _require(
+        config,
+        "supervised" not in data.objective or len(data.objective) == 1,
+        "data.objective",
+        "can't mix supervised with objectives on running text; use supervised alone",
+    )
+    _require(
+        config,
+        "mlm_nsp" not in data.objective or model.token_types >= 2,
+        "model.token_types",
+        "must be at least 2 for data.objective=mlm_nsp; use 2",
+    )
+    _require(
+        config,
+        "mlm_nsp" not in data.objective or model.pair_head,
+        "model.pair_head",
+        "must be true for data.objective=mlm_nsp, or use data.objective=mlm",
+    )
+
+
+def _evaluate(config: Config) -> None:
+    evaluate = config.evaluate
+    _require(
+        config,
+        not evaluate.metrics or "supervised" in config.data.objective,
+        "evaluate.metrics",
+        "need data.objective=supervised, whose examples have an answer; leave it empty",
+    )
+    _require(
+        config,
+        evaluate.language in ("auto", *LANGUAGES.split()),
+        "evaluate.language",
+        "must be auto or an ISO 639-1 code; use en, zh or auto",
+    )
+    _require(
+        config,
+        not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
+        "evaluate.choices",
+        "must be at least two different answers, or empty; use yes,no",
+    )
+    _require(
+        config, not evaluate.choices or evaluate.metrics, "evaluate.choices", "need evaluate.metrics; use accuracy"
+    )
+
+
+def _rates(config: Config) -> None:
+    data = config.data
+    _require(
+        config,
+        list(data.change_steps) == sorted(set(data.change_steps)),
+        "data.change_steps",
+        "must be steps in ascending order; use 1000,2000",
+    )
+    phases = 1 + len(data.change_steps)
+    for field, of, names in (
+        ("data.rates", "data.source", data.source),
+        ("data.objective_rates", "data.objective", data.objective),
+    ):
+        rates = _get(config, field)
+        _require(
+            config,
+            len(rates) in (0, len(names) * phases),
+            field,
+            f"must have one rate for each of the {len(names)} in {of}"
+            + (f" in each of the {phases} phases, {len(names) * phases} in all" if phases > 1 else "")
+            + ", or be empty",
+        )
+        lists = [rates[start : start + len(names)] for start in range(0, len(rates), len(names))]
+        _require(
+            config,
+            all(rate == 0 or rate >= LEAST_RATE for rate in rates),
+            field,
+            f"must be 0 or at least {LEAST_RATE:g} each; use " + ",".join("1" for _ in rates),
+        )
+        _require(
+            config,
+            all(sum(each) > 0 for each in lists),
+            field,
+            "must not sum to 0" + (" in any phase" if phases > 1 else "") + "; use " + ",".join("1" for _ in rates),
+        )
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    heads = model.num_kv_heads or model.num_heads
+    _require(
+        config,
+        model.num_heads % heads == 0,
+        "model.num_kv_heads",
+        f"must divide model.num_heads={model.num_heads}; use {math.gcd(heads, model.num_heads)}",
+    )
+    _require(
+        config,
+        model.positions != "rotary" or model.head_dim % 2 == 0,
+        "model.head_dim",
+        f"must be even for rotary positions; use {model.head_dim + 1}",
+    )
+    _require(config, model.relative_buckets % 4 == 0, "model.relative_buckets", "must be a multiple of 4; use 32")
+    _require(
+        config,
+        model.relative_max_distance > model.relative_buckets // 2,
+        "model.relative_max_distance",
+        f"must be more than half of model.relative_buckets={model.relative_buckets}; use {4 * model.relative_buckets}",
+    )
+    encoder_only = model.architecture == "encoder"
+    _require(
+        config,
+        encoder_only or not model.token_types,
+        "model.token_types",
+        f"needs model.architecture=encoder, not {model.architecture}; use 0",
+    )
+    _require(
+        config,
+        encoder_only or model.head == "plain",
+        "model.head",
+        f"needs model.architecture=encoder, not {model.architecture}; use plain",
+    )
+    _require(
+        config,
+        model.architecture == "decoder" or not model.attention_window,
+        "model.attention_window",
+        f"needs model.architecture=decoder, not {model.architecture}; use 0",
+    )
+    _require(
+        config,
+        model.positions == "relative" or model.relative_bias == "shared",
+        "model.relative_bias",
+        f"needs model.positions=relative, not {model.positions}; use shared",
+    )
+
+
+def _rotary(config: Config) -> None:
+    model = config.model
+    _require(
+        config,
+        model.rotary_scaling == "none" or model.positions == "rotary",
+        "model.rotary_scaling",
+        f"needs model.positions=rotary, not {model.positions}; use none",
+    )
+    _require(
+        config,
+        model.rotary_scaling != "none" or model.rotary_factor == 1,
+        "model.rotary_factor",
+        "needs model.rotary_scaling, such as linear; use 1.0",
+    )
+    _require(
+        config,
+        model.rotary_scaling not in ("llama3", "yarn") or model.rotary_original_length > 0,
+        "model.rotary_original_length",
+        f"must be at least 1 for model.rotary_scaling={model.rotary_scaling}; use the length of the first training",
+    )
+    for low, high in (("rotary_low", "rotary_high"), ("rotary_slow", "rotary_fast")):
+        _require(
+            config,
+            getattr(model, high) > getattr(model, low),
+            f"model.{high}",
+            f"must be more than model.{low}={getattr(model, low)}; use {4 * getattr(model, low)}",
+        )
+
+
+def _lengths(config: Config) -> None:
+    data, model, evaluate = config.data, config.model, config.evaluate
+    longest = {"decoder": config.row_length, "encoder": data.inputs_length}.get(
+        model.architecture, max(data.inputs_length, data.targets_length)
+    )
+    _require(
+        config,
+        longest <= model.longest_text,
+        "model.max_length",
+        f"must be at least the longest row, {longest}, with learned positions; use {longest}",
+    )
+    asked = config.row_length if model.architecture == "decoder" else data.targets_length
+    if evaluate.metrics and evaluate.max_new_tokens and model.architecture == "decoder":
+        asked = data.inputs_length + evaluate.max_new_tokens
+    _require(
+        config,
+        not evaluate.metrics or asked <= model.longest_text,
+        "model.max_length",
+        f"must be at least {asked} for the answers of evaluate.max_new_tokens, with learned positions; use {asked}",
+    )
+
+
+def _train(config: Config) -> None:
+    data, optimizer, train = config.data, config.optimizer, config.train
+    _require(
+        config,
+        data.batch_size % train.microbatches == 0,
+        "data.batch_size",
+        f"must be a multiple of train.microbatches={train.microbatches}; use "
+        f"{-(-data.batch_size // train.microbatches) * train.microbatches}",
+    )
+    _require(
+        config,
+        all(re.fullmatch(r"none|xla_\w+=[^=]+", option) for option in train.compiler_options),
+        "train.compiler_options",
+        "must be none or XLA's options with their values; use xla_tpu_enable_latency_hiding_scheduler=true",
+    )
+    _require(
+        config,
+        optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
+        "optimizer.decay_steps",
+        "must be at least 1 and fit between the warm-up and train.num_steps="
+        f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}",
+    )
+
+
+def _mesh(config: Config) -> None:
+    axes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "slices"}
+    for axis, size in axes.items():
+        _require(config, size != 0, f"mesh.{axis}", "must be at least 1, or -1 for what is left; use 1")
+    if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
+        raise ConfigError(
+            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1"
+        )
+    data, slices = config.mesh.data, config.mesh.slices
+    _require(
+        config, data == -1 or data % slices == 0, "mesh.data", f"must be a multiple of mesh.slices={slices}; use -1"
+    )
+
+
+def _require(config: Config, holds: bool, field: str, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field}={shown(_get(config, field))} {rule}")
+
+
+def _get(config: Config, field: str) -> Any:
+    section, _, name = field.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)

@@ -1,0 +1,314 @@
+"""From a config file, a command line or JSON to a frozen `Config`, and back to JSON.
+
+`load` runs a file of `configs/`, applies ``--config.section.field=value`` and gives a frozen `Config` to everything
+else. Wrong keys, types and combinations are refused here, before JAX starts (`rules`). What needs devices is checked in
+`mesh`, what needs an objective's arithmetic in `data.pipeline`. A config inside a checkpoint is JSON: data, no code.
+"""
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from t5like import __version__
+from t5like.config.checks import check
+from t5like.config.schema import Config
+from t5like.errors import LONGEST_VALUE, CheckpointError, ConfigError, shown
+from t5like.io.paths import check_path, expand
+from t5like.io.strict_json import InvalidJSON, loads
+
+FORMAT = 3  # of a saved config; older numbers are upgraded (`UPGRADES`), newer ones refused
+
+
+def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
+    """Read a config file and resolve it.
+
+    Args:
+        path: a preset's name; or a Python file that defines ``get_config() -> ConfigDict``, or a run's config.json.
+        overrides: ("section.field", "value as text") pairs from the command line, applied in order.
+
+    Raises:
+        ConfigError: the file is missing or broken, or a field is.
+    """
+    if str(path) in presets():
+        path = presets()[str(path)]
+    else:
+        check_path("--config", str(path))
+        path = expand(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.stem, presets(), n=1)
+        remedy = f"did you mean --config={near[0]}?" if near else "use --config=tiny; t5like configs lists the others"
+        raise ConfigError(f"--config={path}: no such file, and no preset; {remedy}")
+    values = _saved(path) if path.suffix == ".json" else _returned(path)
+    return _overridden(values, overrides)
+
+
+def of_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
+    """The config of the run in a directory, changed by a command line.
+
+    Raises:
+        ConfigError: there is no run.
+        CheckpointError: its config.json is damaged.
+    """
+    path = workdir / "config.json"
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config is missing, and --workdir={workdir} holds no run that has one; use --config=tiny")
+    try:
+        values = dataclasses.asdict(from_json(path.read_bytes()))
+    except (ConfigError, OSError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}; each checkpoint below has a copy of it") from None
+    return _overridden(values, overrides)
+
+
+def presets() -> dict[str, Path]:
+    """The configs that come with the package, by name: of an installed one, or of a clone beside it."""
+    package = Path(__file__).parent
+    folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if folder.name == "configs"}
+
+
+def description(path: Path) -> str:
+    """The first line of a config file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_bytes())) or "").partition("\n")[0]
+
+
+def _overridden(values: dict, overrides: typing.Sequence[tuple[str, str]]) -> Config:
+    for name, text in overrides:
+        override(values, name, text)
+    return resolve(values)
+
+
+def _saved(path: Path) -> dict:
+    try:
+        return dataclasses.asdict(from_json(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"--config={path} can't be read: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"--config={path}: {error}") from None
+
+
+def _returned(path: Path) -> dict:
+    """What the get_config of a Python file returns."""
+    spec = importlib.util.spec_from_file_location("t5like_config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py, or a run's config.json")
+    module = importlib.util.module_from_spec(spec)
+    search_path = list(sys.path)
+    sys.path.insert(0, str(path.resolve().parent))  # a config may import the one beside it that it varies
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results, such as JSON
+            spec.loader.exec_module(module)
+            config = module.get_config()
+        if isinstance(config, ml_collections.ConfigDict):
+            return config.to_dict()
+        if isinstance(config, Mapping):
+            return copy.deepcopy(dict(config))
+    except SystemExit as error:
+        raise ConfigError(
+            f"--config={path} ended the program by sys.exit({shown(error.code)}); define get_config() and return"
+        ) from error
+    except Exception as error:  # whatever it is, it is the file's
+        reason = " ".join(str(error).split())[:LONGEST_VALUE]
+        raise ConfigError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
+    finally:
+        sys.path[:] = search_path
+    raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+
+
+def override(values: dict, name: str, text: str) -> None:
+    """Set ``section.field`` of a nested dict from a command line's text, typed by the schema."""
+    section, cls = values, Config
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        inner = _types(cls).get(parent)
+        if inner is None:
+            raise ConfigError(_unknown(f"--config.{name}", parent, cls))
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(
+                f"--config.{name}: {parent!r} is a field and has none of its own; "
+                f"use --config.{name.rpartition('.')[0]}=VALUE"
+            )
+        section, cls = section.setdefault(parent, {}), inner
+    wanted = _types(cls).get(leaf)
+    if wanted is None:
+        raise ConfigError(_unknown(f"--config.{name}", leaf, cls))
+    if dataclasses.is_dataclass(wanted):
+        raise ConfigError(f"--config.{name} is a section; set one of its fields: {', '.join(_types(wanted))}")
+    section[leaf] = _parse(name, text, wanted)
+
+
+def resolve(values: Mapping) -> Config:
+    """Make the frozen config from nested dicts. Absent fields take their default; `rules` refuses."""
+    config = _build(Config, values, "")
+    if checkpoint := config.init_from.checkpoint:
+        check_path("init_from.checkpoint", checkpoint)
+        # The run may be continued from another folder.
+        checkpoint = str(expand(checkpoint).absolute())
+        config = dataclasses.replace(config, init_from=dataclasses.replace(config.init_from, checkpoint=checkpoint))
+    if checkpoint and not config.tokenizer.path and "vocabulary" not in config.init_from.adapt:
+        path = str(Path(checkpoint) / "tokenizer.model")
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+    check(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as text, one field a line, for a run directory or a checkpoint."""
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=1)
+
+
+def from_json(text: str | bytes) -> Config:
+    """Read what `to_json` wrote; as strict as `resolve`."""
+    try:
+        values = loads(text, finite=True)
+    except InvalidJSON as error:
+        raise ConfigError(f"this is not a saved config: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("this is not a saved config: it must be a JSON object")
+    written = values.pop("format", None)
+    if type(written) is not int or written < 1:
+        raise ConfigError(f"config format={written!r} is none of ours: they are 1 to {FORMAT}")
+    if written > FORMAT:
+        raise ConfigError(
+            f"config format={written} is newer than {FORMAT}, which t5like {__version__} reads; install a newer t5like"
+        )
+    for number in range(written, FORMAT):
+        values = UPGRADES[number](values)
+    return resolve(values)
+
+
+def _from_1(values: dict) -> dict:
+    """Format 1 (written until commit e76e9e6) had fewer fields; what it did without them is what their defaults do."""
+    return values
+
+
+def _from_2(values: dict) -> dict:
+    """In format 2 (until commit 323d2de) init_from.step=0 was the latest checkpoint; now it is that of step 0."""
+    init = values.get("init_from")
+    if isinstance(init, dict) and init.get("step") == 0:
+        values = {**values, "init_from": {**init, "step": -1}}
+    return values
+
+
+_BETWEEN_SOURCES = r",(?=\w{2,}:|python_stdlib|$)"  # where a kind follows; another comma is part of a path
+
+# What turns the values of a saved config of each older format into those of the next one.
+UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1, 2: _from_2}
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """The fields that differ, as ``section.field: old -> new``."""
+    pairs = zip(_flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new)), strict=True)
+    return [f"{name}: {was!r} -> {now!r}" for (name, was), (_, now) in pairs if was != now]
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        pair
+        for key, value in values.items()
+        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)])
+    ]
+
+
+def _unknown(where: str, key: Any, cls: type) -> str:
+    names = list(_types(cls))
+    near = difflib.get_close_matches(shown(key).strip("'"), names, n=1, cutoff=0.5)
+    where = where if where.isprintable() and len(where) < LONGEST_VALUE else shown(where)
+    return f"{where}: there is no field {shown(key)}; " + (
+        f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+    )
+
+
+def _build(cls: type, values: Mapping, prefix: str):
+    if not isinstance(values, Mapping):
+        names = ", ".join(_types(cls))
+        raise ConfigError(f"{prefix.rstrip('.')}={shown(values)} must be a section with the fields {names}")
+    types = _types(cls)
+    for key in values:
+        if key not in types:
+            raise ConfigError(_unknown(prefix + (key if isinstance(key, str) else shown(key)), key, cls))
+    return cls(
+        **{
+            key: _build(types[key], value, f"{prefix}{key}.")
+            if dataclasses.is_dataclass(types[key])
+            else _convert(prefix + key, value, types[key])
+            for key, value in values.items()
+        }
+    )
+
+
+def _wanted(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if typing.get_origin(inner) is Literal:
+            return "a list of " + ", ".join(map(str, typing.get_args(inner)))
+        return "a list of " + {str: "strings", float: "numbers", int: "whole numbers"}[inner]
+    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Check a value against its annotation; whole numbers pass for floats, one string for a list of them."""
+    if typing.get_origin(kind) is Literal:
+        if isinstance(value, str) and value in typing.get_args(kind):
+            return value
+        near = difflib.get_close_matches(shown(value).strip("'"), typing.get_args(kind), n=1)
+        raise ConfigError(
+            f"{name}={shown(value)} must be {_wanted(kind)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if typing.get_origin(kind) is tuple:
+        items = (value,) if isinstance(value, str | int | float) else value
+        if isinstance(items, list | tuple):
+            return tuple(_convert(name, item, typing.get_args(kind)[0]) for item in items)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number that no float can hold
+            if math.isfinite(value):
+                return float(value)
+    elif type(value) is kind:
+        if kind is str and not _is_text(value):
+            raise ConfigError(f"{name}={shown(value)} must be UTF-8 text without NUL characters")
+        return value
+    raise ConfigError(f"{name}={shown(value)} must be {_wanted(kind)}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be saved, and be a path: bytes of a command line that are not UTF-8 come as surrogates."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """Read a command line's text as the annotated type."""
+    if typing.get_origin(kind) is tuple:
+        between = _BETWEEN_SOURCES if name == "data.source" else ","
+        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in re.split(between, text)) if text else ()
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is int:
+            number = int(text) if "e" not in text.lower() else float(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"{name}={shown(text)} must be {_wanted(kind)}") from None
+    return text

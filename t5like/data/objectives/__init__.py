@@ -1,0 +1,1 @@
+"""Pretraining objectives: from windows of token ids to batches."""

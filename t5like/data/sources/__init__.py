@@ -1,0 +1,1 @@
+"""Documents by number: text, JSON lines, CSV, Parquet, TFDS and Hugging Face data sets."""

@@ -1,0 +1,399 @@
+"""Small supervised tasks from what every machine has, the running Python's standard library, as one TFDS builder.
+
+For trying and testing every use of a fine-tuned model offline. Each is a real task with one right answer, or one that
+somebody wrote, but small and of one domain: a score on them says that the path works and what a model of this size can
+do, nothing about public benchmarks. `data.sources` opens ``task:NAME``; configs/task_NAME.py trains on it.
+
+A function, docstring, paragraph or expression gives at most one example and inputs are not repeated, so no held-out
+example shares its context with one that is trained on. Everything is read from the syntax tree: nothing is imported or
+run. Texts are bounded in characters; what is longer is left out whole, never cut.
+"""
+
+import ast
+import dataclasses
+import functools
+import itertools
+import re
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from t5like.data.sources.python_stdlib import LEFT_OUT
+
+LARGEST = 8_000  # examples of a task; of more, those with the smallest hashes are kept
+LABELS = ("asyncio", "email", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
+LONGEST_BODY = 20  # lines
+_Example = tuple[str, dict[str, Any]]  # a unique key, and the features
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function or method of the library.
+
+    Attributes:
+        file: its file, relative to the library.
+        line: of its def, from 1.
+        name: inside its module, such as ``TextWrapper.fill``.
+        arguments: its parameters as the syntax tree has them.
+        signature: such as ``def fill(self, text)``, without decorators.
+        summary: the docstring's first sentence, or "".
+        body: its statements without docstring and comments, indented by 0; "" if it is long or does nothing.
+    """
+
+    file: str
+    line: int
+    name: str
+    arguments: ast.arguments
+    signature: str
+    summary: str
+    body: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.file}:{self.line}:{self.name}"
+
+    @property
+    def heading(self) -> str:
+        """The signature under its dotted name, such as ``TextWrapper.fill(self, text)``."""
+        return self.name + self.signature[self.signature.index("(") :]
+
+
+@dataclasses.dataclass
+class Library:
+    """What all tasks are made from; lists are in the order of the files."""
+
+    functions: list[Function] = dataclasses.field(default_factory=list)
+    docstrings: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (key, text)
+    expressions: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)  # (key, code, reading)
+
+
+# ---- The builder ----
+
+
+class Tasks(tfds.core.GeneratorBasedBuilder):
+    """Small supervised tasks on Python's standard library.
+
+    Each example has the texts `inputs` and `targets`; of `dialogue`, it has `messages`, a sequence of `role` (user or
+    assistant, in turn) and `content`, which reads back as a dict of two lists of equal length.
+    """
+
+    # Ours, the language's and the micro version, so that another Python makes another data set.
+    VERSION = tfds.core.Version(f"1.{sys.version_info.major}{sys.version_info.minor:02}.{sys.version_info.micro}")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        features = {"inputs": text, "targets": text}
+        if self.builder_config.name == "dialogue":
+            features = {"messages": tfds.features.Sequence({"role": text, "content": text})}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{self.builder_config.description}\n\n{self.__doc__}",
+            features=tfds.features.FeaturesDict(features),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[_Example]:
+        yield from examples(self.builder_config.name)
+
+
+def examples(name: str) -> list[_Example]:
+    """(unique key, features) of each example of the task `name`, the same ones in the same order each time."""
+    found = {}
+    for key, example in TASKS[name](library()):
+        found.setdefault(str(example.get("inputs", example.get("messages"))), (key, example))
+    return sorted(found.values(), key=lambda pair: (_hash(pair[0]), pair[0]))[:LARGEST]
+
+
+# ---- The tasks ----
+
+
+def code_generation(library: Library) -> Iterator[_Example]:
+    """Signature and first sentence of the docstring -> the function's body."""
+    for function in library.functions:
+        if function.summary and function.body and len(function.body) <= 200:
+            scope, _, _ = function.name.rpartition(".")
+            lines = [f"class {part}:" for part in scope.split(".") if part]
+            lines += [function.signature + ":", f'"""{function.summary}"""']
+            prompt = "\n".join(" " * 4 * depth + line for depth, line in enumerate(lines))
+            if len(prompt) <= 300 and not re.search(r'["\\]', function.summary) and function.body not in prompt:
+                yield function.key, {"inputs": prompt, "targets": function.body}
+
+
+def summarization(library: Library) -> Iterator[_Example]:
+    """A function without docstring and comments -> the first sentence of its docstring."""
+    for function in library.functions:
+        if function.body and len(function.summary.split()) >= 3 and len(function.summary) <= 120:
+            source = function.signature + ":\n" + "\n".join("    " + line for line in function.body.split("\n"))
+            if len(source) <= 500 and function.summary.lower() not in source.lower():
+                yield function.key, {"inputs": source, "targets": function.summary}
+
+
+def question_answering(library: Library) -> Iterator[_Example]:
+    """A question about a function's parameters, and its signature -> the answer, in the form of SQuAD in T5.
+
+    The form is that of Raffel et al. 2020, appendix D.15. Names and defaults are found in the context; numbers, yes and
+    no are not.
+    """
+    for function in library.functions:
+        asked = questions(function.arguments)
+        if len(function.heading + function.summary) <= 250 and len(asked) > 1:
+            _, (question, answer) = _pick(asked, function.key)
+            context = f"{function.heading} {function.summary}".strip()
+            yield function.key, {"inputs": f"question: {question} context: {context}", "targets": answer}
+
+
+def classification(library: Library) -> Iterator[_Example]:
+    """A docstring's first paragraph -> the package that it is from, one of `LABELS`, where it does not name it."""
+    for key, text in library.docstrings:
+        label = key.partition("/")[0]
+        paragraph = " ".join(text.split("\n\n")[0].split())
+        if label in LABELS and 20 <= len(paragraph) <= 400 and label not in paragraph.lower():
+            yield key, {"inputs": paragraph, "targets": label}
+
+
+def translation(library: Library) -> Iterator[_Example]:
+    """A Python expression -> its reading in English, word by word, with the word order of English.
+
+    There is no parallel text of two human languages on every machine. `gloss` is a rule and so has one right answer,
+    which can be read back: a model has to find the structure and to move what it names.
+    """
+    for key, code, reading in library.expressions:
+        yield key, {"inputs": code, "targets": reading}
+
+
+def dialogue(library: Library) -> Iterator[_Example]:
+    """A conversation of three questions about one function: what it does, then two about its parameters."""
+    for function in library.functions:
+        asked = questions(function.arguments)
+        if function.summary and len(function.heading + function.summary) <= 250 and len(asked) > 1:
+            kind, first = _pick(asked, function.key)
+            _, second = _pick({other: asked[other] for other in asked if other != kind}, function.key)
+            turns = ((f"Here is {function.heading}. What does it do?", function.summary), first, second)
+            messages = [
+                {"role": role, "content": content}
+                for turn in turns
+                for role, content in zip(("user", "assistant"), turn, strict=True)
+            ]
+            yield function.key, {"messages": messages}
+
+
+def text_generation(library: Library) -> Iterator[_Example]:
+    """The first sentence of a paragraph of documentation -> its next ones, up to 200 characters."""
+    texts = [*library.docstrings, *((f"topic/{name}", topics[name]) for name in sorted(topics))]
+    for key, text in texts:
+        for number, paragraph in enumerate(re.split(r"\n\s*\n", text)):
+            first, *rest = sentences(paragraph)
+            following = ""
+            for sentence in rest:
+                if len(following) + len(sentence) >= 200:
+                    break
+                following = f"{following} {sentence}".strip()
+            if 20 <= len(first) <= 200 and first[0].isalpha() and len(following) >= 20 and following not in first:
+                yield f"{key}/{number}", {"inputs": first, "targets": following}
+
+
+TASKS = {
+    "code_generation": code_generation,
+    "summarization": summarization,
+    "question_answering": question_answering,
+    "classification": classification,
+    "translation": translation,
+    "dialogue": dialogue,
+    "text_generation": text_generation,
+}
+NAMES: tuple[str, ...] = tuple(TASKS)
+Tasks.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name, description=task.__doc__) for name, task in TASKS.items()]
+
+
+# ---- What they ask and say ----
+
+
+def questions(arguments: ast.arguments) -> dict[str, list[tuple[str, str]]]:
+    """Questions on a function's parameters with their answers, by kind.
+
+    A parameter is what has a name and no star, `self` too. Whether one must be given is asked only where some must not.
+    """
+    positional = [*arguments.posonlyargs, *arguments.args]
+    names = [each.arg for each in (*positional, *arguments.kwonlyargs)]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults + arguments.kw_defaults
+    free = [(name, default) for name, default in zip(names, defaults, strict=True) if name not in ("self", "cls")]
+    values = [(name, ast.unparse(default)) for name, default in free if default]
+    stars = [("positional", arguments.vararg), ("keyword", arguments.kwarg)]
+    asked = {
+        "count": [("How many parameters are there?", str(len(names)))] if free else [],
+        "next": [(f"Which parameter comes after {name}?", after) for name, after in itertools.pairwise(names)],
+        "required": [(f"Must {name} be given?", "no" if default else "yes") for name, default in free if any(defaults)],
+        "default": [(f"What is the default of {name}?", value) for name, value in values if len(value) <= 30],
+        "star": [(f"What takes further {kind} arguments?", star.arg) for kind, star in stars if star],
+    }
+    return {kind: pairs for kind, pairs in asked.items() if pairs}
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a paragraph, each in one line; at least one, which may be empty."""
+    return re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split()))
+
+
+def gloss(tree: ast.expr) -> str:
+    """Read an expression in English: ``len(self.data[i]) > 0`` is "whether the result of len with 1 argument the item
+    i in data of self is more than 0". Every reading can be read back. "" where there is no word for something."""
+    try:
+        return _read(tree)
+    except LookupError:
+        return ""
+
+
+_BINARY = {
+    ast.Add: "sum",
+    ast.Sub: "difference",
+    ast.Mult: "product",
+    ast.Div: "quotient",
+    ast.Mod: "remainder",
+    ast.Pow: "power",
+}
+_COMPARE = {
+    ast.Eq: "equals",
+    ast.NotEq: "differs from",
+    ast.Lt: "is less than",
+    ast.LtE: "is at most",
+    ast.Gt: "is more than",
+    ast.GtE: "is at least",
+    ast.Is: "is the same as",
+    ast.IsNot: "is other than",
+    ast.In: "is in",
+    ast.NotIn: "is not in",
+}
+_READ_AS_WORDS = {"the", "whether", "both", "either", "minus"}  # names that would be taken for a reading's own words
+
+
+def _read(tree: ast.expr) -> str:
+    match tree:
+        case ast.Name(name) if name not in _READ_AS_WORDS:
+            return name
+        case ast.Constant(value) if value is not ... and len(text := repr(value)) <= 20 and not re.search(r"\s", text):
+            return text
+        case ast.Attribute(value, name):
+            return f"{name} of {_read(value)}"
+        case ast.Subscript(value, ast.Slice(first, last, None)) if first or last:
+            bounds = (f" {word} {_read(bound)}" for word, bound in (("from", first), ("to", last)) if bound)
+            return f"the part{''.join(bounds)} in {_read(value)}"
+        case ast.Subscript(value, index):
+            return f"the item {_read(index)} in {_read(value)}"
+        case ast.Call(function, positional, keywords):
+            given = [_read(each) for each in positional]
+            given += [f"{_keyword(each)} set to {_read(each.value)}" for each in keywords]
+            return f"the result of {_read(function)} " + (f"with {_count(given, 'argument')}" if given else "alone")
+        case ast.List(items) | ast.Tuple(items):
+            kind = type(tree).__name__.lower()
+            return f"the {kind} of {_count([*map(_read, items)], 'item')}" if items else f"the empty {kind}"
+        case ast.Dict([], []):
+            return "the empty dict"
+        case ast.BinOp(left, operation, right):
+            return f"the {_BINARY[type(operation)]} of {_read(left)} and {_read(right)}"
+        case ast.Compare(left, [operation], [right]):
+            return f"whether {_read(left)} {_COMPARE[type(operation)]} {_read(right)}"
+        case ast.BoolOp(ast.And(), [left, right]):
+            return f"both {_read(left)} and {_read(right)}"
+        case ast.BoolOp(ast.Or(), [left, right]):
+            return f"either {_read(left)} or {_read(right)}"
+        case ast.UnaryOp(ast.Not(), operand):
+            return f"not {_read(operand)}"
+        case ast.UnaryOp(ast.USub(), operand):
+            return f"minus {_read(operand)}"
+        case ast.IfExp(condition, then, otherwise):
+            return f"if {_read(condition)} then {_read(then)} else {_read(otherwise)}"
+    raise LookupError(type(tree).__name__)
+
+
+def _keyword(keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise LookupError("**")
+    return keyword.arg
+
+
+def _count(items: list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'s' * (len(items) > 1)} {' and '.join(items)}"
+
+
+def _pick(asked: dict[str, list[tuple[str, str]]], key: str) -> tuple[str, tuple[str, str]]:
+    """A kind and one question of it, by the hash of `key`; every kind is as likely, however many questions it has."""
+    turn, place = divmod(_hash(key), len(asked))
+    kind = list(asked)[place]
+    return kind, asked[kind][turn % len(asked[kind])]
+
+
+def _hash(key: str) -> int:
+    return zlib.crc32(key.encode())
+
+
+# ---- The library ----
+
+
+@functools.cache
+def library() -> Library:
+    """Parse the running Python's standard library, once a process: some seconds."""
+    found = Library()
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        file = path.relative_to(root)
+        if LEFT_OUT.intersection(file.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
+            continue
+        _collect(found, tree, file.as_posix(), "")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.stmt):
+                found.expressions += _readings(node, file.as_posix())
+    return found
+
+
+def _collect(found: Library, parent: ast.AST, file: str, scope: str) -> None:
+    """Add the functions and docstrings of a module or class, and of the classes inside it."""
+    if text := ast.get_docstring(parent):
+        found.docstrings.append((f"{file}:{getattr(parent, 'lineno', 0)}", text))
+    for child in parent.body:
+        if isinstance(child, ast.ClassDef):
+            _collect(found, child, file, f"{scope}{child.name}.")
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(child) or ""
+            if text:
+                found.docstrings.append((f"{file}:{child.lineno}", text))
+            word = "def" if isinstance(child, ast.FunctionDef) else "async def"
+            signature = f"{word} {child.name}({ast.unparse(child.args)})"
+            summary = sentences(text.split("\n\n")[0])[0]
+            function = Function(
+                file, child.lineno, scope + child.name, child.args, signature, summary, _body(child, bool(text))
+            )
+            found.functions.append(function)
+
+
+def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool) -> str:
+    statements = function.body[documented:]
+    dots = lambda each: isinstance(each, ast.Expr) and getattr(each.value, "value", None) is ...
+    useless = all(isinstance(each, ast.Pass | ast.Raise) or dots(each) for each in statements[:1])
+    if useless or function.end_lineno - statements[0].lineno > LONGEST_BODY:
+        return ""
+    return "\n".join(map(ast.unparse, statements))
+
+
+def _readings(statement: ast.stmt, file: str) -> Iterator[tuple[str, str, str]]:
+    """(key, code, reading) of the expressions that a statement itself holds, if they are short."""
+    for tree in ast.iter_child_nodes(statement):
+        if (
+            isinstance(tree, ast.expr)
+            and tree.lineno == tree.end_lineno
+            and isinstance(getattr(tree, "ctx", None), ast.Load | None)
+        ):
+            width = tree.end_col_offset - tree.col_offset
+            if 8 <= width <= 60 and 5 <= len((reading := gloss(tree)).split()) <= 30:
+                yield f"{file}:{tree.lineno}:{tree.col_offset}", ast.unparse(tree), reading

@@ -1,0 +1,1 @@
+"""The token store: how it is prepared, read, verified and described."""

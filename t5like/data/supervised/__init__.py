@@ -1,0 +1,1 @@
+"""Supervised examples: from token ids of prompts and answers to packed batches."""

@@ -1,0 +1,1 @@
+"""Held-out loss, scores of generated answers, samples, and lm-evaluation-harness."""

@@ -1,0 +1,174 @@
+"""Held-out loss: the same loss as in training, over held-out rows, next to baselines computed from the same rows.
+
+`Evaluator` is used during training and by `t5like evaluate`; its numbers do not depend on devices or processes: each
+held-out row counts once, and rows that only fill the last batch weigh nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from t5like.checkpoint.run_directory import Run
+from t5like.config.schema import Config
+from t5like.data import pipeline
+from t5like.data.pipeline import Batches
+from t5like.data.store import preparation
+from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.data.tokenizers.vocabulary import Vocabulary
+from t5like.distributed import processes
+from t5like.errors import printable
+from t5like.evaluation.task_eval import TaskEvaluator
+from t5like.io.paths import cache_directory
+from t5like.metrics.progress import Progress
+from t5like.metrics.writers import by_component, perplexity
+from t5like.optim import step as steps
+from t5like.sharding import placement
+from t5like.types import Metrics, Sum, Tree, host_metrics
+
+
+class Evaluator:
+    """Evaluates parameters on the first `train.eval_batches` held-out batches (all, if there are fewer)."""
+
+    def __init__(self, config: Config, mesh: Mesh, heldout: Batches, tokenizer: Tokenizer, *, every: bool = False):
+        """`config` is settled on `mesh`; `every` names even the only source and objective, see `component_names`."""
+        self.config, self.mesh, self.heldout, self.tokenizer = config, mesh, heldout, tokenizer
+        self.num_batches = min(config.train.eval_batches, heldout.num_batches)
+        self._rows = placement.local_rows(mesh, config.data.batch_size)
+        self._step = steps.jit_eval_step(config, mesh)
+        self._zeros: Metrics | None = None  # what the sums begin with; the parameters' shapes tell
+        self._names = pipeline.component_names(config, every=every)
+
+    def __call__(self, params: Tree, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+        """Means on held-out rows; `progress` hears how many batches are done.
+
+        Returns:
+            ``eval/loss`` (nats per target token), ``eval/perplexity``, ``eval/bits_per_byte`` (of the targets' text:
+            sentinels and EOS have no bytes, but their nats count), ``eval/accuracy``, ``eval/tokens`` that they rest
+            on; ``eval/nsp_loss`` and ``eval/nsp_accuracy`` of pairs; and values by component (`metrics.by_component`).
+        """
+        size = self.config.data.batch_size
+        if self._zeros is None:
+            self._zeros = steps.zero_metrics(self.config, params, pipeline.spec(self.config))
+        total = self._zeros
+        with jax.set_mesh(self.mesh), processes.watchdog("evaluation", times=2 + self.num_batches // 16):
+            for index in range(self.num_batches):
+                rows = self.heldout.at(index, self._rows)
+                before, total = total, self._step(params, placement.to_global(rows, self.mesh, size), total)
+                jax.block_until_ready(before)  # so that no more than two batches wait on the device
+                progress(index + 1)
+            total = jax.device_get(total)
+        values = host_metrics(total)
+        found = {
+            "eval/loss": values["loss"],
+            "eval/perplexity": perplexity(values["loss"]),
+            "eval/accuracy": values["accuracy"],
+            "eval/tokens": float(total["loss"].weight),
+        }
+        _, bytes_C = self._targets
+        if size := bytes_C.sum():
+            found["eval/bits_per_byte"] = float(total["loss"].total) / math.log(2) / float(size)
+        found |= {f"eval/{name}": values[name] for name in ("nsp_loss", "nsp_accuracy") if name in values}
+        if "by_component" not in total:  # there is one component, which has all
+            one = Sum(np.ones(1), np.ones(1))
+            total |= {"by_component": Sum(*(np.reshape(x, 1) for x in total["loss"])), "rows_by_component": one}
+        return found | by_component("eval", self._names, total, bytes_C)
+
+    def baselines(self) -> dict[str, float]:
+        """Nats per target token of predictors that read nothing, on the same rows.
+
+        ``baseline/uniform`` is ln of the vocabulary. ``baseline/unigram`` is the entropy of the held-out targets' own
+        frequencies: no constant prediction can do better on them, so whoever beats it has read the context.
+        """
+        counts_V, _ = self._targets
+        share = counts_V[counts_V > 0] / counts_V.sum()
+        return {
+            "baseline/uniform": math.log(self.config.tokenizer.vocab_size),
+            "baseline/unigram": float(-(share * np.log(share)).sum()),
+        }
+
+    @cached_property
+    def _targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the targets of the evaluated rows: how often each id occurs [V], UTF-8 bytes of each component's [C].
+
+        Counted by the process that writes it down.
+        """
+        counts_V, bytes_C = np.zeros(self.config.vocab_rows), np.zeros(len(pipeline.components(self.config)))
+        if not processes.is_primary():
+            return counts_V, bytes_C
+        bytes_V = np.pad(self.tokenizer.bytes_V, (0, len(counts_V) - self.tokenizer.vocab_size))
+        for index in range(self.num_batches):
+            batch = self.heldout.at(index)
+            counts_V += np.bincount(batch.targets_BL.reshape(-1), batch.weights_BL.reshape(-1), len(counts_V))
+            bytes_B = (bytes_V[batch.targets_BL] * batch.weights_BL).sum(1)
+            component_B = np.zeros(len(bytes_B), int) if batch.component_B1 is None else batch.component_B1[:, 0]
+            np.add.at(bytes_C, component_B, bytes_B)
+        return counts_V, bytes_C
+
+
+def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str], list[dict[str, Any]]]:
+    """Evaluate a run on all of its held-out text, with its own tokenizer.
+
+    What is done is shown on standard error, for people: a bar or, elsewhere, a line every few seconds.
+
+    Returns:
+        values, baselines and the step; ``eval/left_out``, the number of held-out examples that no row can hold, if
+        there are any; where the config names `evaluate.metrics`, how they take texts apart (``eval/rule/METRIC``); and
+        the records of `Answers`.
+    """
+    config = dataclasses.replace(
+        run.config,
+        tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
+        train=dataclasses.replace(run.config.train, eval_batches=2**31),
+    )
+    directory = cache_directory(config.data.directory)
+    work = partial(preparation.prepare, config)
+    stores = processes.once_per_file_system("preparing the data", directory, work).stores
+    heldout = pipeline.open_split(config, stores, "heldout")
+    batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
+    evaluator = Evaluator(config, run.mesh, batches, run.tokenizer, every=True)
+    shown = partial(Progress, primary=processes.is_primary())
+    with shown(evaluator.num_batches, unit="batch") as progress:
+        found = evaluator(run.params, progress.timed())
+    values = {"step": run.step, **found, **(evaluator.baselines() if processes.is_primary() else {})}
+    if left_out := sum(getattr(part, "too_long", 0) for part in heldout):
+        values["eval/left_out"] = left_out
+    if not config.evaluate.metrics:
+        return values, []
+    answers = TaskEvaluator(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
+    with shown(answers.count, unit="answer") as progress:
+        found, records = answers(run.params, progress.timed())
+    return values | found | answers.describe() | answers.baselines(), records
+
+
+def table(values: Mapping[str, float | str]) -> str:
+    """What `evaluate_run` found, for people: a line for everything, each source, objective, denoiser and component."""
+    measures = ("loss", "perplexity", "bits_per_byte", "tokens")
+    rows = {("all", ""): [values.get(f"eval/{measure}") for measure in measures]}
+    for key in values:
+        parts = key.split("/", 3)
+        if parts[:2] == ["eval", "loss"] and len(parts) == 4:
+            kind, name = parts[2:]
+            rows[kind, printable(name)] = [values.get(f"eval/{measure}/{kind}/{name}") for measure in measures]
+    components = [row for row in rows if row[0] == "component"]
+    if len(components) == 1:
+        del rows[components[0]]
+    width = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    titles = ("loss", "perplexity", "bits/byte", "tokens")
+    lines = [" " * (sum(width) + 2) + "".join(f"{title:>12}" for title in titles)]
+    for (kind, name), numbers in rows.items():
+        shown = zip(numbers, ["{:.4f}"] * 3 + ["{:,.0f}"], strict=True)
+        cells = ["" if number is None else form.format(number) for number, form in shown]
+        lines.append(f"{kind:{width[0]}}  {name:{width[1]}}" + "".join(f"{cell:>12}" for cell in cells))
+    for prefix, form in (("baseline/", "{:.4f}"), ("eval/score/", "{:.2f} %")):
+        for key, value in values.items():
+            if key.startswith(prefix):
+                rule = values.get(key.replace("eval/score/", "eval/rule/")) if prefix == "eval/score/" else None
+                lines.append(f"{key}  {form.format(value)}" + (f"  ({rule})" if rule else ""))
+    return f"held out, step {values['step']:,}\n" + "\n".join(lines)

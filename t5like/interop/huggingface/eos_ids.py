@@ -1,0 +1,46 @@
+"""The ids that end a text, as a Hugging Face directory lists them: `eos_token_id`, one id or several.
+
+`transformers.generate` reads generation_config.json where there is one, else config.json, and stops at any of the ids.
+Here the tokenizer's own end-of-sequence id always ends a text, and `tokenizer.extra_eos_ids` holds the others.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from t5like.config.schema import Config
+from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.errors import CheckpointError
+from t5like.inference.generate import eos_ids
+from t5like.interop.huggingface.safetensors_files import read_json
+
+GENERATION = "generation_config.json"
+KEY = "eos_token_id"
+
+
+def extra_ids(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids besides the tokenizer's own, and those of them that no token has: nothing can end with these.
+
+    Args:
+        hf: the directory's config.json.
+
+    Raises:
+        CheckpointError: the value is neither an id nor a list of ids.
+    """
+    file, value = "config.json", hf.get(KEY)
+    if (directory / GENERATION).is_file():
+        generation = read_json(directory / GENERATION)
+        if generation.get(KEY) is not None:
+            file, value = GENERATION, generation[KEY]
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int and token >= 0 for token in listed):
+        raise CheckpointError(f"{file}: {KEY}={value!r} must be a token id, at least 0, or a list of token ids")
+    others = [token for token in dict.fromkeys(listed) if token != tokenizer.eos_id]
+    known = [token for token in others if token < tokenizer.vocab_size]
+    return known, [token for token in others if token not in known]
+
+
+def listed(config: Config, tokenizer: Tokenizer) -> int | list[int]:
+    """`eos_token_id` of a run: one id, or all of them."""
+    ids = eos_ids(config, tokenizer)
+    return ids[0] if len(ids) == 1 else list(ids)

@@ -1,0 +1,116 @@
+"""Logits of an exported directory, computed by transformers in a process of its own (`hf.peer`), next to ours."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from t5like.config.schema import Config, ModelConfig
+from t5like.errors import CheckpointError
+from t5like.model.transformer import Transformer
+from t5like.types import Batch, Tree
+
+TOLERANCE = 1e-4  # in float32, absolute and relative to the largest logit
+ROWS, LENGTH = 2, 24  # of the texts that are compared; the second is shorter
+
+
+def compare(directory: Path, config: Config, params: Tree) -> str:
+    """Compare logits on random tokens, padding among them; a line that says how they agree, or why that is not known.
+
+    Args:
+        directory: as exported.
+        config: settled; `params` are those that the files hold.
+
+    Raises:
+        CheckpointError: they differ, or transformers can't load the directory.
+    """
+    absent = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{absent[0]} is not installed: logits not compared"
+    inputs = example(config)
+    with tempfile.TemporaryDirectory() as place:
+        given, made = Path(place) / "inputs.npz", Path(place) / "logits.npz"
+        np.savez(given, **inputs)
+        command = [
+            sys.executable,
+            "-m",
+            "t5like.interop.huggingface.reference_logits",
+            kind_of(config.model),
+            str(directory),
+            str(given),
+            str(made),
+        ]
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        ended = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+        if ended.returncode:
+            last = (ended.stderr.strip() or "no message").splitlines()[-1]
+            raise CheckpointError(f"transformers can't run what was exported: {last}")
+        theirs = dict(np.load(made))
+    version = str(theirs.pop("version"))
+    ours = ours_on(config, params, inputs)
+    largest = 0.0
+    for name, logits in ours.items():
+        real = inputs["decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"] > 0
+        there = theirs[name][..., : config.tokenizer.vocab_size] if name == "logits" else theirs[name]
+        here = logits[..., : config.tokenizer.vocab_size] if name == "logits" else logits
+        here, there = (x[real] if name == "logits" else x for x in (here, there))
+        difference = float(np.abs(here - there).max())
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(here).max())):
+            raise CheckpointError(f"{name} differ from transformers {version} by {difference:.1e}; please report this")
+        largest = max(largest, difference)
+    return f"logits equal those of transformers {version} (largest difference {largest:.0e})"
+
+
+def kind_of(model: ModelConfig) -> str:
+    """Which of transformers' AutoModelFor classes has the heads of our model, whatever `architectures` says."""
+    if model.architecture == "encoder":
+        return "PreTraining" if model.pair_head else "MaskedLM"
+    return "Seq2SeqLM" if model.architecture == "encoder_decoder" else "CausalLM"
+
+
+def example(config: Config) -> dict[str, np.ndarray]:
+    """Random tokens by transformers' names of arguments, the second row padded on the right."""
+    rng, model = np.random.default_rng(0), config.model
+    length = min(LENGTH, model.longest_text)
+    draw = lambda length: rng.integers(0, config.tokenizer.vocab_size, (ROWS, length))
+    mask = np.ones((ROWS, length), np.int64)
+    mask[1, length * 2 // 3 :] = 0
+    inputs = {"input_ids": draw(length), "attention_mask": mask}
+    if model.architecture == "encoder":
+        inputs["token_type_ids"] = np.minimum(np.arange(length)[None] * 2 // length, model.token_types - 1) + 0 * mask
+    if model.architecture == "encoder_decoder":
+        inputs |= {"decoder_input_ids": draw(length // 2), "decoder_attention_mask": mask[:, ::2][:, : length // 2]}
+    return inputs
+
+
+def ours_on(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our logits on the same tokens, in float32."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    ids, segments = inputs["input_ids"].astype(np.int32), inputs["attention_mask"].astype(np.int32)
+    ones = np.ones(ids.shape, np.float32)
+    if config.model.architecture == "encoder_decoder":
+        decoder = inputs["decoder_input_ids"].astype(np.int32)
+        decoder_segments = inputs["decoder_attention_mask"].astype(np.int32)
+        batch = Batch(decoder, decoder, np.ones(decoder.shape, np.float32), ids, segments, decoder_segments)
+    elif config.model.architecture == "encoder":
+        types = inputs["token_type_ids"].astype(np.int32)
+        batch = Batch(None, ids, ones, ids, segments, token_types_BS=types)
+    else:
+        batch = Batch(ids, ids, ones, decoder_segments_BL=segments)
+
+    @jax.jit
+    def run(params):
+        apply = lambda **options: Transformer(config).apply({"params": params}, **options)
+        made = {"logits": apply(batch=batch)}
+        if config.model.architecture == "encoder" and config.model.pair_head:
+            made["pair_logits"] = apply(batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch)))
+        return made
+
+    return {name: np.asarray(value) for name, value in run(params).items()}

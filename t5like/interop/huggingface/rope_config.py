@@ -1,0 +1,58 @@
+"""Rotary positions in a config.json: `rope_parameters`, or version 4's `rope_theta` and `rope_scaling`."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from t5like.config.schema import ModelConfig
+from t5like.errors import CheckpointError
+from t5like.interop.huggingface.config_keys import number, whole
+
+
+def fields_of(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields; a kind of scaling that is not built is refused by its name."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    where = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise CheckpointError(
+            f"config.json: {where}.rope_type={kind!r} must be default, linear, llama3 or yarn; others are not built"
+        )
+    for key, allowed in (("partial_rotary_factor", 1.0), ("truncate", True)):
+        if rope.get(key, hf.get(key, allowed)) != allowed:
+            raise CheckpointError(f"config.json: {where}.{key}={rope.get(key, hf.get(key))!r} must be {allowed}")
+    fields: dict[str, Any] = {"rotary_base": number({"rope_theta": 10_000.0, **hf, **rope}, "rope_theta")}
+    if kind == "default":
+        return fields
+    fields |= {"rotary_scaling": kind, "rotary_factor": number(rope, "factor", where=where)}
+    if kind == "linear":
+        return fields
+    longest = hf.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    fields["rotary_original_length"] = whole(
+        {"original_max_position_embeddings": longest, **rope}, "original_max_position_embeddings"
+    )
+    if kind == "llama3":
+        low, high = (number(rope, f"{name}_freq_factor", where=where) for name in ("low", "high"))
+        return fields | {"rotary_low": low, "rotary_high": high}
+    fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
+    attention = rope.get("attention_factor") or 0.0
+    if not attention and rope.get("mscale") and rope.get("mscale_all_dim"):
+        grown = 0.1 * math.log(max(fields["rotary_factor"], 1.0))
+        attention = (grown * rope["mscale"] + 1) / (grown * rope["mscale_all_dim"] + 1)
+    return fields | {"rotary_fast": float(fast), "rotary_slow": float(slow), "rotary_attention": float(attention)}
+
+
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters`, as version 5 has them."""
+    if model.rotary_scaling == "none":
+        return {"rope_type": "default", "rope_theta": model.rotary_base}
+    rope = {"rope_type": model.rotary_scaling, "rope_theta": model.rotary_base, "factor": model.rotary_factor}
+    if model.rotary_scaling != "linear":
+        rope["original_max_position_embeddings"] = model.rotary_original_length
+    if model.rotary_scaling == "llama3":
+        rope |= {"low_freq_factor": model.rotary_low, "high_freq_factor": model.rotary_high}
+    if model.rotary_scaling == "yarn":
+        rope |= {"beta_fast": model.rotary_fast} if model.rotary_fast != 32 else {}
+        rope |= {"beta_slow": model.rotary_slow} if model.rotary_slow != 1 else {}
+        rope |= {"attention_factor": model.rotary_attention} if model.rotary_attention else {}
+    return rope

@@ -1,0 +1,1 @@
+"""Files, paths, standard streams and signals: what the operating system gives a command."""

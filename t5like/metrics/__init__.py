@@ -1,0 +1,1 @@
+"""What a run reports: FLOPs, throughput, metric files, progress bars, profiles."""

@@ -1,0 +1,62 @@
+"""The picture of a run: loss.png, drawn of its metrics. Called by `train` when it is done."""
+
+import io
+import math
+import statistics
+from pathlib import Path
+
+from t5like.metrics import writers
+
+PICTURE = "loss.png"  # in a run directory
+
+
+def draw_loss_curve(workdir: Path) -> Path:
+    """Draw metrics.jsonl as loss.png beside it: training and held-out loss, and the baselines that it has.
+
+    Steps are on a logarithmic axis, as loss falls with their power; up to the first that was logged it is linear, so
+    that step 0 is there.
+    """
+    from matplotlib.figure import Figure  # not pyplot: that keeps global state and may look for a display
+
+    records = writers.read(workdir)
+
+    def series(name: str) -> tuple[list[float], list[float]]:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    training, heldout = series("train/loss"), series("eval/loss")
+    axes.plot(*training, color="tab:blue", linewidth=1, label="training")
+    axes.plot(*heldout, color="tab:red", marker="o", markersize=4 if len(heldout[0]) <= 40 else 2, label="held out")
+    for name, label in (("baseline/uniform", "uniform guess"), ("baseline/unigram", "unigram frequencies")):
+        if values := series(name)[1]:
+            axes.axhline(
+                values[-1],
+                color="gray",
+                linestyle=":" if name.endswith("uniform") else "--",
+                linewidth=1,
+                label=f"{label} {values[-1]:.2f}",
+            )
+    last = max([*training[0], *heldout[0], 1])
+    first = min([step for step in (*training[0], *heldout[0]) if step > 0], default=1)
+    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", xlim=(0, 1.03 * last))
+    digits = (1, 2, 5) if last < 200 * first else (1,)
+    ticks = [0, *(digit * 10**power for power in range(len(str(last))) for digit in digits), last]
+    axes.set_xticks(ticks := [tick for tick in ticks if tick in (0, last) or first <= tick < 0.8 * last])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    rates = zip(series("train/tokens_per_second")[1], series("train/step_seconds")[1], strict=False)
+    if per_step := statistics.median([rate * seconds for rate, seconds in rates] or [0]) / 1e6:
+        tokens = axes.twiny()  # a secondary axis would be linear
+        tokens.set_xscale("symlog", linthresh=first, linscale=0.4)
+        tokens.set(xlabel="million tokens", xlim=axes.get_xlim())
+        tokens.set_xticks(ticks, [f"{x:,.0f}" if (x := tick * per_step) >= 10 else f"{x:.2g}" for tick in ticks])
+        tokens.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    writers.replace(workdir / PICTURE, image.getvalue())
+    return workdir / PICTURE

@@ -1,0 +1,182 @@
+"""What a run reports: its speed against the hardware's, and the files its values go to.
+
+Used by `train`. What the values are is up to the caller; device sums become floats in `types.host_metrics`. Names:
+``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
+``train/step_seconds``, ``train/mfu`` and ``train/fill`` (shares, 0 to 1; fill: of the places that hold tokens),
+``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits_per_byte``, ``baseline/uniform``,
+``baseline/unigram``, those of `by_component`, and the scores of `answers`.
+
+Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020
+(arXiv:2001.08361, section 2.1): matrix products only, a training step is three forward passes, and recomputation
+(remat) counts as time, not as work.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t5like.errors import CheckpointError, DataError
+from t5like.io.strict_json import loads
+from t5like.types import COMPONENT_METRICS, Metrics
+
+FILE = "metrics.jsonl"  # in a run directory
+LINE = b'{"step": '  # how each of its lines begins
+TENSORBOARD = "tensorboard"
+
+
+# ---- Work and speed ----
+
+
+def by_component(
+    prefix: str, names: Sequence[Mapping[str, str]], sums: Metrics, bytes_C: np.ndarray | None = None
+) -> dict[str, float]:
+    """Loss, learned tokens and share of the rows, for each source, objective and denoiser that is named.
+
+    Args:
+        prefix: "train" or "eval".
+        names: `pipeline.component_names`.
+        sums: `types.COMPONENT_METRICS` as numpy arrays [components].
+        bytes_C: UTF-8 bytes of each component's targets; adds perplexity and bits per byte to each loss.
+
+    Returns:
+        ``train/loss/objective/ul2``, ``train/tokens/denoiser/X3_50``, ``train/share/source/wiki``, ...; a loss
+        only where something was learned; bits per byte only where its targets are text.
+    """
+    nats, rows = (sums[name] for name in COMPONENT_METRICS)
+    values = {}
+    for kind in names[0]:
+        for name in dict.fromkeys(each[kind] for each in names):
+            mine = np.array([each[kind] == name for each in names])
+            if weight := float(nats.weight[mine].sum()):
+                total = float(nats.total[mine].sum())
+                values[f"{prefix}/loss/{kind}/{name}"] = total / weight
+                if bytes_C is not None:
+                    values[f"{prefix}/perplexity/{kind}/{name}"] = perplexity(total / weight)
+                    if size := float(bytes_C[mine].sum()):
+                        values[f"{prefix}/bits_per_byte/{kind}/{name}"] = total / math.log(2) / size
+            values[f"{prefix}/tokens/{kind}/{name}"] = weight
+            values[f"{prefix}/share/{kind}/{name}"] = float(rows.total[mine].sum() / rows.total.sum())
+    return values
+
+
+def perplexity(nats: float) -> float:
+    """exp of a loss, and a large number instead of an overflow."""
+    return math.exp(min(nats, 700.0))
+
+
+# ---- Files ----
+
+
+def read(workdir: Path) -> list[dict[str, float | None]]:
+    """The lines of a run's metrics.jsonl; no file is no lines. A line that was cut off while being written is left out.
+
+    Raises:
+        DataError: another line is no JSON object with a step and numbers.
+        CheckpointError: the file can't be read.
+    """
+    path = workdir / FILE
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}; move it away") from None
+    cut_off = LINE.startswith(rest[: len(LINE)]) or (lines and not rest.strip(b"\0"))  # zeros: the machine crashed
+    records = [_record(line) for line in (lines if cut_off else [*lines, rest])]
+    if None in records:
+        number = records.index(None) + 1
+        raise DataError(
+            f"{path}:{number} must be a JSON object with a step and numbers; delete that line, or move the file away"
+        )
+    return records
+
+
+def _record(line: bytes) -> dict[str, float | None] | None:
+    """A line's values; None if it is not what `Writer` writes."""
+    try:
+        record = loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    fits = lambda value: value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return record if all(map(fits, record.values())) else None
+
+
+class Writer:
+    """Writes values to metrics.jsonl and to TensorBoard events, in the run directory, from one process.
+
+    Each line is ``{"step": 20, "train/loss": 4.81}``. A value that is not finite is null there, which JSON can say and
+    NaN is not; TensorBoard gets it as it is. On resume both forget what came after the resumed step, and a value that
+    the file already has for that very step is not written again: each name occurs once per step.
+    """
+
+    def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
+        """Open the files of a run that continues after `step` updates; unless primary, nothing is ever written."""
+        self._file = self._events = None
+        if not primary:
+            return
+        import tensorboardX  # 0.2 s, and only here
+
+        kept = [record for record in read(workdir) if record["step"] <= step]
+        self._known = {(step, name) for record in kept if record["step"] == step for name in record}
+        self._step = step
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        path = workdir / FILE
+        with _writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.read_bytes() != text.encode():
+                replace(path, text.encode())
+            self._file = path.open("a", buffering=1, encoding="utf-8")  # each line goes out whole, at once
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
+            )  # names have whole seconds: a quick restart must not overwrite the last file
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add one line. Steps must not go back."""
+        if self._file is None:
+            return
+        assert step >= self._step, f"step {step} after {self._step}"
+        self._step = step
+        values = {name: float(value) for name, value in values.items() if (step, name) not in self._known}
+        if not values:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both files; nothing can be written after it."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give a file new content so that no reader, and no crash, ever finds half of it.
+
+    Raises:
+        CheckpointError: it can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _writing(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename or path
+        raise CheckpointError(f"{name} can't be written: {error.strerror or error}; move it away") from None

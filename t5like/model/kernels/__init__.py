@@ -1,0 +1,1 @@
+"""Matrix products and attention written for one kind of device."""

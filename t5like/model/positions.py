@@ -1,0 +1,166 @@
+"""Relative position bias and rotary position embeddings."""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5like.config.schema import ModelConfig
+from t5like.model.layers import normal
+from t5like.sharding.mesh import constrain, context_size
+
+BAND = 128  # rows of a relative bias that are laid out at once: what a TPU's registers are wide
+
+
+def relative_buckets(distance: np.ndarray, *, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """The bucket of each distance key - query (Raffel et al. 2020, section 2.1; Mesh TensorFlow's formula).
+
+    Half of the buckets are exact distances, the other half grow logarithmically up to `max_distance`; beyond it all
+    share the last. Bidirectional: half of all buckets for keys before the query, half for keys after it. With 32
+    buckets and 128: distances -200, -9, -1, 0, 1, 9, 200 -> 15, 8, 1, 0, 17, 24, 31.
+    """
+    first = np.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        first = np.where(distance > 0, buckets, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # float32 and its epsilon, as upstream: at exact powers the rounding decides the bucket.
+    ratio = np.maximum(distance, 1).astype(np.float32) / exact + np.finfo(np.float32).eps
+    log = np.log(ratio) / np.float32(math.log(max_distance / exact))
+    large = np.minimum(exact + (log * (buckets - exact)).astype(np.int32), buckets - 1)
+    return (first + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    """T5's learned bias on attention scores: one number per head and bucket of relative distance."""
+
+    config: ModelConfig
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(
+        self, queries: int, keys: int, *, first_query: jax.Array | int = 0, fork: int | None = None
+    ) -> jax.Array:
+        """The bias [1, N, L, S] for queries at first_query, first_query + 1, ... and keys at 0, 1, ...
+
+        From place `fork` on, each L keys that follow each other stand at the same position, as the queries do.
+
+        The bias depends on key - query only, so there are L + S - 1 different columns; they are looked up once and
+        laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
+        """
+        config = self.config
+        table_RN = self.param(
+            "table",
+            normal(config.model_dim**-0.5, ("buckets", "heads")),
+            (config.relative_buckets, config.num_heads),
+            jnp.float32,
+        )
+        if fork is None:
+            return self._bias(table_RN, queries, keys, first_query)
+        positions = fork + (keys - fork) // queries
+        bias_1N1S = self._bias(table_RN, 1, positions, fork + (first_query - fork) // queries)
+        forked_1N1S = jnp.repeat(bias_1N1S[..., fork:], queries, axis=-1)
+        bias_1N1S = jnp.concatenate([bias_1N1S[..., :fork], forked_1N1S], axis=-1)
+        return jnp.broadcast_to(bias_1N1S, (*bias_1N1S.shape[:2], queries, keys))
+
+    def _bias(self, table_RN: jax.Array, queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
+        if isinstance(first_query, int):
+            distance = np.arange(keys + queries - 1) - (queries - 1) - first_query
+            buckets = self._buckets(distance)
+        else:  # a decoding step: the distances are known only on the device, their buckets already here
+            known = self._buckets(np.arange(-(queries - 1) - (keys - 1), keys))
+            buckets = jax.lax.dynamic_slice(jnp.asarray(known), (keys - 1 - first_query,), (keys + queries - 1,))
+        diagonals_N = table_RN[buckets].T  # [N, L + S - 1]; entry i is distance i - (L - 1)
+        parts = context_size()
+        if parts == 1 or queries % parts:
+            return shift_rows(diagonals_N, queries, keys)[None].astype(self.config.dtype)
+        # Each device lays out the rows of its own queries; the whole would be L x S numbers on every one of them.
+        rows = queries // parts
+        windows = jnp.stack(
+            [
+                diagonals_N[:, first : first + rows + keys - 1]
+                for first in range(queries - rows, -1, -rows)  # of the first queries, of the next ones, ...
+            ]
+        )
+        windows = constrain(windows, "parts", "act_heads", None)
+        bias = jax.vmap(partial(shift_rows, rows=rows, columns=keys))(windows)  # [parts, N, rows, S]
+        bias = constrain(bias, "parts", "act_heads", None, None).transpose(1, 0, 2, 3)
+        bias_1NLS = bias.reshape(1, self.config.num_heads, queries, keys).astype(self.config.dtype)
+        return constrain(bias_1NLS, None, "act_heads", "length", None)
+
+    def _buckets(self, distance: np.ndarray) -> np.ndarray:
+        config = self.config
+        return relative_buckets(
+            distance,
+            buckets=config.relative_buckets,
+            max_distance=config.relative_max_distance,
+            bidirectional=self.bidirectional,
+        )
+
+
+def shift_rows(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
+    """[N, rows + columns - 1] -> [N, rows, columns] with out[n, i, j] = diagonals[n, j - i + rows - 1].
+
+    For 2 rows and 3 columns, a b c d -> b c d / a b c. Repeating the vector, one longer than itself, and cutting the
+    repetition into rows shifts each row by one: only reshapes, so the gradient is cheap as well. Where there are many
+    rows, those of one band are made so, long enough for all bands, which are then parts of it: cut at multiples of its
+    size, they cost a TPU no shuffling (2,048 x 2,048: 2 GiB of temporaries instead of 5, 6 s to compile instead of 34).
+    """
+    if rows > BAND and rows % BAND == 0:
+        band = shift_rows(diagonals, BAND, rows + columns - BAND)
+        return jnp.concatenate([band[:, :, at : at + columns] for at in range(rows - BAND, -1, -BAND)], axis=1)
+    heads, width = diagonals.shape
+    padded = jnp.pad(diagonals, ((0, 0), (0, 1)))  # width + 1 entries a row
+    tiled = jnp.broadcast_to(padded[:, None], (heads, rows, width + 1)).reshape(heads, rows * (width + 1))
+    shifted = tiled[:, : rows * width].reshape(heads, rows, width)  # row i starts i entries earlier in the vector
+    return shifted[:, :, rows - 1 : rows - 1 + columns]
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians per token of each pair of a head's dims, float32 [H / 2], and the factor on queries and keys.
+
+    A frequency f makes t = rotary_original_length * f / 2 pi turns in a text of the original length. llama3 (Llama
+    3.1's released code): f for t > rotary_high, f / rotary_factor for t < rotary_low, between them both, mixed linearly
+    by t. yarn (Peng et al. 2023, section 3): the same with a mixture that is linear in the pair's index, from the first
+    that turns fewer than rotary_fast times, rounded down, to the one that turns rotary_slow times, rounded up; and
+    queries and keys are scaled.
+    """
+    half = config.head_dim // 2
+    frequency = config.rotary_base ** (-np.arange(half, dtype=np.float32) / half)
+    if config.rotary_scaling == "none":
+        return frequency, 1.0
+    low, scale = frequency / np.float32(config.rotary_factor), 1.0
+    if config.rotary_scaling == "linear":
+        return low, scale
+    if config.rotary_scaling == "llama3":
+        turns = config.rotary_original_length * frequency / np.float32(2 * math.pi)
+        kept = (turns - config.rotary_low) / (config.rotary_high - config.rotary_low)
+    else:
+
+        def index_of(turns: float) -> float:  # of the pair that turns so often, as a real number
+            ratio = config.rotary_original_length / (turns * 2 * math.pi)
+            return half * math.log(ratio) / math.log(config.rotary_base)
+
+        first = max(math.floor(index_of(config.rotary_fast)), 0)
+        last = min(math.ceil(index_of(config.rotary_slow)), config.head_dim - 1)
+        kept = 1 - (np.arange(half) - first) / max(last - first, 0.001)
+        scale = config.rotary_attention or 0.1 * math.log(max(config.rotary_factor, 1.0)) + 1.0
+    kept = np.clip(kept, 0, 1).astype(np.float32)
+    return frequency * kept + low * (1 - kept), scale
+
+
+def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotary positions (Su et al. 2021) in Llama's layout: the first and second half of H form the pairs."""
+    frequency, scale = rotary_frequencies(config)
+    angle_BL1H = positions_BL[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    cos, sin = jnp.cos(angle_BL1H), jnp.sin(angle_BL1H)
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)

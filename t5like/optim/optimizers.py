@@ -1,0 +1,248 @@
+"""Optimizers and learning-rate schedules by name, as one Optax chain.
+
+Used by `step`, which owns the optimizer's state, and by `train`, which reports the learning rate. The order of the
+chain is: clip by the global norm, optimizer, weight decay, learning rate; frozen parameters bypass all of it.
+The moving average of the parameters is no part of it (`step`).
+
+The parameters of all layers of a stack lie in one array, layer first: a leaf with the component ``layers`` in its name
+is ``[Y, ...]``. Whatever these optimizers compute per matrix (factors, clipping, scale, orthogonalisation) is computed
+per layer, as if each layer were its own leaf. Moments have the name of their parameter inside the state; they have its
+shape too, except Adafactor's ``row`` and ``col``, which are small enough to be replicated.
+
+Sources: Adafactor as in T5 and T5X (Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 to 6; T5X ``adafactor.py``);
+AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); its steps scaled by the parameter's RMS as in nanoT5 (Nawrot 2023,
+arXiv:2309.02373: plain AdamW diverged on T5); Lion (Chen et al. 2023, arXiv:2302.06675); Muon (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon) with the step size of Liu et al. 2025 (arXiv:2502.16982, section 2.2); schedules: T5
+(Raffel et al. 2020, arXiv:1910.10683, section 3.1.2), WSD (Hu et al. 2024, arXiv:2404.06395, section 4).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from t5like import tree
+from t5like.config.schema import Config, OptimizerConfig
+from t5like.errors import ConfigError
+from t5like.types import Array, Tree
+
+FACTOR_FROM = 128  # Adafactor: a matrix whose sides are both at least this long keeps row and column means only
+LEAST_RMS = 1e-3  # the parameter scale of a matrix that is (nearly) zero: epsilon_2 of Adafactor
+
+
+def schedule(config: Config) -> optax.Schedule:
+    """The learning rate of the update that makes step ``step + 1`` out of step ``step``.
+
+    The first update's rate is above 0, the last update of a warm-up has the full rate, and the last update of the run
+    ends at `final_fraction` of it (cosine, linear, wsd).
+    """
+    optimizer, last = config.optimizer, config.train.num_steps
+    warmup = max(optimizer.warmup_steps, 1)
+    decay_from = last - optimizer.decay_steps if optimizer.schedule == "wsd" else warmup
+
+    def rate(step: Array) -> Array:
+        update = jnp.asarray(step, jnp.float32) + 1
+        progress = jnp.clip((update - decay_from) / max(last - decay_from, 1), 0, 1)  # of the decay
+        match optimizer.schedule:
+            case "rsqrt":
+                return optimizer.learning_rate * jnp.sqrt(warmup / jnp.maximum(update - 1, warmup))
+            case "constant":
+                left = 1.0
+            case "cosine":
+                left = (1 + jnp.cos(jnp.pi * progress)) / 2
+            case "linear" | "wsd":
+                left = 1 - progress
+        fraction = optimizer.final_fraction + (1 - optimizer.final_fraction) * left
+        return optimizer.learning_rate * jnp.minimum(update / warmup, 1) * fraction
+
+    return rate
+
+
+def warnings(config: Config, before: Config, step: int) -> list[str]:
+    """What is odd about the schedule of a run that goes on after `step` updates, which were made with `before`."""
+    return [line for line in (unreached(config), jump(before, config, step) if step else None) if line]
+
+
+def unreached(config: Config) -> str | None:
+    """A line about a warm-up that is longer than the run, so that the learning rate never gets to its highest."""
+    optimizer, steps = config.optimizer, config.train.num_steps
+    if optimizer.schedule == "rsqrt" or optimizer.warmup_steps <= steps:  # rsqrt is flat during its warm-up
+        return None
+    return (
+        f"optimizer.warmup_steps={optimizer.warmup_steps:,} is more than train.num_steps={steps:,}: the learning rate "
+        f"ends at {float(schedule(config)(steps - 1)):.3g} and never reaches {optimizer.learning_rate:g}; use "
+        f"optimizer.warmup_steps={max(1, steps // 10)}"
+    )
+
+
+def jump(old: Config, new: Config, step: int) -> str | None:
+    """A line about a learning rate that jumps where a run goes on after `step` updates; None if it does not."""
+    before, after = (float(schedule(config)(at)) for config, at in ((old, step - 1), (new, step)))
+    expected = float(schedule(old)(step))
+    if abs(after - before) <= abs(expected - before) + 1e-3 * new.optimizer.learning_rate:
+        return None  # no larger a step than the old schedule's own next one
+    return (
+        f"train.num_steps={new.train.num_steps:,} instead of {old.train.num_steps:,} moves the learning rate of "
+        f"optimizer.schedule={new.optimizer.schedule} from {before:.3g} at step {step:,} to {after:.3g} at step "
+        f"{step + 1:,}; smooth are optimizer.schedule=wsd, continued from before its decay, or a run that begins a new "
+        "decay with init_from.checkpoint"
+    )
+
+
+def without_frozen_gradients(config: Config, params: Tree) -> Tree:
+    """The same values, through which no gradient reaches a frozen parameter: XLA leaves out what would compute it."""
+    return tree.map_named(
+        lambda name, leaf: jax.lax.stop_gradient(leaf) if tree.matches(name, config.optimizer.frozen) else leaf, params
+    )
+
+
+def make_optimizer(config: Config, params: Tree) -> optax.GradientTransformation:
+    """Make the whole update rule of a config; ``apply_updates`` adds what it returns.
+
+    Weight decay is decoupled and follows the learning rate: an update takes ``rate * weight_decay * parameter`` away.
+    Frozen parameters get updates of exactly 0, have no state, and do not count in the norm that is clipped.
+
+    Args:
+        params: arrays or shapes; only names and shapes are read.
+
+    Raises:
+        ConfigError: a pattern of `no_decay` or `frozen` matches no parameter, or nothing is left to train.
+    """
+    optimizer = config.optimizer
+    frozen = tree.mask(params, optimizer.frozen, field="optimizer.frozen")
+    if all(jax.tree.leaves(frozen)):
+        raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
+    tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # refused even while nothing decays
+    chain = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
+    chain.append(_direction(optimizer))
+    if optimizer.weight_decay:
+        # a function, because the tree it sees lacks the frozen leaves
+        chain.append(
+            optax.add_decayed_weights(
+                optimizer.weight_decay,
+                lambda params: tree.map_named(lambda name, _: not tree.matches(name, optimizer.no_decay), params),
+            )
+        )
+    chain.append(optax.scale_by_learning_rate(schedule(config)))
+    return optax.selective_transform(optax.chain(*chain), freeze_mask=frozen)
+
+
+def _direction(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    """The named optimizer, for a learning rate of 1 and without weight decay."""
+    adam = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.epsilon)
+    match optimizer.name:
+        case "adafactor":
+            return scale_by_adafactor()
+        case "adamw":
+            return adam
+        case "adamw_rms":
+            return optax.chain(adam, scale_by_parameter_rms())
+        case "lion":
+            return optax.scale_by_lion(optimizer.b1, optimizer.b2)
+        case "muon":
+            # Its authors keep it to the matrices of the hidden layers: embeddings, head, tables and vectors go by Adam.
+            return optax.partition(
+                {"muon": scale_by_muon(), "adam": adam},
+                lambda params: tree.map_named(
+                    lambda name, leaf: "muon" if _is_layer_kernel(name, leaf) else "adam", params
+                ),
+            )
+    raise AssertionError(optimizer.name)
+
+
+class Factors(NamedTuple):
+    """Means of a matrix's squared gradient: of each row, ``[..., rows]``, and of each column, ``[..., columns]``."""
+
+    row: Array
+    col: Array
+
+
+class AdafactorState(NamedTuple):
+    """The number of updates, and for each parameter `Factors`, or its whole second moment where it is not factored."""
+
+    count: Array
+    moments: Tree
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+    """Adafactor with T5's settings: no momentum, beta2 = 1 - t**-0.8, clipped updates, steps scaled by the parameter.
+
+    Kernels keep heads and head_dim in one dimension, so a layer's parameter is a matrix in its last two dimensions.
+    """
+
+    def init(params: Tree) -> AdafactorState:
+        return AdafactorState(jnp.zeros([], jnp.int32), tree.map_named(start, params))
+
+    def start(name: str, param: Array) -> Factors | Array:
+        if not _is_factored(name, param):
+            return jnp.zeros(param.shape, jnp.float32)
+        rows, columns = param.shape[:-1], (*param.shape[:-2], param.shape[-1])
+        return Factors(jnp.zeros(rows, jnp.float32), jnp.zeros(columns, jnp.float32))
+
+    def update(grads: Tree, state: AdafactorState, params: Tree) -> tuple[Tree, AdafactorState]:
+        count = state.count + 1
+        beta2 = 1 - count.astype(jnp.float32) ** -0.8
+        moments = tree.map_named(lambda name, grad, old: moment(name, grad, old, beta2), grads, state.moments)
+        return tree.map_named(direction, grads, moments, params), AdafactorState(count, moments)
+
+    def moment(name: str, grad: Array, old: Factors | Array, beta2: Array) -> Factors | Array:
+        square = grad**2 + 1e-30  # epsilon_1
+        if not _is_factored(name, grad):
+            return beta2 * old + (1 - beta2) * square
+        return Factors(beta2 * old.row + (1 - beta2) * square.mean(-1), beta2 * old.col + (1 - beta2) * square.mean(-2))
+
+    def direction(name: str, grad: Array, moment: Factors | Array, param: Array) -> Array:
+        if _is_factored(name, grad):
+            row = jax.lax.rsqrt(moment.row / moment.row.mean(-1, keepdims=True))
+            step = grad * row[..., :, None] * jax.lax.rsqrt(moment.col)[..., None, :]
+        else:
+            step = grad * jax.lax.rsqrt(moment)
+        return step * (_scale(name, param) / jnp.maximum(1, _rms(name, step)))  # clipping threshold 1
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_parameter_rms() -> optax.GradientTransformation:
+    """Multiply each matrix's step by the parameter's RMS, so that it changes by a share of itself, as in Adafactor."""
+    return optax.stateless(
+        lambda updates, params: tree.map_named(lambda name, step, param: step * _scale(name, param), updates, params)
+    )
+
+
+def scale_by_muon() -> optax.GradientTransformation:
+    """Muon for leaves ``[Y, fan_in, fan_out]``: orthogonal steps, as large (RMS) as AdamW's usually are.
+
+    That size, 0.2, lets Muon and the Adam of the other parameters share one learning rate and weight decay.
+    """
+
+    def each_layer(updates: Tree) -> Tree:
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
+
+    def resize(updates: Tree, _: Tree) -> Tree:
+        return jax.tree.map(lambda step: step * (0.2 * max(step.shape[1:]) ** 0.5), updates)
+
+    return optax.chain(contrib.scale_by_muon(weight_dimension_numbers=each_layer), optax.stateless(resize))
+
+
+def _is_stacked(name: str) -> bool:
+    return "layers" in name.split("/")
+
+
+def _is_factored(name: str, leaf: Array) -> bool:
+    return leaf.ndim - _is_stacked(name) == 2 and min(leaf.shape[-2:]) >= FACTOR_FROM
+
+
+def _is_layer_kernel(name: str, leaf: Array) -> bool:
+    return _is_stacked(name) and name.endswith("/kernel") and leaf.ndim == 3
+
+
+def _rms(name: str, leaf: Array) -> Array:
+    """Root mean square per layer, with all dimensions kept."""
+    axes = tuple(range(int(_is_stacked(name)), leaf.ndim))
+    return jnp.sqrt(jnp.mean(leaf**2, axes, keepdims=True))
+
+
+def _scale(name: str, param: Array) -> Array:
+    return jnp.maximum(LEAST_RMS, _rms(name, param))

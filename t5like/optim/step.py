@@ -1,0 +1,262 @@
+"""The state and the one train step, as pure functions: loss, gradients over microbatches, update, evaluation.
+
+Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a new loss on the same batch is another
+`LossFn`. Nothing here does I/O or logs. `compile_train_step` compiles the step without data, `train` runs it.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import attrgetter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5like.config.schema import Config
+from t5like.data.objectives.denoising import num_components
+from t5like.model.transformer import Transformer
+from t5like.optim import losses
+from t5like.optim.optimizers import make_optimizer, schedule, without_frozen_gradients
+from t5like.sharding import placement, xla_options
+from t5like.types import Batch, Metrics, Sum, TrainState, Tree
+
+LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
+
+
+def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
+    """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
+
+    Pairs add their loss (`losses.next_sentence`) where the batch has any. Where its rows come from several components,
+    there are metrics by component: nats and weights, and the number of rows that have a target.
+    """
+    components = num_components(config)
+    model = Transformer(config)
+    rngs = None if key is None else {"dropout": key}
+    hidden_BLD = model.apply({"params": params}, batch, train=key is not None, method="hidden", rngs=rngs)
+
+    def head(hidden_BLD, targets_BL, weights_BL):
+        logits_BLV = model.apply({"params": params}, hidden_BLD, method="logits")
+        return losses.cross_entropy(
+            logits_BLV,
+            targets_BL,
+            weights_BL,
+            vocab_size=config.tokenizer.vocab_size,
+            z_loss=config.train.z_loss,
+            label_smoothing=config.train.label_smoothing,
+            component_B1=batch.component_B1,
+            num_components=components,
+        )
+
+    if config.train.loss_chunk:
+        loss = losses.in_chunks(head, hidden_BLD, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
+    else:
+        loss = head(hidden_BLD, batch.targets_BL, batch.weights_BL)
+    if batch.component_B1 is not None:
+        rows_B1 = (batch.weights_BL > 0).any(1, keepdims=True)
+        rows = losses.sum_by_component(rows_B1, batch.component_B1, components)
+        loss = loss._replace(metrics=loss.metrics | {"rows_by_component": Sum(rows, rows)})
+    if batch.follows_B1 is not None:
+        logits_B2 = model.apply({"params": params}, hidden_BLD, method="pair_logits")
+        masked = max(round(config.data.noise_density * config.data.inputs_length), 1)
+        pairs = losses.next_sentence(logits_B2, batch.follows_B1, row_weight=masked)
+        loss = losses.Loss(loss.objective + pairs.objective, loss.metrics | pairs.metrics)
+    return loss
+
+
+def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
+    """Float32 parameters with their logical axes in boxes (`flax.linen.LogicallyPartitioned`)."""
+    ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+    return Transformer(config).init(key, ids)["params"]
+
+
+def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
+    """The state before the first step; `batch` gives shapes only. Call it under `jax.jit` with `out_shardings`."""
+    return _first_state(config, nn.meta.unbox(init_params(config, batch, key)))
+
+
+def _first_state(config: Config, params: Tree) -> TrainState:
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params).init(params), ema)
+
+
+def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
+    kinds = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
+    boxed = _abstract_params(Config(model=config.model, tokenizer=config.tokenizer), kinds)
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    params, axes = (jax.tree.map(attrgetter(name), boxed, is_leaf=is_box) for name in ("value", "names"))
+    state = jax.eval_shape(partial(_first_state, config), params)
+    shardings = placement.state_shardings(state, axes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+@lru_cache(maxsize=32)
+def _abstract_params(config: Config, kinds: tuple) -> Tree:
+    """Shapes of `init_params`, in boxes, traced once in a process; `kinds`: (row shape, dtype) or None, by field."""
+    batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in kinds))
+    return jax.eval_shape(partial(init_params, config), batch, jax.random.key(0))
+
+
+def new_state(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
+    """A random state, each leaf made where `abstract` says it lives. The values do not depend on the mesh."""
+    with jax.set_mesh(_mesh_of(abstract)):
+        make = jax.jit(partial(init_state, config), out_shardings=_shardings(abstract))
+        return make(batch, jax.random.key(config.seed))
+
+
+def make_train_step(
+    config: Config, loss_fn: LossFn = pretrain_loss
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
+
+    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on,
+    and the metric `bad_steps` is 1. The gradient of frozen parameters is not computed, and no part of that norm.
+    """
+    microbatches = config.train.microbatches
+
+    def gradient(params: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Metrics]:
+        def objective(params):
+            loss = loss_fn(config, without_frozen_gradients(config, params), batch, key)
+            return loss.objective, loss.metrics
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(
+            jax.random.key(config.seed), state.step
+        )  # of dropout; nothing random is kept in the state
+        if microbatches == 1:
+            grads, metrics = gradient(state.params, batch, key)
+        else:
+            parts = split_microbatches(batch, microbatches)
+
+            def accumulate(sums, part):
+                index, rows = part
+                return jax.tree.map(jnp.add, sums, gradient(state.params, rows, jax.random.fold_in(key, index))), None
+
+            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), key)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
+        weight = jnp.maximum(metrics["loss"].weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)  # the one division: over all microbatches and devices
+
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(norm)
+        updates, opt_state = make_optimizer(config, state.params).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
+        ema = state.ema
+        if ema is not None:
+            decay = config.optimizer.ema_decay
+            ema = jax.tree.map(lambda old, new: jnp.where(good, decay * old + (1 - decay) * new, old), ema, params)
+        one, tokens = jnp.ones(()), real_tokens(batch)
+        metrics |= {
+            "grad_norm": Sum(norm, one),
+            "learning_rate": Sum(schedule(config)(state.step), one),
+            "bad_steps": Sum(1.0 - good.astype(jnp.float32), one),
+            "tokens": Sum(tokens, one),
+            "fill": Sum(
+                tokens, jnp.float32(sum(x.size for x in (batch.encoder_BS, batch.decoder_BL) if x is not None))
+            ),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def real_tokens(batch: Batch) -> jax.Array:
+    """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
+
+    def real(ids, segments):
+        return jnp.full((), ids.size, jnp.float32) if segments is None else jnp.sum(segments != 0, dtype=jnp.float32)
+
+    encoder = 0.0 if batch.encoder_BS is None else real(batch.encoder_BS, batch.encoder_segments_BS)
+    if batch.decoder_BL is None:
+        return encoder
+    if batch.encoder_BS is None and batch.decoder_segments_BL is not None:
+        return real(batch.decoder_BL, batch.decoder_segments_BL)
+    learned_BL = batch.weights_BL > 0
+    learned_BL = learned_BL if batch.prefix_BL is None else learned_BL | batch.prefix_BL
+    return encoder + jnp.sum(learned_BL, dtype=jnp.float32)
+
+
+def split_microbatches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]; part m holds rows m, m + count, ...
+
+    Rows are dealt out in turn, so that each part is spread over all devices that hold the batch, and none moves.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
+
+
+def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
+    """The function (params, batch, sums so far) -> sums with this batch, by microbatches too, without dropout."""
+    microbatches = config.train.microbatches
+
+    def eval_step(params: Tree, batch: Batch, total: Metrics) -> Metrics:
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, loss_fn(config, params, rows, None).metrics), None
+
+        if microbatches == 1:
+            return add(total, batch)[0]
+        return jax.lax.scan(add, total, split_microbatches(batch, microbatches))[0]
+
+    return eval_step
+
+
+def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
+    """The sums that an evaluation starts with: zeros of the shapes that the loss gives batches like this one.
+
+    `params` and `batch` give shapes only, `config` is settled; nothing is computed, and the zeros are numpy's.
+    """
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever they live
+    metrics = lambda params, batch: loss_fn(config, params, batch, None).metrics
+    shapes = jax.eval_shape(metrics, *jax.tree.map(shape, (params, batch)))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
+    """The jitted train step: state donated and split as `abstract_state` says, metrics whole on every device."""
+    mesh = _mesh_of(abstract)
+    out = (_shardings(abstract), NamedSharding(mesh, PartitionSpec()))
+    options = xla_options.of_training(config.train, mesh)
+    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out, compiler_options=options)
+
+
+def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
+    """The jitted evaluation step; parameters and batch are taken as they are split."""
+    out = NamedSharding(mesh, PartitionSpec())
+    options = xla_options.of_chip(config.train, mesh)
+    return jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)
+
+
+def lower_train_step(
+    config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss
+) -> jax.stages.Lowered:
+    """Lower the train step from shapes alone, for the loop (`compile_train_step`) and for planning."""
+    mesh = _mesh_of(abstract)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placement.batch_shardings(batch, mesh)
+    )
+    with jax.set_mesh(mesh):
+        return jit_train_step(config, abstract, loss_fn).lower(abstract, shapes)
+
+
+def compile_train_step(config: Config, batch: Batch, abstract: TrainState) -> jax.stages.Compiled:
+    """The train step for the loop, compiled from shapes alone.
+
+    Raises:
+        ConfigError: the compiler refuses one of `train.compiler_options`.
+    """
+    with xla_options.refusals():
+        return lower_train_step(config, batch, abstract).compile()
+
+
+def _shardings(abstract: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _mesh_of(abstract: TrainState) -> Mesh:
+    return abstract.step.sharding.mesh

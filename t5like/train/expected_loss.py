@@ -1,0 +1,85 @@
+"""What a run came to, next to the held-out losses at which known runs of the same config on the same text end.
+
+`EXPECTED` is data, not a rule of training: whoever renews a preset, or sees another result on another machine, changes
+a line there, and the table in benchmarks/RESULTS.md with it. A run is recognized by its fingerprints (`provenance`),
+not by its name, so that another Python's standard library, which is other text, is not judged by this one's numbers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from t5like.config.schema import Config
+from t5like.metrics import writers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expected:
+    """The range of held-out losses, in nats per target token, of one config on one text after so many steps."""
+
+    name: str
+    config: str  # fingerprints, as `provenance.fingerprints` has them
+    tokenizer: str
+    stores: tuple[str, ...]
+    num_steps: int
+    low: float
+    high: float
+
+
+EXPECTED = (
+    Expected(
+        name="configs/tiny.py on the standard library of Python 3.11.7",
+        config="246b97fa1c96",
+        tokenizer="e7cb331c0920",
+        stores=("583eaa8c6437",),
+        num_steps=900,
+        low=3.55,
+        high=4.00,
+    ),
+)
+
+
+def verdict(prints: Mapping[str, Any], num_steps: int, loss: float, known: tuple[Expected, ...]) -> str:
+    """A line that says whether a run's held-out loss is an expected one; empty for a config that nobody stored.
+
+    Args:
+        prints: `provenance.fingerprints` of the run.
+        loss: after `num_steps`, in nats per target token.
+    """
+    same_config = [each for each in known if (each.config, each.num_steps) == (prints["config"], num_steps)]
+    if not same_config:
+        return ""
+    text = (prints["tokenizer"], tuple(prints["stores"].values()))
+    for each in same_config:
+        if (each.tokenizer, each.stores) == text:
+            between = f"{each.low:.2f} to {each.high:.2f}"
+            if each.low <= loss <= each.high:
+                return f"expected   {between}: this run's {loss:.3f} is within the range"
+            return (
+                f"WARNING    {loss:.3f} is outside the expected range {between} of {each.name}; "
+                'see "What `make train` ends at" in benchmarks/RESULTS.md'
+            )
+    stored = "; ".join(each.name for each in same_config)
+    return f"expected   no range is stored for this tokenizer and text, only for {stored}"
+
+
+def summary(workdir: Path, config: Config, prints: Mapping[str, Any]) -> str:
+    """The run's result in one block, read back from its metrics file as far as it is there, and what such runs reach.
+
+    Args:
+        prints: `provenance.fingerprints` of the run.
+    """
+    records = writers.read(workdir)
+    losses = [(each["step"], each["eval/loss"]) for each in records if each.get("eval/loss") is not None]
+    if not losses:
+        return "held-out loss  not finite"
+    baselines = [(each.get("baseline/uniform"), each.get("baseline/unigram")) for each in records]
+    known = next((f"; uniform {each[0]:.3f}, unigram {each[1]:.3f}" for each in baselines if None not in each), "")
+    untrained = f"{losses[0][1]:.3f} untrained, " if losses[0][0] == 0 else ""
+    lines = [
+        f"held-out loss  {untrained}{losses[-1][1]:.3f} after {config.train.num_steps:,} steps "
+        f"(nats per target token{known})",
+        verdict(prints, config.train.num_steps, losses[-1][1], EXPECTED),
+    ]
+    return "\n".join(filter(None, lines))

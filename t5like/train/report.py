@@ -1,0 +1,63 @@
+"""Metrics of each step: taken from the device, summed, written and shown."""
+
+import jax
+import numpy as np
+
+from t5like.config.schema import Config
+from t5like.data import pipeline
+from t5like.distributed import processes
+from t5like.errors import Diverged, printable
+from t5like.metrics import writers
+from t5like.metrics.progress import Progress
+from t5like.metrics.throughput import Throughput
+from t5like.types import COMPONENT_METRICS, Metrics, host_metrics
+
+
+def print_line(text: str) -> None:
+    """Print a line at once, so that a log file shows it. Names in it are foreign."""
+    print(printable(text), flush=True)
+
+
+class StepReporter:
+    """Takes each step's metrics from the device, counts them, and passes them on at the right times.
+
+    What concerns components (`pipeline.components`) is a mean over the steps since the last log, because one step may
+    have few rows of each.
+    """
+
+    def __init__(self, config: Config, writer: writers.Writer, progress: Progress, throughput: Throughput):
+        self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
+        self._names = pipeline.component_names(config)
+        self._bad_steps = 0
+        self._components = None  # sums since the last log
+
+    def __call__(self, done: int, on_device: Metrics) -> None:
+        """Report a completed step.
+
+        Raises:
+            Diverged: too many updates in a row had a gradient that is not finite.
+        """
+        with processes.watchdog("a training step", done):
+            sums = jax.device_get(on_device)
+        values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
+        self._bad_steps = self._bad_steps + 1 if values["train/bad_steps"] else 0
+        self._throughput.tick(values.pop("train/tokens"))
+        if "by_component" in sums:
+            new = {name: sums[name] for name in COMPONENT_METRICS}
+            self._components = jax.tree.map(np.add, self._components, new) if self._components else new
+        if self._bad_steps:
+            self._progress.note(
+                f"step {done:,}: the gradient is not finite, update skipped ({self._bad_steps} in a row)"
+            )
+        if done % self._train.log_every == 0 or done == self._train.num_steps or self._bad_steps:
+            values |= self._throughput.read()
+            if self._components:
+                values |= writers.by_component("train", self._names, self._components)
+                self._components = None
+            self._writer.write(done, values)
+        self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
+        if self._bad_steps >= self._train.max_bad_steps:
+            raise Diverged(
+                f"the gradient was not finite at {self._bad_steps} steps in a row up to step {done}; "
+                "lower optimizer.learning_rate or raise optimizer.warmup_steps"
+            )

@@ -1,0 +1,165 @@
+"""Weights of another run, adapted: which old numbers each parameter has, what the model says, what is refused."""
+
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import SYLLABLES, random_batch, small
+
+from t5like import tree
+from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.init_from import MEAN, begin_with, initial_params, row_map
+from t5like.config import loader
+from t5like.config.schema import Config
+from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.errors import CheckpointError
+from t5like.model.transformer import Transformer
+from t5like.optim import step as steps
+from t5like.sharding import mesh as meshes
+from t5like.types import Batch
+
+
+def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
+    """A tokenizer of 300 ids and so many, with `extra` pieces of its own, in front of all that both have."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(f"{first}{second} {second}" for first in SYLLABLES for second in SYLLABLES),
+        model_writer=model,
+        vocab_size=300 + len(extra),
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        byte_fallback=True,
+        user_defined_symbols=["\n", *extra],
+        minloglevel=2,
+    )
+    return Tokenizer(model.getvalue(), num_sentinels=sentinels)
+
+
+OLD, NEW = made_tokenizer([], 20), made_tokenizer(["alpha", "beta", "gamma"], 25)
+VOCABULARY = {"tokenizer": {"vocab_size": OLD.vocab_size}}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A run of an untrained decoder-only model of two layers: its directory, its config, its parameters by name."""
+    config = small(model={"architecture": "decoder", "model_dim": 16, "mlp_dim": 32}, **VOCABULARY)
+    directory = tmp_path_factory.mktemp("decoder")
+    return directory, config, saved(directory, config, OLD)
+
+
+def saved(directory, config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    mesh = meshes.make_mesh(dataclasses.replace(config, mesh=config.mesh), jax.devices()[:1])
+    batch = random_batch(config)
+    state = steps.new_state(config, batch, steps.abstract_state(config, batch, mesh))
+    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
+    checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
+    checkpoints.close()
+    (directory / "config.json").write_text(loader.to_json(config))
+    return {name: np.asarray(leaf) for name, leaf in tree.flatten(state.params).items()}
+
+
+def begun(decoder, tokenizer: Tokenizer, *, axes: dict | None = None, **sections) -> tuple[Config, dict, list[str]]:
+    """What a run that begins with the decoder begins with: its config, all parameters by name, the report."""
+    directory, old, _ = decoder
+    init = {"checkpoint": str(directory), **sections.pop("init_from", {})}
+    model = {"architecture": "decoder", "model_dim": 16, "mlp_dim": 32, **sections.pop("model", {})}
+    config = small(
+        model=model, init_from=init, mesh=axes or {}, **sections,
+        tokenizer={"vocab_size": tokenizer.vocab_size, "num_sentinels": tokenizer.num_sentinels},
+    )  # fmt: skip
+    mesh = meshes.make_mesh(config, jax.devices() if axes else jax.devices()[:1])
+    batch = random_batch(config)
+    abstract = steps.abstract_state(config, batch, mesh)
+    initial = initial_params(config, abstract, tokenizer)
+    for name, array in initial.params.items():
+        assert array.sharding == tree.flatten(abstract.params)[name].sharding, name
+    state = begin_with(initial.params, steps.new_state(config, batch, abstract))
+    params = {name: np.asarray(leaf) for name, leaf in tree.flatten(state.params).items()}
+    return config, params, [" ".join(line.split()) for line in initial.report]
+
+
+def logits(config: Config, params: dict, ids_BL: np.ndarray) -> np.ndarray:
+    nested = jax.tree.map(np.asarray, tree.nested(params))
+    return np.asarray(Transformer(config).apply({"params": nested}, Batch(ids_BL, ids_BL, np.ones(ids_BL.shape))))
+
+
+def test_rows_follow_pieces_special_ids_their_role_and_sentinels_their_number():
+    rows = row_map(OLD, NEW, 384)
+    assert rows.text == "320 of 328 rows by piece, 8 at the mean"
+    for token, old in enumerate(rows.old_V[: NEW.vocab_size]):
+        new_name = NEW.name(token)
+        names = [OLD.name(each) for each in range(OLD.vocab_size)]
+        assert (names[old] == new_name) if old != MEAN else (new_name not in names), new_name
+    assert (rows.old_V[NEW.vocab_size :] == MEAN).all()
+    back = row_map(NEW, OLD, 320)
+    assert back.text == "320 of 320 rows by piece, 0 at the mean, 8 old rows without a place"
+
+
+def test_a_larger_vocabulary_leaves_the_logits_of_old_tokens_and_begins_new_rows_at_the_mean(decoder, rng):
+    _, old_config, old = decoder
+    adapt = {"adapt": ("vocabulary",)}
+    config, params, report = begun(decoder, NEW, axes={"fsdp": 2, "tensor": 2, "data": 2}, init_from=adapt)
+    rows = row_map(OLD, NEW, config.vocab_rows).old_V
+    new_ids = np.flatnonzero(rows != MEAN)
+    ids_BL = new_ids[rng.integers(0, len(new_ids), (2, 9))]
+    ours, theirs = logits(config, params, ids_BL), logits(old_config, old, rows[ids_BL])
+    np.testing.assert_allclose(ours[..., new_ids], theirs[..., rows[new_ids]], rtol=1e-5, atol=1e-6)
+    mean_D = old["embedding"][: OLD.vocab_size].mean(0)
+    added = [NEW.name(token) for token in np.flatnonzero(rows[: NEW.vocab_size] == MEAN)]
+    assert "alpha" in added and len(added) == 8
+    for token in np.flatnonzero(rows == MEAN):
+        np.testing.assert_allclose(params["embedding"][token], mean_D, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        params["head"][:, rows == MEAN][:, 0], old["head"][:, : OLD.vocab_size].mean(1), atol=1e-6
+    )
+    assert "head 320 of 328 rows by piece, 8 at the mean" in report
+
+
+def test_a_decoder_becomes_encoder_and_decoder_and_a_deeper_one_repeats_its_layers(decoder):
+    _, _, old = decoder
+    model = {"architecture": "encoder_decoder", "num_layers": 5, "num_decoder_layers": 2}
+    adapt = {"adapt": ("architecture", "depth")}
+    _, params, report = begun(decoder, OLD, init_from=adapt, model=model, data={"objective": "span_corruption"})
+    place = [0, 1, 0, 1, 0]
+    for name, value in params.items():
+        if "cross_attention" in name or name == "encoder/relative_bias/table":
+            assert f"{name} new, at random" in report
+            continue
+        source = name.replace("encoder/", "decoder/")
+        expected = old[source][place] if name.startswith("encoder/layers/") else old[source]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    assert "decoder/layers/attention/key/kernel copied" in report
+    assert (
+        "encoder/layers/attention/key/kernel stacked from layers 0 1 0 1 0, from decoder/layers/attention/key/kernel"
+        in report
+    )
+    assert len(report) == len(params)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, model, message",
+    [
+        (NEW, {}, r"its tokenizer is another one \(320 ids, not 328\); use init_from.adapt=vocabulary"),
+        (OLD, {"num_layers": 3}, "it has 2 layers where this model has 3; use init_from.adapt=depth"),
+        (OLD, {"num_layers": 1}, r"float32\[2, .*, not float32\[1, "),
+        (OLD, {"architecture": "encoder_decoder", "num_layers": 3},
+         "decoder-only model, not model.architecture=encoder_decoder; .* use init_from.adapt=architecture,depth"),
+    ],
+)  # fmt: skip
+def test_what_differs_unnamed_is_refused_and_the_refusal_names_what_would_adapt_it(decoder, tokenizer, model, message):
+    with pytest.raises(CheckpointError, match=message):
+        begun(decoder, tokenizer, model=model, data={"objective": "prefix_lm"})
+
+
+def test_a_relative_checkpoint_is_made_absolute_so_that_the_run_goes_on_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small(init_from={"checkpoint": "runs/first"}, tokenizer={"vocab_size": 400})
+    assert config.init_from.checkpoint == f"{tmp_path}/runs/first"
+    assert config.tokenizer.path == f"{tmp_path}/runs/first/tokenizer.model"
+    other = {"checkpoint": "runs/first", "adapt": "vocabulary"}
+    assert not small(init_from=other).tokenizer.path

@@ -1,0 +1,203 @@
+"""Hugging Face families: the tables and configs against goldens of transformers, and what they refuse."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small
+from flax import traverse_util
+from golden_models import GOLDEN, golden, model_of, params_of
+
+from t5like.config.schema import Config
+from t5like.errors import CheckpointError
+from t5like.interop.huggingface import families, weight_maps
+from t5like.model.transformer import Transformer
+from t5like.types import Batch
+
+NAMES = sorted(name.removesuffix(".config") for name in GOLDEN.files if name.endswith(".config"))
+
+
+def batch_of(name: str) -> Batch:
+    inputs = {key: value.astype(np.int32) for key, value in golden(name, "inputs").items()}
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if "decoder_input_ids" in inputs:
+        decoder = inputs["decoder_input_ids"]
+        return Batch(decoder, decoder, np.ones(decoder.shape, np.float32), ids, mask, np.ones_like(decoder))
+    ones = np.ones(ids.shape, np.float32)
+    if "token_type_ids" in inputs:
+        return Batch(None, ids, ones, ids, mask, token_types_BS=inputs["token_type_ids"])
+    return Batch(ids, ids, ones, decoder_segments_BL=mask)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(config: Config, params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    apply = partial(Transformer(config).apply, {"params": params}, batch)
+    pairs = apply(method=lambda m, batch: m.pair_logits(m.hidden(batch))) if batch.token_types_BS is not None else None
+    return apply(), pairs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_those_of_transformers(name):
+    _, config = model_of(name)
+    batch = batch_of(name)
+    ours, pairs = run(config, jax.tree.map(jnp.asarray, params_of(name)), batch)
+    real = np.ones(ours.shape[:2], bool)
+    if batch.decoder_BL is None or (batch.encoder_BS is None and batch.decoder_segments_BL is not None):
+        real = golden(name, "inputs")["attention_mask"] > 0  # theirs go on computing where there is padding
+    np.testing.assert_allclose(ours[real], GOLDEN[f"{name}.logits"][real], atol=1e-4, rtol=1e-4)
+    if pairs is not None:
+        np.testing.assert_allclose(pairs, GOLDEN[f"{name}.pair_logits"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_is_undone_bit_for_bit_and_names_every_parameter(name):
+    family, config = model_of(name)
+    ours = traverse_util.flatten_dict(params_of(name), sep="/")
+    rows = weight_maps.table(family, config.model)
+    assert sorted(mine for row in rows for mine in row.ours) == sorted(ours)
+    theirs = golden(name, "weights")
+    for row in rows:
+        for key, y in row.places():
+            again = weight_maps.to_theirs(row, [ours[mine] if y is None else ours[mine][y] for mine in row.ours])
+            np.testing.assert_array_equal(again, theirs[key].astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_that_is_written_describes_the_model_that_was_read(name):
+    family, config = model_of(name)
+    families.check(family, dataclasses.replace(config, data=dataclasses.replace(config.data, objective=("causal_lm",))))
+    hf = families.config_of(family, config, rows=61, eos=1, pad=0, dtype="float32")
+    model = config.model
+    again = families.model_of(json.loads(json.dumps(hf)), untied=not model.tied_embeddings, pair_head=model.pair_head)
+    assert again[0] == family and families.numerics(again[1]) == families.numerics(model)
+    theirs = json.loads(str(GOLDEN[f"{name}.config"]))
+    ours_only = {
+        "bos_token_id",
+        "decoder_start_token_id",
+        "dtype",
+        "torch_dtype",
+        "rope_theta",
+        "scale_decoder_outputs",
+        "n_inner",
+    }
+    assert not {key for key in hf if key not in theirs} - ours_only
+    same = {key for key in hf if hf[key] == theirs.get(key)}
+    numbers = {"num_layers", "d_kv", "n_embd", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters"}
+    assert {key for key in numbers if key in hf} <= same
+
+
+LLAMA = json.loads(str(GOLDEN["llama.config"]))
+
+
+@pytest.mark.parametrize(
+    "name, change, complaint",
+    [
+        ("llama", {"model_type": "mamba"}, "model_type='mamba' is not one of t5,"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
+        ("llama", {"attention_bias": True}, "mlp_bias=False must be True beside attention_bias=True: both or neither"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic"}},
+            "rope_parameters.rope_type='dynamic' must be default,",
+        ),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 must be 1.0"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"rope_parameters": [1]}, "config.json is not as transformers writes it"),
+        ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers='2' must be a whole number"),
+        ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 must be a number, at least 0"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True must be False"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "must all be full_attention for qwen3"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True must be False"),
+        (
+            "bert",
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type='relative_key' must be absolute",
+        ),
+        ("t5_1_1", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj='gated-relu' must be relu or"),
+    ],
+)
+def test_a_config_that_no_model_of_ours_has_is_refused_with_key_and_value(name, change, complaint):
+    hf = {**json.loads(str(GOLDEN[f"{name}.config"])), **change}
+    with pytest.raises(CheckpointError, match="config.json") as error:
+        families.model_of(hf, untied=False, pair_head=True)
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, model, complaint",
+    [
+        ("llama", {"architecture": "decoder"}, "model.positions=relative can't be said by llama, which needs rotary"),
+        ("gpt2", {"architecture": "decoder", "positions": "rotary"}, "model.positions=rotary"),
+        ("t5", {"positions": "rotary"}, "model.positions=rotary"),
+        ("t5", {"relative_bias": "per_layer"}, "model.relative_bias=per_layer can't be said by t5, which needs shared"),
+        ("t5", {"biases": True}, "model.biases=True"),
+        ("t5", {"qk_norm": True}, "model.qk_norm=True"),
+        ("mt5", {"tied_embeddings": True}, "model.logits_scale=auto"),
+        ("bert", {"architecture": "encoder"}, "model.positions=relative"),
+    ],
+)
+def test_a_model_that_a_family_has_no_words_for_is_refused_naming_the_field(family, model, complaint):
+    with pytest.raises(CheckpointError) as error:
+        families.check(family, small(model=model))
+    assert complaint in str(error.value)
+
+
+def test_fields_that_a_model_does_not_use_need_no_words():
+    idle = {"num_decoder_layers": 7, "pair_head": False, "rotary_original_length": 2048, "rotary_fast": 9.0}
+    model = model_of("qwen3")[1].model
+    assert families.numerics(dataclasses.replace(model, **idle)) == families.numerics(model)
+    t5 = model_of("t5_1_1")[1].model
+    assert families.numerics(dataclasses.replace(t5, num_decoder_layers=7)) != families.numerics(t5)
+
+
+def test_a_decoder_that_reads_its_prompt_in_both_directions_is_refused():
+    config = dataclasses.replace(
+        model_of("llama")[1], data=small(model={"architecture": "decoder"}, data={"objective": "prefix_lm"}).data
+    )
+    with pytest.raises(CheckpointError, match="data.objective=prefix_lm can't be said by llama"):
+        families.check("llama", config)
+
+
+def test_files_of_version_4_say_the_same():
+    old = {key: value for key, value in LLAMA.items() if key not in ("rope_parameters", "dtype")}
+    scaling = {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+    }
+    read = lambda hf: families.model_of(hf, untied=True, pair_head=False)[1]
+    assert read({**old, "rope_theta": 5e5}) == read(
+        {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    )
+    yarn = read({**old, "rope_theta": 1e4, "rope_scaling": scaling})
+    assert yarn.rotary_scaling == "yarn" and yarn.rotary_attention == pytest.approx(1.138629 / 1.069315, rel=1e-5)
+    t5 = {key: x for key, x in json.loads(str(GOLDEN["t5_1_1.config"])).items() if key != "scale_decoder_outputs"}
+    scales = [
+        families.model_of({**t5, "tie_word_embeddings": tie}, untied=not tie, pair_head=False)[1].logits_scale
+        for tie in (True, False)
+    ]
+    assert scales == ["auto", "auto"]  # scaled where tied, and not where untied
+
+
+def test_other_names_and_copies_lead_to_the_table_and_what_is_no_weight_is_left_out():
+    cases = {
+        ("gpt2", "h.3.attn.c_attn.weight"): "transformer.h.3.attn.c_attn.weight",
+        ("gpt2", "h.3.attn.bias"): None,
+        ("gpt2", "lm_head.weight"): "transformer.wte.weight",
+        ("bert", "bert.embeddings.LayerNorm.gamma"): "bert.embeddings.LayerNorm.weight",
+        ("bert", "cls.predictions.decoder.bias"): "cls.predictions.bias",
+        ("bert", "bert.embeddings.position_ids"): None,
+        ("t5", "encoder.embed_tokens.weight"): "shared.weight",
+        ("umt5", "lm_head.weight"): "shared.weight",
+        ("llama", "model.layers.1.self_attn.rotary_emb.inv_freq"): None,
+        ("llama", "model.layers.1.self_attn.q_proj.weight"): "model.layers.1.self_attn.q_proj.weight",
+    }
+    assert {key: weight_maps.canonical(*key, tied=True) for key in cases} == cases
+    assert weight_maps.canonical("t5", "lm_head.weight", tied=False) == "lm_head.weight"

@@ -1,0 +1,282 @@
+"""FLOPs against hand counts and XLA's, files after kills and resumes, the clock, the lines, the picture."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5like.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig
+from t5like.errors import CheckpointError, DataError
+from t5like.metrics import flops
+from t5like.metrics.flops import model_flops, peak_flops
+from t5like.metrics.loss_curve import draw_loss_curve
+from t5like.metrics.throughput import Throughput
+from t5like.metrics.writers import Writer, read
+
+DATA = DataConfig(batch_size=2, inputs_length=5, targets_length=3)
+
+
+def model_of(**changes) -> ModelConfig:
+    sizes = {"num_layers": 2, "model_dim": 8, "num_heads": 4, "head_dim": 6, "mlp_dim": 16, "vocab_multiple": 128}
+    return ModelConfig(**sizes | changes)
+
+
+def config_of(**changes) -> Config:
+    return Config(data=DATA, model=model_of(**changes), tokenizer=TokenizerConfig(vocab_size=1000))
+
+
+def test_flops_of_an_encoder_decoder_equal_a_count_by_hand():
+    # N H = 24; multiplications of one row: q + k + v + o, scores + values, MLP
+    encoder = 4 * 5 * 8 * 24 + 2 * 5 * 5 * 24 + 3 * 5 * 8 * 16
+    decoder = 4 * 3 * 8 * 24 + 2 * 3 * 3 * 24 + 3 * 3 * 8 * 16
+    cross = (2 * 3 + 2 * 5) * 8 * 24 + 2 * 3 * 5 * 24
+    head = 3 * 8 * 1024  # 1000 ids in rows of 128
+    assert model_flops(config_of(mlp="gated_gelu")) == 2 * 3 * 2 * (2 * encoder + 2 * (decoder + cross) + head)
+
+
+def test_flops_of_a_decoder_with_grouped_queries_equal_a_count_by_hand():
+    # rows of 5 + 3 tokens; q and o are 8 x 24, k and v 8 x 12
+    layer = 2 * 8 * 8 * 24 + 2 * 8 * 8 * 12 + 2 * 8 * 8 * 24 + 2 * 8 * 8 * 16
+    wanted = 2 * 3 * 2 * (2 * layer + 8 * 8 * 1024)
+    assert model_flops(config_of(architecture="decoder", num_kv_heads=2, mlp="relu")) == wanted
+
+
+def test_flops_of_an_encoder_with_berts_heads_equal_a_count_by_hand():
+    layer = 4 * 5 * 8 * 24 + 2 * 5 * 5 * 24 + 2 * 5 * 8 * 16
+    bert = config_of(architecture="encoder", mlp="gelu_exact", head="mlm", token_types=2)
+    assert model_flops(bert) == 2 * 3 * 2 * (2 * layer + 5 * 8 * 8 + 5 * 8 * 1024)
+    pairs = dataclasses.replace(bert, data=dataclasses.replace(DATA, objective=("mlm_nsp",)))
+    assert model_flops(pairs) - model_flops(bert) == 2 * 3 * 2 * (8 * 8 + 8 * 2)
+    plain = config_of(architecture="encoder", mlp="gelu_exact")
+    assert model_flops(bert) - model_flops(plain) == 2 * 3 * 2 * 5 * 8 * 8
+
+
+def test_flops_take_the_decoders_own_depth():
+    one, three = (model_flops(config_of(num_decoder_layers=n)) for n in (1, 3))
+    assert one < model_flops(config_of(num_decoder_layers=0)) == (one + three) // 2
+
+
+def test_flops_of_a_forward_pass_are_those_that_xla_counts():
+    def decoder(x, q, k, v, o, up, down, head):
+        split = lambda y: y.reshape(2, 8, 4, 6)  # noqa: E731
+        scores = jnp.einsum("blnh,bsnh->bnls", split(x @ q), split(x @ k))
+        x = jnp.einsum("bnls,bsnh->blnh", scores, split(x @ v)).reshape(2, 8, 24) @ o
+        return x @ up @ down @ head
+
+    shapes = (2, 8, 8), (8, 24), (8, 24), (8, 24), (24, 8), (8, 16), (16, 8), (8, 1024)
+    lowered = jax.jit(decoder).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    config = config_of(architecture="decoder", num_layers=1, mlp="gelu")
+    assert model_flops(config) == 3 * lowered.compile().cost_analysis()["flops"]
+
+
+def device(kind: str) -> SimpleNamespace:
+    return SimpleNamespace(device_kind=kind, platform="gpu" if "NVIDIA" in kind else "tpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("TPU v3", 61.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_peak_is_the_sum_over_devices_of_the_vendors_figure(kind, teraflops):
+    assert peak_flops([device(kind)] * 4) == pytest.approx(4e12 * teraflops)
+
+
+@pytest.mark.parametrize("kind", ["TPU v99", "NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA Z100"])
+def test_there_is_no_peak_for_a_device_that_the_table_does_not_have(kind):
+    assert peak_flops([device("NVIDIA H100 80GB HBM3"), device(kind)]) is None
+
+
+def test_all_cpu_devices_together_have_one_machines_measured_rate():
+    assert peak_flops(jax.devices("cpu")) == peak_flops(jax.devices("cpu")[:1])
+    assert 1e9 < flops.measure_matmul_rate() < 1e14
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_throughput_leaves_out_the_first_step_and_pauses_but_time_left_counts_them():
+    clock = Clock()
+    throughput = Throughput(flops_per_step=600.0, peak=1000.0, clock=clock)
+    clock.now += 50  # compiling
+    assert throughput.read() == {} and throughput.seconds_left(10) is None
+    throughput.tick(tokens=999)
+    assert throughput.read() == {}
+    for _ in range(4):
+        clock.now += 2
+        throughput.tick(tokens=30)
+    with throughput.pause():
+        clock.now += 12
+    assert throughput.read() == {"train/tokens_per_second": 15.0, "train/step_seconds": 2.0, "train/mfu": 0.3}
+    assert throughput.seconds_left(10) == 50  # 20 seconds for 4 steps
+    clock.now += 3
+    throughput.tick(tokens=30)
+    assert throughput.read() == {"train/tokens_per_second": 10.0, "train/step_seconds": 3.0, "train/mfu": 0.2}
+    assert throughput.read() == {}
+
+
+def test_a_pause_before_the_first_step_is_done_changes_nothing():
+    clock = Clock()
+    throughput = Throughput(600.0, None, clock=clock)
+    with throughput.pause():
+        clock.now += 5
+    throughput.tick(1)
+    clock.now += 2
+    throughput.tick(30)
+    assert throughput.read() == {"train/tokens_per_second": 15.0, "train/step_seconds": 2.0}  # no peak, no MFU
+
+
+def write_run(workdir, steps, **start) -> None:
+    writer = Writer(workdir, **start)
+    for step in steps:
+        writer.write(step, {"train/loss": 10.0 - step})
+    writer.close()
+
+
+def test_each_line_is_a_json_object_and_what_is_not_finite_is_null(tmp_path):
+    writer = Writer(tmp_path)
+    writer.write(1, {"train/loss": np.float32(4.5), "train/mfu": float("nan")})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # there before close: a kill loses nothing
+    writer.close()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "train/loss": 4.5, "train/mfu": None}]
+
+
+def test_a_resumed_run_has_each_step_once_and_no_half_lines(tmp_path):
+    write_run(tmp_path, range(6))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')  # killed here; the last checkpoint was that of step 3
+    assert [record["step"] for record in read(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    write_run(tmp_path, range(3, 8), step=3)
+    assert read(tmp_path) == [{"step": step, "train/loss": 10.0 - step} for step in range(8)]
+
+
+def test_a_resumed_run_adds_what_the_last_step_lacks(tmp_path):
+    write_run(tmp_path, [3])
+    writer = Writer(tmp_path, step=3)
+    writer.write(3, {"train/loss": 1.0, "eval/loss": 2.0})
+    writer.close()
+    assert read(tmp_path) == [{"step": 3, "train/loss": 7.0}, {"step": 3, "eval/loss": 2.0}]
+
+
+BROKEN = [
+    b"{oops",
+    b"[1]",
+    b'{"train/loss": 1.0}',
+    b'{"step": true}',
+    b'{"step": 2, "train/loss": "1.0"}',
+    b'{"step": 2, "train/loss": [1]}',
+    b'{"step": 2, "train/loss": 1%s}' % (b"0" * 400),
+    b"\xff\xfe",
+    b"\0" * 50,
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_that_no_kill_explains_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 must be a JSON object with a step"):
+        Writer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rest", "lines"),
+    [(b"", 1), (b"{", 1), (b'{"step": 2, "tr', 1), (b"\0\0", 1), (b"[]", None), (b"oops", None)],
+)
+def test_only_a_line_that_was_cut_off_is_left_out(tmp_path, rest, lines):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + rest)
+    if lines:
+        assert len(read(tmp_path)) == lines
+        return
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 must be"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", r"metrics\.jsonl can't be read: Is a directory; move it away"),
+        ("loss.png", r"loss\.png can't be written: Is a directory; move it away"),
+    ],
+)
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, name, line):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=line):
+        write_run(tmp_path, range(2))
+        draw_loss_curve(tmp_path)
+
+
+def test_only_the_primary_process_writes(tmp_path):
+    write_run(tmp_path / "run", range(3), primary=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_reads_the_same_values_and_forgets_what_came_after_the_resumed_step(tmp_path):
+    write_run(tmp_path, range(4))
+    write_run(tmp_path, [3, 4], step=2)
+    found = {}
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        for event in events(path):
+            if event.session_log.status == 1:  # START: drops this step and later ones
+                found = {step: value for step, value in found.items() if step < event.step}
+            for value in event.summary.value:
+                found[event.step] = value.simple_value
+    assert found == {step: 10.0 - step for step in (0, 1, 2, 3, 4)}
+
+
+def events(path) -> list:
+    """A TFRecord file by hand: length (8 bytes), its checksum (4), data, its checksum (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, found = path.read_bytes(), []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        found.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return found
+
+
+def test_the_loss_curve_shows_each_series_that_there_is(tmp_path):
+    write_run(tmp_path, range(3))
+    pictures = [draw_loss_curve(tmp_path).read_bytes()]
+    for step, name in enumerate(("eval/loss", "baseline/uniform", "baseline/unigram"), start=3):
+        writer = Writer(tmp_path, step=step)
+        writer.write(step, {name: 9.0, "train/grad_norm": float("nan")})
+        writer.close()
+        pictures.append(draw_loss_curve(tmp_path).read_bytes())
+    assert len(set(pictures)) == 4
+
+
+def test_the_loss_curve_replaces_the_last_one_whole_and_leaves_gaps_where_the_loss_was_not_finite(tmp_path):
+    writer = Writer(tmp_path)
+    for step, loss in enumerate((3.0, float("nan"), 2.0)):
+        writer.write(step, {"train/loss": loss, "train/tokens_per_second": 500.0, "train/step_seconds": 2.0})
+    writer.close()
+    (tmp_path / "loss.png").write_bytes(b"old")
+    with (tmp_path / "loss.png").open("rb") as reader:
+        assert draw_loss_curve(tmp_path) == tmp_path / "loss.png"
+        assert reader.read() == b"old"
+    content = (tmp_path / "loss.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
+    assert not list(tmp_path.glob(".*"))

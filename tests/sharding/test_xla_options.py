@@ -1,0 +1,54 @@
+"""The compiler's options: each chip its own, the config's last, refusals in a line."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_batch, small
+
+from t5like.errors import ConfigError
+from t5like.optim import step
+from t5like.sharding import mesh as meshes
+from t5like.sharding import xla_options
+
+
+def mesh_of(kind: str):
+    """As much of a mesh as the options ask."""
+    return SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
+
+
+def options(kind: str, *own: str):
+    """The options of the train step on a chip, with those of a config."""
+    return xla_options.of_training(small(train={"compiler_options": own}).train, mesh_of(kind))
+
+
+def test_each_chip_has_its_options_and_the_configs_own_win():
+    assert options("cpu") == options("NVIDIA H100") == {}
+    v5e = options("TPU v5 lite")
+    assert v5e["xla_enable_async_all_reduce"] is True and not any("sparse_core" in name for name in v5e)
+    assert options("TPU v6 lite") == options("TPU v5") and all("sparse_core" in name for name in options("TPU v5"))
+    own = options("TPU v5 lite", "xla_enable_async_all_reduce=false", "xla_a=3")
+    assert own == v5e | {"xla_enable_async_all_reduce": False, "xla_a": "3"}
+    assert options("TPU v5 lite", "none", "xla_a=true") == {"xla_a": True}
+
+
+def test_evaluation_has_the_chips_options_alone():
+    train = small(train={"compiler_options": ["xla_a=3"]}).train
+    assert xla_options.of_chip(train, mesh_of("TPU v5")) == options("TPU v5")
+    assert xla_options.of_chip(small(train={"compiler_options": ["none"]}).train, mesh_of("TPU v5")) == {}
+
+
+@pytest.mark.parametrize("option", ["xla_nothing=1", "xla_backend_optimization_level=high"])
+def test_what_the_compiler_refuses_is_refused_in_a_line(option):
+    config = small(train={"compiler_options": [option]})
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    batch = random_batch(config)
+    with pytest.raises(ConfigError, match=f"train.compiler_options: .*{option.split('=')[0]}.*use --config.*none"):
+        step.compile_train_step(config, batch, step.abstract_state(config, batch, mesh))
+
+
+@pytest.mark.parametrize("option", ["fast", "xla_a", "--xla_a=1", "xla_a=1=2"])
+def test_what_is_no_option_is_refused(option):
+    with pytest.raises(ConfigError, match="train.compiler_options=.* must be none or XLA's options"):
+        small(train={"compiler_options": [option]})
