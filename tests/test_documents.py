@@ -76,7 +76,7 @@ def check_script(path: str, arguments: list[str]) -> None:
     """Its own parser takes the arguments; a script without one takes as many words as its docstring shows."""
     path = path.removeprefix("/path/to/")
     if path == "run.py":  # of an exported directory
-        path = "t5like/stablehlo_script.py"
+        path = "t5like/interop/stablehlo_run.py"
     if "/" not in path:
         path = f"benchmarks/{path}"
     assert (ROOT / path).is_file(), f"{path} is no file"
@@ -323,5 +323,5 @@ def has(module: str, name: str) -> bool:
     if is_package(module) and importlib.util.find_spec(f"{module}.{name}"):
         return True
     if module == "t5like.evaluation.lm_eval":
-        return bool(re.search(rf"^(?:def|class) {name}\b", (ROOT / "t5like/harness.py").read_text(), re.MULTILINE))
+        return bool(re.search(rf"^(?:def|class) {name}\b", (ROOT / "t5like/evaluation/lm_eval.py").read_text(), re.MULTILINE))
     return hasattr(importlib.import_module(module), name)

@@ -20,7 +20,8 @@ SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
 # `t5like ...` that sends itself a signal when a step has been reported, after a checkpoint is complete.
 INTERRUPTED = """
 import os, sys, time
-from t5like import main, progress
+from t5like.cli import main
+from t5like.metrics import progress
 
 step, number, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 show = progress.Progress.update

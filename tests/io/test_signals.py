@@ -195,9 +195,9 @@ def test_a_terminal_that_closes_stops_and_saves_a_run(flags, tmp_path):
 
 UNDER_NOHUP = """
 import os, sys, time
-from t5like import interrupts, standard_streams
-standard_streams.guard()
-with interrupts.raised(training=True):
+from t5like.io import signals, streams
+streams.guard()
+with signals.raise_on_signals(training=True):
     print("ready", flush=True)
     while os.isatty(1):  # until there is /dev/null in its place
         print("a line", flush=True)
@@ -215,7 +215,7 @@ def test_a_process_under_nohup_outlives_its_terminal():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from t5like import run_lock
+from t5like.checkpoint import run_lock
 run_lock.lock(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

@@ -22,9 +22,9 @@ CYRILLIC = "\u0431\u0430"
 
 # ---- The streams of a process ----
 
-BEGIN = "import os, sys, time; from t5like import standard_streams; standard_streams.guard()\n"
+BEGIN = "import os, sys, time; from t5like.io import streams; streams.guard()\n"
 SHOW = f"{BEGIN}time.sleep(0.2); print('a'); sys.stdout.flush()"  # when the reader has left
-GO_ON = f"{BEGIN}standard_streams.ignore_lost_output(); time.sleep(0.2); print('a', flush=True); os.write(1, b'a')"
+GO_ON = f"{BEGIN}streams.ignore_lost_output(); time.sleep(0.2); print('a', flush=True); os.write(1, b'a')"
 OPEN = f"{BEGIN}file = open('file', 'w'); print('a'); print('a', file=sys.stderr, flush=True)"
 READ = f"{BEGIN}assert sys.stdin.read() == ''"
 WRITE = f"{BEGIN}print({CYRILLIC!a})"
@@ -61,7 +61,7 @@ def test_an_error_of_a_stream_is_its_last_and_a_closed_one_is_nobody_elses(progr
 # Runs command lines in one process, each with streams of its own: a file, a pipe that nobody reads, or closed.
 COMMANDS = """
 import json, os, sys
-from t5like.main import main
+from t5like.cli.main import main
 
 codes = os.fdopen(os.dup(1), "w")
 for argv, streams in json.loads(sys.argv[1]):

@@ -171,12 +171,12 @@ def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subproc
     (tmp_path / "config.json").write_text(loader.to_json(config))
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
-        "import sys, pathlib; from t5like import config_file; from t5like.data import corpus\n"
-        "corpus.prepare(config_file.from_json(pathlib.Path(sys.argv[1]).read_text()))"
+        "import sys, pathlib; from t5like.config import loader; from t5like.data.store import preparation\n"
+        "preparation.prepare(loader.from_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
     if pieces is not None:  # each finished one advances the progress bar
         code = (
-            f"import time; from t5like import progress; count = iter(range({pieces - 1}))\n"
+            f"import time; from t5like.metrics import progress; count = iter(range({pieces - 1}))\n"
             "progress.Progress.update = lambda *_, **__: next(count, None) is None and time.sleep(60)\n" + code
         )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
