@@ -5,6 +5,7 @@ value that would work, for example ``data.batch_size=100 must be a multiple of 8
 """
 
 import json
+from collections.abc import Iterable
 
 LONGEST_VALUE = 200  # characters of a value in a message
 
@@ -16,6 +17,13 @@ def shown(value: object) -> str:
     except ValueError:  # Python writes a whole number of at most 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def shorten(items: Iterable[str], *, shown: int = 5, separator: str = ", ") -> str:
+    """The first items of a list and the number of the others, such as ``a, b and 3 more`` or ``a; b; and 3 more``."""
+    items = list(items)
+    others = f"{separator.strip(', ')} and {len(items) - shown} more" if len(items) > shown else ""
+    return separator.join(items[:shown]) + others
 
 
 class UserError(Exception):

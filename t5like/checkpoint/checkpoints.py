@@ -38,7 +38,7 @@ from t5like.checkpoint import metadata
 from t5like.checkpoint.digests import Leaf, describe
 from t5like.checkpoint.metadata import Meta
 from t5like.config.schema import Config
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, shorten
 from t5like.io.paths import literal
 from t5like.io.strict_json import loads
 from t5like.types import Array, TrainState, Tree
@@ -53,7 +53,6 @@ SHARE = 16  # a file holds that part of all bytes, and so much is read at once b
 DATA_FILE = 32 * 2**20, 2 * 2**30  # bytes of a file, at least and at most
 CHUNK = 16 * 2**20  # bytes of an array, at most
 STEP = re.compile("0|[1-9][0-9]{0,17}")  # names of directories that may be checkpoints
-SHOWN = 5  # differences named in one message
 
 
 class Checkpoints:
@@ -181,7 +180,9 @@ class Checkpoints:
             if name.startswith(prefix) and not tree.matches(name.removeprefix(prefix), without)
         }
         if found := differences(stored, wanted):
-            raise CheckpointError(f"{path} does not fit: {_some(found)}; use the config it was saved with")
+            raise CheckpointError(
+                f"{path} does not fit: {shorten(found, separator='; ')}; use the config it was saved with"
+            )
         assert all(leaf.sharding is not None for leaf in wanted.values()), "else Orbax takes the mesh of the save"
         arguments = {
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
@@ -201,7 +202,8 @@ class Checkpoints:
         damaged = [name for name, leaf in describe(restored).items() if leaf != stored[name]]
         if damaged:
             raise CheckpointError(
-                f"{path} is damaged: what was read is not what was saved in {_some(damaged)}; {self._without(step)}"
+                f"{path} is damaged: what was read is not what was saved in {shorten(damaged, separator='; ')}; "
+                f"{self._without(step)}"
             )
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
@@ -287,7 +289,9 @@ class Checkpoints:
         got = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in tree.flatten(read).items()}
         if got != want:
             differ = [name for name in {**want, **got} if got.get(name) != want.get(name)]
-            raise CheckpointError(f"{path} could not be written: {_some(differ)} can't be read back; use another disk")
+            raise CheckpointError(
+                f"{path} could not be written: {shorten(differ, separator='; ')} can't be read back; use another disk"
+            )
 
     def _prune(self) -> None:
         """Delete old checkpoints and what killed saves and deletions left. The commit file goes first: see `steps`."""
@@ -324,7 +328,7 @@ def _leaves(state: TrainState) -> dict[str, Array]:
     bad = ["/".join(path) for path in paths if not all(part and not set(part) & {"/", "."} for part in path)]
     if bad:
         raise CheckpointError(
-            f"the state has leaves that could not be told apart on disk: {_some(bad)}; "
+            f"the state has leaves that could not be told apart on disk: {shorten(bad, separator='; ')}; "
             "no part of a name may be empty or hold a slash or a dot"
         )
     return tree.flatten(state)
@@ -395,12 +399,6 @@ def _one_line(path: Path, failure: str, remedy: str = "") -> Iterator[None]:
         if len(text) > 300:  # TensorStore begins with what it did, and ends with why it could not
             text = f"{text[:100]} ... {text[-200:]}"
         raise CheckpointError(f"{path} {failure}: {text}" + f"; {remedy}" * bool(remedy)) from error
-
-
-def _some(items: Iterable[str]) -> str:
-    items = list(items)
-    more = f"; and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return "; ".join(items[:SHOWN]) + more
 
 
 def _among(steps: Iterable[int], but: int | None = None) -> str:

@@ -26,7 +26,7 @@ from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
-from t5like.errors import CheckpointError, ConfigError, DataError
+from t5like.errors import CheckpointError, ConfigError, DataError, shorten
 from t5like.optim import step as steps
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -118,8 +118,8 @@ def check_checkpoint(meta: Meta, config: Config, tokenizer: Tokenizer, workdir: 
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=meta.config.model.dtype))
     if differs := _what_differs(meta.config, config, imported=meta.step == 0):
         raise CheckpointError(
-            f"{path} is not of the run in {workdir}, whose config differs: {_some(differs)}; move it away, or put the "
-            "run's own config.json back"
+            f"{path} is not of the run in {workdir}, whose config differs: {shorten(differs, separator='; ')}; "
+            "move it away, or put the run's own config.json back"
         )
     if tokenizer.hash != meta.tokenizer_hash:
         raise DataError(
@@ -206,10 +206,6 @@ def _what_differs(old: Config, new: Config, *, imported: bool = False) -> list[s
     return [line for line in lines if line.startswith(fixed) and not line.startswith(free)]
 
 
-def _some(lines: list[str]) -> str:
-    return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
-
-
 def check_run_directory(config: Config, workdir: Path) -> None:
     """Refuse a directory that could not take this run. Changes nothing, so that a run that can't begin leaves no trace.
 
@@ -223,7 +219,7 @@ def check_run_directory(config: Config, workdir: Path) -> None:
                 born = imported(workdir)
                 raise ConfigError(
                     f"--workdir={workdir} holds {'weights of another model' if born else 'another run'}: "
-                    + _some(differs)
+                    + shorten(differs, separator="; ")
                     + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if born else "")
                     + "; use another --workdir" * (not born)
                 )

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from t5like.config import loader
 from t5like.distributed.launchers import ProcessInfo
-from t5like.errors import ConfigError, ProcessLost
+from t5like.errors import ConfigError, ProcessLost, shorten
 
 REMEDY = "start all with the same command"
 GRACE = 5.0  # seconds that others get to say or to hear why the run ends
@@ -173,8 +173,7 @@ def _read_line(connection: socket.socket, until: float) -> dict | None:
 
 
 def processes(numbers: Sequence[str]) -> str:
-    shown = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if numbers[8:] else "")
-    return f"process {shown}" if len(numbers) == 1 else f"processes {shown}"
+    return ("process " if len(numbers) == 1 else "processes ") + shorten(numbers, shown=8)
 
 
 def bind_address(begin: ProcessInfo, seconds: float) -> str:

@@ -34,7 +34,7 @@ from t5like.checkpoint import run_directory
 from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.errors import CheckpointError, ConfigError, UserError
+from t5like.errors import CheckpointError, ConfigError, UserError, shorten
 from t5like.io.atomic import atomic_directory, check_free
 from t5like.io.paths import literal
 from t5like.optim import step as steps
@@ -47,7 +47,6 @@ LARGEST_LEAF = 2**31 - 1  # bytes of an array in the index; flax cuts larger one
 LARGEST_CHUNK = 2**31  # bytes of a zarr chunk, which is read as a whole; T5X makes them of 64 MiB
 DTYPES = ("float32", "bfloat16", "float16")  # all are exact in float32
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # of an array's directory
-SHOWN = 5  # names in one message
 
 # Where a parameter of a layer (`{}`: its place in the stack) and the relative bias lie, and whether layers are stacked.
 PATHS = {
@@ -326,7 +325,7 @@ def _layout(found: Mapping[str, Any]) -> str:
     for layout, (layer, _, _) in PATHS.items():
         if layer.format(side="encoder", y=0, part="mlp/wo/kernel") in found:
             return layout
-    raise CheckpointError(f"the T5X checkpoint has other layers than T5's; it has {_few(list(found))}")
+    raise CheckpointError(f"the T5X checkpoint has other layers than T5's; it has {shorten(found)}")
 
 
 def place(name: str, size: int, layout: str, *, gated: bool) -> Place:
@@ -366,7 +365,9 @@ def _check_fit(
         ("has other shapes than the config says:", wrong),
     ):
         if names:
-            raise CheckpointError(f"the T5X checkpoint {what} {_few(names)}; use the config that it was trained with")
+            raise CheckpointError(
+                f"the T5X checkpoint {what} {shorten(names)}; use the config that it was trained with"
+            )
 
 
 def _fits(theirs: tuple[int, ...], each: Place, ours: tuple[int, ...]) -> bool:
@@ -395,10 +396,6 @@ def _filled(each: Place, leaf: jax.ShapeDtypeStruct, found: dict[str, Stored]) -
     if not np.isfinite(array).all():
         raise CheckpointError(f"target/{each.names[0]} has numbers that are not finite; the checkpoint is damaged")
     return jax.device_put(array, leaf.sharding)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _one_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from t5like.config import loader
 from t5like.config.schema import Config, ModelConfig
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.errors import CheckpointError, ConfigError
+from t5like.errors import CheckpointError, ConfigError, shorten
 from t5like.interop.huggingface import (
     card,
     eos_ids,
@@ -35,7 +35,6 @@ from t5like.interop.huggingface import (
     weight_maps,
 )
 from t5like.interop.huggingface.config_keys import whole
-from t5like.interop.huggingface.tensor_check import few
 from t5like.interop.huggingface.weight_maps import Row
 from t5like.io.atomic import atomic_directory, check_free
 from t5like.optim import step as steps
@@ -92,12 +91,12 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
         run_directory.write_imported(params, config, tokenizer, made)
         _keep(source, made / KEPT, imported)
     if left_out:
-        yield f"           left out, no weights: {few(left_out)}"
+        yield f"           left out, no weights: {shorten(left_out)}"
     yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
     if extra_eos:
-        yield f"           texts also end with {few([str(token) for token in extra_eos])}, by {eos_ids.KEY}"
+        yield f"           texts also end with {shorten(map(str, extra_eos))}, by {eos_ids.KEY}"
     if unknown_eos:
-        yield f"           no tokens, left out of {eos_ids.KEY}: {few([str(token) for token in unknown_eos])}"
+        yield f"           no tokens, left out of {eos_ids.KEY}: {shorten(map(str, unknown_eos))}"
     yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... speaks with it"
 
 

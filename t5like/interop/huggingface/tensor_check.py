@@ -6,17 +6,16 @@ name. Copies may be absent: T5's `encoder.embed_tokens.weight`, a tied `lm_head.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5like.config.schema import ModelConfig
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, shorten
 from t5like.interop.huggingface import safetensors_files, weight_maps
 from t5like.interop.huggingface.weight_maps import ENCODER_DECODERS, Row
 
-SHOWN = 4  # tensors named in one message
 HEAD = "lm_head.weight"
 EMBEDDINGS = (
     "shared.weight",
@@ -91,7 +90,7 @@ def has_pair_head(hf: Mapping[str, Any], found: Mapping[str, safetensors_files.T
     named = hf.get("architectures")
     if not there and isinstance(named, list) and "BertForPreTraining" in named and hf.get("model_type") == "bert":
         missing = [name for name in PAIRS if name not in found]
-        raise CheckpointError(f"the bert weights lack {few(missing)}, but config.json says BertForPreTraining")
+        raise CheckpointError(f"the bert weights lack {shorten(missing)}, but config.json says BertForPreTraining")
     return there
 
 
@@ -170,9 +169,4 @@ def check(
         (f"have a dtype that is not one of {', '.join(safetensors_files.DTYPES)}", kinds),
     ):
         if names:
-            raise CheckpointError(f"the {imported.family} weights {what}: {few(names)}")
-
-
-def few(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+            raise CheckpointError(f"the {imported.family} weights {what}: {shorten(names)}")
