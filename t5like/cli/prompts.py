@@ -101,7 +101,7 @@ def answer_file(
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
-            if generator.config.model.architecture != "encoder":
+            if generator.config.model.has_decoder:
                 prompts.append(generator.prompt(row["prompt"]))
                 generator.check(prompts[-1], decoding)
         except UserError as error:
@@ -165,7 +165,7 @@ def _answers(generator: Generator, decoding: DecodingOptions, prompt: str) -> li
 
 def _filled(generator: Generator, prompt: str, text: str) -> str:
     """The prompt with its gaps filled, if it has any; else the answer."""
-    gaps = "<extra_id_" in prompt and generator.config.model.architecture != "encoder"
+    gaps = "<extra_id_" in prompt and generator.config.model.has_decoder
     return fill(prompt, text) if gaps else text
 
 

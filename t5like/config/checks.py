@@ -241,7 +241,7 @@ def _rates(config: Config) -> None:
 
 def _model(config: Config) -> None:
     model = config.model
-    heads = model.num_kv_heads or model.num_heads
+    heads = model.kv_heads
     _require(
         config,
         model.num_heads % heads == 0,

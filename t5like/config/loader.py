@@ -75,7 +75,7 @@ def of_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> C
 
 def presets() -> dict[str, Path]:
     """The configs that come with the package, by name: of an installed one, or of a clone beside it."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.py")) if folder.name == "configs"}
 

@@ -176,6 +176,26 @@ class ModelConfig:
     remat: Literal["none", "dots", "qk", "full"] = "none"
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether there is an encoder: not in a decoder-only model."""
+        return self.architecture != "decoder"
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is a decoder: not in an encoder-only model."""
+        return self.architecture != "encoder"
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers of the decoder; only an encoder-decoder can have another number than `num_layers`."""
+        return (self.num_decoder_layers if self.has_encoder else 0) or self.num_layers
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values: fewer than `num_heads` in grouped-query attention."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
     def longest_text(self) -> int:
         """Tokens that there are positions for: any number, unless positions are learned."""
         return self.max_length if self.positions == "learned" else 2**31 - 1

@@ -161,9 +161,7 @@ def _needs_segments(config: Config) -> bool:
     """Whether rows say which document a token is from: borders matter, or an encoder's row may be padded."""
     if config.data.document_borders == "segments":
         return True
-    return config.model.architecture != "decoder" and any(
-        way.inputs < config.data.inputs_length for way in denoisers(config)
-    )
+    return config.model.has_encoder and any(way.inputs < config.data.inputs_length for way in denoisers(config))
 
 
 class Rows(Protocol):

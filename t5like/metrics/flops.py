@@ -32,7 +32,7 @@ def model_flops(config: Config) -> int:
     """
     model, data = config.model, config.data
     queries = model.num_heads * model.head_dim
-    keys = (model.num_kv_heads or model.num_heads) * model.head_dim
+    keys = model.kv_heads * model.head_dim
     mlp_kernels = 3 if model.mlp.startswith("gated") else 2
 
     def attention(num_queries: int, num_keys: int) -> int:
@@ -55,7 +55,7 @@ def model_flops(config: Config) -> int:
         targets = data.targets_length
         decoder_layer = layer(targets) + attention(targets, data.inputs_length)
         layers = model.num_layers * layer(data.inputs_length)
-        layers += (model.num_decoder_layers or model.num_layers) * decoder_layer
+        layers += model.decoder_layers * decoder_layer
     heads += 2 * targets * model.model_dim * config.vocab_rows
     return 3 * data.batch_size * (layers + heads)
 

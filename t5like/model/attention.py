@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        kv_heads = config.num_kv_heads or config.num_heads
+        kv_heads = config.kv_heads
         # T5 folds 1/sqrt(H) into the query's initialisation instead of scaling the scores (Mesh TensorFlow).
         scale = 1.0 if config.scale_attention else config.head_dim**-0.5
         self.query = Dense(config, config.num_heads * config.head_dim, ("embed", "heads"), scale=scale)

@@ -244,7 +244,7 @@ class Stack(nn.Module):
     def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None) -> Caches:
         """An empty cache for `length` tokens, with the keys and values of the encoder's output."""
         config = self.config
-        shape = (rows, config.num_kv_heads or config.num_heads, length, config.head_dim)
+        shape = (rows, config.kv_heads, length, config.head_dim)
         zeros = constrain(jnp.zeros(shape, config.dtype), "batch", "act_heads", None, None)
 
         def layer(params):

@@ -40,12 +40,10 @@ class Transformer(nn.Module):
                 self.pairs = heads.PairClassifier(model)
         if model.embedding_norm:
             self.embedding_norm = lay.Norm(model)
-        encodes = model.architecture != "decoder"
-        if encodes:
+        if model.has_encoder:
             self.encoder = Stack(model, model.num_layers, causal=False)
-        if model.architecture != "encoder":
-            decoder_layers = (model.num_decoder_layers or model.num_layers) if encodes else model.num_layers
-            self.decoder = Stack(model, decoder_layers, causal=True, cross=encodes)
+        if model.has_decoder:
+            self.decoder = Stack(model, model.decoder_layers, causal=True, cross=model.has_encoder)
         if not model.tied_embeddings:
             # Half of T5's standard deviation: the logits of an untrained model then have variance 1/4 and its loss is
             # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
@@ -66,7 +64,7 @@ class Transformer(nn.Module):
     def hidden(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """The decoder's output [B, L, D] for a batch; encoder-only: the encoder's, L = S."""
         encoded_BSD = None
-        if self.config.model.architecture != "decoder":
+        if self.config.model.has_encoder:
             encoded_BSD = self.encode(
                 batch.encoder_BS,
                 batch.encoder_segments_BS,

@@ -156,7 +156,7 @@ def _stacks(config: Config) -> list[_Stack]:
     encoder = _Stack(model.num_layers, data.inputs_length, (data.inputs_length,))
     if model.architecture == "encoder":
         return [encoder]
-    layers = model.num_decoder_layers or model.num_layers
+    layers = model.decoder_layers
     return [encoder, _Stack(layers, data.targets_length, (data.targets_length, data.inputs_length))]
 
 
@@ -175,7 +175,7 @@ def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
     model, chip, tensor = config.model, topology.chip, sizes["tensor"]
     width = 2 if model.dtype == "bfloat16" else 4
     rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"]) // config.train.microbatches
-    queries, keys = model.num_heads * model.head_dim, (model.num_kv_heads or model.num_heads) * model.head_dim
+    queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
     gated = model.mlp.startswith("gated")
     saved = working = projections = scores = 0.0
     for stack in _stacks(config):

@@ -101,9 +101,9 @@ def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
         ConfigError: with the bytes that are needed and there.
     """
     model, width = config.model, _width(config)
-    layers = model.num_decoder_layers or model.num_layers
+    layers = model.decoder_layers
     positions = new * texts + prompt * (model.architecture == "decoder")
-    keys = 2 * layers * positions * (model.num_kv_heads or model.num_heads) * model.head_dim * width
+    keys = 2 * layers * positions * model.kv_heads * model.head_dim * width
     logits = 4 * texts * config.vocab_rows
     scores = prompt**2 * width * (model.kernels != "tpu")
     needed, there = keys + logits + scores, of_devices(jax.local_devices())

@@ -141,7 +141,7 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     for field, value, axis in (
         ("model.model_dim", model.model_dim, "fsdp"),
         ("model.num_heads", model.num_heads, "tensor"),
-        ("model.num_kv_heads", model.num_kv_heads or model.num_heads, "tensor"),
+        ("model.num_kv_heads", model.kv_heads, "tensor"),
         ("model.mlp_dim", model.mlp_dim, "tensor"),
         ("vocabulary rows", config.vocab_rows, "tensor"),
         (*length, "context"),

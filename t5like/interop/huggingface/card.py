@@ -90,7 +90,7 @@ def _what_it_is(config: Config, loaded: run_directory.Run, family: str) -> str:
     model = config.model
     layers = f"{model.num_layers} layers"
     if model.architecture == "encoder_decoder":
-        layers = f"{model.num_layers} encoder and {model.num_decoder_layers or model.num_layers} decoder layers"
+        layers = f"{model.num_layers} encoder and {model.decoder_layers} decoder layers"
     article = "A" if model.architecture == "decoder" else "An"
     return (
         f"{article} {_kind(config)} of the {family} family, with {_size(loaded)}: {layers}, model dimension "

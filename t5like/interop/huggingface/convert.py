@@ -319,7 +319,7 @@ def _write_others(export: Export, made: Path, workdir: Path) -> str | None:
     else:
         longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
         differs = tokenizer_files.write(loaded.tokenizer, made, family=export.family, max_length=longest)
-    if config.model.architecture != "encoder" and not (made / eos_ids.GENERATION).exists():
+    if config.model.has_decoder and not (made / eos_ids.GENERATION).exists():
         ends, pad = eos_ids.listed(config, loaded.tokenizer), loaded.tokenizer.pad_id
         start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
         settings = {eos_ids.KEY: ends, "pad_token_id": pad, **start, "max_new_tokens": card.new_tokens(config)}

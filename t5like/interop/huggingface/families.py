@@ -147,11 +147,11 @@ def numerics(model: ModelConfig) -> dict[str, Any]:
     for name in ("init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat"):
         del fields[name]
     fields["logits_scale"] = scales_logits(model)
-    fields["num_kv_heads"] = model.num_kv_heads or model.num_heads
-    fields["num_decoder_layers"] = model.num_decoder_layers or model.num_layers
+    fields["num_kv_heads"] = model.kv_heads
+    fields["num_decoder_layers"] = model.decoder_layers
     if model.architecture != "encoder_decoder":
         del fields["num_decoder_layers"]
-    if model.architecture != "encoder":
+    if model.has_decoder:
         del fields["pair_head"]
     used = {"relative": ("relative_",), "rotary": ("rotary_",), "learned": ("max_length",)}
     idle = tuple(prefix for kind, names in used.items() if kind != model.positions for prefix in names)
@@ -247,7 +247,7 @@ def _t5_config(family: str, config: Config) -> dict[str, Any]:
     model = config.model
     return {
         "num_layers": model.num_layers,
-        "num_decoder_layers": model.num_decoder_layers or model.num_layers,
+        "num_decoder_layers": model.decoder_layers,
         "d_model": model.model_dim,
         "num_heads": model.num_heads,
         "d_kv": model.head_dim,
@@ -302,7 +302,7 @@ def _llama_config(family: str, config: Config) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.model_dim,
         "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads or model.num_heads,
+        "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "intermediate_size": model.mlp_dim,
         "hidden_act": _name_of(family, model.mlp),

@@ -109,7 +109,7 @@ def _norm(theirs: str, ours: str, layers: int = 0, *, bias: bool = False) -> lis
 
 def _t5(model: ModelConfig) -> list[Row]:
     rows = [Row("shared.weight", ("embedding",), vocabulary=True)]
-    for side, layers in (("encoder", model.num_layers), ("decoder", model.num_decoder_layers or model.num_layers)):
+    for side, layers in (("encoder", model.num_layers), ("decoder", model.decoder_layers)):
         block, ours = f"{side}.block.{{}}.layer", f"{side}/layers"
         attentions = [("0.SelfAttention", "attention")]
         attentions += [("1.EncDecAttention", "cross_attention")] if side == "decoder" else []
