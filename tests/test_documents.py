@@ -323,5 +323,6 @@ def has(module: str, name: str) -> bool:
     if is_package(module) and importlib.util.find_spec(f"{module}.{name}"):
         return True
     if module == "t5like.evaluation.lm_eval":
-        return bool(re.search(rf"^(?:def|class) {name}\b", (ROOT / "t5like/evaluation/lm_eval.py").read_text(), re.MULTILINE))
+        text = (ROOT / "t5like/evaluation/lm_eval.py").read_text()
+        return bool(re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE))
     return hasattr(importlib.import_module(module), name)

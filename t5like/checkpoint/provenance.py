@@ -32,7 +32,7 @@ from t5like.sharding import xla_options
 
 FILE = "provenance.jsonl"  # in a run directory
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "sentencepiece")
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # Environment variables that change what is compiled or computed; others that begin with JAX_ say where caches lie.
 VARIABLES = (
     "XLA_FLAGS",

@@ -38,7 +38,7 @@ class ProcessInfo(NamedTuple):
         local_devices: which of this host's GPUs are this process's, by index; None: all that it sees.
     """
 
-    detect_process: str
+    environment: str
     coordinator: str
     num_processes: int
     process: int

@@ -43,7 +43,7 @@ from t5like.model.transformer import Transformer
 from t5like.sharding import memory
 from t5like.types import Array, Batch
 
-SCRIPT = Path(__file__).with_name("stablehlo_script.py")  # becomes run.py; nothing imports it
+SCRIPT = Path(__file__).with_name("stablehlo_run.py")  # becomes run.py; nothing imports it
 PLATFORMS = ("cpu", "cuda", "tpu")
 SAME = 1e-4  # of the largest logit: how far a program that was read again may be from the one that was written
 

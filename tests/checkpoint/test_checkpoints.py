@@ -17,7 +17,7 @@ import pytest
 from small_states import REST, assert_bitwise, new_state, on_mesh, saved
 
 from t5like.checkpoint import digests, metadata
-from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.checkpoints import COMMITTED, Checkpoints
 from t5like.checkpoint.digests import describe, digest
 from t5like.errors import CheckpointError
 from t5like.types import TrainState
@@ -193,7 +193,7 @@ def test_changed_metadata_and_newer_formats_are_refused(tmp_path):
 
 def test_only_committed_checkpoints_exist(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
-    (tmp_path / "2" / checkpoints.COMMITTED).unlink()
+    (tmp_path / "2" / COMMITTED).unlink()
     for stray in ("9", "7", "5/theirs", "7.orbax-checkpoint-tmp", "notes"):  # 9 and 7: killed when just made
         (tmp_path / stray).mkdir(parents=True)
     assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
@@ -218,7 +218,7 @@ def test_a_relative_path_stays_where_it_was_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     checkpoints.save(new_state(1), **REST)
     checkpoints.close()
-    assert (tmp_path / "run/checkpoints/1" / checkpoints.COMMITTED).exists()
+    assert (tmp_path / "run/checkpoints/1" / COMMITTED).exists()
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
@@ -248,7 +248,7 @@ def test_a_directory_that_can_not_be_made_is_told(tmp_path):
 
 def run(program: str, directory: Path) -> subprocess.Popen:
     """Start a program that has this file's names, in a process that may be killed or limited."""
-    header = "import sys\nsys.path[:0] = ['.', 'tests']\nfrom test_checkpoint import *\n"
+    header = "import sys\nsys.path[:0] = ['.', 'tests', 'tests/checkpoint']\nfrom test_checkpoints import *\n"
     header += "checkpoints = saved(sys.argv[1])\n"
     return subprocess.Popen(
         [sys.executable, "-c", header + textwrap.dedent(program), str(directory)],

@@ -115,7 +115,7 @@ def test_the_code_fingerprint_sees_a_change_that_is_not_committed(monkeypatch, t
     here = provenance.code_fingerprint()
     monkeypatch.setattr(provenance, "PACKAGE", copy)
     assert provenance.code_fingerprint() == here
-    with (copy / "data" / "masking.py").open("a") as file:
+    with (copy / "data" / "objectives" / "masking.py").open("a") as file:
         file.write("# changed\n")
     assert provenance.code_fingerprint() != here
 

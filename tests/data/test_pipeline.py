@@ -81,7 +81,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
 
 def test_a_batch_is_the_same_in_a_fresh_process():
     code = "from test_pipeline import corrupted, digest; print(digest(corrupted().at(7)))"
-    path = {"PYTHONPATH": "tests:.", "PYTHONHASHSEED": "99", "PATH": ""}
+    path = {"PYTHONPATH": "tests:tests/data:.", "PYTHONHASHSEED": "99", "PATH": ""}
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=path, check=True
     ).stdout.strip()

@@ -78,7 +78,7 @@ def test_a_save_whose_arrays_are_not_there_is_no_checkpoint_and_costs_none(tmp_p
     store.save(new_state(2), **REST)
     with pytest.raises(CheckpointError, match="2 could not be written: its arrays are not there"):
         store.close()
-    assert sorted(path.name for path in directory.iterdir()) == ["1", "run_id"] and checkpoints.steps() == [1]
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "run_id"] and store.steps() == [1]
 
 
 def test_a_save_is_not_committed_before_its_metadata_were_read_back(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
             str(given),
             str(made),
         ]
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         ended = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
         if ended.returncode:
