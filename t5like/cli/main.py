@@ -120,7 +120,7 @@ def place(options: argparse.Namespace) -> ProcessInfo | None:
         begin = detect_process(variables)
         if begin:
             raise UserError(
-                f"t5like {options.command} is for one process, and {begin.environment} started {begin.num_processes}; "
+                f"t5like {options.command} is for one process, and {begin.launcher} started {begin.num_processes}; "
                 "start one, or set T5LIKE_NUM_PROCESSES=1 in each"
             )
     return None

@@ -146,7 +146,7 @@ def _start(begin: ProcessInfo, config: Config, facts: Mapping[str, str]) -> None
         count, kind = jax.local_device_count(), jax.local_devices()[0].device_kind
     if jax.process_count() != begin.num_processes:
         raise ConfigError(
-            f"{begin.environment} started {begin.num_processes} processes, but the devices' runtime knows of "
+            f"{begin.launcher} started {begin.num_processes} processes, but the devices' runtime knows of "
             f"{jax.process_count()}; start one process per host, or set the runtime's variables for several"
         )
     assert_equal("devices", f"{count} x {kind}", "give each process as many")

@@ -71,7 +71,7 @@ def _receive_all(begin: ProcessInfo, mine: dict, address: str, guests: dict, unt
         server = socket.create_server((address, port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
-            f"process 0 can't listen at {address}:{port} ({begin.environment}): {os.strerror(error.errno)}; "
+            f"process 0 can't listen at {address}:{port} ({begin.launcher}): {os.strerror(error.errno)}; "
             "use a free port and an address of its own host in T5LIKE_COORDINATOR"
         ) from None
     with server:
@@ -106,7 +106,7 @@ def _objection(first: dict, guest: dict) -> str:
     if guest["num_processes"] != first["num_processes"]:
         return (
             f"{them[0]} is one of {guest['num_processes']} processes, {them[1]} one of {first['num_processes']} "
-            f"({first['environment']}); start as many as all are told of"
+            f"({first['launcher']}); start as many as all are told of"
         )
     for name, ours in first["facts"].items():
         if (theirs := guest["facts"].get(name, "nothing")) != ours:
@@ -142,7 +142,7 @@ def _visit(begin: ProcessInfo, mine: dict, seconds: float) -> None:
         if answer is None and time.monotonic() > until:
             raise ProcessLost(
                 f"process {begin.process} on {mine['host']} waited {seconds:.0f} s to start for process 0 of "
-                f"{begin.num_processes} at {begin.coordinator} ({begin.environment}): {reason}; start all of them again"
+                f"{begin.num_processes} at {begin.coordinator} ({begin.launcher}): {reason}; start all of them again"
             )
         if answer is None:
             time.sleep(0.2)
@@ -193,7 +193,7 @@ def bind_address(begin: ProcessInfo, seconds: float) -> str:
         except socket.gaierror as error:  # a pod's name may come after the pod
             if time.monotonic() > until:
                 raise ConfigError(
-                    f"the coordinator's host {host!r} ({begin.environment}) got no address in {seconds:.0f} s: "
+                    f"the coordinator's host {host!r} ({begin.launcher}) got no address in {seconds:.0f} s: "
                     f"{error.strerror}; use one that has, such as T5LIKE_COORDINATOR=10.0.0.1:8476"
                 ) from None
             time.sleep(1)

@@ -116,7 +116,7 @@ def test_a_killed_process_makes_the_others_end_with_76(handed_on):
 def straight(handed_on, arguments, command, monkeypatch, tmp_path):
     """The metrics of one process that trains as far as those of four, and the batches that its devices held, whole."""
     [step] = handed_on[2]
-    monkeypatch.setattr(meshes, "to_global", recorded(tmp_path / "one"))
+    monkeypatch.setattr(placement, "to_global", recorded(tmp_path / "one"))
     code, _, err = command(*arguments, f"--workdir={tmp_path}/run", f"--config.train.num_steps={step + 3}")
     assert code == 0, err
     batches = []
