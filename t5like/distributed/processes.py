@@ -91,7 +91,7 @@ def process_group(
     """Be one of the run's processes (None: alone). What fails inside ends all of them, this one by `os._exit`.
 
     Args:
-        begin: from `environment.environment`.
+        begin: from `launchers.detect_process`.
         config: of the run; all must have the same.
         facts: what else must be the same, such as versions, by name.
         debug: show the traceback of a failure.
