@@ -28,7 +28,7 @@ PROMPT, NEW, BEAMS = 64, 64, 4
 
 
 def serve_t5like(shape: Shape, rows: int, way: str) -> None:
-    """Decode on request, by `generate.make_texts` as `t5like generate` calls it."""
+    """Decode on request, by `decoding.decode_texts` as `t5like generate` calls it."""
     from t5like.cli.main import keep_freed_memory
 
     keep_freed_memory()
@@ -37,7 +37,7 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
 
     from t5like.config import loader
     from t5like.data import pipeline
-    from t5like.inference.generate import make_texts, row_keys, unstacked_params
+    from t5like.inference.decoding import decode_texts, row_keys, unstack_params
     from t5like.inference.sampling import DecodingOptions
     from t5like.optim import step
     from t5like.sharding import auto
@@ -51,29 +51,29 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
     config = auto.resolve_auto(config, mesh)
     params = jax.jit(lambda key: step.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    params = jax.jit(lambda params: unstacked_params(config, params))(params)
+    params = jax.jit(lambda params: unstack_params(config, params))(params)
     prompts = np.random.default_rng(0).integers(3, shape.vocabulary, (rows, PROMPT)).astype(np.int32)
     lengths, no_end = np.full(rows, PROMPT, np.int32), np.array([-1], np.int32)
     decoding = DecodingOptions(max_new_tokens=NEW, num_beams=BEAMS if way == "beams" else 1)
-    numbers = jax.tree.map(np.float32, decoding.numbers)
+    traced = jax.tree.map(np.float32, decoding.traced)
 
     def run(times: int) -> list[float]:
         seconds = []
         for _ in range(times):
             begin = time.perf_counter()
-            made = make_texts(
+            output = decode_texts(
                 config,
                 params,
                 prompts,
                 lengths,
                 row_keys(0, np.arange(rows)),
                 no_end,
-                numbers,
+                traced,
                 max_new_tokens=NEW,
-                texts=decoding.texts,
-                beams=decoding.num_beams > 1,
+                num_texts=decoding.num_texts,
+                use_beams=decoding.num_beams > 1,
             )
-            assert (np.asarray(made.ids_BGL) != 0).mean() > 0.9
+            assert (np.asarray(output.ids_BGL) != 0).mean() > 0.9
             seconds.append(time.perf_counter() - begin)
         return seconds
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from t5like.checkpoint.run_directory import Run
 from t5like.errors import ConfigError, DataError
-from t5like.inference.loglikelihood import CONTINUATION, Likelihoods
+from t5like.inference.loglikelihood import MAX_NEW_TOKENS, LoglikelihoodScorer
 from t5like.io.paths import expand
 from t5like.metrics.progress import Progress
 
@@ -42,7 +42,7 @@ class T5LikeLM(LM):
 
     def __init__(self, run: Run):
         super().__init__()
-        self.likelihoods = Likelihoods(run.config, run.mesh, run.params, run.tokenizer, Shown())
+        self.scorer = LoglikelihoodScorer(run.config, run.mesh, run.params, run.tokenizer, Shown())
         self._name = f"t5like-{run.tokenizer.hash[:16]}"
 
     @property
@@ -52,12 +52,12 @@ class T5LikeLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether greedy decoding says it."""
-        found = [tuple(pair) for pair in self.likelihoods.pairs([request.args for request in requests])]
+        found = [tuple(pair) for pair in self.scorer.score_pairs([request.args for request in requests])]
         return self._kept("loglikelihood", requests, found)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """log p of whole texts."""
-        found = self.likelihoods.texts([request.args[0] for request in requests])
+        found = self.scorer.score_texts([request.args[0] for request in requests])
         return self._kept("loglikelihood_rolling", requests, found)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -68,7 +68,7 @@ class T5LikeLM(LM):
         said: dict[int, str] = {}
         for asked, numbers in groups.items():
             contexts = [requests[number].args[0] for number in numbers]
-            said |= zip(numbers, self.likelihoods.continuations(contexts, **decoding(json.loads(asked))), strict=True)
+            said |= zip(numbers, self.scorer.generate(contexts, **decoding(json.loads(asked))), strict=True)
         return self._kept("generate_until", requests, [said[number] for number in range(len(requests))])
 
     def _kept(self, method: str, requests: list[Instance], found: list) -> list:
@@ -78,7 +78,7 @@ class T5LikeLM(LM):
 
 
 def decoding(asked: dict[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` as arguments of `Likelihoods.continuations`.
+    """A task's `generation_kwargs` as arguments of `LoglikelihoodScorer.generate`.
 
     Temperature 0 is greedy, whatever do_sample says, as with vLLM (lm-eval's own class refuses it); do_sample without a
     temperature is at 1, as in transformers.
@@ -103,7 +103,7 @@ def decoding(asked: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "stop": [stop] if isinstance(stop, str) else stop,
-        "most": lengths[0] if lengths else CONTINUATION,
+        "max_new_tokens": lengths[0] if lengths else MAX_NEW_TOKENS,
         "temperature": temperature,
     }
 
@@ -161,7 +161,7 @@ def evaluate_tasks(
             bootstrap_iters=BOOTSTRAP,
             log_samples=True,
         )
-    asked = model.likelihoods
+    scorer = model.scorer
     values = {
         "step": run.step,
         "results": found["results"],
@@ -169,8 +169,13 @@ def evaluate_tasks(
         "num_fewshot": found["n-shot"],
         "examples": found["n-samples"],
         "versions": {**found["versions"], "lm_eval": lm_eval.__version__},
-        "contexts": {"asked": asked.requests, "cut": asked.cut, "tokens_cut": asked.cut_tokens, "length": asked.length},
-        "answers_shortened": asked.shortened,
+        "contexts": {
+            "asked": scorer.num_contexts,
+            "cut": scorer.num_truncated,
+            "tokens_cut": scorer.truncated_tokens,
+            "length": scorer.length,
+        },
+        "answers_shortened": scorer.num_shortened,
     }
     return json.loads(json.dumps(values, default=str)), {
         task: [record(sample) for sample in samples] for task, samples in found["samples"].items()

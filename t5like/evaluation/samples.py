@@ -12,8 +12,9 @@ from t5like.data.sources.names import source_names
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.evaluation.task_eval import EvalExample
-from t5like.inference.generate import Generator, Prompt
+from t5like.inference.generate import Generator
 from t5like.inference.infilling import fill, spans
+from t5like.inference.prompt_format import Prompt
 from t5like.types import Batch
 
 SAMPLES = 3  # held-out passages shown at the end; at least one of each source
@@ -32,7 +33,7 @@ def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> 
         titles.append(f"held-out passage {len(batches)}" + (f", {name}" if len(config.data.source) > 1 else ""))
     with jax.set_mesh(mesh):
         if config.model.architecture == "encoder":
-            said = [generator.likeliest(batch) for batch in batches]
+            said = [generator.predict_tokens(batch) for batch in batches]
             return "\n".join(show_masked(tokenizer, *each) for each in zip(titles, batches, said, strict=True))
         asked = [
             (title, found) for title, batch in zip(titles, batches, strict=True) if (found := passage(batch)).answer
@@ -40,7 +41,7 @@ def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> 
         if not asked:
             return ""
         prompts, longest = [found.prompt for _, found in asked], max(len(found.answer) for _, found in asked)
-        ids_BL = generator.ids(prompts, max_new_tokens=min(longest, generator.room(prompts)))
+        ids_BL = generator.ids(prompts, max_new_tokens=min(longest, generator.max_new_tokens(prompts)))
     blocks = []
     for (title, found), ids_L in zip(asked, ids_BL, strict=True):
         given, truth = (tokenizer.decode(ids) for ids in (found.read, found.answer))

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from t5like.config.schema import Config
 from t5like.data.supervised.examples import Examples
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.distributed import processes
 from t5like.errors import ConfigError
 from t5like.evaluation import segmentation, text_metrics
-from t5like.inference.generate import Generator, Prompt, eos_ids
+from t5like.inference.generate import Generator, eos_ids
+from t5like.inference.prompt_format import Prompt, PromptFormat
 from t5like.inference.target_scores import SCORING_ROWS, score_targets, scoring_batch
 from t5like.io.atomic import atomic_write
 from t5like.sharding.placement import to_host
@@ -39,24 +39,17 @@ class EvalExample(NamedTuple):
     answer: list[int]
 
 
-def eval_examples(config: Config, examples: Examples, count: int) -> list[EvalExample]:
+def eval_examples(prompt_format: PromptFormat, examples: Examples, count: int) -> list[EvalExample]:
     """The first `count` questions of a split, as rows of supervised examples would show them."""
     found: list[EvalExample] = []
-    decoder_only = config.model.architecture == "decoder"
     for unit in range(min(len(examples), count)):
-        begin, cut = int(examples.begin_N[unit]), int(examples.cut_N[unit])
+        begin = int(examples.begin_N[unit])
         first = int(examples.first_N[unit])
         for start, stop in examples.learned_M2[first : first + int(examples.count_N[unit])].tolist():
             # A conversation on a decoder-only model has cut == begin and several answers in one unit.
             read = examples.stream.windows(np.array([begin]), start - begin)[0].tolist()
             answer = examples.stream.windows(np.array([start]), stop - start - 1)[0].tolist()
-            if not decoder_only:
-                prompt = Prompt(read)
-            elif config.data.messages_field:
-                prompt = Prompt([DECODER_START_ID, *read])
-            else:
-                prompt = Prompt([*read, DECODER_START_ID], cut - begin)
-            found.append(EvalExample(prompt, read, answer))
+            found.append(EvalExample(prompt_format.input_prompt(read), read, answer))
     return found[:count]
 
 
@@ -76,8 +69,11 @@ class TaskEvaluator:
             ConfigError: a metric's package is not installed, or a choice is longer than an answer may be.
         """
         self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
+        self.prompt_format = PromptFormat.of(config, tokenizer)
         each = -(-config.evaluate.max_examples // len(heldout))
-        self.questions = [question for examples in heldout for question in eval_examples(config, examples, each)]
+        self.questions = [
+            question for examples in heldout for question in eval_examples(self.prompt_format, examples, each)
+        ]
         self.right = [[tokenizer.decode(question.answer)] for question in self.questions]
         self._scores("eval/score", ["a"] * len(self.right))  # says what is not installed
         self.rules = text_metrics.rules_for(self.right, config.evaluate.language)
@@ -122,7 +118,7 @@ class TaskEvaluator:
         targets = [
             self.tokenizer.decode(question.answer)
             for examples in self._train
-            for question in eval_examples(self.config, examples, COUNTED)
+            for question in eval_examples(self.prompt_format, examples, COUNTED)
         ]
         inputs = [self.tokenizer.decode(question.read) for question in self.questions]
         words = round(np.mean([segmentation.num_words(target) for target in targets]))

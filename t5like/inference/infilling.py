@@ -1,20 +1,20 @@
-"""A span-corruption answer as text: the spans behind its sentinels, and the prompt whose gaps they fill."""
+"""Span corruption as text: the spans of a generated text, and the prompt with its sentinels replaced by them."""
 
 import re
 
 
 def fill(prompt: str, answer: str) -> str:
-    """Put the spans of a span-corruption answer into the gaps of its prompt; a gap without an answer stays.
+    """Replace each sentinel of a prompt by its span in the generated answer; a sentinel without a span stays.
 
-    fill("a <extra_id_0> c", "<extra_id_0> b <extra_id_1>") -> "a  b  c": text is kept as the model wrote it.
+    fill("a <extra_id_0> c", "<extra_id_0> b <extra_id_1>") -> "a  b  c": spaces stay as the model generated them.
     """
-    return re.sub(r"<extra_id_\d+>", lambda gap: spans(answer).get(gap.group(), gap.group()), prompt)
+    return re.sub(r"<extra_id_\d+>", lambda match: spans(answer).get(match[0], match[0]), prompt)
 
 
 def spans(answer: str) -> dict[str, str]:
-    """The text behind each sentinel of an answer, the first time that it occurs."""
-    _, *pieces = re.split(r"(<extra_id_\d+>)", answer)
-    found: dict[str, str] = {}
-    for sentinel, text in zip(pieces[::2], pieces[1::2], strict=True):
-        found.setdefault(sentinel, text)
-    return found
+    """The text after each sentinel of an answer, at its first occurrence."""
+    _, *parts = re.split(r"(<extra_id_\d+>)", answer)
+    span_of: dict[str, str] = {}
+    for sentinel, text in zip(parts[::2], parts[1::2], strict=True):
+        span_of.setdefault(sentinel, text)
+    return span_of

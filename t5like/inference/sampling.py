@@ -1,21 +1,22 @@
-"""How the next token is chosen: greedy, sampled, or by beam search. Pure JAX, and nothing about models or texts.
+"""How the next token is chosen: greedy decoding, sampling, beam search. Pure JAX on logits, without models or texts.
 
-`Decoding` holds what a user may ask for. `sample` and `beam_search` are loops around `read`, a function that feeds
-tokens to a model and gives the logits behind them; `generate` makes it. Both keep G texts a prompt side by side
-(samples, or beams), and never copy the model's cache: a text that branches off keeps, for each token, the place
-(`ancestors_BGL`) where that token's keys stand, and attention looks there.
+`DecodingOptions` holds the user's options. `sample` and `beam_search` are loops around a `DecodeStep`, a function that
+runs a model on the last tokens and returns the logits after them; `inference.decoding` builds it. Both decode G texts
+per prompt in parallel (samples or beams), and never copy the model's cache. Each text instead keeps, for each of its
+tokens, the index of the text whose cache entry holds that token's keys (`ancestors_BGL`), and attention reads there.
 
 Logits are processed in the order and with the meaning of Hugging Face transformers 5: repetition penalty (Keskar et
 al. 2019, section 4.1), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
-Beam search is theirs with `early_stopping=False`: a text's score is its summed log-probability over
-length ** length_penalty, EOS counted; a prompt is done when its best open beam, scored at today's length, can't beat
-the worst of `num_beams` finished ones.
+Beam search is that of transformers with `early_stopping=False`. The score of a text is its summed log-probability over
+length ** length_penalty; EOS counts. A prompt is done when its best open beam, scored at its current length, can't beat
+the worst of `num_beams` finished texts.
 
-In addition to the legend of `types`: E tokens that end a text, M candidates.
+In addition to the legend of `types`: E ids that end a text, M candidates.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -25,26 +26,27 @@ from t5like.config.checks import ranges
 from t5like.config.schema import NotNegative, Range
 from t5like.errors import ConfigError, shown
 
-IMPOSSIBLE = -1e9  # the score of a beam that is none yet; finite, as in transformers
-LEAST_TEMPERATURE = 1e-6  # logits over a smaller one may be infinite
-BLOCK = 128  # values of which `largest` first looks at the maximum only
+IMPOSSIBLE = -1e9  # the score of a beam that does not exist yet; finite, as in transformers
+MIN_TEMPERATURE = 1e-6  # logits divided by a smaller one may be infinite
+BLOCK = 128  # vocabulary entries per block, of which `largest` first compares the maxima
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingOptions:
-    """How texts are made; the fields are the flags of `t5like generate`.
+    """How texts are decoded. The fields are the flags of `t5like generate`.
 
     Attributes:
-        max_new_tokens: at most so many tokens, EOS among them.
-        temperature: 0 takes the likeliest token; else softmax(logits / temperature) is sampled.
-        top_k: only the k likeliest tokens are sampled; 0: all.
-        top_p: only the likeliest tokens that together reach this probability; 1: all.
-        min_p: only tokens at least this fraction as likely as the likeliest; 0: all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that were read or made; 1: none.
-        num_beams: beams of a beam search; 1: none.
+        max_new_tokens: upper limit of new tokens, EOS included.
+        temperature: 0: greedy decoding; else sample from softmax(logits / temperature).
+        top_k: sample only from the k most likely tokens; 0: all.
+        top_p: sample only from the most likely tokens that together reach this probability; 1: all.
+        min_p: sample only from tokens at least this fraction as likely as the most likely one; 0: all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occur in the prompt or in the
+            text so far; 1: none.
+        num_beams: number of beams of a beam search; 1: no beam search.
         length_penalty: exponent of the length by which a beam's log-probability is divided.
-        num_returned: texts per prompt: the best beams, or so many samples.
-        stop: texts that end an answer, which keeps what stands before them.
+        num_returned: texts per prompt: the best beams, or this many samples.
+        stop: texts that end the generated text; they are not part of it.
         seed: of the sampling.
     """
 
@@ -61,10 +63,10 @@ class DecodingOptions:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
 
     def __post_init__(self) -> None:
-        """Refuse what can't be done.
+        """Refuse values out of range, and options that contradict each other.
 
         Raises:
-            ConfigError: by the flag's name.
+            ConfigError: names the flag.
         """
 
         def need(good: bool, field: str, rule: str, use: object) -> None:
@@ -75,7 +77,7 @@ class DecodingOptions:
 
         for field, (limits, default) in ranges(DecodingOptions).items():
             need(getattr(self, field) in limits, field, str(limits), default)
-        least = LEAST_TEMPERATURE
+        least = MIN_TEMPERATURE
         need(self.temperature == 0 or self.temperature >= least, "temperature", f"0 or at least {least:g}", 0)
         need(all(self.stop), "stop", "a text that is not empty", "'.'")
         if self.num_beams > 1:
@@ -83,22 +85,22 @@ class DecodingOptions:
             rule = f"at most --num_beams={self.num_beams}"
             need(self.num_returned <= self.num_beams, "num_returned", rule, self.num_beams)
         elif self.temperature == 0:
-            rule = "1 where the likeliest token is taken (--temperature=0 and --num_beams=1)"
+            rule = "1 with greedy decoding (--temperature=0 and --num_beams=1)"
             need(self.num_returned == 1, "num_returned", rule, f"1 or --num_beams={self.num_returned}")
         if self.temperature == 0:
             for field, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-                rule = "left away where nothing is sampled (--temperature=0)"
+                rule = "omitted where nothing is sampled (--temperature=0)"
                 need(getattr(self, field) == off, field, rule, f"{off:g} or --temperature=0.8")
 
     @property
-    def texts(self) -> int:
-        """Texts that are made side by side for a prompt."""
+    def num_texts(self) -> int:
+        """Texts that are decoded in parallel per prompt."""
         return self.num_beams if self.num_beams > 1 else self.num_returned
 
     @property
-    def numbers(self) -> "SamplingParams":
-        """What a compiled program takes as an argument; what is off is None, and costs nothing."""
-        return SamplingParams(
+    def traced(self) -> "TracedOptions":
+        """The options that a compiled program has as arguments."""
+        return TracedOptions(
             self.temperature or None,
             None if self.top_p == 1 else self.top_p,
             self.min_p or None,
@@ -107,8 +109,8 @@ class DecodingOptions:
         )
 
 
-class SamplingParams(NamedTuple):
-    """The settings that may change without compiling again; None: off."""
+class TracedOptions(NamedTuple):
+    """The part of `DecodingOptions` that may change without recompilation. None: off, at no cost."""
 
     temperature: Any = None
     top_p: Any = None
@@ -118,12 +120,12 @@ class SamplingParams(NamedTuple):
 
 
 class DecodeOutput(NamedTuple):
-    """Generated texts.
+    """Decoded texts.
 
     Attributes:
-        ids_BGL: int32; 0 behind the token that ended a text.
-        log_p_BGL: the model's log-probability of each, in nats, before any processing; 0 behind the end.
-        scores_BG: what beams are ordered by (best first); of samples, the summed log-probability.
+        ids_BGL: int32; 0 after the id that ended a text.
+        log_p_BGL: the model's log-probability of each id, in nats, before any processing; 0 after the end.
+        scores_BG: beams are sorted by it, best first; of samples, the summed log-probability.
     """
 
     ids_BGL: jax.Array
@@ -131,35 +133,35 @@ class DecodeOutput(NamedTuple):
     scores_BG: jax.Array
 
 
-# (tokens [B, G], step, ancestors [B, G, L], cache) -> logits [B, G, V] behind them, cache
+# (tokens [B, G], step, ancestors [B, G, L], cache) -> logits [B, G, V] after the tokens, cache
 DecodeStep = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def penalize(scores_V: jax.Array, seen_V: jax.Array, penalty: jax.Array | float) -> jax.Array:
-    """Make tokens that were seen less likely; any leading dims."""
+    """Apply the repetition penalty to the tokens that occurred (`seen_V`); any leading dims."""
     return jnp.where(seen_V, jnp.where(scores_V < 0, scores_V * penalty, scores_V / penalty), scores_V)
 
 
-def warp(scores_V: jax.Array, numbers: SamplingParams, top_k: int = 0) -> jax.Array:
-    """Logits [..., V] for sampling: temperature, then -inf for what top-k, top-p and min-p leave out."""
-    scores_V = scores_V / numbers.temperature
+def warp(scores_V: jax.Array, traced: TracedOptions, top_k: int = 0) -> jax.Array:
+    """Logits [..., V] for sampling: divided by the temperature; -inf for tokens that top-k, top-p or min-p exclude."""
+    scores_V = scores_V / traced.temperature
     if 0 < top_k < scores_V.shape[-1]:
         least = largest(scores_V, top_k)[0][..., -1:]
         scores_V = jnp.where(scores_V < least, -jnp.inf, scores_V)
-    if numbers.top_p is not None:
+    if traced.top_p is not None:
         ordered_V = jnp.sort(scores_V, axis=-1, descending=True)
         p_V = jax.nn.softmax(ordered_V, axis=-1)
-        kept_V = jnp.cumsum(p_V, axis=-1) - p_V < numbers.top_p  # what is likelier does not suffice yet
+        kept_V = jnp.cumsum(p_V, axis=-1) - p_V < traced.top_p  # the more likely tokens do not reach top_p yet
         least = jnp.where(kept_V, ordered_V, jnp.inf).min(-1, keepdims=True)
         scores_V = jnp.where(scores_V < least, -jnp.inf, scores_V)
-    if numbers.min_p is not None:
-        floor = scores_V.max(-1, keepdims=True) + jnp.log(numbers.min_p)
+    if traced.min_p is not None:
+        floor = scores_V.max(-1, keepdims=True) + jnp.log(traced.min_p)
         scores_V = jnp.where(scores_V < floor, -jnp.inf, scores_V)
     return scores_V
 
 
 def largest(x_V: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k`; on the CPU several times as fast for a vocabulary: few blocks can hold the largest values."""
+    """`jax.lax.top_k` in two passes: only blocks with the largest maxima are searched. Several times faster on CPU."""
     size = x_V.shape[-1]
     blocks = -(-size // BLOCK)
     if blocks < 4 * count:
@@ -167,10 +169,10 @@ def largest(x_V: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     lead = [(0, 0)] * (x_V.ndim - 1)
     blocks_VB = jnp.pad(x_V, [*lead, (0, blocks * BLOCK - size)], constant_values=-jnp.inf)
     blocks_VB = blocks_VB.reshape(*x_V.shape[:-1], blocks, BLOCK)
-    best = jnp.sort(jax.lax.top_k(blocks_VB.max(-1), count)[1], axis=-1)  # in order: among equals the first one wins
-    some = jnp.take_along_axis(blocks_VB, best[..., None], axis=-2)
-    values, places = jax.lax.top_k(some.reshape(*some.shape[:-2], -1), count)
-    return values, jnp.take_along_axis(best, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
+    best = jnp.sort(jax.lax.top_k(blocks_VB.max(-1), count)[1], axis=-1)  # sorted: the first of equal values wins
+    candidates = jnp.take_along_axis(blocks_VB, best[..., None], axis=-2)
+    values, indices = jax.lax.top_k(candidates.reshape(*candidates.shape[:-2], -1), count)
+    return values, jnp.take_along_axis(best, indices // BLOCK, axis=-1) * BLOCK + indices % BLOCK
 
 
 def log_p_of(logits_V: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -180,91 +182,107 @@ def log_p_of(logits_V: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def sample(
-    read: DecodeStep,
+    decode_step: DecodeStep,
     logits_B1V: jax.Array,
     cache: Any,
     *,
     keys_B: jax.Array,
-    stops_E: jax.Array,
+    stop_ids_E: jax.Array,
     seen_BV: jax.Array | None,
-    numbers: SamplingParams,
+    traced: TracedOptions,
     max_new_tokens: int,
-    texts: int,
+    num_texts: int,
     top_k: int,
 ) -> DecodeOutput:
-    """Greedy texts (no temperature), or `texts` independent samples per prompt.
+    """Greedy texts (no temperature), or `num_texts` independent samples per prompt.
 
     Args:
-        read: see `Read`.
-        logits_B1V: behind the prompts; what must never be said is very negative.
-        cache: for `read`.
-        keys_B: a random key per prompt, so that its samples don't depend on the other rows.
-        stops_E: ids that end a text.
-        seen_BV: tokens of the prompts, where there is a repetition penalty.
-        numbers: the settings.
+        decode_step: see `DecodeStep`.
+        logits_B1V: after the prompts; very negative for ids that must never be generated.
+        cache: for `decode_step`.
+        keys_B: a random key per prompt, so that its samples do not depend on the other rows.
+        stop_ids_E: ids that end a text.
+        seen_BV: tokens of the prompts; None without repetition penalty.
+        traced: the options that may change without recompilation.
         max_new_tokens: length of the result.
-        texts: G.
-        top_k: see `Decoding`.
+        num_texts: G.
+        top_k: see `DecodingOptions`.
     """
     rows = logits_B1V.shape[0]
-    own_BG = jnp.broadcast_to(jnp.arange(texts, dtype=jnp.int32)[None], (rows, texts))
+    own_BG = _text_numbers(rows, num_texts)
 
-    def choose(logits_BGV, step, seen_BGV):
-        scores_BGV = logits_BGV
-        if seen_BGV is not None:
-            scores_BGV = penalize(scores_BGV, seen_BGV, numbers.repetition_penalty)
-        if numbers.temperature is None:
-            return scores_BGV.argmax(-1).astype(jnp.int32)
-        # The masked padding of the vocabulary must stay impossible at any temperature.
-        scores_BGV = warp(jnp.where(scores_BGV <= IMPOSSIBLE, -jnp.inf, scores_BGV), numbers, top_k)
-        draw = lambda key, index, scores_V: jax.random.categorical(
-            jax.random.fold_in(jax.random.fold_in(key, index), step), scores_V
-        )
-        drawn_BG = jax.vmap(jax.vmap(draw, (None, 0, 0)))(keys_B, own_BG, scores_BGV)
-        return drawn_BG.astype(jnp.int32)
-
-    def extend(step, made, done_BG, seen_BGV, logits_BGV):
-        """Choose the token of a step and note it."""
-        next_BG = jnp.where(done_BG, 0, choose(logits_BGV, step, seen_BGV))
+    def extend(step, output, done_BG, seen_BGV, logits_BGV):
+        """Choose the token of a step and append it."""
+        next_BG = jnp.where(done_BG, 0, _choose(logits_BGV, step, seen_BGV, keys_B, traced, top_k))
         log_p_BG = jnp.where(done_BG, 0.0, log_p_of(logits_BGV, next_BG))
         put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, axis=2)
-        made = DecodeOutput(put(made.ids_BGL, next_BG), put(made.log_p_BGL, log_p_BG), made.scores_BG + log_p_BG)
+        output = DecodeOutput(
+            put(output.ids_BGL, next_BG), put(output.log_p_BGL, log_p_BG), output.scores_BG + log_p_BG
+        )
         if seen_BGV is not None:
             seen_BGV = seen_BGV | _is_token(next_BG, seen_BGV.shape[-1])
-        return step + 1, made, done_BG | _ends(next_BG, stops_E), seen_BGV
+        return step + 1, output, done_BG | _is_stop(next_BG, stop_ids_E), seen_BGV
 
     def unfinished(carry):
         step, _, done_BG, _, _ = carry
         return (step < max_new_tokens) & ~done_BG.all()
 
     def advance(carry):
-        step, made, done_BG, seen_BGV, cache = carry
-        last_BG = jax.lax.dynamic_index_in_dim(made.ids_BGL, step - 1, axis=2, keepdims=False)
+        step, output, done_BG, seen_BGV, cache = carry
+        last_BG = jax.lax.dynamic_index_in_dim(output.ids_BGL, step - 1, axis=2, keepdims=False)
         steps_11L = jnp.arange(max_new_tokens)[None, None]
         ancestors_BGL = jnp.where(steps_11L < step, own_BG[..., None], -1)
-        logits_BGV, cache = read(last_BG, step - 1, ancestors_BGL, cache)
-        return *extend(step, made, done_BG, seen_BGV, logits_BGV), cache
+        logits_BGV, cache = decode_step(last_BG, step - 1, ancestors_BGL, cache)
+        return *extend(step, output, done_BG, seen_BGV, logits_BGV), cache
 
-    shape = (rows, texts, max_new_tokens)
-    nothing = DecodeOutput(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape[:2]))
-    logits_BGV = jnp.repeat(logits_B1V, texts, axis=1)
-    seen_BGV = None if seen_BV is None else jnp.repeat(seen_BV[:, None], texts, axis=1)
-    begun = extend(0, nothing, jnp.zeros(shape[:2], bool), seen_BGV, logits_BGV)
-    return jax.lax.while_loop(unfinished, advance, (*begun, cache))[1]
+    shape = (rows, num_texts, max_new_tokens)
+    empty = DecodeOutput(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape[:2]))
+    logits_BGV = jnp.repeat(logits_B1V, num_texts, axis=1)
+    seen_BGV = None if seen_BV is None else jnp.repeat(seen_BV[:, None], num_texts, axis=1)
+    first = extend(0, empty, jnp.zeros(shape[:2], bool), seen_BGV, logits_BGV)
+    return jax.lax.while_loop(unfinished, advance, (*first, cache))[1]
+
+
+def _choose(
+    logits_BGV: jax.Array,
+    step: jax.Array | int,
+    seen_BGV: jax.Array | None,
+    keys_B: jax.Array,
+    traced: TracedOptions,
+    top_k: int,
+) -> jax.Array:
+    """The next token of each text: int32 [B, G]."""
+    scores_BGV = logits_BGV
+    if seen_BGV is not None:
+        scores_BGV = penalize(scores_BGV, seen_BGV, traced.repetition_penalty)
+    if traced.temperature is None:
+        return scores_BGV.argmax(-1).astype(jnp.int32)
+    # The masked padding of the vocabulary must have probability 0 at any temperature.
+    scores_BGV = warp(jnp.where(scores_BGV <= IMPOSSIBLE, -jnp.inf, scores_BGV), traced, top_k)
+    draw = lambda key, index, scores_V: jax.random.categorical(
+        jax.random.fold_in(jax.random.fold_in(key, index), step), scores_V
+    )
+    sampled_BG = jax.vmap(jax.vmap(draw, (None, 0, 0)))(keys_B, _text_numbers(*scores_BGV.shape[:2]), scores_BGV)
+    return sampled_BG.astype(jnp.int32)
+
+
+def _text_numbers(rows: int, num_texts: int) -> jax.Array:
+    """The number of each text among those of its prompt: int32 [B, G]."""
+    return jnp.broadcast_to(jnp.arange(num_texts, dtype=jnp.int32)[None], (rows, num_texts))
 
 
 class Beams(NamedTuple):
-    """A beam search between two steps.
+    """The state of a beam search between two steps.
 
     Attributes:
-        step: tokens that each open beam has.
-        open: the G beams that go on; scores are summed log-probabilities, as processed.
-        ancestors_BGL: which beam of each step holds the keys of an open beam's token; -1: none yet.
-        seen_BGV: tokens that an open beam has read or made; None without repetition penalty.
-        finished: the G best finished texts; scores are divided by the length.
-        full_BG: whether each of those is one.
-        hopeful_B: whether a prompt's open beams may still beat its finished ones.
-        stuck: whether no candidate of the last step can go on.
+        step: number of tokens of each open beam.
+        open: the G beams that continue; scores are summed log-probabilities after the repetition penalty.
+        ancestors_BGL: the beam index, at each step, of the cache entry of an open beam's token; -1: no token yet.
+        seen_BGV: tokens of the prompt and of the open beam; None without repetition penalty.
+        finished: the G best finished texts; scores are divided by length ** length_penalty.
+        is_finished_BG: whether each entry of `finished` is a text; the others are empty.
+        not_done_B: whether a prompt's open beams may still beat its finished texts.
+        exhausted: whether every candidate of the last step has ended.
     """
 
     step: jax.Array | int
@@ -272,98 +290,101 @@ class Beams(NamedTuple):
     ancestors_BGL: jax.Array
     seen_BGV: jax.Array | None
     finished: DecodeOutput
-    full_BG: jax.Array
-    hopeful_B: jax.Array
-    stuck: jax.Array | bool
+    is_finished_BG: jax.Array
+    not_done_B: jax.Array
+    exhausted: jax.Array | bool
 
 
 def beam_search(
-    read: DecodeStep,
+    decode_step: DecodeStep,
     logits_B1V: jax.Array,
     cache: Any,
     *,
-    stops_E: jax.Array,
+    stop_ids_E: jax.Array,
     seen_BV: jax.Array | None,
-    numbers: SamplingParams,
+    traced: TracedOptions,
     max_new_tokens: int,
-    beams: int,
+    num_beams: int,
 ) -> DecodeOutput:
-    """The `beams` best finished texts of each prompt, best first; arguments as of `sample`."""
+    """The `num_beams` best finished texts of each prompt, best first; arguments as in `sample`."""
     rows = logits_B1V.shape[0]
-    candidates = max(2, 1 + stops_E.shape[0]) * beams  # enough to go on, should all the best ones end
-
-    def extend(state: Beams, logits_BGV: jax.Array) -> Beams:
-        """One step: the best candidates, of which some end and the others are the next open beams."""
-        step, scores_BG = state.step, state.open.scores_BG
-        log_p_BGV = jax.nn.log_softmax(logits_BGV)
-        scores_BGV = log_p_BGV
-        if state.seen_BGV is not None:
-            scores_BGV = penalize(scores_BGV, state.seen_BGV, numbers.repetition_penalty)
-        parents, vocabulary = logits_BGV.shape[1:]
-        scores_BGV = scores_BGV + scores_BG[..., None]
-        # The best of all are among the best of each beam.
-        each_BGM, token_BGM = largest(scores_BGV, min(candidates, vocabulary))
-        score_BM, place_BM = jax.lax.top_k(each_BGM.reshape(rows, -1), candidates)
-        parent_BM = place_BM // each_BGM.shape[-1]
-        token_BM = jnp.take_along_axis(token_BGM.reshape(rows, -1), place_BM, axis=1).astype(jnp.int32)
-        log_p_BM = jnp.take_along_axis(log_p_BGV.reshape(rows, -1), parent_BM * vocabulary + token_BM, axis=1)
-        put = lambda old_BGL, new_BM: jax.lax.dynamic_update_index_in_dim(
-            _pick(old_BGL, parent_BM), new_BM, step, axis=2
-        )
-        candidate = DecodeOutput(put(state.open.ids_BGL, token_BM), put(state.open.log_p_BGL, log_p_BM), score_BM)
-        ends_BM = _ends(token_BM, stops_E) | (step + 1 >= max_new_tokens)
-
-        # ---- What ends: only the first `beams` candidates may; the others are there to go on ----
-        length = jnp.float32(step + 1) ** numbers.length_penalty
-        may_end_BM = ends_BM & (jnp.arange(candidates) < beams)[None]
-        ended_BM = score_BM / length
-        ended_BM = ended_BM + jnp.where(state.hopeful_B[:, None], 0.0, IMPOSSIBLE)
-        ended_BM = ended_BM + jnp.where(may_end_BM, 0.0, IMPOSSIBLE)
-        pool = _joined(state.finished, candidate._replace(scores_BG=ended_BM))
-        best_BG = jax.lax.top_k(pool.scores_BG, beams)[1]
-        finished = jax.tree.map(lambda x: _pick(x, best_BG), pool)
-        full_BG = _pick(jnp.concatenate([state.full_BG, may_end_BM], axis=1), best_BG)
-
-        # ---- What goes on ----
-        open_BM = score_BM + jnp.where(ends_BM, IMPOSSIBLE, 0.0)
-        next_BG = jax.lax.top_k(open_BM, beams)[1]
-        going = jax.tree.map(lambda x: _pick(x, next_BG), candidate._replace(scores_BG=open_BM))
-        parent_BG = _pick(parent_BM, next_BG)
-        own_BG = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[None], parent_BG.shape)
-        ancestors_BGL = jax.lax.dynamic_update_index_in_dim(_pick(state.ancestors_BGL, parent_BG), own_BG, step, axis=2)
-        seen_BGV = state.seen_BGV
-        if seen_BGV is not None:
-            seen_BGV = _pick(seen_BGV, parent_BG) | _is_token(_pick(token_BM, next_BG), vocabulary)
-        worst_BG = jnp.where(full_BG, finished.scores_BG.min(1, keepdims=True), IMPOSSIBLE)
-        hopeful_B = state.hopeful_B & (going.scores_BG[:, :1] / length > worst_BG).any(1)
-        return Beams(step + 1, going, ancestors_BGL, seen_BGV, finished, full_BG, hopeful_B, ends_BM.all())
+    extend = partial(_extend_beams, stop_ids_E=stop_ids_E, traced=traced, max_new_tokens=max_new_tokens)
 
     def unfinished(carry):
         state, _ = carry
-        return state.hopeful_B.any() & ~state.stuck
+        return state.not_done_B.any() & ~state.exhausted
 
     def advance(carry):
         state, cache = carry
         last_BG = jax.lax.dynamic_index_in_dim(state.open.ids_BGL, state.step - 1, axis=2, keepdims=False)
-        logits_BGV, cache = read(last_BG, state.step - 1, state.ancestors_BGL, cache)
+        logits_BGV, cache = decode_step(last_BG, state.step - 1, state.ancestors_BGL, cache)
         return extend(state, logits_BGV), cache
 
-    def nothing(texts: int, score: float) -> DecodeOutput:
+    def empty(texts: int, score: float) -> DecodeOutput:
         shape = (rows, texts, max_new_tokens)
         return DecodeOutput(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.full(shape[:2], score))
 
-    # The first step has one parent; transformers has `beams` equal ones, all but one impossible.
+    # The first step has one parent beam; transformers has `num_beams` equal ones, all but one impossible.
     state = Beams(
         0,
-        nothing(1, 0.0),
+        empty(1, 0.0),
         jnp.full((rows, 1, max_new_tokens), -1, jnp.int32),
         None if seen_BV is None else seen_BV[:, None],
-        nothing(beams, IMPOSSIBLE),
-        jnp.zeros((rows, beams), bool),
+        empty(num_beams, IMPOSSIBLE),
+        jnp.zeros((rows, num_beams), bool),
         jnp.ones((rows,), bool),
         False,
     )
     return jax.lax.while_loop(unfinished, advance, (extend(state, logits_B1V), cache))[0].finished
+
+
+def _extend_beams(
+    state: Beams, logits_BGV: jax.Array, *, stop_ids_E: jax.Array, traced: TracedOptions, max_new_tokens: int
+) -> Beams:
+    """One step: select the best candidates. Some of them end, others are the next open beams."""
+    step, scores_BG = state.step, state.open.scores_BG
+    (rows, num_beams), vocabulary = state.finished.scores_BG.shape, logits_BGV.shape[-1]
+    candidates = max(2, 1 + stop_ids_E.shape[0]) * num_beams  # enough to continue if all the best ones end
+    log_p_BGV = jax.nn.log_softmax(logits_BGV)
+    scores_BGV = log_p_BGV
+    if state.seen_BGV is not None:
+        scores_BGV = penalize(scores_BGV, state.seen_BGV, traced.repetition_penalty)
+    scores_BGV = scores_BGV + scores_BG[..., None]
+    # The best candidates of all beams are among the best candidates of each beam.
+    each_BGM, token_BGM = largest(scores_BGV, min(candidates, vocabulary))
+    score_BM, index_BM = jax.lax.top_k(each_BGM.reshape(rows, -1), candidates)
+    parent_BM = index_BM // each_BGM.shape[-1]
+    token_BM = jnp.take_along_axis(token_BGM.reshape(rows, -1), index_BM, axis=1).astype(jnp.int32)
+    log_p_BM = jnp.take_along_axis(log_p_BGV.reshape(rows, -1), parent_BM * vocabulary + token_BM, axis=1)
+    put = lambda old_BGL, new_BM: jax.lax.dynamic_update_index_in_dim(_pick(old_BGL, parent_BM), new_BM, step, axis=2)
+    candidate = DecodeOutput(put(state.open.ids_BGL, token_BM), put(state.open.log_p_BGL, log_p_BM), score_BM)
+    ends_BM = _is_stop(token_BM, stop_ids_E) | (step + 1 >= max_new_tokens)
+
+    # ---- Candidates that end: only the first `num_beams` count; the others exist to continue ----
+    length = jnp.float32(step + 1) ** traced.length_penalty
+    may_end_BM = ends_BM & (jnp.arange(candidates) < num_beams)[None]
+    ended_BM = score_BM / length
+    ended_BM = ended_BM + jnp.where(state.not_done_B[:, None], 0.0, IMPOSSIBLE)
+    ended_BM = ended_BM + jnp.where(may_end_BM, 0.0, IMPOSSIBLE)
+    pool = _concatenate(state.finished, candidate._replace(scores_BG=ended_BM))
+    best_BG = jax.lax.top_k(pool.scores_BG, num_beams)[1]
+    finished = jax.tree.map(lambda x: _pick(x, best_BG), pool)
+    is_finished_BG = _pick(jnp.concatenate([state.is_finished_BG, may_end_BM], axis=1), best_BG)
+
+    # ---- Candidates that continue ----
+    open_BM = score_BM + jnp.where(ends_BM, IMPOSSIBLE, 0.0)
+    next_BG = jax.lax.top_k(open_BM, num_beams)[1]
+    open_beams = jax.tree.map(lambda x: _pick(x, next_BG), candidate._replace(scores_BG=open_BM))
+    parent_BG = _pick(parent_BM, next_BG)
+    own_BG = _text_numbers(rows, num_beams)
+    ancestors_BGL = jax.lax.dynamic_update_index_in_dim(_pick(state.ancestors_BGL, parent_BG), own_BG, step, axis=2)
+    seen_BGV = state.seen_BGV
+    if seen_BGV is not None:
+        seen_BGV = _pick(seen_BGV, parent_BG) | _is_token(_pick(token_BM, next_BG), vocabulary)
+    worst_BG = jnp.where(is_finished_BG, finished.scores_BG.min(1, keepdims=True), IMPOSSIBLE)
+    not_done_B = state.not_done_B & (open_beams.scores_BG[:, :1] / length > worst_BG).any(1)
+    exhausted = ends_BM.all()
+    return Beams(step + 1, open_beams, ancestors_BGL, seen_BGV, finished, is_finished_BG, not_done_B, exhausted)
 
 
 def _pick(x: jax.Array, index_BG: jax.Array) -> jax.Array:
@@ -371,12 +392,12 @@ def _pick(x: jax.Array, index_BG: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index_BG.reshape(*index_BG.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def _joined(a: DecodeOutput, b: DecodeOutput) -> DecodeOutput:
+def _concatenate(a: DecodeOutput, b: DecodeOutput) -> DecodeOutput:
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), a, b)
 
 
-def _ends(tokens: jax.Array, stops_E: jax.Array) -> jax.Array:
-    return (tokens[..., None] == stops_E.reshape(*[1] * tokens.ndim, -1)).any(-1)
+def _is_stop(tokens: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
+    return (tokens[..., None] == stop_ids_E.reshape(*[1] * tokens.ndim, -1)).any(-1)
 
 
 def _is_token(tokens: jax.Array, vocabulary: int) -> jax.Array:

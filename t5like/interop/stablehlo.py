@@ -32,12 +32,12 @@ from t5like import __version__, tree
 from t5like.checkpoint import run_directory
 from t5like.config import loader
 from t5like.config.schema import Config
-from t5like.data.objectives.denoising import MODES
-from t5like.data.sources.templates import render_prompt
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.errors import CheckpointError, ConfigError
-from t5like.inference.generate import eos_ids, generate, likeliest, places
+from t5like.inference.decoding import generate, predict_tokens
+from t5like.inference.generate import eos_ids, num_positions
+from t5like.inference.prompt_format import PromptFormat
 from t5like.io.atomic import atomic_directory, check_free
 from t5like.model.transformer import Transformer
 from t5like.sharding import memory
@@ -141,7 +141,7 @@ def programs(
     width = prompt_length or max(inputs, 1)
     if model.architecture == "decoder" and prompt_length is None:
         width = min(width, model.longest_text - max_new_tokens + 1)
-    if width < 1 or places(config, width, max_new_tokens) > model.longest_text:
+    if width < 1 or num_positions(config, width, max_new_tokens) > model.longest_text:
         raise ConfigError(
             f"--prompt_length={width} and --max_new_tokens={max_new_tokens} do not fit model.max_length="
             f"{model.max_length}; use smaller ones"
@@ -159,9 +159,9 @@ def programs(
         return {
             "forward": Program(lambda params, *args: apply(params, read(params, *args)), arguments, "logits [b, S, V]"),
             "generate": Program(
-                lambda params, *args: likeliest(config, tree.nested(params), read(params, *args)),
+                lambda params, *args: predict_tokens(config, tree.nested(params), read(params, *args)),
                 arguments,
-                "likeliest ids [b, S]",
+                "most likely ids [b, S]",
             ),
         }
 
@@ -283,26 +283,21 @@ def _signature(loaded: run_directory.Run, made: Mapping[str, Program]) -> dict[s
             }
             for name, each in made.items()
         },
-        "text": text_rules(loaded.config, loaded.tokenizer),
+        **text_signature(loaded.config, loaded.tokenizer),
     }
 
 
-def text_rules(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How run.py makes a prompt of a text: as `generate.Generator.prompt` does."""
-    objectives, ids = set(config.data.objective), [int(token) for token in tokenizer.sentinel_ids]
-    goes_on = objectives & {"prefix_lm", *(["causal_lm"] if config.model.architecture == "decoder" else [])}
+def text_signature(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What run.py needs for text: the prompt format, and the special ids of the tokenizer."""
+    sentinels = {f"<extra_id_{number}>": int(token) for number, token in enumerate(tokenizer.sentinel_ids)}
     return {
-        "sentencepiece": not tokenizer.is_json,
-        "sentinels": {f"<extra_id_{number}>": token for number, token in enumerate(ids)},
-        "eos": tokenizer.eos_id,
-        "ends": eos_ids(config, tokenizer),
-        "start": DECODER_START_ID,
-        "bos": tokenizer.bos_id,
-        "answers": bool(objectives & {"span_corruption", "ul2", "supervised"}),
-        "goes_on": bool(goes_on),
-        "sees_prompt": "prefix_lm" in objectives,
-        "modes": {mode: ids[-1 - number] for number, mode in enumerate(MODES)} if "ul2" in objectives else {},
-        "turns": render_prompt([{"role": "user", "content": "\0"}]) if config.data.messages_field else [],
+        "prompt_format": PromptFormat.of(config, tokenizer).to_values(),
+        "tokenizer": {
+            "sentencepiece": not tokenizer.is_json,
+            "sentinels": sentinels,
+            "eos_ids": eos_ids(config, tokenizer),
+            "decoder_start_id": DECODER_START_ID,
+        },
     }
 
 

@@ -23,7 +23,7 @@ class Model:
         """Read the weights onto jax's default device."""
         self.directory = directory
         self.signature = json.loads((directory / "signature.json").read_text(encoding="utf-8"))
-        self.architecture, self.text = self.signature["architecture"], self.signature["text"]
+        self.architecture, self.sentinels = self.signature["architecture"], self.signature["tokenizer"]["sentinels"]
         with np.load(directory / "weights.npz", allow_pickle=False) as archive:
             self.weights = {name: jax.numpy.asarray(archive[name]) for name in archive.files}
 
@@ -37,19 +37,26 @@ class Model:
         if self.architecture == "encoder":
             row, real = self.padded(ids, "generate", "ids")
             said = self.call("generate", row, real, *self.token_types("generate", row))[0]
-            mask = self.text["sentinels"]["<extra_id_0>"]
+            mask = self.sentinels["<extra_id_0>"]
             return [int(said[i]) if token == mask else token for i, token in enumerate(ids)][1:-1]
         row, _ = self.padded(ids, "generate", "prompt", left=self.architecture == "decoder")
         wanted = self.signature["programs"]["generate"]["arguments"]
         values = {"lengths": np.int32([len(ids)]), "prefix": np.int32([prefix]), "seed": np.uint32(seed)}
         said = self.call("generate", row, *(values[name] for name in wanted if name != "prompt"))[0].tolist()
-        return said[: next((place for place, token in enumerate(said) if token in self.text["ends"]), len(said))]
+        return said[
+            : next(
+                (place for place, token in enumerate(said) if token in self.signature["tokenizer"]["eos_ids"]),
+                len(said),
+            )
+        ]
 
     def forward(self, ids: list[int], prefix: int = 0) -> np.ndarray:
         """Logits [L, V] at each id; of an encoder-decoder, which reads the ids, those of the first answered one."""
         if self.architecture == "encoder_decoder":
             read = self.padded(ids, "forward", "inputs")
-            return self.call("forward", *read, *self.padded([self.text["start"]], "forward", "ids"))[0, :1]
+            return self.call(
+                "forward", *read, *self.padded([self.signature["tokenizer"]["decoder_start_id"]], "forward", "ids")
+            )[0, :1]
         row, real = self.padded(ids, "forward", "ids")
         more = self.token_types("forward", row)
         if self.architecture == "decoder":
@@ -71,43 +78,36 @@ class Model:
 
     def tokenizer(self):
         """The SentencePiece model."""
-        if not self.text["sentencepiece"]:
+        if not self.signature["tokenizer"]["sentencepiece"]:
             raise SystemExit("run.py: this model has no SentencePiece tokenizer; use --ids")
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_proto=(self.directory / "tokenizer.model").read_bytes())
 
     def encode(self, text: str) -> tuple[list[int], int]:
-        """A text as the prompt that the model was trained to read, and how many of its ids see each other."""
-        model, rules = self.tokenizer(), self.text
+        """A text in the model's prompt format, and how many of its ids attend to each other in both directions.
 
-        def ids_of(text: str) -> list[int]:
-            ids: list[int] = []
+        The rules are those of t5like's `PromptFormat.prompt`; signature.json holds the format.
+        """
+        model, form = self.tokenizer(), self.signature["prompt_format"]
+        if form["turns"]:
+            frame, turns = form["plain"], [model.encode(turn.replace("\0", text)) for turn in form["turns"]]
+            ids = [token for turn in turns for token in (*turn, form["eos_id"])]
+        else:
+            mode = text[:3] if text[:3] in form["modes"] else None
+            if mode:
+                frame, text = form["modes"][mode], text[3:].removeprefix(" ")
+            else:
+                frame = form["infilling"] if "<extra_id_" in text else form["plain"]
+            ids = []
             for part in re.split(r"(<extra_id_\d+>)", text):
-                ids += [rules["sentinels"][part]] if part in rules["sentinels"] else model.encode(part)
-            return ids
-
-        decoder = self.architecture == "decoder"
-        if self.architecture == "encoder":
-            return [rules["sentinels"]["<extra_id_1>"], *ids_of(text), rules["eos"]], 0
-        if rules["turns"]:
-            ids = [i for turn in rules["turns"] for i in (*model.encode(turn.replace("\0", text)), rules["eos"])]
-            return ([rules["start"], *ids] if decoder else ids), 0
-        mode = re.match(r"\[([RSX])\] ?", text) if rules["modes"] else None  # of UL2
-        answers = rules["answers"] and (not rules["goes_on"] or "<extra_id_" in text or mode is not None)
-        ids = ([rules["modes"][mode[1]]] if mode else []) + ids_of(text[mode.end() :] if mode else text)
-        if answers and not (mode and mode[1] == "S"):
-            ids.append(rules["eos"])
-        if decoder and answers:
-            return [*ids, rules["start"]], len(ids)
-        if decoder and rules["bos"] is not None:
-            ids = [rules["bos"], *ids]
-        ids = ids or [rules["eos"]]
-        return ids, len(ids) if decoder and rules["sees_prompt"] else 0
+                ids += [self.sentinels[part]] if part in self.sentinels else model.encode(part)
+        ids = [*frame["before"], *ids, *frame["after"]] or [form["eos_id"]]
+        return [*ids, *frame["start"]], len(ids) if frame["bidirectional"] else 0
 
     def decode(self, ids: list[int]) -> str:
         """Ids as text, sentinels by their names."""
-        model, names = self.tokenizer(), {token: name for name, token in self.text["sentinels"].items()}
+        model, names = self.tokenizer(), {token: name for name, token in self.sentinels.items()}
         text, plain = "", []
         for token in [*ids, None]:
             if token is not None and token not in names:

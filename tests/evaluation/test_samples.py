@@ -7,7 +7,7 @@ import pytest
 from conftest import random_batch, small
 
 from t5like.evaluation.samples import passage, show
-from t5like.inference.generate import Prompt
+from t5like.inference.prompt_format import Prompt
 from t5like.train.expected_loss import summary
 from t5like.types import Batch
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import random_batch, small
 
-from t5like.inference.generate import Prompt
-from t5like.inference.loglikelihood import score_targets, scoring_batch
+from t5like.inference.prompt_format import Prompt
+from t5like.inference.target_scores import score_targets, scoring_batch
 from t5like.model.transformer import Transformer
 from t5like.optim import step
 from t5like.sharding import auto

@@ -11,9 +11,11 @@ from conftest import random_batch, small
 
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import ConfigError
-from t5like.inference.generate import Generator, Prompt, generate, make_texts, row_keys, until
+from t5like.inference.decoding import decode_texts, generate, row_keys
+from t5like.inference.generate import Generator, truncate_at_stop
 from t5like.inference.infilling import fill, spans
-from t5like.inference.sampling import DecodingOptions, SamplingParams
+from t5like.inference.prompt_format import Prompt
+from t5like.inference.sampling import DecodingOptions, TracedOptions
 from t5like.model.transformer import Transformer
 from t5like.optim import step
 from t5like.sharding import auto
@@ -98,17 +100,17 @@ def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
     lengths = [3, 16, 9]
     prompt_BP, prompts = prompts_of(config, lengths)
-    made = make_texts(
+    made = decode_texts(
         config,
         params,
         prompt_BP,
         np.array(lengths, np.int32),
         row_keys(0, np.arange(3)),
         np.array([499], np.int32),
-        SamplingParams(length_penalty=np.float32(1)),
+        TracedOptions(length_penalty=np.float32(1)),
         max_new_tokens=NEW,
-        texts=3,
-        beams=True,
+        num_texts=3,
+        use_beams=True,
     )
     for prompt, ids_GL, log_p_GL, scores_G in zip(prompts, *map(np.asarray, made), strict=True):
         assert len({tuple(ids) for ids in ids_GL.tolist()}) == 3 and (np.diff(scores_G) <= 0).all()
@@ -120,9 +122,11 @@ def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
 def test_one_token_alone_can_have_several_beams():
     config, params = model_of()
     prompt_BP, [prompt] = prompts_of(config, [9])
-    numbers = SamplingParams(length_penalty=np.float32(1))
+    numbers = TracedOptions(length_penalty=np.float32(1))
     settings = row_keys(0, np.arange(1)), np.array([499], np.int32), numbers
-    made = make_texts(config, params, prompt_BP, np.array([9]), *settings, max_new_tokens=1, texts=4, beams=True)
+    made = decode_texts(
+        config, params, prompt_BP, np.array([9]), *settings, max_new_tokens=1, num_texts=4, use_beams=True
+    )
     best = np.argsort(-np.asarray(whole_logits(config, params, prompt, [0])[0]))[:4]
     np.testing.assert_array_equal(made.ids_BGL[0, :, 0], best)
 
@@ -263,5 +267,5 @@ def test_what_stands_behind_eos_is_not_text(tokenizer):
 
 
 def test_text_stops_at_the_first_of_the_stop_texts():
-    assert until("a b\nQ: c", ["Q:", "\n", ""]) == "a b"
-    assert until("a b", ["c"]) == until("a b", []) == "a b"
+    assert truncate_at_stop("a b\nQ: c", ["Q:", "\n", ""]) == "a b"
+    assert truncate_at_stop("a b", ["c"]) == truncate_at_stop("a b", []) == "a b"

@@ -1,4 +1,4 @@
-"""Decoding against Hugging Face transformers' (golden/generate.npz), and against brute force."""
+"""Decoding compared with Hugging Face transformers (golden/generate.npz) and with brute force."""
 
 import dataclasses
 import functools
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from golden_models import model_of, params_of
 
-from t5like.inference.generate import make_texts, row_keys
-from t5like.inference.sampling import SamplingParams, beam_search, largest, log_p_of, penalize, sample, warp
+from t5like.inference.decoding import decode_texts, row_keys
+from t5like.inference.sampling import TracedOptions, beam_search, largest, log_p_of, penalize, sample, warp
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "generate.npz")
 NEW = 12
@@ -20,31 +20,31 @@ NEW = 12
 
 @functools.cache
 def family(name: str):
-    """A settled config and the golden weights."""
+    """A resolved config and the golden weights."""
     _, config = model_of(name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernels="plain"))
     return config, jax.tree.map(jnp.asarray, params_of(name))
 
 
-def made_by(name, ids_BP, lengths_B, *, eos, num_beams=1, **numbers):
+def decode(name, ids_BP, lengths_B, *, eos, num_beams=1, **traced):
     config, params = family(name)
-    numbers = {"length_penalty": 1.0, "repetition_penalty": None, **numbers}
-    return make_texts(
+    traced = {"length_penalty": 1.0, "repetition_penalty": None, **traced}
+    return decode_texts(
         config,
         params,
         ids_BP.astype(np.int32),
         lengths_B.astype(np.int32),
         row_keys(0, np.arange(len(ids_BP))),
         np.array([eos], np.int32).reshape(-1),
-        SamplingParams(**{key: None if value is None else np.float32(value) for key, value in numbers.items()}),
+        TracedOptions(**{key: None if value is None else np.float32(value) for key, value in traced.items()}),
         max_new_tokens=NEW,
-        texts=num_beams,
-        beams=num_beams > 1,
+        num_texts=num_beams,
+        use_beams=num_beams > 1,
     )
 
 
 def golden_ids(key: str, eos) -> np.ndarray:
-    """Hugging Face fills beams with EOS behind EOS; here it is 0."""
+    """Hugging Face pads beams with EOS after EOS; t5like with 0."""
     ids = GOLDEN[f"{key}.ids"]
     ends = np.isin(ids, eos)
     ended = np.cumsum(ends, axis=-1) - ends > 0
@@ -64,31 +64,31 @@ def test_texts_and_scores_equal_those_of_hugging_face(name):
     for (what, settings), (end, eos) in itertools.product(
         searches.items(), {"eos": int(GOLDEN[f"{name}.eos"]), "free": -1}.items()
     ):
-        made = made_by(name, prompts, lengths, eos=eos, **settings)
+        output = decode(name, prompts, lengths, eos=eos, **settings)
         wanted = golden_ids(f"{name}.{what}.{end}", eos)
-        np.testing.assert_array_equal(made.ids_BGL, wanted, err_msg=f"{what} {end}")
+        np.testing.assert_array_equal(output.ids_BGL, wanted, err_msg=f"{what} {end}")
         if settings:
-            np.testing.assert_allclose(made.scores_BG, GOLDEN[f"{name}.{what}.{end}.scores"], rtol=1e-4)
+            np.testing.assert_allclose(output.scores_BG, GOLDEN[f"{name}.{what}.{end}.scores"], rtol=1e-4)
         ends |= {int(length) for length in (wanted != 0).sum(-1).ravel()}
     assert len(ends) >= 3  # texts ended early, at several lengths
 
 
-def test_beams_that_several_ids_may_end_equal_those_of_hugging_face():
+def test_beams_with_several_eos_ids_equal_those_of_hugging_face():
     prompts, lengths, eos = (GOLDEN[f"llama.{what}"] for what in ("prompts", "lengths", "several"))
     last = set()
     for penalty in (0.6, 1, 2):
-        made = made_by("llama", prompts, lengths, eos=eos, num_beams=4, length_penalty=float(penalty))
+        output = decode("llama", prompts, lengths, eos=eos, num_beams=4, length_penalty=float(penalty))
         wanted = golden_ids(key := f"llama.beams {penalty}.several", eos)
-        np.testing.assert_array_equal(made.ids_BGL, wanted, err_msg=key)
-        np.testing.assert_allclose(made.scores_BG, GOLDEN[f"{key}.scores"], rtol=1e-4)
+        np.testing.assert_array_equal(output.ids_BGL, wanted, err_msg=key)
+        np.testing.assert_allclose(output.scores_BG, GOLDEN[f"{key}.scores"], rtol=1e-4)
         last |= set(eos) & set(wanted.ravel())
     assert last == set(eos)
 
 
 def test_penalized_beams_equal_those_of_hugging_face():
     prompts, lengths, eos = (GOLDEN[f"t5_1_1.{what}"] for what in ("prompts", "lengths", "eos"))
-    made = made_by("t5_1_1", prompts, lengths, eos=int(eos), num_beams=4, repetition_penalty=1.7)
-    np.testing.assert_array_equal(made.ids_BGL, golden_ids("t5_1_1.beams penalized.eos", int(eos)))
+    output = decode("t5_1_1", prompts, lengths, eos=int(eos), num_beams=4, repetition_penalty=1.7)
+    np.testing.assert_array_equal(output.ids_BGL, golden_ids("t5_1_1.beams penalized.eos", int(eos)))
 
 
 def test_logits_are_processed_as_in_hugging_face():
@@ -96,19 +96,19 @@ def test_logits_are_processed_as_in_hugging_face():
     seen = np.zeros(logits.shape, bool)
     np.put_along_axis(seen, GOLDEN["seen"], True, axis=1)
     penalized = penalize(logits, seen, 1.4)
-    made = {
-        "top_k": warp(logits, SamplingParams(temperature=1.0), 7),
-        "top_p": warp(logits, SamplingParams(temperature=1.0, top_p=0.8)),
-        "min_p": warp(logits, SamplingParams(temperature=1.0, min_p=0.1)),
+    processed = {
+        "top_k": warp(logits, TracedOptions(temperature=1.0), 7),
+        "top_p": warp(logits, TracedOptions(temperature=1.0, top_p=0.8)),
+        "min_p": warp(logits, TracedOptions(temperature=1.0, min_p=0.1)),
         "repetition_penalty": penalized,
-        "all": warp(penalized, SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05), 40),
+        "all": warp(penalized, TracedOptions(temperature=0.7, top_p=0.9, min_p=0.05), 40),
     }
-    for name, values in made.items():
+    for name, values in processed.items():
         np.testing.assert_allclose(values, GOLDEN[f"processed.{name}"], rtol=1e-6, err_msg=name)
-    assert {int(np.isfinite(made[name]).sum(1).min()) for name in ("top_k", "all")} != {200}
+    assert {int(np.isfinite(processed[name]).sum(1).min()) for name in ("top_k", "all")} != {200}
 
 
-# ---- A model that is a table: logits depend on the last token alone ----
+# ---- A model that is a table: logits depend only on the last token ----
 
 V, END = 6, 1
 PADDED = 64  # vocabulary rows; those from V on are masked padding
@@ -117,68 +117,66 @@ TABLE[:V, :V] = np.random.default_rng(7).normal(0, 1.5, (V, V))
 TABLE = jnp.asarray(TABLE)
 
 
-def read(tokens_BG, step, ancestors_BGL, cache):
+def decode_step(tokens_BG, step, ancestors_BGL, cache):
     return TABLE[tokens_BG], cache
 
 
 def enumerated(new: int) -> list[tuple[float, tuple[int, ...]]]:
-    """Every text of at most `new` tokens that ends with END or is full, with its log-probability."""
+    """Every text that ends with END or has `new` tokens, with its log-probability."""
     log_p = np.asarray(jax.nn.log_softmax(TABLE))
-    found, open_ = [], [(0.0, ())]
+    texts, open_ = [], [(0.0, ())]
     while open_:
         score, text = open_.pop()
         if text and (text[-1] == END or len(text) == new):
-            found.append((score, text))
+            texts.append((score, text))
             continue
         last = text[-1] if text else 2  # the prompt's
         open_ += [(score + log_p[last, token], (*text, token)) for token in range(V)]
-    return found
+    return texts
 
 
-def test_a_beam_search_that_keeps_everything_finds_the_likeliest_texts():
-    made = beam_search(
-        read,
+def test_a_beam_search_with_enough_beams_finds_the_most_likely_texts():
+    output = beam_search(
+        decode_step,
         TABLE[2][None, None],
         None,
-        stops_E=jnp.array([END]),
+        stop_ids_E=jnp.array([END]),
         seen_BV=None,
-        numbers=SamplingParams(
-            length_penalty=0.0
-        ),  # then a longer text is never better, and stopping early loses nothing
+        traced=TracedOptions(length_penalty=0.0),  # a longer text is never better, so that early stopping loses nothing
         max_new_tokens=3,
-        beams=30,
+        num_beams=30,
     )
     wanted = sorted(enumerated(3), reverse=True)[:30]
-    np.testing.assert_allclose(made.scores_BG[0], [score for score, _ in wanted], rtol=1e-5)
-    assert [tuple(ids[: len(text)]) for ids, (_, text) in zip(made.ids_BGL[0].tolist(), wanted, strict=True)] == [
+    np.testing.assert_allclose(output.scores_BG[0], [score for score, _ in wanted], rtol=1e-5)
+    assert [tuple(ids[: len(text)]) for ids, (_, text) in zip(output.ids_BGL[0].tolist(), wanted, strict=True)] == [
         text for _, text in wanted
     ]
-    np.testing.assert_allclose(made.log_p_BGL.sum(-1), made.scores_BG, rtol=1e-5)
+    np.testing.assert_allclose(output.log_p_BGL.sum(-1), output.scores_BG, rtol=1e-5)
 
 
-def test_samples_of_a_row_depend_on_its_key_alone_and_follow_the_model():
+def test_samples_of_a_row_depend_only_on_its_key_and_follow_the_distribution():
     def draw(keys, texts=1):
         logits = jnp.broadcast_to(TABLE[2], (len(keys), 1, PADDED))
         return sample(
-            read,
+            decode_step,
             logits,
             None,
             keys_B=keys,
-            stops_E=jnp.array([END]),
+            stop_ids_E=jnp.array([END]),
             seen_BV=None,
-            numbers=SamplingParams(temperature=np.float32(1.0)),
+            traced=TracedOptions(temperature=np.float32(1.0)),
             max_new_tokens=2,
-            texts=texts,
+            num_texts=texts,
             top_k=0,
         )
 
     keys = row_keys(5, np.arange(3000))
-    made = draw(keys)
-    np.testing.assert_array_equal(draw(keys[7:9]).ids_BGL, made.ids_BGL[7:9])
+    output = draw(keys)
+    np.testing.assert_array_equal(draw(keys[7:9]).ids_BGL, output.ids_BGL[7:9])
     several = draw(keys[:2], texts=3).ids_BGL
-    np.testing.assert_array_equal(several[:, 0], made.ids_BGL[:2, 0])
+    np.testing.assert_array_equal(several[:, 0], output.ids_BGL[:2, 0])
     counts = {}
-    for ids in made.ids_BGL[:, 0].tolist():
+    for ids in output.ids_BGL[:, 0].tolist():
         counts[tuple(ids)] = counts.get(tuple(ids), 0) + 1
     for score, text in enumerated(2):
         wanted = 3000 * np.exp(score)
@@ -188,9 +186,9 @@ def test_samples_of_a_row_depend_on_its_key_alone_and_follow_the_model():
 def test_the_largest_values_are_those_of_a_sort(rng):
     x = rng.integers(0, 500, (3, 2, 4000)).astype(np.float32)  # with many equal ones
     for count in (1, 5):
-        values, places = largest(jnp.asarray(x), count)
+        values, indices = largest(jnp.asarray(x), count)
         order = np.argsort(-x, axis=-1, kind="stable")[..., :count]
-        np.testing.assert_array_equal(places, order)
+        np.testing.assert_array_equal(indices, order)
         np.testing.assert_array_equal(values, np.take_along_axis(x, order, -1))
 
 

@@ -94,7 +94,7 @@ def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported,
     assert longer.startswith(answer) and longer != answer
     assert script(exported, f"--prompt={PROMPT}", cwd=tmp_path).rstrip("\n") == answer
     signature = json.loads((exported / "signature.json").read_text())
-    assert signature["text"]["ends"] == [1, *loaded.config.tokenizer.extra_eos_ids]
+    assert signature["tokenizer"]["eos_ids"] == [1, *loaded.config.tokenizer.extra_eos_ids]
     ids = generator.prompt(PROMPT).ids
     row, real = np.array([ids + [0] * (32 - len(ids))], np.int32), np.array([len(ids)], np.int32)
     program = jax.export.deserialize(bytearray((exported / "generate.jax").read_bytes()))
@@ -120,7 +120,8 @@ def test_run_py_makes_the_prompt_of_a_text_that_t5like_makes(objective, architec
     config = small(model={"architecture": architecture}, data=data, tokenizer=ids)
     script = object.__new__(stablehlo_run.Model)  # without programs
     script.directory, script.architecture = trained, architecture
-    script.text = json.loads(json.dumps(stablehlo.text_rules(config, tokenizer)))
+    script.signature = json.loads(json.dumps(stablehlo.text_signature(config, tokenizer)))
+    script.sentinels = script.signature["tokenizer"]["sentinels"]
     ours = Generator(config, None, tokenizer)
     for text in ("ba de", "", "ba <extra_id_0> de", "[S] ba de", "[R]ba <extra_id_0>", "[X] ", "[Y] ba", "a [S] b"):
         assert script.encode(text) == ours.prompt(text), text

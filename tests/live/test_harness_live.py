@@ -61,10 +61,13 @@ def test_the_choice_is_the_one_that_we_find_likeliest(workdirs, command):
     args = (f"--workdir={workdirs['decoder']}", "--tasks=t5like_choice", f"--tasks_dir={TASKS}", "--limit=6")
     code, out, err = command("evaluate", *args)
     assert code == 0, err
-    asked = T5LikeLM(run_directory.load(workdirs["decoder"])).likelihoods
+    scorer = T5LikeLM(run_directory.load(workdirs["decoder"])).scorer
     best = [
         np.argmax(
-            [found.log_p for found in asked.pairs([(f"{doc['question']} Answer:", f" {c}") for c in doc["choices"]])]
+            [
+                score.log_p
+                for score in scorer.score_pairs([(f"{doc['question']} Answer:", f" {c}") for c in doc["choices"]])
+            ]
         )
         for doc in DOCS[:6]
     ]
@@ -89,7 +92,7 @@ def test_what_can_not_be_run_is_refused_in_one_line(arguments, code, message, wo
 
 def test_what_a_task_asks_of_generation_is_known_or_refused():
     assert decoding({"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}) == {
-        "stop": ["\n"], "most": 5, "temperature": 0.0,
+        "stop": ["\n"], "max_new_tokens": 5, "temperature": 0.0,
     }  # fmt: skip
     for asked, temperature in (
         ({"do_sample": True, "temperature": 0.0}, 0.0),
@@ -140,7 +143,7 @@ def peers(family: str, tokenizer: Tokenizer, directory: Path) -> tuple[Peer, T5L
     ours = T5LikeLM(run_directory.load(directory / "run"))
     theirs = Peer(
         pretrained=hf.eval(), backend="causal" if family == "llama" else "seq2seq", tokenizer=stand_in(),
-        batch_size=4, max_length=ours.likelihoods.length, device="cpu",
+        batch_size=4, max_length=ours.scorer.length, device="cpu",
     )  # fmt: skip
     theirs.ours = tokenizer
     return theirs, ours
@@ -175,7 +178,7 @@ def test_likelihoods_are_those_of_lm_evals_own_model_class(family, trained, tmp_
     requests = [SimpleNamespace(args=pair) for pair in pairs]
     want, got = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests)
     np.testing.assert_allclose([x[0] for x in got], [x[0] for x in want], rtol=2e-4)
-    assert [x[1] for x in got] == [x[1] for x in want] and ours.likelihoods.cut >= 1
+    assert [x[1] for x in got] == [x[1] for x in want] and ours.scorer.num_truncated >= 1
     if family == "llama":
         texts = [
             SimpleNamespace(args=(" ".join(doc["question"] for doc in DOCS[:3]),)),

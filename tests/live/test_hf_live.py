@@ -15,7 +15,8 @@ from conftest import SYLLABLES
 
 from t5like import tree
 from t5like.checkpoint import run_directory
-from t5like.inference.generate import Generator, Prompt
+from t5like.inference.generate import Generator
+from t5like.inference.prompt_format import Prompt
 from t5like.inference.sampling import DecodingOptions
 from t5like.interop.huggingface import logits_check, safetensors_files, tokenizer_files
 from t5like.interop.huggingface.convert import import_run
