@@ -237,14 +237,14 @@ class Export:
         files = imported.names if imported else {name: [name] for name in self._place}
         self._canonical = {file: name for name in self._place for file in files[name]}
 
-    def wanted(self) -> list[safetensors_files.Wanted]:
+    def wanted(self) -> list[safetensors_files.TensorSpec]:
         """All tensors that are to be written."""
         made = []
         for file, name in self._canonical.items():
             row, _ = self._place[name]
             shape = weight_maps.shape_of(row, self.leaves)
             shape = (self.rows, *shape[1:]) if row.vocabulary else shape
-            made.append(safetensors_files.Wanted(file, self._dtype_of(name), shape))
+            made.append(safetensors_files.TensorSpec(file, self._dtype_of(name), shape))
         return made
 
     def _dtype_of(self, name: str) -> str:

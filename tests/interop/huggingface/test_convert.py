@@ -61,7 +61,7 @@ def model_directory(family: str, place: Path, tokenizer: Tokenizer, dtype: str =
     rng = np.random.default_rng(0)
     random = {name: rng.normal(size=shape).astype(safetensors_files.DTYPES[dtype]) for name, shape in wanted.items()}
     place.mkdir(parents=True)
-    tensors = [safetensors_files.Wanted(name, dtype, value.shape) for name, value in random.items()]
+    tensors = [safetensors_files.TensorSpec(name, dtype, value.shape) for name, value in random.items()]
     safetensors_files.write(place, tensors, random.__getitem__, max_shard_size=40_000)
     hf = families.config_of(family, config, rows=rows, eos=1, pad=0, dtype="bfloat16")
     (place / "config.json").write_text(json.dumps({**hf, "auto_map": {"AutoModel": "evil.Model"}, "kept": 7}))
@@ -168,7 +168,7 @@ def edit(source: Path, **changes) -> None:
     for path in source.glob("model*"):
         path.unlink()
     names = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
-    wanted = [safetensors_files.Wanted(name, names[value.dtype], value.shape) for name, value in values.items()]
+    wanted = [safetensors_files.TensorSpec(name, names[value.dtype], value.shape) for name, value in values.items()]
     safetensors_files.write(source, wanted, values.__getitem__, max_shard_size=10**9)
 
 

@@ -1,4 +1,4 @@
-"""safetensors files against the safetensors library, and damaged ones."""
+"""safetensors files compared with the safetensors library; damaged files."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import safetensors_files
-from t5like.interop.huggingface.safetensors_files import Wanted
+from t5like.interop.huggingface.safetensors_files import TensorSpec
 
 
 def values(rng) -> dict[str, np.ndarray]:
@@ -20,21 +20,23 @@ def values(rng) -> dict[str, np.ndarray]:
     return {name: made[name].astype(kinds[name]) for name in made} | {"empty": np.zeros((0, 2), np.float32)}
 
 
-def wanted(values) -> list[Wanted]:
+def specs(values) -> list[TensorSpec]:
     names = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
-    return [Wanted(name, names[value.dtype], value.shape) for name, value in values.items()]
+    return [TensorSpec(name, names[value.dtype], value.shape) for name, value in values.items()]
 
 
-def test_what_is_written_the_safetensors_library_reads_and_the_other_way_around(rng, tmp_path):
+def test_the_safetensors_library_reads_what_is_written_and_its_files_are_read(rng, tmp_path):
     given = values(rng)
-    assert safetensors_files.write(tmp_path, wanted(given), given.__getitem__, max_shard_size=10**9) == [
+    assert safetensors_files.write(tmp_path, specs(given), given.__getitem__, max_shard_size=10**9) == [
         "model.safetensors"
     ]
-    theirs = load_file(tmp_path / "model.safetensors")
-    ours = {name: safetensors_files.read(tensor) for name, tensor in safetensors_files.tensors(tmp_path).items()}
+    by_library = load_file(tmp_path / "model.safetensors")
+    by_t5like = {name: safetensors_files.read(tensor) for name, tensor in safetensors_files.tensors(tmp_path).items()}
     save_file(given, tmp_path / "model.safetensors")
-    again = {name: safetensors_files.read(tensor) for name, tensor in safetensors_files.tensors(tmp_path).items()}
-    for read in (theirs, ours, again):
+    from_library = {
+        name: safetensors_files.read(tensor) for name, tensor in safetensors_files.tensors(tmp_path).items()
+    }
+    for read in (by_library, by_t5like, from_library):
         assert read.keys() == given.keys()
         for name in given:
             np.testing.assert_array_equal(read[name], given[name], strict=True)
@@ -42,7 +44,7 @@ def test_what_is_written_the_safetensors_library_reads_and_the_other_way_around(
 
 def test_a_large_model_is_written_in_parts_with_an_index(rng, tmp_path):
     given = values(rng)
-    files = safetensors_files.write(tmp_path, wanted(given), given.__getitem__, max_shard_size=60)
+    files = safetensors_files.write(tmp_path, specs(given), given.__getitem__, max_shard_size=60)
     assert files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = json.loads((tmp_path / safetensors_files.INDEX).read_text())
     assert index["weight_map"] == {"a": files[0], "b": files[1], "c": files[1], "empty": files[1]}
@@ -60,7 +62,7 @@ def test_one_tensor_at_a_time_is_in_memory_while_a_file_is_written(rng, tmp_path
         alive.append(weakref.ref(array))
         return array
 
-    safetensors_files.write(tmp_path, wanted(given), value, max_shard_size=60)
+    safetensors_files.write(tmp_path, specs(given), value, max_shard_size=60)
     assert len(alive) == len(given)
 
 
@@ -76,39 +78,40 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
 @pytest.mark.parametrize(
     "content, complaint",
     [
-        (b"\x01\x02", "truncated or no safetensors file: 2 bytes"),
-        (struct.pack("<Q", 2**60) + b"{}", "truncated or no safetensors file"),
-        (file_of(b"[1]"), "damaged header"),
-        (file_of(b'{"a": 1, "a": 2}'), "damaged header"),
-        (file_of({"a": entry()}, b"\0" * 4), "truncated or too long"),
-        (file_of({"a": entry()}, b"\0" * 12), "truncated or too long"),
-        (file_of({"a": entry(shape=(3,))}, b"\0" * 8), "says of a what can't be"),
-        (file_of({"a": entry(shape=(-1, -2))}, b"\0" * 8), "says of a what can't be"),
-        (file_of({"a": entry(dtype="X9")}, b"\0" * 8), "says of a what can't be"),
-        (file_of({"a": entry(offsets=(8, 16))}, b"\0" * 16), "a does not begin where the tensor before it ends"),
-        (file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12), "b does not begin where"),
+        (b"\x01\x02", "header too small"),
+        (struct.pack("<Q", 2**60) + b"{}", "header too large"),
+        (file_of(b"[1]"), "invalid JSON in header"),
+        (file_of(b'{"a": 1}'), "invalid JSON in header"),
+        (file_of({"a": entry()}, b"\0" * 4), "file not fully covered"),
+        (file_of({"a": entry()}, b"\0" * 12), "file not fully covered"),
+        (file_of({"a": entry(shape=(3,))}, b"\0" * 8), "invalid shape, data type, or offset"),
+        (file_of({"a": entry(shape=(-1, -2))}, b"\0" * 8), "invalid value: integer `-1`"),
+        (file_of({"a": entry(dtype="X9")}, b"\0" * 8), "unknown variant `X9`"),
+        (file_of({"a": entry(offsets=(8, 16))}, b"\0" * 16), "invalid offset for tensor `a`"),
+        (file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12), "invalid offset for tensor `b`"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, content, complaint):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError) as error:
         safetensors_files.tensors(tmp_path)
-    assert complaint in str(error.value) and "\n" not in str(error.value)
+    assert complaint in str(error.value) and "truncated, damaged or no safetensors" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "placed, complaint",
     [
-        ({"a": "../model.safetensors"}, "names '../model.safetensors'; a file in this directory"),
-        ({"a": "/etc/passwd"}, "a file in this directory"),
-        ({"a": "b.safetensors"}, "names b.safetensors, which is not there"),
-        ({"a": "one.safetensors", "z": "one.safetensors"}, "names z in one.safetensors, which does not hold it"),
-        ({}, "names nothing"),
-        ({"b": "one.safetensors"}, "holds a, but"),
+        ({"a": "../model.safetensors"}, "names '../model.safetensors', which must be a file in this directory"),
+        ({"a": "/etc/passwd"}, "must be a file in this directory"),
+        ({"a": "b.safetensors"}, "names b.safetensors, which does not exist"),
+        ({"a": "one.safetensors", "z": "one.safetensors"}, "names z in one.safetensors, which does not contain it"),
+        ({}, "names no tensors"),
+        ({"b": "one.safetensors"}, "contains a, but"),
         (["a"], "has no weight_map"),
     ],
 )
-def test_an_index_that_leads_astray_is_refused(tmp_path, placed, complaint):
+def test_an_invalid_index_is_refused(tmp_path, placed, complaint):
     (tmp_path / "one.safetensors").write_bytes(file_of({"a": entry()}, b"\0" * 8))
     (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": placed}))
     with pytest.raises(CheckpointError) as error:
@@ -116,8 +119,8 @@ def test_an_index_that_leads_astray_is_refused(tmp_path, placed, complaint):
     assert complaint in str(error.value)
 
 
-def test_a_pickle_is_refused_with_the_reason_and_an_empty_directory_too(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+def test_a_pickle_an_empty_directory_and_an_unsupported_dtype_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="contains neither model.safetensors"):
         safetensors_files.tensors(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match="a pickle, which can run any code"):

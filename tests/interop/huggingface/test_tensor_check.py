@@ -35,8 +35,8 @@ def test_an_import_without_any_one_of_its_tensors_is_refused_by_name(tokenizer, 
             if re.search(r"(layers|\.h)\.1\.", name):  # the second of two alike
                 continue
             rest = {other: value for other, value in values.items() if other != name}
-            wanted = [safetensors_files.Wanted(other, names[value.dtype], value.shape) for other, value in rest.items()]
-            safetensors_files.write(source, wanted, rest.__getitem__, max_shard_size=10**9)
+            specs = [safetensors_files.TensorSpec(key, names[value.dtype], value.shape) for key, value in rest.items()]
+            safetensors_files.write(source, specs, rest.__getitem__, max_shard_size=10**9)
             with pytest.raises(CheckpointError, match=re.escape(name)) as error:
                 list(import_run(source, tmp_path / "run"))
             assert f"the {family} weights lack" in str(error.value) and "\n" not in str(error.value)
@@ -67,8 +67,8 @@ def test_the_heads_of_a_t5_are_those_that_its_config_says(family, keys, head, ou
     values = {"shared.weight": np.ones((4, 2), np.float32)}
     if head:
         values["lm_head.weight"] = np.full((4, 2), 1 + (head == "other"), np.float32)
-    wanted = [safetensors_files.Wanted(name, "F32", value.shape) for name, value in values.items()]
-    safetensors_files.write(tmp_path, wanted, values.__getitem__, max_shard_size=10**9)
+    specs = [safetensors_files.TensorSpec(name, "F32", value.shape) for name, value in values.items()]
+    safetensors_files.write(tmp_path, specs, values.__getitem__, max_shard_size=10**9)
     said = lambda: tensor_check.has_own_head({"model_type": family, **keys}, safetensors_files.tensors(tmp_path))
     if isinstance(outcome, bool):
         assert said() is outcome
