@@ -17,7 +17,6 @@ import dataclasses
 import os
 import sys
 import time
-import typing
 from collections.abc import Callable, Iterator
 
 import measurement
@@ -25,7 +24,7 @@ import numpy as np
 
 from t5like.cli.flags import Parser
 from t5like.config import checks, loader
-from t5like.config.schema import ARCHITECTURES, Config, DataConfig
+from t5like.config.schema import ARCHITECTURES, Config
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
@@ -41,10 +40,10 @@ def cases(config: Config, examples: str) -> Iterator[Config]:
     """The config with every objective, architecture and treatment of document borders that go together."""
     for objective, architectures in ARCHITECTURES.items():
         supervised = objective == "supervised"
-        borders = ["segments"] if supervised else typing.get_args(typing.get_type_hints(DataConfig)["document_borders"])
+        cross_document = [False] if supervised else [True, False]
         for architecture in architectures:
-            for border in borders:
-                data = dataclasses.replace(config.data, objective=(objective,), document_borders=border)
+            for cross in cross_document:
+                data = dataclasses.replace(config.data, objective=(objective,), cross_document_attention=cross)
                 model = dataclasses.replace(
                     config.model, architecture=architecture, token_types=2 * (objective == "mlm_nsp")
                 )
@@ -74,7 +73,7 @@ def measure(batches: Batches, seconds: float) -> dict[str, float | str]:
     return {
         "objective": config.data.objective[0],
         "architecture": config.model.architecture,
-        "borders": config.data.document_borders,
+        "borders": "concatenate" if config.data.cross_document_attention else "segments",
         "tokens_per_second": tokens / whole,
         "batch_ms": 1e3 * whole,
         "share_location": finding / whole,

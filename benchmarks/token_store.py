@@ -57,15 +57,15 @@ def measure_making(config: Config, prepared: preparation.Prepared, rounds: int) 
         lines = Path(scratch) / "texts.jsonl"
         lines.write_text(COPIES * "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
         cases = {
-            name: dataclasses.replace(config.data, source=source, directory=f"{scratch}/{name}", num_workers=1)
+            name: dataclasses.replace(config.data, source=source, cache_directory=f"{scratch}/{name}", num_workers=1)
             for name, source in (("own", config.data.source), ("jsonl", (f"jsonl:{lines}",)))
         }
         bare_seconds, seconds = [], {name: [] for name in cases}
         for _ in range(rounds):
             bare_seconds.append(cpu_seconds(lambda: bare.encode(texts, num_threads=1)))
             for name, data in cases.items():
-                (directory := Path(data.directory)).mkdir()
-                (directory / "tfds").symlink_to(Path(config.data.directory).expanduser() / "tfds")
+                (directory := Path(data.cache_directory)).mkdir()
+                (directory / "tfds").symlink_to(Path(config.data.cache_directory).expanduser() / "tfds")
                 again = dataclasses.replace(config, tokenizer=tokenizer, data=data)
                 seconds[name].append(cpu_seconds(lambda config=again: preparation.prepare(config, progress=False)))
                 shutil.rmtree(directory)

@@ -10,7 +10,7 @@ With a network, on SST-2, whose labels TFDS numbers: 0 negative, 1 positive:
 
     --config.data.source=tfds:glue/sst2:2.0.0
     --config.data.inputs_template='sst2 sentence: {sentence}' --config.data.targets_template='{label}'
-    --config.evaluate.choices=0,1
+    --config.evaluate.answer_choices=0,1
 """
 
 import ml_collections
@@ -25,5 +25,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(inputs_length=128, targets_length=32)
     config.optimizer.update(learning_rate=0.03, warmup_steps=15)
     config.train.update(num_steps=150, eval_every=75, checkpoint_every=75)
-    config.evaluate.update(metrics=("accuracy",), choices=CHOICES, max_new_tokens=8)
+    config.evaluate.update(metrics=("accuracy",), answer_choices=CHOICES, max_new_tokens=8)
     return config

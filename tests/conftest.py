@@ -64,7 +64,7 @@ def made(config: Config, denoiser: denoising.Denoiser, seed: int = 0) -> Batch:
     shape = (config.data.batch_size, denoiser.window.length)
     tokens_BT = rng.integers(3, config.tokenizer.vocab_size - config.tokenizer.num_sentinels, shape, dtype=np.int32)
     segments_BT = None
-    if config.data.document_borders == "segments":
+    if not config.data.cross_document_attention:
         segments_BT = (1 + np.cumsum(rng.random(shape) < 1 / 9, axis=1)).astype(np.int32)
     keys_B = rng.integers(0, 2**63, shape[0]).astype(np.uint64)
     follows_B = None
@@ -173,7 +173,7 @@ def flags(texts: Path) -> list[str]:
         "data.source": f"text:{texts}/a.txt",
         "data.text_documents": "line",
         "data.heldout_fraction": 0.1,
-        "data.directory": texts / "prepared",
+        "data.cache_directory": texts / "prepared",
         "data.batch_size": 8,
         "data.inputs_length": 32,
         "data.targets_length": 12,

@@ -28,8 +28,10 @@ def model_of(name: str) -> tuple[str, Config]:
     theirs = golden(name, "weights")
     head = theirs.get("lm_head.weight")
     untied = head is not None and not np.array_equal(head, theirs.get("shared.weight"))
-    pair_head = any(key.startswith("cls.seq_relationship") for key in theirs)
-    family, model = families.model_of(json.loads(str(GOLDEN[f"{name}.config"])), untied=untied, pair_head=pair_head)
+    next_sentence_head = any(key.startswith("cls.seq_relationship") for key in theirs)
+    family, model = families.model_of(
+        json.loads(str(GOLDEN[f"{name}.config"])), untied=untied, next_sentence_head=next_sentence_head
+    )
     config = small(model={**dataclasses.asdict(model), "dtype": "float32", "layers": "unroll", "vocab_multiple": 1})
     return family, dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=61, num_sentinels=0))
 

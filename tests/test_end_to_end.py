@@ -124,7 +124,7 @@ CASES = {
         "data__rates": "3,1",
     },
     "prefix": {"model__architecture": "decoder", "data__objective": "prefix_lm", "optimizer__ema_decay": 0.9},
-    "segments": {"data__document_borders": "segments"},
+    "segments": {"data__cross_document_attention": False},
 }
 
 
@@ -166,7 +166,7 @@ def test_one_run_turns_from_one_objective_to_another(train, texts):
         "run",
         data__objective="span_corruption,prefix_lm",
         data__objective_rates="1,0,0,1",
-        data__change_steps=6,
+        data__phase_boundaries=6,
         data__source=f"text:{texts}/a.txt,text:{texts}/b.txt",
         train__num_steps=12,
         train__log_every=3,
@@ -275,9 +275,12 @@ def test_a_run_that_diverges_stops_with_its_own_exit_code_and_saves_nothing_bad(
         f"--workdir={tmp_path}/run",
         "--config.optimizer.learning_rate=1e38",
         "--config.train.checkpoint_every=3",
-        "--config.train.max_bad_steps=2",
+        "--config.train.max_skipped_updates=2",
     )
     assert code == 5 and err.splitlines()[-1].startswith(
         "t5like: the gradient was not finite at 2 steps in a row up to step "
     )
-    assert [record["train/bad_steps"] for record in records(tmp_path / "run") if "train/loss" in record][-2:] == [1, 1]
+    assert [record["train/skipped_updates"] for record in records(tmp_path / "run") if "train/loss" in record][-2:] == [
+        1,
+        1,
+    ]

@@ -103,8 +103,8 @@ class Initial(NamedTuple):
 def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -> Initial:
     """Read the weights of `init_from.checkpoint`, adapted as `init_from.adapt` says.
 
-    A parameter whose name matches `init_from.new` begins at random; every other one has to be there, and nothing may be
-    left over. The moving average is taken where that run keeps one.
+    A parameter whose name matches `init_from.reinitialize` begins at random; every other one has to be there, and
+    nothing may be left over. The moving average is taken where that run keeps one.
 
     Args:
         config: of this run.
@@ -113,7 +113,7 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not fit; with a list of the differences.
-        ConfigError: a pattern of `init_from.new` matches no parameter.
+        ConfigError: a pattern of `init_from.reinitialize` matches no parameter.
     """
     init = config.init_from
     directory = expand(init.checkpoint)
@@ -121,7 +121,7 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
         raise CheckpointError(
             f"init_from.checkpoint={init.checkpoint} holds no run; name the directory of a trained one"
         )
-    tree.mask(abstract.params, init.new, field="init_from.new")
+    tree.mask(abstract.params, init.reinitialize, field="init_from.reinitialize")
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     meta = checkpoints.meta(None if init.step < 0 else init.step)
     ema = any(name.startswith("ema/") for name in meta.leaves)
@@ -136,7 +136,7 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
         for name, origin in origins.items()
         if origin.source
     }
-    read = checkpoints.restore_params(sources, meta.step, ema=ema, without=init.new)
+    read = checkpoints.restore_params(sources, meta.step, ema=ema, without=init.reinitialize)
     last = {origin.source: name for name, origin in origins.items()}  # who uses each source last
     params = {}
     for name, origin in origins.items():
@@ -223,7 +223,7 @@ def _check_adapted(
     if (old.architecture, new.architecture) == ("decoder", "encoder_decoder"):
         found["architecture"] = f"it is a decoder-only model, not model.architecture={new.architecture}"
     if tokenizer.hash != meta.tokenizer_hash and not all(
-        tree.matches(name, init.new) for name in wanted if name in ROW_DIMS
+        tree.matches(name, init.reinitialize) for name in wanted if name in ROW_DIMS
     ):
         found["vocabulary"] = (
             f"its tokenizer is another one ({meta.config.tokenizer.vocab_size:,} ids, not {tokenizer.vocab_size:,})"
@@ -250,7 +250,7 @@ def _source_name(name: str, old: str, new: str) -> str | None:
 
 def _origin(config: Config, old: Config, name: str, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Leaf]) -> Origin:
     source = _source_name(name, old.model.architecture, config.model.architecture)
-    if source is None or tree.matches(name, config.init_from.new):
+    if source is None or tree.matches(name, config.init_from.reinitialize):
         return Origin(None)
     layers: tuple[int, ...] = ()
     count = stored[source].shape[0] if "/layers/" in name and source in stored else leaf.shape[0]

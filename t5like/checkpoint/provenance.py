@@ -8,7 +8,6 @@ A fingerprint is the first 12 hex digits of a sha256. Nothing large is read: tok
 their manifests. All of it takes some 20 ms.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +23,7 @@ import jax
 
 from t5like import __version__
 from t5like.checkpoint.run_directory import MUTABLE_FIELDS
-from t5like.config.schema import Config
+from t5like.config.schema import Config, flatten
 from t5like.data.store.token_store import SPLITS, TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
@@ -61,17 +60,9 @@ def config_fingerprint(config: Config) -> str:
 
     A field that a later version adds therefore leaves the fingerprints of existing configs as they are.
     """
-    default = _fields(Config())
-    changed = {name: value for name, value in _fields(config).items() if value != default[name]}
+    default = flatten(Config())
+    changed = {name: value for name, value in flatten(config).items() if value != default[name]}
     return fingerprint({name: value for name, value in changed.items() if not name.startswith(MUTABLE_FIELDS)})
-
-
-def _fields(config: Config) -> dict[str, Any]:
-    """All fields by ``section.field``."""
-    sections = dataclasses.asdict(config)
-    return {"seed": sections.pop("seed")} | {
-        f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()
-    }
 
 
 def shard_checksums(store: TokenStore, splits: Sequence[str] = SPLITS) -> dict[str, str]:

@@ -9,12 +9,11 @@ import re
 from functools import cache
 from typing import Any, get_type_hints
 
-from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, Range
+from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, Range, get, sections
 from t5like.errors import ConfigError, shown
 from t5like.io.paths import check_path
 
 LEAST_RATE = 1e-9  # products of smaller ones may be 0
-SECTIONS = [field for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
 
 
 @cache
@@ -36,7 +35,7 @@ def check(config: Config) -> None:
         ConfigError: with field, value, rule, and a value that would work.
     """
     _ranges(config)
-    check_path("data.directory", config.data.directory)
+    check_path("data.cache_directory", config.data.cache_directory)
     if config.tokenizer.path:
         check_path("tokenizer.path", config.tokenizer.path)
     for part in (
@@ -57,9 +56,9 @@ def check(config: Config) -> None:
 
 def _ranges(config: Config) -> None:
     """Every number of the config against the range at its field."""
-    for section, part in [("", config), *((field.name + ".", getattr(config, field.name)) for field in SECTIONS)]:
-        for name, (limits, default) in ranges(type(part)).items():
-            value = getattr(part, name)
+    for section, cls in sections():
+        for name, (limits, default) in ranges(cls).items():
+            value = get(config, f"{section}{name}")
             items = value if isinstance(value, tuple) else (value,)
             if wrong := [item for item in items if item not in limits]:
                 use = f"; use {default}" if default != () else ""
@@ -127,14 +126,14 @@ def _data(config: Config) -> None:
         )
     _require(
         config,
-        not data.whole_words or {"mlm", "mlm_nsp"} & set(data.objective),
-        "data.whole_words",
+        not data.whole_word_masking or {"mlm", "mlm_nsp"} & set(data.objective),
+        "data.whole_word_masking",
         "needs data.objective=mlm or mlm_nsp",
     )
 
 
 def _init_from(config: Config) -> None:
-    for field in ("step", "new", "adapt"):
+    for field in ("step", "reinitialize", "adapt"):
         _require(
             config,
             bool(config.init_from.checkpoint) or getattr(config.init_from, field) == getattr(InitConfig, field),
@@ -171,8 +170,8 @@ def _objectives(config: Config) -> None:
     )
     _require(
         config,
-        "mlm_nsp" not in data.objective or model.pair_head,
-        "model.pair_head",
+        "mlm_nsp" not in data.objective or model.next_sentence_head,
+        "model.next_sentence_head",
         "must be true for data.objective=mlm_nsp, or use data.objective=mlm",
     )
 
@@ -193,12 +192,15 @@ def _evaluate(config: Config) -> None:
     )
     _require(
         config,
-        not evaluate.choices or len(set(evaluate.choices)) == len(evaluate.choices) > 1,
-        "evaluate.choices",
+        not evaluate.answer_choices or len(set(evaluate.answer_choices)) == len(evaluate.answer_choices) > 1,
+        "evaluate.answer_choices",
         "must be at least two different answers, or empty; use yes,no",
     )
     _require(
-        config, not evaluate.choices or evaluate.metrics, "evaluate.choices", "need evaluate.metrics; use accuracy"
+        config,
+        not evaluate.answer_choices or evaluate.metrics,
+        "evaluate.answer_choices",
+        "need evaluate.metrics; use accuracy",
     )
 
 
@@ -206,16 +208,16 @@ def _rates(config: Config) -> None:
     data = config.data
     _require(
         config,
-        list(data.change_steps) == sorted(set(data.change_steps)),
-        "data.change_steps",
+        list(data.phase_boundaries) == sorted(set(data.phase_boundaries)),
+        "data.phase_boundaries",
         "must be steps in ascending order; use 1000,2000",
     )
-    phases = 1 + len(data.change_steps)
+    phases = 1 + len(data.phase_boundaries)
     for field, of, names in (
         ("data.rates", "data.source", data.source),
         ("data.objective_rates", "data.objective", data.objective),
     ):
-        rates = _get(config, field)
+        rates = get(config, field)
         _require(
             config,
             len(rates) in (0, len(names) * phases),
@@ -289,31 +291,32 @@ def _model(config: Config) -> None:
 
 
 def _rotary(config: Config) -> None:
-    model = config.model
+    model, rotary = config.model, config.model.rotary
     _require(
         config,
-        model.rotary_scaling == "none" or model.positions == "rotary",
-        "model.rotary_scaling",
+        rotary.scaling == "none" or model.positions == "rotary",
+        "model.rotary.scaling",
         f"needs model.positions=rotary, not {model.positions}; use none",
     )
     _require(
         config,
-        model.rotary_scaling != "none" or model.rotary_factor == 1,
-        "model.rotary_factor",
-        "needs model.rotary_scaling, such as linear; use 1.0",
+        rotary.scaling != "none" or rotary.factor == 1,
+        "model.rotary.factor",
+        "needs model.rotary.scaling, such as linear; use 1.0",
     )
     _require(
         config,
-        model.rotary_scaling not in ("llama3", "yarn") or model.rotary_original_length > 0,
-        "model.rotary_original_length",
-        f"must be at least 1 for model.rotary_scaling={model.rotary_scaling}; use the length of the first training",
+        rotary.scaling not in ("llama3", "yarn") or rotary.original_length > 0,
+        "model.rotary.original_length",
+        f"must be at least 1 for model.rotary.scaling={rotary.scaling}; use the text length of the original training",
     )
-    for low, high in (("rotary_low", "rotary_high"), ("rotary_slow", "rotary_fast")):
+    for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
+        smallest = getattr(rotary, low)
         _require(
             config,
-            getattr(model, high) > getattr(model, low),
-            f"model.{high}",
-            f"must be more than model.{low}={getattr(model, low)}; use {4 * getattr(model, low)}",
+            getattr(rotary, high) > smallest,
+            f"model.rotary.{high}",
+            f"must be more than model.rotary.{low}={smallest}; use {4 * smallest}",
         )
 
 
@@ -379,9 +382,4 @@ def _mesh(config: Config) -> None:
 
 def _require(config: Config, holds: bool, field: str, rule: str) -> None:
     if not holds:
-        raise ConfigError(f"{field}={shown(_get(config, field))} {rule}")
-
-
-def _get(config: Config, field: str) -> Any:
-    section, _, name = field.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)
+        raise ConfigError(f"{field}={shown(get(config, field))} {rule}")

@@ -15,11 +15,9 @@ WIDTH = 100  # characters of a line
 
 def text() -> str:
     """All fields by section, each with its default, what it may be, and its comment."""
-    sections = [("", schema.Config), *((field.name, type(field.default)) for field in checks.SECTIONS)]
     lines = ["fields of the config, with their defaults; --config.SECTION.FIELD=VALUE sets one:"]
-    for section, cls in sections:
+    for prefix, cls in schema.sections():
         hints, ranges, help_of = get_type_hints(cls), checks.ranges(cls), comments(cls)
-        prefix = f"{section}." if section else ""
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[field.name]):
                 continue

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,11 @@ import ml_collections
 
 from t5like import __version__
 from t5like.config.checks import check
-from t5like.config.schema import Config
+from t5like.config.formats import FORMAT, RENAMED, renamed, upgrade
+from t5like.config.schema import Config, flatten
 from t5like.errors import LONGEST_VALUE, CheckpointError, ConfigError, shown
 from t5like.io.paths import check_path, expand
 from t5like.io.strict_json import InvalidJSON, loads
-
-FORMAT = 3  # of a saved config; older numbers are upgraded (`UPGRADES`), newer ones refused
 
 
 def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
@@ -121,6 +120,8 @@ def _returned(path: Path) -> dict:
             f"--config={path} ended the program by sys.exit({shown(error.code)}); define get_config() and return"
         ) from error
     except Exception as error:  # whatever it is, it is the file's
+        if message := _renamed_in(error):
+            raise ConfigError(f"--config={path}: {message}") from error
         reason = " ".join(str(error).split())[:LONGEST_VALUE]
         raise ConfigError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     finally:
@@ -128,8 +129,16 @@ def _returned(path: Path) -> dict:
     raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
 
 
+def _renamed_in(error: Exception) -> str | None:
+    """The message for an old field name that a ConfigDict refused, which names the field in quotes and no section."""
+    quoted = re.search(r"[\"'](\w+)[\"']", str(error)) if isinstance(error, AttributeError | KeyError) else None
+    return next((renamed(name) for name in RENAMED if quoted and name.rpartition(".")[2] == quoted[1]), None)
+
+
 def override(values: dict, name: str, text: str) -> None:
     """Set ``section.field`` of a nested dict from a command line's text, typed by the schema."""
+    if message := renamed(name):
+        raise ConfigError(message)
     section, cls = values, Config
     *parents, leaf = name.split(".")
     for parent in parents:
@@ -180,51 +189,25 @@ def from_json(text: str | bytes) -> Config:
         raise ConfigError("this is not a saved config: it must be a JSON object")
     written = values.pop("format", None)
     if type(written) is not int or written < 1:
-        raise ConfigError(f"config format={written!r} is none of ours: they are 1 to {FORMAT}")
+        raise ConfigError(f"config format={written!r} is not a format of t5like; they are 1 to {FORMAT}")
     if written > FORMAT:
         raise ConfigError(
             f"config format={written} is newer than {FORMAT}, which t5like {__version__} reads; install a newer t5like"
         )
-    for number in range(written, FORMAT):
-        values = UPGRADES[number](values)
-    return resolve(values)
-
-
-def _from_1(values: dict) -> dict:
-    """Format 1 (written until commit e76e9e6) had fewer fields; what it did without them is what their defaults do."""
-    return values
-
-
-def _from_2(values: dict) -> dict:
-    """In format 2 (until commit 323d2de) init_from.step=0 was the latest checkpoint; now it is that of step 0."""
-    init = values.get("init_from")
-    if isinstance(init, dict) and init.get("step") == 0:
-        values = {**values, "init_from": {**init, "step": -1}}
-    return values
+    return resolve(upgrade(values, written))
 
 
 _BETWEEN_SOURCES = r",(?=\w{2,}:|python_stdlib|$)"  # where a kind follows; another comma is part of a path
 
-# What turns the values of a saved config of each older format into those of the next one.
-UPGRADES: dict[int, Callable[[dict], dict]] = {1: _from_1, 2: _from_2}
-
 
 def difference(old: Config, new: Config) -> list[str]:
     """The fields that differ, as ``section.field: old -> new``."""
-    pairs = zip(_flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new)), strict=True)
-    return [f"{name}: {was!r} -> {now!r}" for (name, was), (_, now) in pairs if was != now]
+    values = flatten(new)
+    return [f"{name}: {was!r} -> {values[name]!r}" for name, was in flatten(old).items() if was != values[name]]
 
 
 def _types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
-
-
-def _flat(values: Mapping, prefix: str = "") -> list[tuple[str, Any]]:
-    return [
-        pair
-        for key, value in values.items()
-        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, value)])
-    ]
 
 
 def _unknown(where: str, key: Any, cls: type) -> str:
@@ -243,6 +226,8 @@ def _build(cls: type, values: Mapping, prefix: str):
     types = _types(cls)
     for key in values:
         if key not in types:
+            if message := renamed(f"{prefix}{key}"):
+                raise ConfigError(message)
             raise ConfigError(_unknown(prefix + (key if isinstance(key, str) else shown(key)), key, cls))
     return cls(
         **{

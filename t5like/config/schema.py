@@ -6,7 +6,9 @@ A file in `configs/` defines ``get_config() -> ml_collections.ConfigDict``: it t
 """
 
 import dataclasses
-from typing import Annotated, Literal
+import functools
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
@@ -92,15 +94,15 @@ class DataConfig:
     # What one document is in text files: a file, a line, or a passage of about 16 KiB that ends with a line. auto: a
     # file if there are at least 100 of them, else a passage, so that a part of a few large files can be held out.
     text_documents: Literal["auto", "file", "line", "passage"] = "auto"
-    directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
+    cache_directory: str = "~/.cache/t5like"  # where tokenizers and token stores are kept, for all runs
     # of the documents (at least one), chosen by a hash of their text, never trained on
     heldout_fraction: Annotated[float, Range(above=0, below=1)] = 0.01
     num_workers: Annotated[int, Range(0, 1024)] = 0  # processes that tokenize; 0: one per core
     objective: tuple[Objective, ...] = ("span_corruption",)  # one or several, each on every source
     objective_rates: Rates = ()  # how often each objective is drawn; empty: all alike
     # Steps at which the rates change. rates and objective_rates then hold one list per phase, one behind another:
-    # objective=span_corruption,prefix_lm objective_rates=1,0,0,1 change_steps=1000 turns from one to the other.
-    change_steps: Annotated[tuple[int, ...], Range(1, LARGEST)] = ()
+    # objective=span_corruption,prefix_lm objective_rates=1,0,0,1 phase_boundaries=1000 turns from one to the other.
+    phase_boundaries: Annotated[tuple[int, ...], Range(1, LARGEST)] = ()
     batch_size: Annotated[int, Range(1, 2**24)] = 128  # rows per step, over all devices and microbatches
     inputs_length: Annotated[int, Range(0, 2**20)] = 512  # tokens that a row reads
     # tokens; a decoder-only model reads rows of inputs_length + targets_length
@@ -108,14 +110,36 @@ class DataConfig:
     # span corruption and MLM: share of the tokens that are masked
     noise_density: Annotated[float, Range(above=0, below=1)] = 0.15
     mean_span_length: Annotated[float, Range(1, 2**20)] = 3.0  # span corruption: tokens per masked span
-    whole_words: bool = False  # MLM: all pieces of a word are masked together
-    document_borders: Literal["concatenate", "segments"] = "concatenate"  # segments: no attention across documents
+    whole_word_masking: bool = False  # MLM: all pieces of a word are masked together
+    # Whether a token attends to the other documents of its row, as in T5. A row is a window of the concatenated
+    # documents.
+    cross_document_attention: bool = True
     # Supervised: how an example's fields become the text that is read and the text that is learned.
     inputs_template: str = "{inputs}"
     targets_template: str = "{targets}"  # the text that is learned
     messages_field: str = ""  # chat instead of templates: the field with a list of {"role": ..., "content": ...}
     packing: bool = True  # supervised: several examples in a row, which don't see each other; else one
     prefetch: Annotated[int, Range(1, 1000)] = 4  # steps made ahead in background threads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    base: Annotated[float, Range(1, 1e12)] = 10_000.0  # rope_theta; the longest wavelength is about 2 pi x base tokens
+    # Extension to texts longer than those of the original training. linear divides all frequencies by factor. llama3
+    # divides the low ones. yarn blends both by a ramp and scales attention. See `model.positions.rotary_frequencies`.
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: Annotated[float, Range(1e-6, 1e6)] = 1.0  # length of the longer texts / original_length
+    original_length: NotNegative = 0  # llama3, yarn: tokens of a text in the original training
+    # llama3: frequencies with fewer full turns than this in the original length are divided by factor
+    low_frequency_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    # llama3: frequencies with more full turns than this in the original length stay unchanged
+    high_frequency_factor: Annotated[float, Range(1e-6, 1e9)] = 4.0
+    # yarn: frequencies with fewer full turns than this in the original length are divided by factor
+    beta_slow: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    # yarn: frequencies with more full turns than this in the original length stay unchanged
+    beta_fast: Annotated[float, Range(1e-6, 1e9)] = 32.0
+    # yarn: multiplies queries and keys; 0: 0.1 ln(factor) + 1
+    attention_factor: Annotated[float, Range(0, 1e6)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,19 +157,7 @@ class ModelConfig:
     relative_buckets: Annotated[int, Range(4, 2**16)] = 32  # distances that a bias tells apart
     relative_max_distance: Annotated[int, Range(1, LARGEST)] = 128  # tokens; larger distances share a bucket
     relative_bias: Literal["shared", "per_layer"] = "shared"  # one for all layers of a stack (T5), or one each (UMT5)
-    rotary_base: Annotated[float, Range(1, 1e12)] = 10_000.0  # the longest wave is about 2 pi times as many tokens
-    # Rotary positions for texts longer than those that the base was trained on: linear divides all frequencies by
-    # rotary_factor, llama3 the low ones, yarn by a ramp and scales attention; see `model.layers.rotary_frequencies`.
-    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    rotary_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0  # how much longer texts may get
-    rotary_original_length: NotNegative = 0  # llama3, yarn: tokens of the texts that the base was trained on
-    # llama3: full turns in the original length below which a frequency counts as low
-    rotary_low: Annotated[float, Range(1e-6, 1e6)] = 1.0
-    rotary_high: Annotated[float, Range(1e-6, 1e9)] = 4.0  # llama3: turns above which it stays
-    rotary_slow: Annotated[float, Range(1e-6, 1e6)] = 1.0  # yarn: turns below which a frequency is divided
-    rotary_fast: Annotated[float, Range(1e-6, 1e9)] = 32.0  # yarn: turns above which it stays
-    # yarn: factor on queries and keys; 0: 0.1 ln(rotary_factor) + 1
-    rotary_attention: Annotated[float, Range(0, 1e6)] = 0.0
+    rotary: RotaryConfig = RotaryConfig()  # rotary position embeddings, for positions=rotary
     max_length: Annotated[int, Range(1, 2**24)] = 1024  # rows of learned positions
     norm: Literal["rms", "layer"] = "rms"  # T5 and Llama; GPT-2 and BERT
     norm_position: Literal["pre", "post"] = "pre"  # of each attention and MLP; post: behind them, as in BERT
@@ -163,7 +175,7 @@ class ModelConfig:
     # Encoder-only: rows of the embeddings of a pair's first and second text. If there are any, there is also BERT's
     # pooler with the next-sentence classifier, whatever the objective: parameters follow from this section alone.
     token_types: Annotated[int, Range(0, 2**16)] = 0
-    pair_head: bool = True  # false: without that pooler and classifier, as in BertForMaskedLM
+    next_sentence_head: bool = True  # false: without that pooler and classifier, as in BertForMaskedLM
     head: Literal["plain", "mlm"] = "plain"  # mlm, encoder-only: a dense layer and a norm first, a bias on the logits
     dropout_rate: Share = 0.0  # share of values that are set to 0 in training
     # embedding rows are padded up to it; padding rows never win a softmax
@@ -237,9 +249,10 @@ class TrainConfig:
     checkpoint_every: Positive = 1_000  # steps
     keep_checkpoints: Positive = 3  # the newest ones
     keep_every: NotNegative = 0  # steps whose checkpoints are kept for good; 0: none
-    max_bad_steps: Positive = 3  # updates with a non-finite gradient that are skipped in a row before the run gives up
-    # that a process waits for the others, where there are several, before the run ends (76)
-    wait_seconds: Annotated[int, Range(1, 604_800)] = 600
+    # An update with a non-finite gradient is skipped. The run ends (5) after so many skipped updates in a row.
+    max_skipped_updates: Positive = 3
+    # With several processes: the longest time that a process waits for the others before the run ends (76).
+    process_timeout_seconds: Annotated[int, Range(1, 604_800)] = 600
     profile_step: NotNegative = 0  # writes a profile of the 3 steps from this one; 0: none
     # XLA's, as NAME=VALUE, of the train step, after those of compiler_options.py; none: without those.
     compiler_options: tuple[str, ...] = ()
@@ -265,7 +278,7 @@ class InitConfig:
     checkpoint: str = ""
     # of its checkpoints; -1: the latest; an import's weights are those of step 0
     step: Annotated[int, Range(-1, LARGEST)] = -1
-    new: tuple[str, ...] = ()  # parameter names, as regular expressions, that begin at random all the same
+    reinitialize: tuple[str, ...] = ()  # parameter names, as regular expressions, that begin at random all the same
     # What may differ from the model that the weights are of; anything else has to fit. RUN/init_from.txt says for each
     # parameter how it began. architecture: an encoder-decoder from a decoder-only model, both stacks from its layers,
     # cross-attention at random. vocabulary: another tokenizer; rows go by piece, those of new pieces begin at the mean.
@@ -278,7 +291,9 @@ class EvaluateConfig:
     # Of the texts that are generated for held-out supervised examples; see `scores`. Empty: held-out loss alone.
     metrics: tuple[Metric, ...] = ()
     language: str = "auto"  # of the answers, an ISO 639-1 code: what a word is; auto: by their letters; see `scores`
-    choices: tuple[str, ...] = ()  # all possible answers: the likeliest is taken, nothing is generated; empty: generate
+    answer_choices: tuple[
+        str, ...
+    ] = ()  # all possible answers: the likeliest is taken, nothing is generated; empty: generate
     max_new_tokens: Annotated[int, Range(0, 2**20)] = 0  # generated per example; 0: data.targets_length
     max_examples: Positive = 256  # held-out examples that are scored, the first ones
 
@@ -304,6 +319,29 @@ class Config:
     def row_length(self) -> int:
         """Tokens of a decoder-only row."""
         return self.data.inputs_length + self.data.targets_length
+
+
+def sections(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Prefix and class of each section: ``("", Config)``, ..., ``("model.rotary.", RotaryConfig)``."""
+    yield prefix, cls
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from sections(type(field.default), f"{prefix}{field.name}.")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """All values by dotted name, such as ``model.rotary.base``."""
+    return {
+        f"{prefix}{field.name}": get(config, f"{prefix}{field.name}")
+        for prefix, cls in sections()
+        for field in dataclasses.fields(cls)
+        if not dataclasses.is_dataclass(field.default)
+    }
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of a field or section by dotted name."""
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def default() -> ml_collections.ConfigDict:

@@ -110,7 +110,7 @@ def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
         sizes: of each source, to draw in proportion to where `data.rates` is empty.
     """
     data, found = config.data, components(config)
-    phases = 1 + len(data.change_steps)
+    phases = 1 + len(data.phase_boundaries)
     sources = np.reshape(data.rates, (phases, -1)) if data.rates else np.tile(np.asarray(sizes, float), (phases, 1))
     denoising = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
     rates = np.array([sources[:, each.source] * denoising[:, each.objective] * each.share for each in found]).T
@@ -159,7 +159,7 @@ def _row(config: Config) -> Batch:
 
 def _needs_segments(config: Config) -> bool:
     """Whether rows say which document a token is from: borders matter, or an encoder's row may be padded."""
-    if config.data.document_borders == "segments":
+    if not config.data.cross_document_attention:
         return True
     return config.model.has_encoder and any(way.inputs < config.data.inputs_length for way in denoisers(config))
 
@@ -201,7 +201,7 @@ class Windows:
         if self.denoiser.objective == "mlm_nsp":
             return sentence_pairs(self.stream, start_B, length, keys_B)
         tokens_BT, segments_BT = self.stream.windows(start_B, length), None
-        if self.config.data.document_borders == "segments":
+        if not self.config.data.cross_document_attention:
             segments_BT = self.stream.segments(start_B, length)
         elif self._numbered:
             segments_BT = np.ones_like(tokens_BT)
@@ -264,7 +264,7 @@ class Batches:
 
     def _make_phases(self) -> list[_Phase]:
         phases, before_C = [], np.zeros(len(self.rows), np.int64)
-        starts = [step * self.config.data.batch_size for step in (0, *self.config.data.change_steps)]
+        starts = [step * self.config.data.batch_size for step in (0, *self.config.data.phase_boundaries)]
         for rates_C, start, stop in zip(self.rates_PC, starts, [*starts[1:], None], strict=True):
             phases.append(_Phase(start, _block_counts(rates_C), before_C))
             if stop is not None:  # a block that is not finished counts as used
@@ -289,7 +289,7 @@ class Batches:
     def describe(self) -> list[str]:
         """Lines for the user: how often the run's steps go through each component, and at what rates."""
         data, lines = self.config.data, []
-        stops = [*data.change_steps, max(self.config.train.num_steps, *data.change_steps, 0)]
+        stops = [*data.phase_boundaries, max(self.config.train.num_steps, *data.phase_boundaries, 0)]
         steps_P = np.diff([0, *np.minimum(stops, self.config.train.num_steps)])
         drawn_C = steps_P @ self.rates_PC * data.batch_size
         for each, rows, drawn, rates_P in zip(self.components, self.rows, drawn_C, self.rates_PC.T, strict=True):

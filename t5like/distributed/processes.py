@@ -121,7 +121,7 @@ def process_group(
 def _start(begin: ProcessInfo, config: Config, facts: Mapping[str, str]) -> None:
     """Meet the others, start JAX's service, and compare the devices."""
     global _run
-    seconds = config.train.wait_seconds
+    seconds = config.train.process_timeout_seconds
     address = join(begin, {**facts, "config": loader.to_json(config)}, seconds=seconds)
     host, _, port = begin.coordinator.rpartition(":")
     here = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -166,7 +166,7 @@ def all_gather(name: str, value: str = "", *, step: int | None = None, seconds: 
     """The values of all processes, in order. All must call it with the same name, in the same order.
 
     Raises:
-        PeerLost: not all came within `seconds` (default: `train.wait_seconds`).
+        PeerLost: not all came within `seconds` (default: `train.process_timeout_seconds`).
         PeerFailed: one of them has failed meanwhile.
     """
     run = _run
@@ -251,7 +251,7 @@ def barrier(name: str, *, step: int | None = None) -> None:
 
 @contextlib.contextmanager
 def watchdog(phase: str, step: int | None = None, *, times: int = 1) -> Iterator[None]:
-    """Allow `times` x `train.wait_seconds` for what is inside, which waits for other processes in JAX; then exit 76."""
+    """Exit with 76 if the code inside, which waits for other processes, takes `times` x `process_timeout_seconds`."""
     run = _run
     if run is None:
         yield

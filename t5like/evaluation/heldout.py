@@ -127,7 +127,7 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str]
         tokenizer=dataclasses.replace(run.config.tokenizer, path=str(tokenizer_path)),
         train=dataclasses.replace(run.config.train, eval_batches=2**31),
     )
-    directory = cache_directory(config.data.directory)
+    directory = cache_directory(config.data.cache_directory)
     work = partial(preparation.prepare, config)
     stores = processes.once_per_file_system("preparing the data", directory, work).stores
     heldout = pipeline.open_split(config, stores, "heldout")

@@ -78,12 +78,12 @@ class TaskEvaluator:
         self._scores("eval/score", ["a"] * len(self.right))  # says what is not installed
         self.rules = text_metrics.rules_for(self.right, config.evaluate.language)
         self._train = train
-        self._choices = [[*tokenizer.encode(text), tokenizer.eos_id] for text in config.evaluate.choices]
+        self._choices = [[*tokenizer.encode(text), tokenizer.eos_id] for text in config.evaluate.answer_choices]
         longest = max(map(len, self._choices), default=0)
         if longest > config.data.targets_length:
             raise ConfigError(
                 f"data.targets_length={config.data.targets_length} must be at least {longest}, the longest of "
-                f"evaluate.choices in tokens; use {longest}"
+                f"evaluate.answer_choices in tokens; use {longest}"
             )
 
     @property
@@ -106,7 +106,7 @@ class TaskEvaluator:
         ]
         if nats_NC is not None:
             for record, nats_C in zip(records, nats_NC.tolist(), strict=True):
-                record["nats"] = dict(zip(self.config.evaluate.choices, nats_C, strict=True))
+                record["nats"] = dict(zip(self.config.evaluate.answer_choices, nats_C, strict=True))
         return self._scores("eval/score", said), records
 
     def describe(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ class TaskEvaluator:
             nats += to_host(score_targets(self.config, params, batch, ends).nats_B)[: len(some)].tolist()
             progress(len(nats))
         nats_NC = np.reshape(nats, (len(self.questions), -1))
-        return [self.config.evaluate.choices[best] for best in nats_NC.argmin(1)], nats_NC
+        return [self.config.evaluate.answer_choices[best] for best in nats_NC.argmin(1)], nats_NC
 
 
 def write_predictions(workdir: Path, name: int | str, records: Sequence[dict[str, Any]]) -> Path:

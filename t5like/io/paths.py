@@ -87,7 +87,10 @@ def cache_directory(path: str | Path) -> Path:
     if elsewhere not in _told:
         _told.add(elsewhere)
         reason = "there is no home directory" if home == "~" else f"{home} can't be written"
-        print(f"t5like: {reason}: the cache is in {elsewhere}; set HOME or data.directory to keep it", file=sys.stderr)
+        print(
+            f"t5like: {reason}: the cache is in {elsewhere}; set HOME or data.cache_directory to keep it",
+            file=sys.stderr,
+        )
     return elsewhere / str(path).removeprefix(CACHE)
 
 

@@ -125,32 +125,32 @@ def shift_rows(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per token of each pair of a head's dims, float32 [H / 2], and the factor on queries and keys.
 
-    A frequency f makes t = rotary_original_length * f / 2 pi turns in a text of the original length. llama3 (Llama
-    3.1's released code): f for t > rotary_high, f / rotary_factor for t < rotary_low, between them both, mixed linearly
-    by t. yarn (Peng et al. 2023, section 3): the same with a mixture that is linear in the pair's index, from the first
-    that turns fewer than rotary_fast times, rounded down, to the one that turns rotary_slow times, rounded up; and
-    queries and keys are scaled.
+    A frequency f makes t = original_length * f / 2 pi turns in a text of the original length. llama3 (Llama
+    3.1's released code): f for t > high_frequency_factor, f / factor for t < low_frequency_factor, between them both,
+    mixed linearly by t. yarn (Peng et al. 2023, section 3): the same with a mixture that is linear in the pair's index,
+    from the first that turns fewer than beta_fast times, rounded down, to the one that turns beta_slow times, rounded
+    up; and queries and keys are scaled.
     """
-    half = config.head_dim // 2
-    frequency = config.rotary_base ** (-np.arange(half, dtype=np.float32) / half)
-    if config.rotary_scaling == "none":
+    rotary, half = config.rotary, config.head_dim // 2
+    frequency = rotary.base ** (-np.arange(half, dtype=np.float32) / half)
+    if rotary.scaling == "none":
         return frequency, 1.0
-    low, scale = frequency / np.float32(config.rotary_factor), 1.0
-    if config.rotary_scaling == "linear":
+    low, scale = frequency / np.float32(rotary.factor), 1.0
+    if rotary.scaling == "linear":
         return low, scale
-    if config.rotary_scaling == "llama3":
-        turns = config.rotary_original_length * frequency / np.float32(2 * math.pi)
-        kept = (turns - config.rotary_low) / (config.rotary_high - config.rotary_low)
+    if rotary.scaling == "llama3":
+        turns = rotary.original_length * frequency / np.float32(2 * math.pi)
+        kept = (turns - rotary.low_frequency_factor) / (rotary.high_frequency_factor - rotary.low_frequency_factor)
     else:
 
         def index_of(turns: float) -> float:  # of the pair that turns so often, as a real number
-            ratio = config.rotary_original_length / (turns * 2 * math.pi)
-            return half * math.log(ratio) / math.log(config.rotary_base)
+            ratio = rotary.original_length / (turns * 2 * math.pi)
+            return half * math.log(ratio) / math.log(rotary.base)
 
-        first = max(math.floor(index_of(config.rotary_fast)), 0)
-        last = min(math.ceil(index_of(config.rotary_slow)), config.head_dim - 1)
+        first = max(math.floor(index_of(rotary.beta_fast)), 0)
+        last = min(math.ceil(index_of(rotary.beta_slow)), config.head_dim - 1)
         kept = 1 - (np.arange(half) - first) / max(last - first, 0.001)
-        scale = config.rotary_attention or 0.1 * math.log(max(config.rotary_factor, 1.0)) + 1.0
+        scale = rotary.attention_factor or 0.1 * math.log(max(rotary.factor, 1.0)) + 1.0
     kept = np.clip(kept, 0, 1).astype(np.float32)
     return frequency * kept + low * (1 - kept), scale
 

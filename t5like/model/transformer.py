@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         if model.token_types:
             types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
             self.token_types = self.param("token_types", types, (model.token_types, model.model_dim), jnp.float32)
-            if model.pair_head:
+            if model.next_sentence_head:
                 self.pairs = heads.PairClassifier(model)
         if model.embedding_norm:
             self.embedding_norm = lay.Norm(model)
@@ -57,7 +57,7 @@ class Transformer(nn.Module):
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""
         hidden_BLD = self.hidden(batch, train=train)
-        if self.is_initializing() and self.config.model.token_types and self.config.model.pair_head:
+        if self.is_initializing() and self.config.model.token_types and self.config.model.next_sentence_head:
             self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
         return self.logits(hidden_BLD)
 

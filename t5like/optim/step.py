@@ -113,7 +113,7 @@ def make_train_step(
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
 
     An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on,
-    and the metric `bad_steps` is 1. The gradient of frozen parameters is not computed, and no part of that norm.
+    and the metric `skipped_updates` is 1. The gradient of frozen parameters is not computed, and no part of that norm.
     """
     microbatches = config.train.microbatches
 
@@ -156,7 +156,7 @@ def make_train_step(
         metrics |= {
             "grad_norm": Sum(norm, one),
             "learning_rate": Sum(schedule(config)(state.step), one),
-            "bad_steps": Sum(1.0 - good.astype(jnp.float32), one),
+            "skipped_updates": Sum(1.0 - good.astype(jnp.float32), one),
             "tokens": Sum(tokens, one),
             "fill": Sum(
                 tokens, jnp.float32(sum(x.size for x in (batch.encoder_BS, batch.decoder_BL) if x is not None))

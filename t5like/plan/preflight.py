@@ -49,7 +49,7 @@ def _data(config: Config) -> list[Check]:
         return [Check("tokenizer", "wrong", str(error), error)]
     make = "t5like prepare makes it"
     if tokenizer is None:
-        text = f"none for these sources in {config.data.directory}; {make}"
+        text = f"none for these sources in {config.data.cache_directory}; {make}"
         return [Check("tokenizer", "missing", text), Check("data", "missing", f"no token store yet; {make}")]
     found = [Check("tokenizer", "ok", f"{config.tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")]
     for spec, store in zip(config.data.source, stores, strict=True):

@@ -82,7 +82,7 @@ def train(config: Config, workdir: Path) -> None:
         say(f"           {line}")
 
     # ---- Data ----
-    directory = cache_directory(config.data.directory)
+    directory = cache_directory(config.data.cache_directory)
     prepared = processes.once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
     for note in prepared.notes:
         say(note)

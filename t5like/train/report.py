@@ -28,7 +28,7 @@ class StepReporter:
     def __init__(self, config: Config, writer: writers.Writer, progress: Progress, throughput: Throughput):
         self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
         self._names = pipeline.component_names(config)
-        self._bad_steps = 0
+        self._skipped_updates = 0
         self._components = None  # sums since the last log
 
     def __call__(self, done: int, on_device: Metrics) -> None:
@@ -40,24 +40,24 @@ class StepReporter:
         with processes.watchdog("a training step", done):
             sums = jax.device_get(on_device)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
-        self._bad_steps = self._bad_steps + 1 if values["train/bad_steps"] else 0
+        self._skipped_updates = self._skipped_updates + 1 if values["train/skipped_updates"] else 0
         self._throughput.tick(values.pop("train/tokens"))
         if "by_component" in sums:
             new = {name: sums[name] for name in COMPONENT_METRICS}
             self._components = jax.tree.map(np.add, self._components, new) if self._components else new
-        if self._bad_steps:
+        if self._skipped_updates:
             self._progress.note(
-                f"step {done:,}: the gradient is not finite, update skipped ({self._bad_steps} in a row)"
+                f"step {done:,}: the gradient is not finite, update skipped ({self._skipped_updates} in a row)"
             )
-        if done % self._train.log_every == 0 or done == self._train.num_steps or self._bad_steps:
+        if done % self._train.log_every == 0 or done == self._train.num_steps or self._skipped_updates:
             values |= self._throughput.read()
             if self._components:
                 values |= writers.by_component("train", self._names, self._components)
                 self._components = None
             self._writer.write(done, values)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
-        if self._bad_steps >= self._train.max_bad_steps:
+        if self._skipped_updates >= self._train.max_skipped_updates:
             raise Diverged(
-                f"the gradient was not finite at {self._bad_steps} steps in a row up to step {done}; "
+                f"the gradient was not finite at {self._skipped_updates} steps in a row up to step {done}; "
                 "lower optimizer.learning_rate or raise optimizer.warmup_steps"
             )

@@ -54,7 +54,7 @@ def described(config, prepared, asked=None):
         ("train", "num_steps", 99, False),
         ("train", "microbatches", 2, False),
         ("mesh", "fsdp", 2, False),
-        ("data", "directory", "/elsewhere", False),
+        ("data", "cache_directory", "/elsewhere", False),
         ("evaluate", "metrics", ("f1",), False),
     ],
 )
@@ -84,7 +84,7 @@ def test_data_are_known_by_their_content(prepared, trained, tmp_path):
     (tmp_path / "a.txt").write_text("".join(lines[:-1]) + "another line.\n")
     source = (f"text:{tmp_path}/a.txt",)
     tokenizer = dataclasses.replace(config.tokenizer, path=str(data.tokenizer_path))
-    changed = dataclasses.replace(config.data, source=source, directory=str(tmp_path / "prepared"))
+    changed = dataclasses.replace(config.data, source=source, cache_directory=str(tmp_path / "prepared"))
     again = preparation.prepare(dataclasses.replace(config, data=changed, tokenizer=tokenizer), progress=False)
     other = provenance.fingerprints(dataclasses.replace(config, data=changed), data.tokenizer, again.stores)
     assert other["tokenizer"] == prints["tokenizer"]

@@ -16,7 +16,7 @@ from conftest import contents, write_text
 from t5like import __version__
 from t5like.cli.main import main
 from t5like.config import field_help, loader
-from t5like.config.schema import Config, TokenizerConfig
+from t5like.config.schema import TokenizerConfig, sections
 
 
 @pytest.fixture
@@ -173,15 +173,15 @@ def test_help_shows_each_command_and_its_flags(capsys):
 def test_the_help_of_train_shows_every_field_with_its_default_values_and_comment():
     text = field_help.text()
     assert field_help.comments(TokenizerConfig)["path"].startswith("a SentencePiece model or")
-    for section in ("tokenizer", "data", "model", "optimizer", "train", "mesh", "init_from", "evaluate"):
-        cls = type(getattr(Config(), section))
-        assert field_help.comments(cls).keys() == {field.name for field in dataclasses.fields(cls)}
-        for field in dataclasses.fields(cls):
-            assert f"\n--config.{section}.{field.name}=" in text and field_help.comments(cls)[field.name], field.name
+    for prefix, cls in sections():
+        names = {field.name for field in dataclasses.fields(cls) if not dataclasses.is_dataclass(field.default)}
+        for name in names:
+            assert f"\n--config.{prefix}{name}=" in text and field_help.comments(cls)[name], name
     assert (
         "\n--config.train.log_every=10\n    at least 1 and at most 2,147,483,647\n    steps\n" in text
         and "\n--config.model.biases=false\n    true | false\n    on every dense layer\n" in text
         and "\n--config.model.norm=rms\n    rms | layer\n" in text
+        and "\n--config.model.rotary.base=10000.0\n    at least 1 and at most 1e+12\n" in text
     )
 
 
@@ -364,7 +364,7 @@ def missing_tokenizer(tmp_path):
 )
 def test_data_that_do_not_suffice_are_refused(problem, refused, flags, tmp_path):
     values, message = problem(tmp_path)
-    values = {"data.directory": tmp_path / "prepared", **values}
+    values = {"data.cache_directory": tmp_path / "prepared", **values}
     code, said = refused(
         "train", *flags, *(f"--config.{name}={value}" for name, value in values.items()), f"--workdir={tmp_path}/run"
     )
@@ -390,9 +390,11 @@ def test_a_tokenizer_of_another_size_is_refused(refused, flags, trained, tmp_pat
 def test_a_data_directory_that_can_not_be_written_is_refused(refused, flags, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, said = refused(
-        "train", *flags, f"--config.data.directory={tmp_path}/file/prepared", f"--workdir={tmp_path}/run"
+        "train", *flags, f"--config.data.cache_directory={tmp_path}/file/prepared", f"--workdir={tmp_path}/run"
     )
-    assert code == 4 and said.startswith(f"data.directory={tmp_path}/file/prepared can't be used: Not a directory")
+    assert code == 4 and said.startswith(
+        f"data.cache_directory={tmp_path}/file/prepared can't be used: Not a directory"
+    )
     assert contents(tmp_path) == {"file": b"in the way"}
 
 

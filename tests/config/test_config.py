@@ -1,6 +1,7 @@
 """The schema: strict, typed, saved and read again; and every config that we ship."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from t5like.config import checks, loader
-from t5like.config.schema import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig
+from t5like.config import checks, formats, loader
+from t5like.config.schema import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig, sections
 from t5like.data import pipeline
 from t5like.data.objectives import denoising
 from t5like.errors import ConfigError
@@ -146,8 +147,8 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         ),
         ({"data": {"messages_field": "m"}}, "data.messages_field='m' needs data.objective=supervised"),
         ({"data": {"inputs_template": "{x}"}}, "data.inputs_template='{x}' needs data.objective=supervised"),
-        ({"data": {"whole_words": True}}, "data.whole_words=True needs data.objective=mlm or mlm_nsp"),
-        ({"init_from": {"new": "head"}}, "init_from.new=('head',) needs init_from.checkpoint"),
+        ({"data": {"whole_word_masking": True}}, "data.whole_word_masking=True needs data.objective=mlm or mlm_nsp"),
+        ({"init_from": {"reinitialize": "head"}}, "init_from.reinitialize=('head',) needs init_from.checkpoint"),
         (
             {"data": {"objective": ("prefix_lm", "prefix_lm")}},
             "data.objective=('prefix_lm', 'prefix_lm') must not name an objective twice",
@@ -157,25 +158,28 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             "data.targets_template='{x}' can't go with data.messages_field",
         ),
         (
-            {"data": {"objective": "supervised"}, "evaluate": {"choices": ("a", "b")}},
-            "evaluate.choices=('a', 'b') need evaluate.metrics; use accuracy",
+            {"data": {"objective": "supervised"}, "evaluate": {"answer_choices": ("a", "b")}},
+            "evaluate.answer_choices=('a', 'b') need evaluate.metrics; use accuracy",
         ),
         (
             {"data": {"objective": ("span_corruption", "ul2"), "objective_rates": (0, 0)}},
             "data.objective_rates=(0.0, 0.0) must not sum to 0; use 1,1",
         ),
         (
-            {"data": {"change_steps": (5,), "rates": (1, 0)}},
+            {"data": {"phase_boundaries": (5,), "rates": (1, 0)}},
             "data.rates=(1.0, 0.0) must not sum to 0 in any phase; use 1,1",
         ),
         (
-            {"data": {"change_steps": (5, 5)}},
-            "data.change_steps=(5, 5) must be steps in ascending order; use 1000,2000",
+            {"data": {"phase_boundaries": (5, 5)}},
+            "data.phase_boundaries=(5, 5) must be steps in ascending order; use 1000,2000",
         ),
         ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can take what is left; use mesh.fsdp=1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for what is left"),
         ({"mesh": {"data": -2}}, "mesh.data=-2 must be at least -1 and at most 1,048,576; use -1"),
-        ({"data": {"change_steps": (5, -1), "rates": ()}}, "data.change_steps=-1 must be at least 1 and at most "),
+        (
+            {"data": {"phase_boundaries": (5, -1), "rates": ()}},
+            "data.phase_boundaries=-1 must be at least 1 and at most ",
+        ),
         ({"data": {"rates": (1e30,)}}, "data.rates=1e+30 must be at least 0 and at most 1e+09"),
         ({"data": {"rates": (1e-30,)}}, "data.rates=(1e-30,) must be 0 or at least 1e-09"),
         ({"model": {"model_dim": 10**12}}, "model.model_dim=1000000000000 must be at least 1 and at most 1,048,576"),
@@ -183,8 +187,11 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         ({"data": {"batch_size": 10**5000}}, "data.batch_size=a number of thousands of digits must be at least 1"),
         ({"optimizer": {"learning_rate": 10**400}}, "optimizer.learning_rate=1000"),
         ({"data": {"split": "a\0"}}, "data.split='a\\x00' must be UTF-8 text without NUL characters"),
-        ({"data": {"directory": "/tmp/\udcff"}}, "data.directory='/tmp/\\udcff' must be UTF-8 text"),
-        ({"data": {"directory": "~nobody-known/x"}}, "data.directory=~nobody-known/x names a home directory that"),
+        ({"data": {"cache_directory": "/tmp/\udcff"}}, "data.cache_directory='/tmp/\\udcff' must be UTF-8 text"),
+        (
+            {"data": {"cache_directory": "~nobody-known/x"}},
+            "data.cache_directory=~nobody-known/x names a home directory that",
+        ),
         ({"init_from": {"checkpoint": "~nobody-known/x"}}, "init_from.checkpoint=~nobody-known/x names a home"),
         ({3: 4}, "3: there is no field 3; there are seed, tokenizer"),
         ({"a\nb": 4}, "'a\\nb': there is no field 'a\\nb'; there are seed, tokenizer"),
@@ -199,27 +206,49 @@ def test_a_wrong_config_is_refused_with_field_value_and_rule(values, message):
 
 
 NUMBERS = [
-    (section, field.name)
-    for section in ("", "tokenizer", "data", "model", "optimizer", "train", "mesh", "init_from", "evaluate")
-    for field in dataclasses.fields(getattr(Config(), section) if section else Config)
-    if get_type_hints(type(getattr(Config(), section)) if section else Config)[field.name]
-    in (int, float, tuple[int, ...], tuple[float, ...])
+    (prefix, field.name, cls)
+    for prefix, cls in sections()
+    for field in dataclasses.fields(cls)
+    if get_type_hints(cls)[field.name] in (int, float, tuple[int, ...], tuple[float, ...])
 ]
 
 
 def test_every_number_has_a_range_at_its_field_with_its_default_inside():
-    for section, name in NUMBERS:
-        limits, default = checks.ranges(type(getattr(Config(), section)) if section else Config)[name]
-        assert default == () or default in limits, (section, name)
+    for prefix, name, cls in NUMBERS:
+        limits, default = checks.ranges(cls)[name]
+        assert default == () or default in limits, (prefix, name)
         many, wrong = isinstance(default, tuple), [1e300]
         wrong += [float("-inf"), limits.least - 1] if limits.least is not None else []
         wrong += [end for end in (limits.above, limits.below) if end is not None]
-        whole = isinstance(default, int) or name in ("change_steps", "extra_eos_ids")
+        whole = isinstance(default, int) or name in ("phase_boundaries", "extra_eos_ids")
         for value in [int(value) for value in wrong if math.isfinite(value)] if whole else wrong:
-            inside = {name: (value,) if many else value}
-            where = f"{section}." if section else ""
-            with pytest.raises(ConfigError, match=f"^{where}{name}=.* must be (at|more|a finite)"):
-                loader.resolve({section: inside} if section else inside)
+            values = {name: (value,) if many else value}
+            for section in reversed(prefix.split(".")[:-1]):
+                values = {section: values}
+            with pytest.raises(ConfigError, match=f"^{prefix}{name}=.* must be (at|more|a finite)"):
+                loader.resolve(values)
+
+
+def test_an_old_name_of_a_field_is_refused_with_the_new_one(tmp_path):
+    borders = "data.document_borders is now data.cross_document_attention; use true for concatenate, false for segments"
+    for name, text, message in (
+        ("data.change_steps", "5", "data.change_steps is now data.phase_boundaries"),
+        ("model.rotary_base", "5", "model.rotary_base is now model.rotary.base"),
+        ("data.document_borders", "segments", borders),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            loader.override({}, name, text)
+        assert str(refusal.value) == message
+        section, field = name.split(".")
+        with pytest.raises(ConfigError) as refusal:
+            loader.resolve({section: {field: text}})
+        assert str(refusal.value) == message
+        path, start = tmp_path / "mine.py", "from t5like import config\n\ndef get_config():\n    c = config.default()\n"
+        for change in (f"c.{name} = 5", f"c.{section}.update({field}=5)", f"c.{section}['{field}'] = 5"):
+            path.write_text(f"{start}    {change}\n    return c\n")
+            with pytest.raises(ConfigError) as refusal:
+                loader.load(path)
+            assert str(refusal.value) == f"--config={path}: {message}"
 
 
 def test_an_unknown_name_in_a_config_file_is_refused(tmp_path):
@@ -283,7 +312,8 @@ def test_what_a_config_file_prints_is_no_result(tmp_path, capsys):
         ("data.rates", "1,2.5", (1.0, 2.5)),
         ("data.rates", "", ()),
         ("optimizer.no_decay", ".*bias", (".*bias",)),
-        ("data.directory", "", ""),
+        ("data.cache_directory", "", ""),
+        ("model.rotary.base", "5e5", 5e5),
         ("seed", "7", 7),
         ("model.mlp", "relu", "relu"),
     ],
@@ -291,8 +321,7 @@ def test_what_a_config_file_prints_is_no_result(tmp_path, capsys):
 def test_a_flag_is_read_as_its_field_says(name, text, value):
     values = {}
     loader.override(values, name, text)
-    section, _, leaf = name.rpartition(".")
-    read = (values[section] if section else values)[leaf]
+    read = functools.reduce(dict.get, name.split("."), values)
     assert read == value and type(read) is type(value)
 
 
@@ -331,7 +360,7 @@ def test_a_saved_config_has_every_field_and_is_read_as_strictly(tmp_path):
     assert saved["seed"] == 3 and set(saved["model"]) == {field.name for field in dataclasses.fields(ModelConfig)}
     with pytest.raises(ConfigError, match="did you mean 'seed'"):
         loader.from_json(json.dumps({**saved, "sed": 1}))
-    newer = loader.FORMAT + 1
+    newer = formats.FORMAT + 1
     with pytest.raises(ConfigError, match=f"format={newer} is newer than {newer - 1}, which t5like .* reads; install"):
         loader.from_json(json.dumps({**saved, "format": newer}))
 

@@ -65,7 +65,7 @@ def digest(batch) -> str:
 
 def corrupted(**data) -> Batches:
     """Span corruption of two mixed texts, document borders minded: the most that can differ between two batches."""
-    config = small(data={"source": ("text:a", "text:b"), "rates": (1, 3), "document_borders": "segments", **data})
+    config = small(data={"source": ("text:a", "text:b"), "rates": (1, 3), "cross_document_attention": False, **data})
     return Batches(config, VOCABULARY, [Places(1000), Places(500, 5000)])
 
 
@@ -218,13 +218,13 @@ def test_a_row_is_what_its_component_makes():
 
 
 def test_rates_change_at_the_given_step_and_not_before():
-    batches = mixed("span_corruption", "prefix_lm", objective_rates=(1, 0, 0, 1), change_steps=(5,))
+    batches = mixed("span_corruption", "prefix_lm", objective_rates=(1, 0, 0, 1), phase_boundaries=(5,))
     assert set(objectives_of(batches, range(5))) == {"span_corruption"}
     assert set(objectives_of(batches, range(5, 9))) == {"prefix_lm"}
 
 
 def test_no_window_comes_twice_in_an_epoch_when_rates_change():
-    batches = mixed("causal_lm", "prefix_lm", objective_rates=(1, 1, 3, 1), change_steps=(3,), batch_size=8,
+    batches = mixed("causal_lm", "prefix_lm", objective_rates=(1, 1, 3, 1), phase_boundaries=(3,), batch_size=8,
                     rates=(1, 0, 1, 0))  # fmt: skip
     starts = [batches.at(s).decoder_BL[batches.components_of(s) == 0, 0] for s in range(14)]
     starts = np.concatenate(starts)
@@ -232,8 +232,8 @@ def test_no_window_comes_twice_in_an_epoch_when_rates_change():
 
 
 def test_a_mixture_is_the_same_whoever_makes_its_rows():
-    batches = mixed("span_corruption", "ul2", "prefix_lm", objective_rates=(1, 2, 0, 0, 0, 1), change_steps=(2,),
-                    document_borders="segments", architecture="encoder_decoder", batch_size=64)  # fmt: skip
+    batches = mixed("span_corruption", "ul2", "prefix_lm", objective_rates=(1, 2, 0, 0, 0, 1), phase_boundaries=(2,),
+                    cross_document_attention=False, architecture="encoder_decoder", batch_size=64)  # fmt: skip
     for step in (1, 2):
         whole = batches.at(step)
         for processes in (2, 4):
@@ -284,7 +284,7 @@ def test_heldout_masks_are_not_those_of_training_rows():
 # ---- Shapes, and what is refused ----
 
 
-@pytest.mark.parametrize("borders", ["concatenate", "segments"])
+@pytest.mark.parametrize("cross_document", [True, False])
 @pytest.mark.parametrize(
     "objective, architecture",
     [
@@ -301,9 +301,9 @@ def test_heldout_masks_are_not_those_of_training_rows():
         (("span_corruption", "prefix_lm", "causal_lm"), "encoder_decoder"),
     ],
 )
-def test_spec_has_the_shapes_and_dtypes_of_real_batches_without_data(objective, architecture, borders):
+def test_spec_has_the_shapes_and_dtypes_of_real_batches_without_data(objective, architecture, cross_document):
     config = small(
-        data={"objective": objective, "document_borders": borders, "source": ("text:/nowhere/*.txt",)},
+        data={"objective": objective, "cross_document_attention": cross_document, "source": ("text:/nowhere/*.txt",)},
         model={"architecture": architecture},
     )
 

@@ -72,7 +72,7 @@ def arguments(flags) -> list[str]:
         "data.objective": "mlm",
         "train.num_steps": STEPS,
         "train.eval_every": 1000,
-        "train.wait_seconds": 60,
+        "train.process_timeout_seconds": 60,
     }
     return ["train", *flags, *(f"--config.{name}={value}" for name, value in values.items())]
 
@@ -205,7 +205,7 @@ def test_the_rows_of_all_devices_are_each_batch_once(rng):
 
 
 def test_a_process_whose_others_never_come_says_whom_it_waited_for(arguments, command, tmp_path):
-    flags = [f"--coordinator=localhost:{free_port()}", "--num_processes=3", "--config.train.wait_seconds=1"]
+    flags = [f"--coordinator=localhost:{free_port()}", "--num_processes=3", "--config.train.process_timeout_seconds=1"]
     code, _, err = command(*arguments, f"--workdir={tmp_path}/run", *flags, "--process_id=0")
     assert code == 76 and "waited 1 s for processes 1, 2 of 3 to start" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), m
             "source": tuple(f"text:{texts}/{name}.txt" for name in sources),
             "text_documents": "line",
             "heldout_fraction": 0.1,
-            "directory": str(texts / "prepared"),
+            "cache_directory": str(texts / "prepared"),
             **data,
         },
     )

@@ -88,7 +88,7 @@ def supervised(command, flags, tasks, tmp_path):
 
 @pytest.mark.parametrize("architecture, choices", [("encoder_decoder", ""), ("decoder", "yes,no")])
 def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, supervised, command):
-    settings = {"evaluate.choices": choices} if choices else {}
+    settings = {"evaluate.answer_choices": choices} if choices else {}
     workdir, records, said = supervised(
         "run", **{"train.num_steps": 60, "model.architecture": architecture, **settings}
     )
@@ -120,7 +120,7 @@ def test_a_run_begins_with_the_weights_of_another_but_for_those_that_are_named_n
     _, again, said = supervised("second", **begin)
     assert again[1]["eval/loss"] == pytest.approx(learned, rel=1e-6)
     assert f"from step 20 of {first}" in said
-    workdir, renewed, _ = supervised("third", **begin, **{"init_from.new": "head,decoder/.*"})
+    workdir, renewed, _ = supervised("third", **begin, **{"init_from.reinitialize": "head,decoder/.*"})
     assert renewed[1]["eval/loss"] > learned + 0.5 and abs(renewed[1]["eval/loss"] - untrained) < 1
     report = (workdir / "init_from.txt").read_text()
     assert re.search(r"(?m)^encoder/final_norm/scale +copied$", report) and re.search(r"(?m)^head +new, at ran", report)
@@ -132,7 +132,7 @@ def test_a_run_begins_with_the_weights_of_another_but_for_those_that_are_named_n
         ({"init_from.checkpoint": "/nowhere", "tokenizer.path": ""}, 3, "tokenizer.path=/nowhere/tokenizer.model"),
         ({"model.mlp_dim": 48}, 4, "does not fit: params/decoder/layers/mlp/gate/kernel is float32[1, 32, 64], not"),
         ({"model.num_layers": 2}, 4, "does not fit: "),
-        ({"init_from.new": "hed"}, 2, "init_from.new='hed' matches no parameter"),
+        ({"init_from.reinitialize": "hed"}, 2, "init_from.reinitialize='hed' matches no parameter"),
         ({"init_from.step": 0}, 4, "holds no complete checkpoint of step 0; there are 1, 2"),
     ],
 )  # fmt: skip

@@ -260,15 +260,15 @@ def test_a_name_or_package_that_is_not_there_is_refused(monkeypatch):
 def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
     assert get_args(Metric) == tuple(METRICS)
     supervised = {"data": {"objective": "supervised"}}
-    config = loader.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "choices": ["yes", "no"]}})
+    config = loader.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "answer_choices": ["yes", "no"]}})
     assert config.evaluate.metrics == tuple(METRICS)
     with pytest.raises(ConfigError, match="evaluate.metrics='rouge' must be one of .*; did you mean 'rouge"):
         loader.resolve({**supervised, "evaluate": {"metrics": ["rouge"]}})
     with pytest.raises(ConfigError, match="evaluate.metrics=.* need data.objective=supervised"):
         loader.resolve({"evaluate": {"metrics": ["f1"]}})
     for choices in (["yes"], ["yes", "yes"]):
-        with pytest.raises(ConfigError, match="evaluate.choices=.* at least two different answers, or empty"):
-            loader.resolve({**supervised, "evaluate": {"choices": choices}})
+        with pytest.raises(ConfigError, match="evaluate.answer_choices=.* at least two different answers, or empty"):
+            loader.resolve({**supervised, "evaluate": {"answer_choices": choices}})
     with pytest.raises(ConfigError, match="evaluate.max_new_tokens=-1 must be at least 0"):
         loader.resolve({"evaluate": {"max_new_tokens": -1}})
 

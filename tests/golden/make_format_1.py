@@ -38,8 +38,9 @@ def get_config():
 def main(place: Path) -> None:
     """Train for two steps in a folder of its own, and keep what is needed."""
     sys.path.insert(0, str(Path.cwd()))
-    from t5like.checkpoint import run_directory
-    from t5like.inference.generate import Generator
+    from t5like.generate import Generator
+
+    from t5like import run
     from t5like.model.transformer import Transformer
     from t5like.types import Batch
 
@@ -56,7 +57,7 @@ def main(place: Path) -> None:
             source, target = folder / "run" / name, place / "run" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
-    loaded = run_directory.load(place / "run")
+    loaded = run.load(place / "run")
     ids = np.random.default_rng(0).integers(3, 370, (2, 12)).astype(np.int32)
     batch = Batch(ids[:, ::-1], ids, np.ones(ids.shape, np.float32), ids)
     logits = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)

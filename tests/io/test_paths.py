@@ -31,7 +31,7 @@ def test_a_run_directory_of_any_name_is_written_and_read_back(command, flags, te
     ask = ("--prompt=ba de", "--max_new_tokens=4")
     answers = []
     for arguments in (
-        ("prepare", *flags, f"--config.data.source=text:{data[0]}", f"--config.data.directory={data[1]}"),
+        ("prepare", *flags, f"--config.data.source=text:{data[0]}", f"--config.data.cache_directory={data[1]}"),
         (
             "train",
             *flags,
@@ -124,7 +124,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("path, rule", REFUSED.values(), ids=REFUSED)
 def test_a_path_that_can_not_be_is_refused_in_one_line(path, rule, command, flags, tmp_path, monkeypatch):
-    project, prepared = Path.cwd(), next(flag for flag in flags if "data.directory" in flag)
+    project, prepared = Path.cwd(), next(flag for flag in flags if "data.cache_directory" in flag)
     monkeypatch.chdir(tmp_path)
     train = ["train", f"--config={project}/configs/tiny.py", *flags[1:]]
     cases = [
@@ -141,7 +141,7 @@ def test_a_path_that_can_not_be_is_refused_in_one_line(path, rule, command, flag
         ["import", "--format=hf", "--input=in", f"--workdir={path}"],
         ["plan", f"--config={path}", "--topology=cpu:1"],
         ["plan", *train[1:2], "--topology=cpu:1", f"--keep={path}"],
-        [*train, "--workdir=run", f"--config.data.directory={path}"],
+        [*train, "--workdir=run", f"--config.data.cache_directory={path}"],
     ]
     if path:  # else none is named
         cases += [[*train, "--workdir=run", f"--config.init_from.checkpoint={path}"]]

@@ -89,7 +89,7 @@ def test_a_command_outlives_its_audience_in_any_locale(flags, tmp_path):
     write_text(tmp_path / "latin.txt", seed=1)
     letters = str.maketrans({chr(97 + number): chr(0x430 + number) for number in range(26)})
     (tmp_path / "a.txt").write_text((tmp_path / "latin.txt").read_text().translate(letters), encoding="utf-8")
-    data = [f"--config.data.source=text:{tmp_path}/a.txt", f"--config.data.directory={tmp_path}/prepared"]
+    data = [f"--config.data.source=text:{tmp_path}/a.txt", f"--config.data.cache_directory={tmp_path}/prepared"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": CYRILLIC}) + "\n")
     run = f"--workdir={tmp_path}/run"
@@ -190,7 +190,7 @@ def test_without_a_home_the_cache_is_elsewhere_and_says_where(homeless, tmp_path
     own = tmp_path / f"t5like-{os.getuid()}"
     assert [paths.cache_directory("~/.cache/t5like") for _ in range(2)] == [own / "t5like"] * 2
     assert capsys.readouterr().err == (
-        f"t5like: there is no home directory: the cache is in {own}; set HOME or data.directory to keep it\n"
+        f"t5like: there is no home directory: the cache is in {own}; set HOME or data.cache_directory to keep it\n"
     )
     assert own.stat().st_mode & 0o777 == 0o700
     own.chmod(0o777)
@@ -207,7 +207,7 @@ def test_without_a_home_the_cache_is_elsewhere_and_says_where(homeless, tmp_path
 def test_without_a_home_a_path_below_it_is_refused_in_a_line(homeless, command, flags, tmp_path):
     for arguments, path in (
         (["evaluate", "--workdir=~/run"], "~/run"),
-        (["train", *flags, f"--workdir={tmp_path}/run", "--config.data.directory=~/prepared"], "~/prepared"),
+        (["train", *flags, f"--workdir={tmp_path}/run", "--config.data.cache_directory=~/prepared"], "~/prepared"),
         (["train", *flags, f"--workdir={tmp_path}/run", "--config.tokenizer.path=~nobody_here/a"], "~nobody_here/a"),
         (["train", "--config=~/a.py", "--workdir=/proc/nowhere"], "~/a.py"),
     ):

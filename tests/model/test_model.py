@@ -187,9 +187,7 @@ VARIANTS = {
             "positions": "rotary",
             "qk_norm": True,
             "attention_window": 6,
-            "rotary_scaling": "yarn",
-            "rotary_factor": 4.0,
-            "rotary_original_length": 16,
+            "rotary": {"scaling": "yarn", "factor": 4.0, "original_length": 16},
         }
     },
     "post_norm": {
@@ -290,7 +288,7 @@ def test_no_future_token_moves_a_causal_output():
 
 
 def test_a_window_is_all_that_a_token_sees_wherever_its_document_begins():
-    config = small(model={**VARIANTS["windowed"]["model"], "num_layers": 1}, data={"document_borders": "segments"})
+    config = small(model={**VARIANTS["windowed"]["model"], "num_layers": 1}, data={"cross_document_attention": False})
     batch = random_batch(config)
     place, segments = np.arange(batch.targets_BL.shape[1]), batch.decoder_segments_BL[0]
     distance = place[:, None] - place[None]
@@ -309,7 +307,7 @@ def test_a_prefix_is_seen_by_all_and_the_rest_is_causal():
 
 @pytest.mark.parametrize("model", [{}, {"architecture": "decoder"}])
 def test_nothing_leaks_across_documents(model):
-    config = small(model={"num_layers": 1, **model}, data={"document_borders": "segments"})
+    config = small(model={"num_layers": 1, **model}, data={"cross_document_attention": False})
     batch = random_batch(config)
     segments = batch.decoder_segments_BL[0]
     matrix = influence(config, batch)

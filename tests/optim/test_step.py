@@ -26,11 +26,11 @@ def small(**sections):
 
 
 SHAPES = {
-    "encoder_decoder": {"data": {"document_borders": "segments"}},
+    "encoder_decoder": {"data": {"cross_document_attention": False}},
     "decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 4}},
     "prefix": {
         "model": {"architecture": "decoder", "num_kv_heads": 2},
-        "data": {"objective": "prefix_lm", "document_borders": "segments"},
+        "data": {"objective": "prefix_lm", "cross_document_attention": False},
     },
     # Attention's key bias changes no output: its gradient is rounding, which Adam must not blow up.
     "encoder": {
@@ -246,7 +246,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
         state, _ = update(state, placement.to_global(batch, mesh, 8))  # now the average is not the parameters
         before = jax.device_get(state)
         state, metrics = update(state, placement.to_global(poisoned, mesh, 8))
-    assert metrics["bad_steps"].total == 1 and state.step == 2
+    assert metrics["skipped_updates"].total == 1 and state.step == 2
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
 
@@ -387,6 +387,6 @@ def test_frozen_parameters_cost_no_gradient_do_not_count_in_its_norm_and_can_not
     frozen, state, metrics = updated(spoiled, frozen=("(?!decoder/final_norm).*",))
     assert frozen.cost_analysis()["flops"] < 0.5 * whole.cost_analysis()["flops"]
     assert frozen.memory_analysis().temp_size_in_bytes < 0.5 * whole.memory_analysis().temp_size_in_bytes
-    assert 0 < metrics["grad_norm"].total < 0.5 * unfrozen["grad_norm"].total and metrics["bad_steps"].total == 0
+    assert 0 < metrics["grad_norm"].total < 0.5 * unfrozen["grad_norm"].total and metrics["skipped_updates"].total == 0
     same = jax.tree.map(lambda new, old: bool((new == old).all()), state.params, first.params)
     assert [name for name, equal in tree.flatten(same).items() if not equal] == ["decoder/final_norm/scale"]

@@ -92,7 +92,7 @@ def _mask(config: Config, vocabulary: Vocabulary, tokens_BT, count_B, keys_B) ->
     bits = random_bits(keys_B, 3 * length)
     allowed_BT = vocabulary.ordinary_V[tokens_BT]
     count_B = np.minimum(count_B, allowed_BT.sum(1))
-    if config.data.whole_words:
+    if config.data.whole_word_masking:
         chosen_BT = _choose_words(allowed_BT, vocabulary.begins_word_V[tokens_BT], count_B, bits[:, :length])
     else:
         chosen_BT = _smallest(np.where(allowed_BT, bits[:, :length], NEVER), count_B)

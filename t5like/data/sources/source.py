@@ -214,10 +214,10 @@ def _open_task(spec: str, name: str, data: DataConfig, wanted: Wanted) -> Tfds:
 
 
 def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
-    """The directory of a data set of ours below `data.directory`; it is built there if it is missing."""
+    """The directory of a data set of ours below `data.cache_directory`; it is built there if it is missing."""
     import tensorflow_datasets as tfds
 
-    directory = cache_directory(data.directory) / "tfds"
+    directory = cache_directory(data.cache_directory) / "tfds"
     make = lambda: builder_class(data_dir=directory, file_format="array_record", **options)
     with _quiet():
         builder = make()
@@ -227,7 +227,9 @@ def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
                 builder.download_and_prepare()
             except OSError as error:
                 if not make().is_prepared():  # nor by another process
-                    raise DataError(f"data.directory={directory.parent} can't be written: {one_line(error)}") from None
+                    raise DataError(
+                        f"data.cache_directory={directory.parent} can't be written: {one_line(error)}"
+                    ) from None
     return str(builder.data_dir)
 
 

@@ -1,10 +1,10 @@
 """Prepare the data of a run: a tokenizer and one token store per source, made once, in parallel, and reused after that.
 
-Below `data.directory`: ``tokenizers/<key>/tokenizer.model`` for tokenizers trained here, ``stores/<name>-<key>/`` (see
-`data.token_store`), ``tfds/``. Keys are made of all settings that the content depends on, not of the data themselves:
-those have fingerprints, and data that changed under the same name are refused, never mixed. A store is made in pieces,
-each whole or not there (`data.pieces`), so killing `prepare` loses the pieces in work, and several machines may prepare
-one store.
+Below `data.cache_directory`: ``tokenizers/<key>/tokenizer.model`` for tokenizers trained here, ``stores/<name>-<key>/``
+(see `data.token_store`), ``tfds/``. Keys are made of all settings that the content depends on, not of the data
+themselves: those have fingerprints, and data that changed under the same name are refused, never mixed. A store is made
+in pieces, each whole or not there (`data.pieces`), so killing `prepare` loses the pieces in work, and several machines
+may prepare one store.
 
 Called by `train`, `evaluate` and the command line. JAX is never imported here: worker processes start in a moment.
 """
@@ -62,7 +62,7 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
     Raises:
         ConfigError: a source has an unknown kind.
         DataError: data or tokenizer are missing, malformed, too small, or changed since they were prepared.
-        CheckpointError: `data.directory` can't be written.
+        CheckpointError: `data.cache_directory` can't be written.
     """
     try:
         opened = [_open(spec, config.data) for spec in config.data.source]
@@ -77,7 +77,7 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
                 notes.append(f"data.source={source.spec}: {empty:,} examples have empty targets and are left out")
     except OSError as error:
         reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        raise CheckpointError(f"data.directory={config.data.directory} can't be used: {reason}") from error
+        raise CheckpointError(f"data.cache_directory={config.data.cache_directory} can't be used: {reason}") from error
     return Prepared(tokenizer, tokenizer_path, tuple(stores), tuple(notes))
 
 
@@ -191,7 +191,7 @@ def _own_tokenizer_path(config: Config) -> Path:
     settings = [_source_settings(config.data, spec) for spec in config.data.source]
     training = {k: v for k, v in dataclasses.asdict(config.tokenizer).items() if k != "extra_eos_ids"}
     key = _key(FORMAT, settings, config.data.rates, training)
-    return cache_directory(config.data.directory) / "tokenizers" / key / "tokenizer.model"
+    return cache_directory(config.data.cache_directory) / "tokenizers" / key / "tokenizer.model"
 
 
 def _train(config: Config, opened: Sequence[_Opened], path: Path, progress: bool) -> None:
@@ -271,7 +271,7 @@ def _changed(spec: str, since: str, directory: Path) -> DataError:
 def _store_directory(data: DataConfig, spec: str, tokenizer: Tokenizer) -> Path:
     readable = re.sub(r"[^A-Za-z0-9]+", "_", spec).strip("_")[-40:]
     key = _key(FORMAT, _source_settings(data, spec), tokenizer.hash)
-    return cache_directory(data.directory) / "stores" / f"{readable}-{key}"
+    return cache_directory(data.cache_directory) / "stores" / f"{readable}-{key}"
 
 
 def _finished_store(data: DataConfig, source: _Opened, tokenizer: Tokenizer) -> TokenStore | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from t5like import tree
 from t5like.checkpoint import run_directory
-from t5like.config.schema import Config
+from t5like.config.schema import Config, flatten
 from t5like.data.sources.source import canonical
 from t5like.io.atomic import atomic_write
 from t5like.io.paths import cache_directory
@@ -33,7 +33,7 @@ OBJECTIVES = {
     "supervised": "supervised examples (an input and its answer)",
 }
 # Where and how a run works, not what it learns: of no use on another machine.
-LEFT_OUT = ("tokenizer.path", "data.directory", "data.num_workers", "mesh.", "model.dtype", "model.layers")
+LEFT_OUT = ("tokenizer.path", "data.cache_directory", "data.num_workers", "mesh.", "model.dtype", "model.layers")
 FILL = "*Fill in.*"
 
 
@@ -156,7 +156,7 @@ def _sources(config: Config, tokenizer_hash: str) -> Iterator[tuple[str, str]]:
     """Each source, and the size of its token store where that is still there."""
     sizes, settings = {}, dataclasses.asdict(config.data)
     del settings["source"]  # compared below, each by itself
-    for path in cache_directory(config.data.directory).glob("stores/*/manifest.json"):
+    for path in cache_directory(config.data.cache_directory).glob("stores/*/manifest.json"):
         try:
             manifest = loads(path.read_bytes())
             same = all(settings[name] == value for name, value in manifest.items() if name in settings)
@@ -214,16 +214,9 @@ def _how(config: Config, versions: Mapping[str, str]) -> str:
 
 def _changed(config: Config) -> Iterator[tuple[str, Any]]:
     """Names and values of the fields that are not at their default, but for those of LEFT_OUT."""
-    flat = {
-        (f"{section}.{name}" if isinstance(value, Mapping) else section): inner
-        for section, value in dataclasses.asdict(config).items()
-        for name, inner in (value.items() if isinstance(value, Mapping) else [("", value)])
-    }
-    usual = Config()
-    for name, value in flat.items():
-        section, _, field = name.rpartition(".")
-        default = getattr(getattr(usual, section) if section else usual, field)
-        if value != default and not name.startswith(LEFT_OUT):
+    default = flatten(Config())
+    for name, value in flatten(config).items():
+        if value != default[name] and not name.startswith(LEFT_OUT):
             yield name, value
 
 

@@ -64,7 +64,9 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     hf = safetensors_files.read_json(source / "config.json")
     found = safetensors_files.tensors(source)
     untied = tensor_check.has_own_head(hf, found)
-    family, model = families.model_of(hf, untied=untied, pair_head=tensor_check.has_pair_head(hf, found))
+    family, model = families.model_of(
+        hf, untied=untied, next_sentence_head=tensor_check.has_next_sentence_head(hf, found)
+    )
     rows = hf.get("vocab_size")
     tensor_check.check_sizes(model, rows, found)
     tokenizer = tokenizer_files.read(source)
@@ -114,7 +116,7 @@ def _new_config(
     data = {
         "encoder_decoder": _denoising(tokenizer.num_sentinels),
         "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
-        "encoder": {"objective": "mlm_nsp" if model.pair_head else "mlm", "inputs_length": min(512, longest)},
+        "encoder": {"objective": "mlm_nsp" if model.next_sentence_head else "mlm", "inputs_length": min(512, longest)},
     }[model.architecture]
     optimizer = {"name": "adamw", "learning_rate": 5e-5, "schedule": "linear", "warmup_steps": 500}
     if model.architecture == "encoder_decoder":  # as T5 is fine-tuned (Raffel et al. 2020, section 3.1.2)
@@ -271,7 +273,9 @@ class Export:
             pad = tokenizer.pad_id
             return families.config_of(self.family, config, rows=self.rows, eos=ends, pad=pad, dtype=self.dtype)
         values = safetensors_files.read_json(kept / "config.json")
-        _, then = families.model_of(values, untied=not config.model.tied_embeddings, pair_head=config.model.pair_head)
+        _, then = families.model_of(
+            values, untied=not config.model.tied_embeddings, next_sentence_head=config.model.next_sentence_head
+        )
         if config.model.dropout_rate != then.dropout_rate:
             values |= families.dropout_keys(self.family, config.model.dropout_rate)
         if not self.as_it_was:
@@ -298,7 +302,7 @@ def compare(directory: Path, export: Export) -> None:
     family, read = families.model_of(
         safetensors_files.read_json(directory / "config.json"),
         untied=not model.tied_embeddings,
-        pair_head=model.pair_head,
+        next_sentence_head=model.next_sentence_head,
     )
     if family != export.family or families.numerics(read) != families.numerics(model):
         raise CheckpointError(f"{directory / 'config.json'} does not say what it was to say; please report this")

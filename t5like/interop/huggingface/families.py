@@ -84,13 +84,13 @@ MLPS = {
 }
 
 
-def model_of(hf: Mapping[str, Any], *, untied: bool, pair_head: bool) -> tuple[str, ModelConfig]:
+def model_of(hf: Mapping[str, Any], *, untied: bool, next_sentence_head: bool) -> tuple[str, ModelConfig]:
     """The family, and the model that a config.json describes.
 
     Args:
         hf: the parsed file.
         untied: whether the files hold an output head that is not the embedding.
-        pair_head: whether they hold BERT's pooler and next-sentence classifier.
+        next_sentence_head: whether they hold BERT's pooler and next-sentence classifier.
 
     Raises:
         CheckpointError: a key has a value that none of our models has; with key, value, and what works.
@@ -110,7 +110,7 @@ def model_of(hf: Mapping[str, Any], *, untied: bool, pair_head: bool) -> tuple[s
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"config.json is not as transformers writes it: {error}") from None
     if family == "bert":
-        fields["pair_head"] = pair_head
+        fields["next_sentence_head"] = next_sentence_head
     return family, ModelConfig(**{**FIXED[family], **fields})
 
 
@@ -152,14 +152,18 @@ def numerics(model: ModelConfig) -> dict[str, Any]:
     if model.architecture != "encoder_decoder":
         del fields["num_decoder_layers"]
     if model.has_decoder:
-        del fields["pair_head"]
-    used = {"relative": ("relative_",), "rotary": ("rotary_",), "learned": ("max_length",)}
-    idle = tuple(prefix for kind, names in used.items() if kind != model.positions for prefix in names)
+        del fields["next_sentence_head"]
+    fields |= {f"rotary.{name}": value for name, value in fields.pop("rotary").items()}
+    used = {"relative": ("relative_",), "rotary": ("rotary.",), "learned": ("max_length",)}
+    unused = [prefix for positions, prefixes in used.items() if positions != model.positions for prefix in prefixes]
     if model.positions == "rotary":
-        idle += ("rotary_original_length",) if model.rotary_scaling in ("none", "linear") else ()
-        apart = {"llama3": ("rotary_low", "rotary_high"), "yarn": ("rotary_slow", "rotary_fast", "rotary_attention")}
-        idle += tuple(name for kind, names in apart.items() if kind != model.rotary_scaling for name in names)
-    return {name: value for name, value in fields.items() if not name.startswith(idle)}
+        scaled = {
+            "llama3": ("low_frequency_factor", "high_frequency_factor", "original_length"),
+            "yarn": ("beta_slow", "beta_fast", "attention_factor", "original_length"),
+        }
+        needed = scaled.get(model.rotary.scaling, ())
+        unused += [f"rotary.{name}" for names in scaled.values() for name in names if name not in needed]
+    return {name: value for name, value in fields.items() if not name.startswith(tuple(unused))}
 
 
 def default_family(model: ModelConfig) -> str:
@@ -188,7 +192,7 @@ def config_of(family: str, config: Config, *, rows: int, eos: int | list[int], p
     )
     architecture = ARCHITECTURES[family]
     if family == "bert":
-        architecture = architecture if config.model.pair_head else "BertForMaskedLM"
+        architecture = architecture if config.model.next_sentence_head else "BertForMaskedLM"
     return {
         "model_type": family,
         "architectures": [architecture],
@@ -291,13 +295,13 @@ def _llama_fields(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
         "attention_window": (window or 0) if family == "mistral" else 0,
         "tied_embeddings": must(hf, "tie_word_embeddings", (False, True), False),
         "init": "gpt2",
-        **rope_config.fields_of(hf),
+        "rotary": rope_config.rotary_of(hf),
     }
 
 
 def _llama_config(family: str, config: Config) -> dict[str, Any]:
     model = config.model
-    longest = max(config.row_length, math.ceil(model.rotary_original_length * model.rotary_factor))
+    longest = max(config.row_length, math.ceil(model.rotary.original_length * model.rotary.factor))
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.model_dim,
@@ -314,8 +318,8 @@ def _llama_config(family: str, config: Config) -> dict[str, Any]:
         **dropout_keys(family, model.dropout_rate),
         "max_position_embeddings": longest,
         "tie_word_embeddings": model.tied_embeddings,
-        "rope_theta": model.rotary_base,
-        "rope_parameters": rope_config.config_of(model),
+        "rope_theta": model.rotary.base,
+        "rope_parameters": rope_config.config_of(model.rotary),
     }
 
 

@@ -71,7 +71,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
 def kind_of(model: ModelConfig) -> str:
     """Which of transformers' AutoModelFor classes has the heads of our model, whatever `architectures` says."""
     if model.architecture == "encoder":
-        return "PreTraining" if model.pair_head else "MaskedLM"
+        return "PreTraining" if model.next_sentence_head else "MaskedLM"
     return "Seq2SeqLM" if model.architecture == "encoder_decoder" else "CausalLM"
 
 
@@ -109,7 +109,7 @@ def ours_on(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -> dict
     def run(params):
         apply = lambda **options: Transformer(config).apply({"params": params}, **options)
         made = {"logits": apply(batch=batch)}
-        if config.model.architecture == "encoder" and config.model.pair_head:
+        if config.model.architecture == "encoder" and config.model.next_sentence_head:
             made["pair_logits"] = apply(batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch)))
         return made
 

@@ -80,7 +80,7 @@ def _major(version: Any) -> int:
     return int(first) if first.isdecimal() else 0
 
 
-def has_pair_head(hf: Mapping[str, Any], found: Mapping[str, safetensors_files.Tensor]) -> bool:
+def has_next_sentence_head(hf: Mapping[str, Any], found: Mapping[str, safetensors_files.Tensor]) -> bool:
     """Whether a BERT has a pooler and a next-sentence classifier.
 
     Raises:

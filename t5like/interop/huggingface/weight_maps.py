@@ -189,7 +189,7 @@ def _bert(model: ModelConfig) -> list[Row]:
         rows += _dense(f"{block}.{theirs}", f"{ours}/{name}", layers, biases=True)
     rows += _norm(f"{block}.attention.output.LayerNorm", f"{ours}/attention_norm", layers, bias=True)
     rows += _norm(f"{block}.output.LayerNorm", f"{ours}/mlp_norm", layers, bias=True)
-    if model.pair_head:
+    if model.next_sentence_head:
         rows += _dense("bert.pooler.dense", "pairs/pooler", 0, biases=True)
         rows += _dense("cls.seq_relationship", "pairs/classes", 0, biases=True)
     rows += _dense("cls.predictions.transform.dense", "mlm/dense", 0, biases=True)

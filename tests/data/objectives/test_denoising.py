@@ -99,7 +99,7 @@ def test_padding_of_the_targets_weighs_nothing():
 
 
 def test_segments_follow_their_tokens():
-    config = small(data={"document_borders": "segments"})
+    config = small(data={"cross_document_attention": False})
     length = denoisers(config)[0].window.length
     segments = (1 + np.arange(length) // 9)[None].astype(np.int32).repeat(4, 0)
     tokens = 100 + segments  # a token says which document it is from
@@ -127,7 +127,7 @@ def test_causal_lm_predicts_the_next_token():
 
 
 def test_causal_lm_does_not_predict_across_a_border():
-    batch = random_batch(small(model={"architecture": "decoder"}, data={"document_borders": "segments"}))
+    batch = random_batch(small(model={"architecture": "decoder"}, data={"cross_document_attention": False}))
     ends = batch.decoder_segments_BL[:, 1:] != batch.decoder_segments_BL[:, :-1]
     assert (batch.weights_BL[:, :-1][ends] == 0).all() and (batch.weights_BL[:, :-1][~ends] == 1).all()
 

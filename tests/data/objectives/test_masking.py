@@ -83,7 +83,7 @@ def test_a_row_with_too_little_text_has_fewer_masks():
 
 
 def test_whole_words_are_masked_whole_and_the_budget_is_never_exceeded():
-    config = small(model={"architecture": "encoder"}, data={"inputs_length": 66, "whole_words": True})
+    config = small(model={"architecture": "encoder"}, data={"inputs_length": 66, "whole_word_masking": True})
     of = text(500)
     batch = masked(config, of)
     learned = batch.weights_BL[:, 1:-1] > 0

@@ -252,7 +252,7 @@ def model(tmp_path_factory):
 def prepare(tmp_path, model):
     """Prepare a source; the store."""
     tokenizer = {"path": str(model), "vocab_size": 290, "num_sentinels": 10}
-    data = {"directory": str(tmp_path / "prepared"), "num_workers": 1}
+    data = {"cache_directory": str(tmp_path / "prepared"), "num_workers": 1}
 
     def prepared(spec, **fields):
         config = loader.resolve({"tokenizer": tokenizer, "data": {**data, **fields, "source": [spec]}})

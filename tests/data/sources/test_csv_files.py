@@ -110,7 +110,7 @@ def test_rows_become_supervised_examples_and_text(tmp_path):
     rows = [row for i in range(200) for row in (f"what is\n{i}, in words?", f"number {i}")]
     train_tokenizer(rows, TokenizerConfig(vocab_size=300, num_sentinels=10), tmp_path / "model")
     tokenizer = {"path": str(tmp_path / "model"), "vocab_size": 300, "num_sentinels": 10}
-    data = {"source": [f"csv:{tmp_path}/*.csv"], "directory": str(tmp_path / "prepared"), "num_workers": 1}
+    data = {"source": [f"csv:{tmp_path}/*.csv"], "cache_directory": str(tmp_path / "prepared"), "num_workers": 1}
     supervised = {"objective": ["supervised"], "inputs_template": "{q}", "targets_template": "{a}"}
     for more in (supervised, {"text_field": "q"}):
         store = preparation.prepare(

@@ -168,7 +168,7 @@ def test_every_task_has_a_config_that_asks_for_its_measures(name):
     config = loader.load(FILES / f"task_{name}.py")
     assert config.data.source == (f"task:{name}",) and config.data.objective == ("supervised",)
     assert config.evaluate.metrics and loader.from_json(loader.to_json(config)) == config
-    assert config.evaluate.choices == (LABELS if name == "classification" else ())
+    assert config.evaluate.answer_choices == (LABELS if name == "classification" else ())
     assert config.data.messages_field == ("messages" if name == "dialogue" else "")
     assert config.evaluate.max_new_tokens <= config.data.targets_length
 

@@ -94,7 +94,7 @@ def test_parquet_rows_are_documents_across_row_groups_and_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def stdlib(tmp_path_factory):
-    return source("python_stdlib", directory=str(tmp_path_factory.mktemp("data")))
+    return source("python_stdlib", cache_directory=str(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
     module = types.ModuleType("t5like.data.sources.python_tasks")
     module.Tasks, module.NAMES = StandInTasks, ("one", "two")
     monkeypatch.setitem(sys.modules, "t5like.data.sources.python_tasks", module)
-    data = DataConfig(directory=str(tmp_path))
+    data = DataConfig(cache_directory=str(tmp_path))
     opened = open_source("task:two", data, Wanted(("inputs", "targets", "answers", "pair")))
     expected = [
         {

@@ -47,11 +47,13 @@ def own(trained, tmp_path) -> Config:
     prepared = preparation.prepare(config, progress=False)
     for kind, path in (("stores", prepared.stores[0].directory), ("tokenizers", prepared.tokenizer_path.parent)):
         shutil.copytree(path, tmp_path / "prepared" / kind / path.name)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, directory=str(tmp_path / "prepared")))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, cache_directory=str(tmp_path / "prepared"))
+    )
 
 
 def store_of(config: Config) -> Path:
-    return next(path for path in Path(config.data.directory).glob("stores/*"))
+    return next(path for path in Path(config.data.cache_directory).glob("stores/*"))
 
 
 def verified(config: Config) -> None:
@@ -160,7 +162,7 @@ def test_a_damaged_count_of_tokens_is_counted_again(own):
 
 
 def test_a_tokenizer_that_was_trained_here_is_verified_too(own):
-    directory = next(Path(own.data.directory).glob("tokenizers/*/trained_on.json")).parent
+    directory = next(Path(own.data.cache_directory).glob("tokenizers/*/trained_on.json")).parent
     record, model = directory / "trained_on.json", directory / "tokenizer.model"
     text, raw = record.read_text(), model.read_bytes()
     record.write_text(json.dumps(json.loads(text)["sources"]))  # as before there was a checksum
@@ -208,7 +210,7 @@ def test_no_checkpoint_is_saved_of_a_run_that_learns_from_damaged_tokens(
     path = store_of(own) / "pieces" / "00000.train.tokens"
     path.write_bytes(flip(path.read_bytes()))
     code, _, errors = command(
-        "train", *flags, f"--config.data.directory={own.data.directory}", f"--workdir={tmp_path / 'run'}"
+        "train", *flags, f"--config.data.cache_directory={own.data.cache_directory}", f"--workdir={tmp_path / 'run'}"
     )
     assert code == 3 and "00000.train.tokens is damaged" in errors.splitlines()[-1], errors
     if at_once:

@@ -70,7 +70,7 @@ def own(tmp_path, model):
             "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
             "data": {
                 "source": [f"jsonl:{tmp_path}/a.jsonl"],
-                "directory": str(tmp_path / "prepared"),
+                "cache_directory": str(tmp_path / "prepared"),
                 "num_workers": 1,
                 "heldout_fraction": 0.1,
             },
@@ -152,7 +152,7 @@ def test_large_vocabularies_take_four_bytes_a_token(own):
 
 def test_workers_write_the_same_bytes_as_one_process(own, tmp_path):
     alone = ready(own)
-    together = ready(changed(own, num_workers=2, directory=str(tmp_path / "two")))
+    together = ready(changed(own, num_workers=2, cache_directory=str(tmp_path / "two")))
     assert contents(alone.directory) == contents(together.directory)
 
 
@@ -211,9 +211,9 @@ def wait_for_pieces(directory: Path, count: int) -> None:
 
 @pytest.mark.parametrize(("workers", "signal_number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, workers, signal_number):
-    whole = ready(changed(longer, directory=str(tmp_path / "whole")))
+    whole = ready(changed(longer, cache_directory=str(tmp_path / "whole")))
     process = prepare_elsewhere(changed(longer, num_workers=workers), tmp_path, pieces=5)
-    directory = Path(longer.data.directory)
+    directory = Path(longer.data.cache_directory)
     wait_for_pieces(directory, 5)
     if signal_number == signal.SIGINT:
         os.killpg(process.pid, signal_number)  # as a terminal does
@@ -237,7 +237,9 @@ def test_two_processes_at_once_make_one_good_store(longer, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
     store = ready(longer)
     store.verify()
-    assert contents(store.directory) == contents(ready(changed(longer, directory=str(tmp_path / "whole"))).directory)
+    assert contents(store.directory) == contents(
+        ready(changed(longer, cache_directory=str(tmp_path / "whole"))).directory
+    )
 
 
 def test_a_piece_without_its_record_does_not_count(own):
@@ -257,7 +259,7 @@ def test_a_piece_without_its_record_does_not_count(own):
 def test_pieces_made_of_older_data_are_made_again(own, tmp_path):
     (ready(own).directory / "manifest.json").unlink()
     write(tmp_path / "a.jsonl", lines(6000, seed=5))
-    fresh = ready(changed(own, directory=str(tmp_path / "fresh")))
+    fresh = ready(changed(own, cache_directory=str(tmp_path / "fresh")))
     assert contents(ready(own).directory) == contents(fresh.directory)
 
 
@@ -323,8 +325,8 @@ def test_bad_data_end_prepare_with_one_line_and_no_store(own, tmp_path, workers)
 
 def test_a_directory_that_can_t_be_written_is_one_line(own, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="data.directory=.*/file can't be used: Not a directory"):
-        ready(changed(own, directory=str(tmp_path / "file")))
+    with pytest.raises(CheckpointError, match="data.cache_directory=.*/file can't be used: Not a directory"):
+        ready(changed(own, cache_directory=str(tmp_path / "file")))
 
 
 def test_the_smallest_corpus_holds_one_document_out(own, tmp_path):
@@ -352,7 +354,7 @@ def store(tmp_path_factory, model):
             "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
             "data": {
                 "source": [f"jsonl:{directory}/a.jsonl"],
-                "directory": str(directory / "prepared"),
+                "cache_directory": str(directory / "prepared"),
                 "heldout_fraction": 0.2,
             },
         }

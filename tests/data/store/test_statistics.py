@@ -26,7 +26,7 @@ def test_a_store_counts_documents_bytes_duplicates_and_what_the_vocabulary_lacks
         tokenizer={"path": str(trained / "tokenizer.model"), "vocab_size": 400},
         data={
             "source": f"jsonl:{tmp_path}/rows.jsonl",
-            "directory": str(tmp_path),
+            "cache_directory": str(tmp_path),
             "heldout_fraction": 0.3,
         },
     )

@@ -62,7 +62,7 @@ def own(tmp_path, model):
         base = {
             "objective": "supervised",
             "source": f"jsonl:{tmp_path}/a.jsonl",
-            "directory": str(tmp_path / "prepared"),
+            "cache_directory": str(tmp_path / "prepared"),
             "heldout_fraction": 0.1,
             "num_workers": 1,
             "inputs_length": 200,
@@ -230,7 +230,7 @@ def test_examples_with_empty_targets_are_left_out_and_counted(own, tmp_path):
     assert sorted(found) == sorted((row["inputs"] + "|", row["targets"] + "|") for row in rows if row["targets"])
     write(tmp_path / "a.jsonl", [{**row, "targets": ""} for row in rows])
     with pytest.raises(DataError, match="has 0 different inputs with targets, and one has to be held out"):
-        ready(own(directory=str(tmp_path / "other")))
+        ready(own(cache_directory=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])

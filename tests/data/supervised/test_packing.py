@@ -90,7 +90,11 @@ def setting(tmp_path_factory):
     @functools.cache
     def make(shape, packing=True):
         data, model = sections(shape)
-        data |= {"source": f"jsonl:{directory}/a.jsonl", "directory": str(directory / "prepared"), "packing": packing}
+        data |= {
+            "source": f"jsonl:{directory}/a.jsonl",
+            "cache_directory": str(directory / "prepared"),
+            "packing": packing,
+        }
         tokenizer = {"path": str(directory / "model"), "vocab_size": 320, "num_sentinels": 20}
         config = small(tokenizer=tokenizer, data=data, model=model)
         store = prepare(config, progress=False).stores[0]

@@ -36,7 +36,7 @@ def test_a_card_states_the_runs_own_numbers(trained, loaded, text):
     size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     assert f"{size:,} parameters" in text and "1 encoder and 1 decoder layers" in text
     config = run_directory.saved_config(trained)
-    stores = [json.loads(path.read_text()) for path in Path(config.data.directory).glob("stores/*/manifest.json")]
+    stores = [json.loads(path.read_text()) for path in Path(config.data.cache_directory).glob("stores/*/manifest.json")]
     manifest = next(
         each for each in stores if (each["source"], each["tokenizer"]) == (config.data.source[0], loaded.tokenizer.hash)
     )
@@ -62,7 +62,9 @@ def test_its_config_repeats_the_run(trained, text, tmp_path):
     code = re.search(r"```python\n(from t5like.*?)```", text, re.DOTALL)[1]
     (tmp_path / "made.py").write_text(code)
     again, config = loader.load(tmp_path / "made.py"), run_directory.saved_config(trained)
-    here = dataclasses.replace(again.data, directory=config.data.directory, num_workers=config.data.num_workers)
+    here = dataclasses.replace(
+        again.data, cache_directory=config.data.cache_directory, num_workers=config.data.num_workers
+    )
     assert loader.difference(dataclasses.replace(again, data=here), config) == []
 
 

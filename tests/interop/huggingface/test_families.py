@@ -72,7 +72,9 @@ def test_the_config_that_is_written_describes_the_model_that_was_read(name):
     families.check(family, dataclasses.replace(config, data=dataclasses.replace(config.data, objective=("causal_lm",))))
     hf = families.config_of(family, config, rows=61, eos=1, pad=0, dtype="float32")
     model = config.model
-    again = families.model_of(json.loads(json.dumps(hf)), untied=not model.tied_embeddings, pair_head=model.pair_head)
+    again = families.model_of(
+        json.loads(json.dumps(hf)), untied=not model.tied_embeddings, next_sentence_head=model.next_sentence_head
+    )
     assert again[0] == family and families.numerics(again[1]) == families.numerics(model)
     theirs = json.loads(str(GOLDEN[f"{name}.config"]))
     ours_only = {
@@ -124,7 +126,7 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
 def test_a_config_that_no_model_of_ours_has_is_refused_with_key_and_value(name, change, complaint):
     hf = {**json.loads(str(GOLDEN[f"{name}.config"])), **change}
     with pytest.raises(CheckpointError, match="config.json") as error:
-        families.model_of(hf, untied=False, pair_head=True)
+        families.model_of(hf, untied=False, next_sentence_head=True)
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
@@ -148,8 +150,9 @@ def test_a_model_that_a_family_has_no_words_for_is_refused_naming_the_field(fami
 
 
 def test_fields_that_a_model_does_not_use_need_no_words():
-    idle = {"num_decoder_layers": 7, "pair_head": False, "rotary_original_length": 2048, "rotary_fast": 9.0}
     model = model_of("qwen3")[1].model
+    rotary = dataclasses.replace(model.rotary, original_length=2048, beta_fast=9.0)
+    idle = {"num_decoder_layers": 7, "next_sentence_head": False, "rotary": rotary}
     assert families.numerics(dataclasses.replace(model, **idle)) == families.numerics(model)
     t5 = model_of("t5_1_1")[1].model
     assert families.numerics(dataclasses.replace(t5, num_decoder_layers=7)) != families.numerics(t5)
@@ -172,15 +175,17 @@ def test_files_of_version_4_say_the_same():
         "mscale": 1.0,
         "mscale_all_dim": 0.5,
     }
-    read = lambda hf: families.model_of(hf, untied=True, pair_head=False)[1]
+    read = lambda hf: families.model_of(hf, untied=True, next_sentence_head=False)[1]
     assert read({**old, "rope_theta": 5e5}) == read(
         {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     )
     yarn = read({**old, "rope_theta": 1e4, "rope_scaling": scaling})
-    assert yarn.rotary_scaling == "yarn" and yarn.rotary_attention == pytest.approx(1.138629 / 1.069315, rel=1e-5)
+    assert yarn.rotary.scaling == "yarn" and yarn.rotary.attention_factor == pytest.approx(
+        1.138629 / 1.069315, rel=1e-5
+    )
     t5 = {key: x for key, x in json.loads(str(GOLDEN["t5_1_1.config"])).items() if key != "scale_decoder_outputs"}
     scales = [
-        families.model_of({**t5, "tie_word_embeddings": tie}, untied=not tie, pair_head=False)[1].logits_scale
+        families.model_of({**t5, "tie_word_embeddings": tie}, untied=not tie, next_sentence_head=False)[1].logits_scale
         for tie in (True, False)
     ]
     assert scales == ["auto", "auto"]  # scaled where tied, and not where untied

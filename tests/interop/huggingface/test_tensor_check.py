@@ -82,12 +82,14 @@ def test_a_bert_has_the_pair_head_that_its_class_has():
         {"model_type": "bert", "architectures": [f"BertFor{name}"]} for name in ("PreTraining", "MaskedLM")
     )
     head = dict.fromkeys(tensor_check.PAIRS)
-    assert tensor_check.has_pair_head(pretraining, head) and tensor_check.has_pair_head(masked, head)
-    assert not tensor_check.has_pair_head(masked, {}) and not tensor_check.has_pair_head({"model_type": "bert"}, {})
+    assert tensor_check.has_next_sentence_head(pretraining, head) and tensor_check.has_next_sentence_head(masked, head)
+    assert not tensor_check.has_next_sentence_head(masked, {}) and not tensor_check.has_next_sentence_head(
+        {"model_type": "bert"}, {}
+    )
     with pytest.raises(
         CheckpointError, match=r"the bert weights lack cls\.seq_relationship\.weight, .*BertForPreTraining"
     ):
-        tensor_check.has_pair_head(pretraining, {})
+        tensor_check.has_next_sentence_head(pretraining, {})
 
 
 @pytest.fixture(scope="module")
