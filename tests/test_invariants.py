@@ -10,38 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.checkpoints import COMMITTED, Checkpoints
 from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parent.parent
 ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for
 SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
 
-# `t5like ...` that sends itself a signal when a step has been reported, after a checkpoint is complete.
-INTERRUPTED = """
-import os, sys, time
-from t5like.cli import main
-from t5like.metrics import progress
-
-step, number, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-show = progress.Progress.update
-
-def update(self, done, *rest):
-    show(self, done, *rest)
-    if done == step:
-        while not os.path.exists(checkpoint + "/commit_success.txt"):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-progress.Progress.update = update
-sys.exit(main.main(sys.argv[4:]))
-"""
-
 
 def start(*arguments, interrupted: tuple[int, int, Path] | None = None) -> subprocess.CompletedProcess:
-    """Run `t5like` in a process of its own with the machine's own devices: one CPU."""
-    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
-    program = ["-m", "t5like"] if interrupted is None else ["-c", INTERRUPTED, *map(str, interrupted)]
+    """Run `t5like` in a process of its own on one CPU device.
+
+    `interrupted` is (step, signal, checkpoint): the process sends itself the signal after that step, when the
+    checkpoint is complete.
+    """
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(ROOT)}
+    program = ["-m", "t5like"]
+    if interrupted:
+        step, number, checkpoint = interrupted
+        options = [f"--step={step}", f"--signal={int(number)}", f"--after={checkpoint / COMMITTED}"]
+        program = ["tests/instrumented_run.py", *options, "--"]
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,

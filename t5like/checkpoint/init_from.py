@@ -1,8 +1,8 @@
 """Weights of another run as the beginning of this one: as they are, or adapted to architecture, vocabulary, depth.
 
-`init_from.adapt` names what may differ; whatever else does is refused, and so is what differs without being named. Each
-parameter's origin is decided by name and shape before anything is read (`Origin`), and reported. Arrays are read once,
-onto today's mesh, and given up one by one as they are adapted: there is never a second copy of the model.
+`init_from.adapt` lists which differences are adapted; every other difference is refused. The source of each parameter
+is chosen by name and shape before anything is read (`ParameterSource`), and reported. Arrays are read once, onto the
+mesh of this run, and released one at a time as they are adapted: there is never a second copy of the model.
 
 * architecture: an encoder-decoder from a decoder-only model. Both stacks begin as its layers; cross-attention with its
   norm, and the encoder's relative bias (its buckets look both ways, the decoder's do not) begin at random.
@@ -40,7 +40,7 @@ from t5like.types import Array, TrainState
 
 ROW_DIMS = {"embedding": 0, "head": 1, "head_bias": 0}  # the parameters with a row for each id, and which dim that is
 REPORT = "init_from.txt"  # in the run directory
-FREE = tuple(  # fields of the model that change no output, and those that `Initial.report` tells of
+FREE = tuple(  # fields of the model that change no output, and those that `InitialWeights.report` tells of
     f"model.{name}:"
     for name in (
         "architecture",
@@ -53,10 +53,10 @@ FREE = tuple(  # fields of the model that change no output, and those that `Init
         "vocab_multiple",
     )
 )
-MEAN = -1  # in a row map: no old row
+MEAN_ROW = -1  # in a row map: no old row
 
 
-class Origin(NamedTuple):
+class ParameterSource(NamedTuple):
     """Where a parameter comes from.
 
     Attributes:
@@ -70,11 +70,11 @@ class Origin(NamedTuple):
     rows: int | None = None
 
 
-class Rows(NamedTuple):
+class VocabularyMap(NamedTuple):
     """A map from a new vocabulary's rows to an old one's.
 
     Attributes:
-        old_V: int32 [new rows], the old row of each, or `MEAN`; padding rows too have `MEAN`.
+        old_V: int32 [new rows], the old row of each, or `MEAN_ROW`; padding rows too have `MEAN_ROW`.
         old_size: rows of the old vocabulary that are ids; those behind them are padding.
         text: how many there are of each kind, in words.
     """
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
     text: str
 
 
-class Initial(NamedTuple):
+class InitialWeights(NamedTuple):
     """The weights that a run begins with.
 
     Attributes:
@@ -100,7 +100,7 @@ class Initial(NamedTuple):
     differs: list[str]
 
 
-def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -> Initial:
+def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokenizer) -> InitialWeights:
     """Read the weights of `init_from.checkpoint`, adapted as `init_from.adapt` says.
 
     A parameter whose name matches `init_from.reinitialize` begins at random; every other one has to be there, and
@@ -147,18 +147,12 @@ def initial_params(config: Config, abstract: TrainState, tokenizer: Tokenizer) -
     width = max(map(len, origins))
     report = [f"{name:{width}}  {_words(name, origin, rows)}" for name, origin in origins.items()]
     differs = loader.difference(meta.config, config)
-    return Initial(
+    return InitialWeights(
         params, meta.step, report, [line for line in differs if line.startswith("model.") and not line.startswith(FREE)]
     )
 
 
-def begin_with(params: dict[str, Array], state: TrainState) -> TrainState:
-    """A new state with these weights in place of random ones; step and optimizer are those of the beginning."""
-    whole = tree.map_named(lambda name, random: params.get(name, random), state.params)
-    return state._replace(params=whole, ema=None if state.ema is None else jax.tree.map(jnp.copy, whole))
-
-
-def write_report(workdir: Path, config: Config, initial: Initial) -> None:
+def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None:
     """Write how each parameter began into the run directory, from the first process.
 
     Raises:
@@ -169,7 +163,7 @@ def write_report(workdir: Path, config: Config, initial: Initial) -> None:
     init = config.init_from
     adapted = f", init_from.adapt={','.join(init.adapt)}" if init.adapt else ""
     text = (
-        "\n".join([f"step {initial.step:,} of {init.checkpoint}{adapted}", "", *initial.report, *initial.differs])
+        "\n".join([f"step {weights.step:,} of {init.checkpoint}{adapted}", "", *weights.report, *weights.differs])
         + "\n"
     )
     try:
@@ -179,11 +173,11 @@ def write_report(workdir: Path, config: Config, initial: Initial) -> None:
         raise CheckpointError(f"{workdir / REPORT} can't be written: {error.strerror}") from None
 
 
-def row_map(old: Tokenizer, new: Tokenizer, num_rows: int) -> Rows:
+def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyMap:
     """Map a new tokenizer's ids to an old one's: special ids by their role, sentinels by number, the rest by piece.
 
     A piece that only the new one has, a sentinel beyond the old ones, and the rows behind the new one's ids map to
-    `MEAN`.
+    `MEAN_ROW`.
     """
     own = {*old.sentinel_ids.tolist(), old.pad_id, old.eos_id, old.unk_id}
     pieces = {old.name(token): token for token in range(old.vocab_size) if token not in own and old.name(token)}
@@ -192,21 +186,21 @@ def row_map(old: Tokenizer, new: Tokenizer, num_rows: int) -> Rows:
         roles[new.unk_id] = old.unk_id
     roles |= dict(zip(new.sentinel_ids.tolist(), old.sentinel_ids.tolist(), strict=False))
     sentinels = set(new.sentinel_ids.tolist())
-    old_V = np.full(num_rows, MEAN, np.int32)
+    old_V = np.full(num_rows, MEAN_ROW, np.int32)
     for token in range(new.vocab_size):
         if token in roles:
             old_V[token] = roles[token]
         elif token not in sentinels:
-            old_V[token] = pieces.get(new.name(token), MEAN)
-    kept = int((old_V != MEAN).sum())
-    lost = old.vocab_size - len(set(old_V[old_V != MEAN].tolist()))
+            old_V[token] = pieces.get(new.name(token), MEAN_ROW)
+    kept = int((old_V != MEAN_ROW).sum())
+    lost = old.vocab_size - len(set(old_V[old_V != MEAN_ROW].tolist()))
     text = f"{kept:,} of {new.vocab_size:,} rows by piece, {new.vocab_size - kept:,} at the mean"
-    return Rows(old_V, old.vocab_size, text + (f", {lost:,} old rows without a place" if lost else ""))
+    return VocabularyMap(old_V, old.vocab_size, text + (f", {lost:,} old rows without a place" if lost else ""))
 
 
-def _rows(config: Config, meta: Meta, tokenizer: Tokenizer) -> Rows:
+def _rows(config: Config, meta: Meta, tokenizer: Tokenizer) -> VocabularyMap:
     old = Tokenizer(meta.tokenizer, num_sentinels=meta.config.tokenizer.num_sentinels, origin="the old tokenizer")
-    return row_map(old, tokenizer, config.vocab_rows)
+    return map_vocabulary(old, tokenizer, config.vocab_rows)
 
 
 def _check_adapted(
@@ -248,19 +242,21 @@ def _source_name(name: str, old: str, new: str) -> str | None:
     return name.replace("encoder/", "decoder/", 1) if name.startswith("encoder/") else name
 
 
-def _origin(config: Config, old: Config, name: str, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Leaf]) -> Origin:
+def _origin(
+    config: Config, old: Config, name: str, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Leaf]
+) -> ParameterSource:
     source = _source_name(name, old.model.architecture, config.model.architecture)
     if source is None or tree.matches(name, config.init_from.reinitialize):
-        return Origin(None)
+        return ParameterSource(None)
     layers: tuple[int, ...] = ()
     count = stored[source].shape[0] if "/layers/" in name and source in stored else leaf.shape[0]
     if "depth" in config.init_from.adapt and count < leaf.shape[0]:
         layers = tuple(y % count for y in range(leaf.shape[0]))
-    return Origin(source, layers, ROW_DIMS.get(name) if "vocabulary" in config.init_from.adapt else None)
+    return ParameterSource(source, layers, ROW_DIMS.get(name) if "vocabulary" in config.init_from.adapt else None)
 
 
 def _as_stored(
-    leaf: jax.ShapeDtypeStruct, origin: Origin, stored: Mapping[str, Leaf], old: Config
+    leaf: jax.ShapeDtypeStruct, origin: ParameterSource, stored: Mapping[str, Leaf], old: Config
 ) -> jax.ShapeDtypeStruct:
     """What an old parameter has to be, so that it can become `leaf`; split like it as far as its shape allows."""
     shape = list(leaf.shape)
@@ -277,11 +273,11 @@ def _as_stored(
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*fitting)))
 
 
-def _adapted(array: Array, sharding: NamedSharding, origin: Origin, rows: Rows | None) -> Array:
+def _adapted(array: Array, sharding: NamedSharding, origin: ParameterSource, rows: VocabularyMap | None) -> Array:
     if origin.layers:
         array = _stacker(origin.layers, sharding)(array)
     if origin.rows is not None:
-        known = (rows.old_V != MEAN).reshape([-1 if dim == origin.rows else 1 for dim in range(array.ndim)])
+        known = (rows.old_V != MEAN_ROW).reshape([-1 if dim == origin.rows else 1 for dim in range(array.ndim)])
         array = _mapper(origin.rows, rows.old_size, sharding)(array, np.maximum(rows.old_V, 0), known)
     return array
 
@@ -301,7 +297,7 @@ def _mapper(dim: int, old_size: int, sharding: NamedSharding) -> Callable[[Array
     return jax.jit(mapped, out_shardings=sharding)
 
 
-def _words(name: str, origin: Origin, rows: Rows | None) -> str:
+def _words(name: str, origin: ParameterSource, rows: VocabularyMap | None) -> str:
     if not origin.source:
         return "new, at random"
     parts = []

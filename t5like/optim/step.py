@@ -4,7 +4,7 @@ Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a
 `LossFn`. Nothing here does I/O or logs. `compile_train_step` compiles the step without data, `train` runs it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from operator import attrgetter
 
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from t5like import tree
 from t5like.config.schema import Config
 from t5like.data.objectives.denoising import num_components
 from t5like.model.transformer import Transformer
@@ -100,11 +101,37 @@ def _abstract_params(config: Config, kinds: tuple) -> Tree:
     return jax.eval_shape(partial(init_params, config), batch, jax.random.key(0))
 
 
-def new_state(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
-    """A random state, each leaf made where `abstract` says it lives. The values do not depend on the mesh."""
+def new_state(
+    config: Config, batch: Batch, abstract: TrainState, params: Mapping[str, jax.Array] | None = None
+) -> TrainState:
+    """Make the state before the first step, each leaf with the sharding in `abstract`.
+
+    Args:
+        config: resolved on the mesh of `abstract`.
+        batch: gives shapes only.
+        abstract: shape, dtype and sharding of every leaf of the state.
+        params: parameters by name that exist already and become part of the state; the others are random. Random
+            values depend on config, seed and name only.
+    """
+    shardings, key = _shardings(abstract), jax.random.key(config.seed)
     with jax.set_mesh(_mesh_of(abstract)):
-        make = jax.jit(partial(init_state, config), out_shardings=_shardings(abstract))
-        return make(batch, jax.random.key(config.seed))
+        if not params:
+            return jax.jit(partial(init_state, config), out_shardings=shardings)(batch, key)
+        wanted = tree.flatten(shardings.params)
+        missing = {name: sharding for name, sharding in wanted.items() if name not in params}
+
+        def random_params(batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+            everything = tree.flatten(nn.meta.unbox(init_params(config, batch, key)))
+            return {name: everything[name] for name in missing}  # XLA removes what computes the others
+
+        random = jax.jit(random_params, out_shardings=missing)(batch, key) if missing else {}
+        leaves = [params[name] if name in params else random[name] for name in wanted]
+        whole = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
+        rest = jax.jit(
+            lambda params: _first_state(config, params)._replace(params=None),
+            out_shardings=shardings._replace(params=None),
+        )
+        return rest(whole)._replace(params=whole)
 
 
 def make_train_step(

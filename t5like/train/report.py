@@ -1,4 +1,6 @@
-"""Metrics of each step: taken from the device, summed, written and shown."""
+"""The metrics of each step: read from the device, summed, written and printed. Used by `loop`."""
+
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,19 +16,28 @@ from t5like.types import COMPONENT_METRICS, Metrics, host_metrics
 
 
 def print_line(text: str) -> None:
-    """Print a line at once, so that a log file shows it. Names in it are foreign."""
+    """Print a line and flush, so that a log file shows it at once; it may contain names from outside."""
     print(printable(text), flush=True)
 
 
 class StepReporter:
-    """Takes each step's metrics from the device, counts them, and passes them on at the right times.
+    """Reads each step's metrics from the device and passes them to the metric files and the progress bar.
 
-    What concerns components (`pipeline.components`) is a mean over the steps since the last log, because one step may
+    Metrics of components (`pipeline.components`) are means over the steps since the last log, because one step may
     have few rows of each.
     """
 
-    def __init__(self, config: Config, writer: writers.Writer, progress: Progress, throughput: Throughput):
+    def __init__(
+        self,
+        config: Config,
+        writer: writers.Writer,
+        progress: Progress,
+        throughput: Throughput,
+        on_step: Callable[[int], None] | None = None,
+    ):
+        """`on_step`: called with the number of completed steps at the end of each report."""
         self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
+        self._on_step = on_step
         self._names = pipeline.component_names(config)
         self._skipped_updates = 0
         self._components = None  # sums since the last log
@@ -56,6 +67,8 @@ class StepReporter:
                 self._components = None
             self._writer.write(done, values)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
+        if self._on_step:
+            self._on_step(done)
         if self._skipped_updates >= self._train.max_skipped_updates:
             raise Diverged(
                 f"the gradient was not finite at {self._skipped_updates} steps in a row up to step {done}; "

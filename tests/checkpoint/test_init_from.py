@@ -11,7 +11,7 @@ from conftest import SYLLABLES, random_batch, small
 
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
-from t5like.checkpoint.init_from import MEAN, begin_with, initial_params, row_map
+from t5like.checkpoint.init_from import MEAN_ROW, load_initial_weights, map_vocabulary
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -75,10 +75,10 @@ def begun(decoder, tokenizer: Tokenizer, *, axes: dict | None = None, **sections
     mesh = meshes.make_mesh(config, jax.devices() if axes else jax.devices()[:1])
     batch = random_batch(config)
     abstract = steps.abstract_state(config, batch, mesh)
-    initial = initial_params(config, abstract, tokenizer)
+    initial = load_initial_weights(config, abstract, tokenizer)
     for name, array in initial.params.items():
         assert array.sharding == tree.flatten(abstract.params)[name].sharding, name
-    state = begin_with(initial.params, steps.new_state(config, batch, abstract))
+    state = steps.new_state(config, batch, abstract, initial.params)
     params = {name: np.asarray(leaf) for name, leaf in tree.flatten(state.params).items()}
     return config, params, [" ".join(line.split()) for line in initial.report]
 
@@ -89,14 +89,14 @@ def logits(config: Config, params: dict, ids_BL: np.ndarray) -> np.ndarray:
 
 
 def test_rows_follow_pieces_special_ids_their_role_and_sentinels_their_number():
-    rows = row_map(OLD, NEW, 384)
+    rows = map_vocabulary(OLD, NEW, 384)
     assert rows.text == "320 of 328 rows by piece, 8 at the mean"
     for token, old in enumerate(rows.old_V[: NEW.vocab_size]):
         new_name = NEW.name(token)
         names = [OLD.name(each) for each in range(OLD.vocab_size)]
-        assert (names[old] == new_name) if old != MEAN else (new_name not in names), new_name
-    assert (rows.old_V[NEW.vocab_size :] == MEAN).all()
-    back = row_map(NEW, OLD, 320)
+        assert (names[old] == new_name) if old != MEAN_ROW else (new_name not in names), new_name
+    assert (rows.old_V[NEW.vocab_size :] == MEAN_ROW).all()
+    back = map_vocabulary(NEW, OLD, 320)
     assert back.text == "320 of 320 rows by piece, 0 at the mean, 8 old rows without a place"
 
 
@@ -104,18 +104,18 @@ def test_a_larger_vocabulary_leaves_the_logits_of_old_tokens_and_begins_new_rows
     _, old_config, old = decoder
     adapt = {"adapt": ("vocabulary",)}
     config, params, report = begun(decoder, NEW, axes={"fsdp": 2, "tensor": 2, "data": 2}, init_from=adapt)
-    rows = row_map(OLD, NEW, config.vocab_rows).old_V
-    new_ids = np.flatnonzero(rows != MEAN)
+    rows = map_vocabulary(OLD, NEW, config.vocab_rows).old_V
+    new_ids = np.flatnonzero(rows != MEAN_ROW)
     ids_BL = new_ids[rng.integers(0, len(new_ids), (2, 9))]
     ours, theirs = logits(config, params, ids_BL), logits(old_config, old, rows[ids_BL])
     np.testing.assert_allclose(ours[..., new_ids], theirs[..., rows[new_ids]], rtol=1e-5, atol=1e-6)
     mean_D = old["embedding"][: OLD.vocab_size].mean(0)
-    added = [NEW.name(token) for token in np.flatnonzero(rows[: NEW.vocab_size] == MEAN)]
+    added = [NEW.name(token) for token in np.flatnonzero(rows[: NEW.vocab_size] == MEAN_ROW)]
     assert "alpha" in added and len(added) == 8
-    for token in np.flatnonzero(rows == MEAN):
+    for token in np.flatnonzero(rows == MEAN_ROW):
         np.testing.assert_allclose(params["embedding"][token], mean_D, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        params["head"][:, rows == MEAN][:, 0], old["head"][:, : OLD.vocab_size].mean(1), atol=1e-6
+        params["head"][:, rows == MEAN_ROW][:, 0], old["head"][:, : OLD.vocab_size].mean(1), atol=1e-6
     )
     assert "head 320 of 328 rows by piece, 8 at the mean" in report
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
-from recorded import held, recorded
+from instrumented_run import read_records, recording
 from test_rendezvous import free_port
 
 from t5like.checkpoint.checkpoints import Checkpoints
@@ -45,9 +45,9 @@ def start_all(
     environment["PYTHONPATH"] = str(ROOT)
     begun = [
         subprocess.Popen(
-            [sys.executable, "tests/recorded.py", f"{records}-{process}"]
-            + [str(step if process == victim else -1), str(int(number))]
-            + [*map(str, arguments), *flags, f"--process_id={process}"],
+            [sys.executable, "tests/instrumented_run.py", f"--records={records}-{process}"]
+            + [f"--step={step}", f"--signal={int(number)}"] * (process == victim)
+            + ["--", *map(str, arguments), *flags, f"--process_id={process}"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -116,11 +116,11 @@ def test_a_killed_process_makes_the_others_end_with_76(handed_on):
 def straight(handed_on, arguments, command, monkeypatch, tmp_path):
     """The metrics of one process that trains as far as those of four, and the batches that its devices held, whole."""
     [step] = handed_on[2]
-    monkeypatch.setattr(placement, "to_global", recorded(tmp_path / "one"))
+    monkeypatch.setattr(placement, "to_global", recording(tmp_path / "one"))
     code, _, err = command(*arguments, f"--workdir={tmp_path}/run", f"--config.train.num_steps={step + 3}")
     assert code == 0, err
     batches = []
-    for _, parts in held(tmp_path / "one"):
+    for _, parts in read_records(tmp_path / "one"):
         rows: dict[str, list] = {}
         for name, _, data in sorted(parts, key=lambda part: part[1][0].start or 0):
             rows.setdefault(name, []).append(data)
@@ -148,7 +148,7 @@ def test_two_and_four_processes_and_one_have_the_same_batches_losses_and_scores(
         ("two", 2, 4, 1, 0, evaluated + step),
         ("four", 4, 8, 2, evaluated + step, evaluated + step + 2),
     ):
-        records = [held(workdir.parent / f"{name}-{process}")[: end - begin] for process in range(count)]
+        records = [read_records(workdir.parent / f"{name}-{process}")[: end - begin] for process in range(count)]
         for wanted, *of_each in zip(batches[begin:end], *records, strict=True):
             covered = {field: np.zeros(array.shape, int) for field, array in wanted.items()}
             for made, parts in of_each:

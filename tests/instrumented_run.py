@@ -1,0 +1,77 @@
+"""`t5like ...` that records the batches on its devices, and that interrupts itself after a step.
+
+    python tests/instrumented_run.py [--records FILE] [--step STEP --signal NUMBER [--after PATH]] -- ARGUMENTS...
+
+When the metrics of step STEP are reported and PATH exists, the process sends itself the signal; from then on each step
+takes 0.2 s longer. Signal 0 sends nothing: from then on the process can't write large files, as on a full disk.
+"""
+
+import argparse
+import os
+import pickle
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from t5like.cli import main
+from t5like.sharding import placement
+from t5like.train import loop
+
+
+def recording(path: Path):
+    """A `placement.to_global` that appends each result to a file: the number of host rows, and the parts of each field.
+
+    A part is (field, index, array): the slice of the global array that a device of this process holds, and its values.
+    """
+    to_global = placement.to_global
+
+    def recorded(batch, mesh, batch_size):
+        placed = to_global(batch, mesh, batch_size)
+        arrays = {name: x for name, x in placed._asdict().items() if x is not None}
+        parts = [(name, s.index, np.asarray(s.data)) for name, x in arrays.items() for s in x.addressable_shards]
+        with path.open("ab") as file:
+            pickle.dump((len(batch.targets_BL), parts), file)
+        return placed
+
+    return recorded
+
+
+def read_records(path: Path) -> list[tuple[int, list]]:
+    """The records that `recording` wrote, one for each batch."""
+    records = []
+    with path.open("rb") as file:
+        while file.peek(1):
+            records.append(pickle.load(file))  # noqa: S301, written by this test
+    return records
+
+
+def interrupt(step: int, number: int, after: Path | None, done: int) -> None:
+    """The hook `on_step` of the training loop."""
+    if done == step:
+        while after and not after.exists():
+            time.sleep(0.01)
+        if number:
+            os.kill(os.getpid(), number)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    if done >= step:
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--records", type=Path)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--signal", type=int, default=0)
+    parser.add_argument("--after", type=Path)
+    parser.add_argument("arguments", nargs="*")
+    options = parser.parse_args()
+    if options.records:
+        placement.to_global = recording(options.records)
+    if options.step is not None:
+        loop.train = partial(loop.train, on_step=partial(interrupt, options.step, options.signal, options.after))
+    sys.exit(main.main(options.arguments))
