@@ -39,6 +39,7 @@ from t5like.checkpoint.digests import Leaf, describe
 from t5like.checkpoint.metadata import Meta
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError, shorten
+from t5like.io.atomic import replace_file
 from t5like.io.paths import literal
 from t5like.io.strict_json import loads
 from t5like.types import Array, TrainState, Tree
@@ -252,9 +253,7 @@ class Checkpoints:
         if jax.process_index() == 0:  # the process that writes metadata
             with _one_line(self.directory / RUN_ID, "can't be written"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                temporary = self.directory / f".{RUN_ID}"
-                temporary.write_text(f"{run}\n", encoding="utf-8")
-                temporary.replace(self.directory / RUN_ID)
+                replace_file(self.directory / RUN_ID, f"{run}\n")
         return run
 
     @contextlib.contextmanager

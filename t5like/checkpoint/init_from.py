@@ -34,7 +34,7 @@ from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
 from t5like.types import Array, TrainState
 
@@ -166,11 +166,7 @@ def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None
         "\n".join([f"step {weights.step:,} of {init.checkpoint}{adapted}", "", *weights.report, *weights.differs])
         + "\n"
     )
-    try:
-        with atomic_write(workdir / REPORT) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise CheckpointError(f"{workdir / REPORT} can't be written: {error.strerror}") from None
+    replace_file(workdir / REPORT, text, CheckpointError)
 
 
 def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyMap:

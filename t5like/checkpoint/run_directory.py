@@ -27,6 +27,7 @@ from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
 from t5like.errors import CheckpointError, ConfigError, DataError, shorten
+from t5like.io.atomic import replace_file
 from t5like.optim import step as steps
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -265,9 +266,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
             ("config.json", loader.to_json(config).encode()),
             ("tokenizer.model", tokenizer.model_bytes),
         ):
-            temporary = workdir / f".{name}.{os.getpid()}"
-            temporary.write_bytes(content)
-            temporary.replace(workdir / name)
+            replace_file(workdir / name, content)
     except OSError as error:
         raise CheckpointError(
             f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir"

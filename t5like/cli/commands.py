@@ -122,14 +122,13 @@ def check_tasks_options(options: argparse.Namespace) -> None:
 def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictions: dict[str, list[Any]]) -> None:
     """Write values to ``evaluations/NAME.json`` and each list of records to ``predictions/``, then print the values."""
     from t5like.evaluation.task_eval import write_predictions
-    from t5like.io.atomic import atomic_write
+    from t5like.io.atomic import replace_file
 
     text = json.dumps(values, indent=1, ensure_ascii=False)
     path = workdir / "evaluations" / f"{name}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(text.encode() + b"\n")
+        replace_file(path, text.encode() + b"\n")
         for each, records in predictions.items():
             if records:
                 write_predictions(workdir, each, records)

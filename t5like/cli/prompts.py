@@ -18,7 +18,7 @@ from t5like.errors import CheckpointError, ConfigError, DataError, UserError
 from t5like.inference.generate import Answer, Generator
 from t5like.inference.infilling import fill
 from t5like.inference.sampling import DecodingOptions
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import replace_file
 from t5like.io.strict_json import InvalidJSON, loads
 from t5like.metrics.progress import Progress
 
@@ -231,8 +231,7 @@ def _kept(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]
             file.write(b"\n")
         count += 1
     if count == 0:  # settings of an output that is gone say nothing
-        with atomic_write(beside) as file:
-            file.write((json.dumps(settings, indent=1) + "\n").encode())
+        replace_file(beside, json.dumps(settings, indent=1) + "\n")
     return count
 
 

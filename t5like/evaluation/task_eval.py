@@ -24,7 +24,7 @@ from t5like.evaluation import segmentation, text_metrics
 from t5like.inference.generate import Generator, eos_ids
 from t5like.inference.prompt_format import Prompt, PromptFormat
 from t5like.inference.target_scores import SCORING_ROWS, score_targets, scoring_batch
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import replace_file
 from t5like.sharding.placement import to_host
 from t5like.types import Tree
 
@@ -171,6 +171,5 @@ def write_predictions(workdir: Path, name: int | str, records: Sequence[dict[str
     """Write ``predictions/NAME.jsonl`` in a run directory, whole or not at all; NAME is or begins with the step."""
     path = workdir / "predictions" / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    with atomic_write(path) as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    replace_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return path

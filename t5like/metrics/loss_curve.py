@@ -5,6 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
+from t5like.errors import CheckpointError
+from t5like.io.atomic import replace_file
 from t5like.metrics import writers
 
 PICTURE = "loss.png"  # in a run directory
@@ -58,5 +60,5 @@ def draw_loss_curve(workdir: Path) -> Path:
     axes.legend(frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    writers.replace(workdir / PICTURE, image.getvalue())
+    replace_file(workdir / PICTURE, image.getvalue(), CheckpointError, "move it away")
     return workdir / PICTURE

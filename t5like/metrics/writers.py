@@ -14,13 +14,13 @@ Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appe
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from t5like.errors import CheckpointError, DataError
+from t5like.io.atomic import replace_file
 from t5like.io.strict_json import loads
 from t5like.types import COMPONENT_METRICS, Metrics
 
@@ -131,7 +131,7 @@ class Writer:
         with _writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.read_bytes() != text.encode():
-                replace(path, text.encode())
+                replace_file(path, text)
             self._file = path.open("a", buffering=1, encoding="utf-8")  # each line goes out whole, at once
             self._events = tensorboardX.SummaryWriter(
                 str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
@@ -156,21 +156,6 @@ class Writer:
         if self._file is not None:
             self._file.close()
             self._events.close()
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Give a file new content so that no reader, and no crash, ever finds half of it.
-
-    Raises:
-        CheckpointError: it can't be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _writing(path):
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
 
 @contextlib.contextmanager

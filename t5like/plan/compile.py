@@ -23,7 +23,7 @@ from typing import NamedTuple
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.errors import ConfigError, UserError
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import replace_file
 from t5like.plan import topology as topologies
 from t5like.plan.topology import Topology
 from t5like.sharding import auto, placement, xla_options
@@ -86,8 +86,7 @@ def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | N
         request = {"config": loader.to_json(config), "topology": topology}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with atomic_write(directory / "request.json") as file:
-                file.write(json.dumps(request).encode())
+            replace_file(directory / "request.json", json.dumps(request))
             for name in names:  # another program's, from before
                 for kept in (f"{name}.json", f"{name}.hlo.gz"):
                     (directory / kept).unlink(missing_ok=True)
@@ -243,13 +242,11 @@ def main(directory: Path, name: str) -> None:
         answer = program._replace(text="")._asdict()
         del answer["text"]
         if program.text:
-            with atomic_write(directory / f"{name}.hlo.gz") as file:
-                file.write(gzip.compress(program.text.encode(), 5))
+            replace_file(directory / f"{name}.hlo.gz", gzip.compress(program.text.encode(), 5))
     used = resource.getrusage(resource.RUSAGE_SELF)
     resident = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
     answer |= {"cpu_seconds": used.ru_utime + used.ru_stime, "resident": resident}
-    with atomic_write(directory / f"{name}.json") as file:
-        file.write(json.dumps(answer).encode())
+    replace_file(directory / f"{name}.json", json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from t5like.evaluation.heldout import Evaluator
 from t5like.evaluation.samples import samples
 from t5like.evaluation.task_eval import TaskEvaluator, write_predictions
 from t5like.inference.generate import Generator
+from t5like.io.atomic import replace_file
 from t5like.io.paths import cache_directory
 from t5like.metrics import flops, writers
 from t5like.metrics.loss_curve import draw_loss_curve
@@ -226,7 +227,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
         text = samples(Generator(config, params, tokenizer), heldout, mesh)
     if primary:
         picture = draw_loss_curve(workdir)
-        writers.replace(workdir / "samples.txt", text.encode())
+        replace_file(workdir / "samples.txt", text, CheckpointError, "move it away")
         for line in f"\n{text}\n{summary(workdir, config, provenance_record['fingerprints'])}".split("\n"):
             say(line)
         say(f"loss curve  {picture}")

@@ -32,7 +32,7 @@ from t5like.data.store.shards import Documents, Job, bar, draws, finished_shard,
 from t5like.data.store.token_store import FORMAT, Stream, TokenStore, file_digest, read_again
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError
-from t5like.io.atomic import atomic_write, remove_stale_temporaries
+from t5like.io.atomic import remove_stale_temporaries, replace_file
 from t5like.io.paths import cache_directory, expand
 from t5like.io.strict_json import loads
 from t5like.metrics.progress import status
@@ -150,8 +150,7 @@ def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tup
         if trained_on is None:
             _train(config, opened, path, progress)
             record = {"sources": fingerprints, "sha256": file_digest(path)}
-            with atomic_write(directory / "trained_on.json") as file:  # after the model: says that it is there
-                file.write(json.dumps(record).encode())
+            replace_file(directory / "trained_on.json", json.dumps(record))  # after the model: says that it is there
         else:
             for source, fingerprint in zip(opened, trained_on, strict=True):
                 if source.documents and source.fingerprint != fingerprint:
@@ -346,5 +345,4 @@ def _write_manifest(
         manifest["duplicates"] = duplicates
     if form_of(data):
         manifest["empty"] = sum(record["empty"] for record in records)
-    with atomic_write(directory / "manifest.json") as file:
-        file.write(json.dumps(sealed(manifest), indent=1).encode())
+    replace_file(directory / "manifest.json", json.dumps(sealed(manifest), indent=1))

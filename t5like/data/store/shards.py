@@ -28,7 +28,7 @@ from t5like.data.store.statistics import count_tokens
 from t5like.data.store.token_store import file_digest
 from t5like.data.tokenizers.tokenizer import Tokenizer, refuse_surrogates
 from t5like.errors import DataError, UserError, printable
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import atomic_write, replace_file
 from t5like.io.signals import block_terminal_signals
 from t5like.io.strict_json import loads
 from t5like.metrics.progress import Progress
@@ -155,8 +155,7 @@ def _write_shard(job: Job, number: int) -> dict[str, Any]:
                     new["bytes"] = sum(each.num_bytes for each in documents if each.heldout == wanted)
                     new |= count_tokens(job.tokenizer, arrays["tokens"])
                     counts[split] = {name: counts[split][name] + new[name] for name in COUNTS}
-    with atomic_write(hashes_of(job.pieces, number)) as file:
-        file.write(np.asarray(hashes).astype("<u8").tobytes())
+    replace_file(hashes_of(job.pieces, number), np.asarray(hashes).astype("<u8").tobytes())
     described = {
         name: {"bytes": (job.pieces / name).stat().st_size, "sha256": file_digest(job.pieces / name)}
         for name in (*names.values(), hashes_of(job.pieces, number).name)
@@ -164,8 +163,7 @@ def _write_shard(job: Job, number: int) -> dict[str, Any]:
     record = {"number": number, "fingerprint": job.fingerprint, "splits": counts, "files": described}
     if job.documents.form:
         record["empty"] = len(job.numbers(number)) - sum(count["documents"] for count in counts.values())
-    with atomic_write(job.pieces / f"{number:05d}.json") as file:
-        file.write(json.dumps(record).encode())
+    replace_file(job.pieces / f"{number:05d}.json", json.dumps(record))
     return record
 
 

@@ -11,7 +11,6 @@ Called by `data.corpus` (bulk), `generate` and `inspect` (single texts) and `che
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -26,6 +25,7 @@ from t5like.data.tokenizers import huggingface_model
 from t5like.data.tokenizers.huggingface_model import LARGEST_FILE, JsonModel
 from t5like.data.tokenizers.sentencepiece_model import SENTINEL, SentencePieceModel
 from t5like.errors import DataError
+from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
 from t5like.io.regular_files import read_regular
 
@@ -71,9 +71,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
             raise failures[0] from None
         raise DataError(_training_failure(str(error), config)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(_exact_scores(model.getvalue()))
-    temporary.replace(path)
+    replace_file(path, _exact_scores(model.getvalue()))
 
 
 def _exact_scores(model_bytes: bytes) -> bytes:

@@ -13,7 +13,7 @@ from t5like import tree
 from t5like.checkpoint import run_directory
 from t5like.config.schema import Config, flatten
 from t5like.data.sources.source import canonical
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import replace_file
 from t5like.io.paths import cache_directory
 from t5like.io.strict_json import loads
 from t5like.metrics import writers
@@ -58,8 +58,7 @@ def write(directory: Path, workdir: Path, loaded: run_directory.Run, family: str
         parts.append("## Results\n\n" + _results(records, loaded.step))
         parts.append("## How it was made\n\n" + _how(config, versions))
     parts.append(f"## Limitations\n\n{FILL} What was it not tested on, what does it get wrong, who should not use it?")
-    with atomic_write(directory / "README.md") as file:
-        file.write(("\n\n".join(parts) + "\n").encode())
+    replace_file(directory / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(config: Config, family: str) -> str:

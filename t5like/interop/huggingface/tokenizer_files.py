@@ -23,7 +23,7 @@ from t5like.data.tokenizers.sentencepiece_model import SENTINEL, sentinel_pieces
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import DataError
 from t5like.interop.huggingface import sentencepiece_json
-from t5like.io.atomic import atomic_write
+from t5like.io.atomic import replace_file
 from t5like.io.strict_json import InvalidJSON, loads
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "sentencepiece.bpe.model")
@@ -150,8 +150,7 @@ def write(tokenizer: Tokenizer, directory: Path, *, family: str, max_length: int
             _write(directory / name, text)
         return None
     name = "spiece.model" if family in (*ENCODER_DECODERS, *ENCODERS) else "tokenizer.model"
-    with atomic_write(directory / name) as file:
-        file.write(tokenizer.model_bytes)
+    replace_file(directory / name, tokenizer.model_bytes)
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _special_tokens(tokenizer)}
     content |= sentencepiece_json.convert(tokenizer.model_bytes, tokenizer.exact)
     content["post_processor"] = _ends(tokenizer, family)
@@ -236,5 +235,4 @@ def _dumped(value: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
+    replace_file(path, text)
