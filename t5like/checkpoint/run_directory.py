@@ -25,7 +25,8 @@ from t5like.config import loader
 from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.distributed import processes
+from t5like.distributed import processes, shared_file_systems
+from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, ConfigError, DataError, shorten
 from t5like.io.atomic import replace_file
 from t5like.optim import step as steps
@@ -102,7 +103,7 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     mesh = meshes.make_mesh(config, devices)
     config = auto.resolve_auto(config, mesh)
     shape = steps.abstract_state(config, pipeline.spec(config), mesh)
-    with processes.watchdog("reading a checkpoint", meta.step, times=3):
+    with watchdog("reading a checkpoint", meta.step, times=3):
         params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)
 
@@ -248,7 +249,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         ConfigError, CheckpointError: see `check_run_directory`; also if another process has the lock.
     """
     if not processes.is_primary():
-        processes.check_shared_file_system(
+        shared_file_systems.check_shared(
             workdir
         )  # after process 0: half of what it writes would look like a stranger's files
     check_run_directory(config, workdir)
@@ -271,7 +272,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         raise CheckpointError(
             f"--workdir={workdir} can't be written: {error.strerror}; use another --workdir"
         ) from None
-    processes.check_shared_file_system(workdir)
+    shared_file_systems.check_shared(workdir)
 
 
 def config_of(workdir: Path) -> Config:

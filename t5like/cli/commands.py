@@ -45,7 +45,7 @@ def configs(_, __) -> None:
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like train`."""
     config = load_config(options, overrides)
-    from t5like.distributed.processes import process_group
+    from t5like.distributed.process_group import process_group
     from t5like.train.loop import train
 
     workdir = expand(options.workdir).absolute()
@@ -83,7 +83,8 @@ def heldout(options: argparse.Namespace, _) -> None:
     check_tasks_options(options)
     workdir = expand(options.workdir).absolute()
     if options.tasks is None:
-        from t5like.distributed.processes import is_primary, process_group
+        from t5like.distributed.process_group import process_group
+        from t5like.distributed.processes import is_primary
         from t5like.evaluation import heldout
 
         config = run_directory.config_of(workdir)

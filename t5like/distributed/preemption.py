@@ -1,9 +1,9 @@
-"""Signals that ask a training run to stop: it saves a checkpoint after the current step."""
+"""Signals that stop a training run: it saves a checkpoint after the current step. Called by `train.loop`."""
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from t5like.distributed import processes
 from t5like.io.signals import termination_signals
@@ -11,29 +11,29 @@ from t5like.io.streams import write_error
 
 
 @contextlib.contextmanager
-def catch_preemption() -> Iterator:
-    """Note SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C, instead of `interrupts.raised`.
+def catch_preemption() -> Iterator[Callable[[int], bool]]:
+    """Record SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C, instead of `signals.raise_on_signals`.
 
-    Yields a function of the step that has been done, which says whether to stop after it. Of several processes all say
-    so after the same step, whichever got the signal; there JAX keeps the watch for SIGTERM.
+    Yields a function of the completed step that returns whether to stop after it. With several processes it returns
+    True in all of them after the same step, whichever received the signal; JAX then handles SIGTERM.
     """
     received = []
-    several = processes.is_multi_process()
+    multi_process = processes.is_multi_process()
 
-    def note(number, _):
+    def record(number, _):
         received.append(number)
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, old[signal.SIGINT])  # a second Ctrl-C stops at once
+            signal.signal(signal.SIGINT, before[signal.SIGINT])  # a second Ctrl-C stops at once
             write_error("stopping after this step; Ctrl-C again stops at once, without saving\n")
-        if several:
+        if multi_process:
             os.kill(os.getpid(), signal.SIGTERM)
 
     caught = [signal.SIGUSR1, *termination_signals()]
-    if several:
+    if multi_process:
         caught.remove(signal.SIGTERM)
-    old = {number: signal.signal(number, note) for number in caught}
+    before = {number: signal.signal(number, record) for number in caught}
     try:
-        yield processes.should_stop if several else (lambda done: bool(received))
+        yield processes.should_stop if multi_process else (lambda done: bool(received))
     finally:
-        for number, handler in old.items():
+        for number, handler in before.items():
             signal.signal(number, handler)

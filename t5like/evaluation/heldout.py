@@ -22,7 +22,8 @@ from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import Vocabulary
-from t5like.distributed import processes
+from t5like.distributed import processes, shared_file_systems
+from t5like.distributed.watchdog import watchdog
 from t5like.errors import printable
 from t5like.evaluation.task_eval import TaskEvaluator
 from t5like.io.paths import cache_directory
@@ -57,7 +58,7 @@ class Evaluator:
         if self._zeros is None:
             self._zeros = steps.zero_metrics(self.config, params, pipeline.spec(self.config))
         total = self._zeros
-        with jax.set_mesh(self.mesh), processes.watchdog("evaluation", times=2 + self.num_batches // 16):
+        with jax.set_mesh(self.mesh), watchdog("evaluation", times=2 + self.num_batches // 16):
             for index in range(self.num_batches):
                 rows = self.heldout.at(index, self._rows)
                 before, total = total, self._step(params, placement.to_global(rows, self.mesh, size), total)
@@ -129,7 +130,7 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str]
     )
     directory = cache_directory(config.data.cache_directory)
     work = partial(preparation.prepare, config)
-    stores = processes.once_per_file_system("preparing the data", directory, work).stores
+    stores = shared_file_systems.once_per_file_system("preparing the data", directory, work).stores
     heldout = pipeline.open_split(config, stores, "heldout")
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer, every=True)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from t5like.config.schema import Config
 from t5like.data.supervised.examples import Examples
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.distributed import processes
+from t5like.distributed.watchdog import watchdog
 from t5like.errors import ConfigError
 from t5like.evaluation import segmentation, text_metrics
 from t5like.inference.generate import Generator, eos_ids
@@ -98,7 +98,7 @@ class TaskEvaluator:
 
         `progress` hears how many rows of `count` are done.
         """
-        with jax.set_mesh(self.mesh), processes.watchdog("answers", times=2 + len(self.questions) // SCORING_ROWS):
+        with jax.set_mesh(self.mesh), watchdog("answers", times=2 + len(self.questions) // SCORING_ROWS):
             said, nats_NC = (self._choose if self._choices else self._generate)(params, progress)
         records = [
             {"inputs": self.tokenizer.decode(question.read), "target": right, "prediction": text}

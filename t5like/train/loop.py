@@ -34,6 +34,8 @@ from t5like.data.store.verification import Verification
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.distributed import processes
 from t5like.distributed.preemption import catch_preemption
+from t5like.distributed.shared_file_systems import once_per_file_system, share
+from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, Preempted
 from t5like.evaluation.heldout import Evaluator
 from t5like.evaluation.samples import samples
@@ -83,7 +85,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
 
     # ---- Data ----
     directory = cache_directory(config.data.cache_directory)
-    prepared = processes.once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
+    prepared = once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
     for note in prepared.notes:
         say(note)
     verification = Verification(prepared.stores)  # created before anything of the stores is read
@@ -129,7 +131,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     with compiling_thread() as pool:
         begin = time.monotonic()
         compiling = pool.submit(step.compile_train_step, config, batch, abstract)
-        with processes.watchdog("the first state", start, times=3):
+        with watchdog("the first state", start, times=3):
             state = initial.make()
         train_step = compiling.result()
         processes.barrier("the first step", step=start)  # without a watchdog: compiling may take minutes
@@ -137,7 +139,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
 
     # ---- Steps ----
     if verification.pending:
-        verification.start(*processes.share("verifying the data", directory))
+        verification.start(*share("verifying the data", directory))
     if primary:
         provenance.append(workdir, start, provenance_record)
     writer = writers.Writer(workdir, step=start, primary=primary)
@@ -170,11 +172,11 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
                 processes.all_gather("verifying the data", step=done, seconds=processes.PREPARE_SECONDS)
 
     def save(done: int) -> None:
-        with throughput.pause(), processes.watchdog("saving a checkpoint", done, times=2):
+        with throughput.pause(), watchdog("saving a checkpoint", done, times=2):
             checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
 
     def finish_saving(done: int) -> None:
-        with processes.watchdog("completing a checkpoint", done, times=2):
+        with watchdog("completing a checkpoint", done, times=2):
             checkpoints.wait()
 
     with catch_preemption() as preempted, progress:
@@ -223,7 +225,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
 
     # ---- Summary ----
     params = state.params if state.ema is None else state.ema
-    with processes.watchdog("showing samples", times=2):
+    with watchdog("showing samples", times=2):
         text = samples(Generator(config, params, tokenizer), heldout, mesh)
     if primary:
         picture = draw_loss_curve(workdir)

@@ -7,7 +7,7 @@ import numpy as np
 
 from t5like.config.schema import Config
 from t5like.data import pipeline
-from t5like.distributed import processes
+from t5like.distributed.watchdog import watchdog
 from t5like.errors import Diverged, printable
 from t5like.metrics import writers
 from t5like.metrics.progress import Progress
@@ -48,7 +48,7 @@ class StepReporter:
         Raises:
             Diverged: too many updates in a row had a gradient that is not finite.
         """
-        with processes.watchdog("a training step", done):
+        with watchdog("a training step", done):
             sums = jax.device_get(on_device)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
         self._skipped_updates = self._skipped_updates + 1 if values["train/skipped_updates"] else 0

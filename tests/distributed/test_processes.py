@@ -23,8 +23,9 @@ from test_rendezvous import free_port
 
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.run_directory import load
-from t5like.distributed import processes
+from t5like.distributed import processes, shared_file_systems, watchdog
 from t5like.distributed.launchers import ProcessInfo
+from t5like.distributed.process_group import process_group
 from t5like.errors import CheckpointError
 from t5like.metrics.writers import read
 from t5like.sharding import mesh as meshes
@@ -178,19 +179,19 @@ def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, argume
 
 
 def test_a_process_whose_files_were_cleared_away_gives_the_reason_of_the_one_that_failed(monkeypatch, capsys):
-    class Service:  # what `_Run` and the end of a run ask of JAX's; process 0 has said why
+    class Service:  # the calls of JAX's coordination service at the end of a run; process 0 has failed
         blocking_key_value_get = staticmethod(lambda key, _: json.dumps({"code": 4, "message": "process 0: full"}))
         key_value_set = staticmethod(lambda *_: None)
 
     def leave(code):
         raise SystemExit(code)
 
-    run = processes._Run(ProcessInfo("a test", "localhost:1", 2, 1), 60.0)
-    run.client = Service
-    monkeypatch.setattr(processes, "_run", run)
+    process = processes.Process(ProcessInfo("a test", "localhost:1", 2, 1), 60.0)
+    process.client = Service
+    monkeypatch.setattr(processes, "_current", process)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as ended:
-        processes._fail(CheckpointError("checkpoints/6 could not be written: No such file"), debug=False)
+        watchdog.fail(CheckpointError("checkpoints/6 could not be written: No such file"), debug=False)
     assert ended.value.code == 4 and capsys.readouterr().err == "t5like: process 0: full\n"
 
 
@@ -220,7 +221,11 @@ def test_commands_for_one_process_are_refused_where_a_launcher_started_several(c
 
 def test_alone_every_wait_is_nothing_and_every_value_comes_back(tmp_path):
     assert processes.all_gather("a name", "x") == ["x"] and processes.broadcast("a name", "y") == "y"
-    assert processes.is_primary() and not processes.is_multi_process() and processes.sharers("a name", tmp_path) == [0]
-    with processes.watchdog("a phase", 3), processes.process_group(None, small(), {}):
+    assert (
+        processes.is_primary()
+        and not processes.is_multi_process()
+        and shared_file_systems.sharers("a name", tmp_path) == [0]
+    )
+    with watchdog.watchdog("a phase", 3), process_group(None, small(), {}):
         processes.barrier("a name")
-        processes.check_shared_file_system(tmp_path)
+        shared_file_systems.check_shared(tmp_path)

@@ -1,4 +1,4 @@
-"""Processes that meet, as threads: all there, one missing, one too many, one with another config."""
+"""The rendezvous of processes, run as threads: complete, one missing, one too many, one with another config."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ from conftest import small
 from t5like.config.loader import to_json
 from t5like.distributed import rendezvous
 from t5like.distributed.launchers import ProcessInfo
-from t5like.distributed.rendezvous import bind_address, join
+from t5like.distributed.rendezvous import bind_address
 from t5like.errors import ConfigError, ProcessLost
 
 
@@ -24,94 +24,94 @@ def free_port() -> int:
 
 
 def outcomes(starts, facts=lambda process: {}, seconds=20.0):
-    """What `meet` gives or raises in each process, all at once."""
+    """Run the rendezvous in all processes at once; returns what it returns or raises in each."""
     with ThreadPoolExecutor(len(starts)) as pool:
-        jobs = [pool.submit(join, start, facts(start.process), seconds=seconds) for start in starts]
+        jobs = [pool.submit(rendezvous.rendezvous, start, facts(start.process), seconds=seconds) for start in starts]
         return [job.exception() or job.result() for job in jobs]
 
 
-def of(count, *processes, port=None, told=None):
+def infos(count, *processes, port=None, counts=None):
     address = f"localhost:{port or free_port()}"
-    return [ProcessInfo("a test", address, (told or {}).get(p, count), p) for p in processes]
+    return [ProcessInfo("a test", address, (counts or {}).get(p, count), p) for p in processes]
 
 
-def test_all_meet_and_process_0_knows_the_one_address_to_listen_on():
-    found = outcomes(of(4, 3, 1, 0, 2), lambda process: {"versions": "1"})
-    assert found[2] in ("127.0.0.1", "::1") and [*found[:2], found[3]] == ["", "", ""]
+def test_all_connect_and_process_0_returns_the_address_to_listen_on():
+    results = outcomes(infos(4, 3, 1, 0, 2), lambda process: {"versions": "1"})
+    assert results[2] in ("127.0.0.1", "::1") and [*results[:2], results[3]] == ["", "", ""]
 
 
-def test_another_config_is_told_to_everyone_in_the_same_line():
+def test_all_processes_raise_the_same_message_about_another_config():
     configs = [to_json(small(seed=seed)) for seed in (0, 0, 7)]
-    found = outcomes(of(3, 0, 1, 2), lambda process: {"config": configs[process]})
-    assert {type(error) for error in found} == {ConfigError} and len({str(error) for error in found}) == 1
+    results = outcomes(infos(3, 0, 1, 2), lambda process: {"config": configs[process]})
+    assert {type(error) for error in results} == {ConfigError} and len({str(error) for error in results}) == 1
     here = socket.gethostname()
-    assert str(found[0]).startswith(f"process 2 on {here} has config ") and "seed: 0 -> 7" in str(found[0])
-    assert f"process 0 on {here} has " in str(found[0])
+    assert str(results[0]).startswith(f"process 2 on {here} has config ") and "seed: 0 -> 7" in str(results[0])
+    assert f"process 0 on {here} has " in str(results[0])
 
 
 def test_a_missing_process_is_named(monkeypatch):
-    found = outcomes(of(4, 0, 2), seconds=0.5)
-    assert {type(error) for error in found} == {ProcessLost}
-    assert all("for processes 1, 3 of 4 to start" in str(error) for error in found)
-    monkeypatch.setattr(rendezvous, "GRACE", 0.0)
-    [alone] = outcomes(of(4, 2), seconds=0.3)
+    results = outcomes(infos(4, 0, 2), seconds=0.5)
+    assert {type(error) for error in results} == {ProcessLost}
+    assert all("for processes 1, 3 of 4 to start" in str(error) for error in results)
+    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 0.0)
+    [alone] = outcomes(infos(4, 2), seconds=0.3)
     assert isinstance(alone, ProcessLost) and "waited 0 s to start for process 0 of 4 at localhost:" in str(alone)
 
 
 @pytest.mark.parametrize(
-    "told, processes, message",
+    "counts, processes, message",
     [
         ({1: 3}, (0, 1), "process 1 on .* is one of 3 processes, process 0 on .* one of 2"),
         ({}, (0, 1, 1), "two processes are process 1 of 3, on .* and on "),
     ],
 )
-def test_a_wrong_number_of_processes_and_two_of_the_same_number_are_refused(told, processes, message, monkeypatch):
-    monkeypatch.setattr(rendezvous, "GRACE", 0.5)
-    count = 2 if told else 3
-    found = outcomes(of(count, *processes, told=told))
-    assert {type(error) for error in found} == {ConfigError}
-    assert all(re.search(message, str(error)) for error in found)
+def test_different_numbers_of_processes_and_equal_ranks_are_refused(counts, processes, message, monkeypatch):
+    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 0.5)
+    count = 2 if counts else 3
+    results = outcomes(infos(count, *processes, counts=counts))
+    assert {type(error) for error in results} == {ConfigError}
+    assert all(re.search(message, str(error)) for error in results)
 
 
-def test_strangers_are_sent_away_and_a_port_in_use_is_refused():
-    starts = of(2, 0, 1)
+def test_unknown_clients_are_ignored_and_a_port_in_use_is_refused():
+    starts = infos(2, 0, 1)
     port = int(starts[0].coordinator.rpartition(":")[2])
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(join, starts[0], {}, seconds=20)
+        first = pool.submit(rendezvous.rendezvous, starts[0], {}, seconds=20)
         while True:
             try:
-                with socket.create_connection(("localhost", port), timeout=1) as stranger:
-                    stranger.sendall(b'{"process": 1}\n')
+                with socket.create_connection(("localhost", port), timeout=1) as client:
+                    client.sendall(b'{"process": 1}\n')
                 break
             except OSError:
                 pass
-        assert join(starts[1], {}, seconds=20) == "" and first.result()
+        assert rendezvous.rendezvous(starts[1], {}, seconds=20) == "" and first.result()
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = ProcessInfo("a test", f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
         with pytest.raises(ConfigError, match="can't listen at .*: Address already in use; use a free port"):
-            join(taken, {}, seconds=1)
+            rendezvous.rendezvous(taken, {}, seconds=1)
 
 
-def test_a_stranger_who_talks_slowly_and_without_end_holds_up_nobody(monkeypatch):
-    monkeypatch.setattr(rendezvous, "LINE", 0.3)
+def test_a_slow_unknown_client_delays_nobody(monkeypatch):
+    monkeypatch.setattr(rendezvous, "HELLO_SECONDS", 0.3)
     port, done = free_port(), threading.Event()
 
     def drip():
         while not done.is_set():
-            with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=5) as stranger:
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=5) as client:
                 while not done.wait(0.05):
-                    stranger.sendall(b"x")
+                    client.sendall(b"x")
 
-    stranger = threading.Thread(target=drip)
-    stranger.start()
+    client = threading.Thread(target=drip)
+    client.start()
     try:
         begun = time.monotonic()
-        [alone] = outcomes(of(2, 0, port=port), seconds=1.0)
+        [alone] = outcomes(infos(2, 0, port=port), seconds=1.0)
         assert isinstance(alone, ProcessLost) and time.monotonic() - begun < 2
-        assert outcomes(of(2, 0, 1, port=port))[1] == ""
+        assert outcomes(infos(2, 0, 1, port=port))[1] == ""
     finally:
         done.set()
-        stranger.join()
+        client.join()
 
 
 def test_the_coordinator_never_listens_on_all_interfaces(monkeypatch):

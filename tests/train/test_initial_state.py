@@ -27,4 +27,4 @@ def test_only_missing_parameters_are_random_with_the_values_of_a_random_state():
             parameter = name.removeprefix("params/").removeprefix("ema/")
             added = 1 if parameter in given and name.startswith(("params/", "ema/")) else 0
             np.testing.assert_array_equal(leaf, expected[name] + np.asarray(added, leaf.dtype), err_msg=name)
-        jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 2, state), donate_argnums=0)(state)  # no shared buffers
+        jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)(state)  # no shared buffers
