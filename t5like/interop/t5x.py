@@ -36,7 +36,7 @@ from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, UserError, shorten
 from t5like.io.atomic import atomic_directory, check_free
-from t5like.io.paths import literal
+from t5like.io.paths import literal_path
 from t5like.optim import step as steps
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -122,7 +122,7 @@ def import_run(source: Path, workdir: Path, config: Config) -> Iterator[str]:
     mesh = meshes.make_mesh(one, jax.devices()[:1])
     shape = steps.abstract_state(auto.resolve_auto(one, mesh), pipeline.spec(one), mesh)
     wanted = tree.flatten(shape.params)
-    with atomic_directory(workdir) as made, literal(source) as directory:
+    with atomic_directory(workdir) as made, literal_path(source) as directory:
         layout, leaves = read_params(directory, wanted)
         yield f"model      {tree.num_parameters(wanted):,} parameters, T5X, {layout}"
         params = jax.tree.unflatten(jax.tree.structure(shape.params), leaves)

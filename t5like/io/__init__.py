@@ -1,1 +1,1 @@
-"""Files, paths, standard streams and signals: what the operating system gives a command."""
+"""Files, paths, standard streams and signals: the interface to the operating system."""

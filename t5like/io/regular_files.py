@@ -1,8 +1,8 @@
-"""Files of users, opened only if they can be read twice.
+"""Files from users, opened only if they are regular files.
 
-Sources are read several times: for a fingerprint, an index, a tokenizer, the token store. A pipe gives its bytes once,
-a device may never end, and opening a pipe that nobody writes to waits for ever. So every file that a user names as
-data, as prompts or as a tokenizer is opened here, and is a regular file; each failure is a `DataError` in one line.
+Sources are read several times: for a fingerprint, an index, a tokenizer, the token store. The bytes of a pipe can be
+read only once, a device may never end, and opening a pipe without a writer waits for ever. So every file that a user
+names as data, as prompts or as a tokenizer is opened here; each failure is a `DataError` with a message of one line.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ def open_regular(path: str | Path, name: str = "") -> BinaryIO:
 
     Args:
         path: the file.
-        name: what to call it in messages; default: its path.
+        name: its name in messages; default: its path.
 
     Raises:
         DataError: it is no regular file, or can't be opened.
     """
     try:
-        mode = os.stat(path).st_mode  # first: opening some devices does something, and opening a pipe waits
+        mode = os.stat(path).st_mode  # before opening: that may start a device, or wait for a pipe's writer
         for is_other, description in _OTHERS:
             if is_other(mode):
                 raise DataError(f"{name or path} is {description}")
@@ -48,7 +48,7 @@ def open_regular(path: str | Path, name: str = "") -> BinaryIO:
 
 @contextlib.contextmanager
 def reading(path: str | Path, name: str = "") -> Iterator[BinaryIO]:
-    """`open_regular`, closed in the end; a failure to read within becomes a DataError as well."""
+    """`open_regular` for a with statement; an OSError inside the block becomes a DataError."""
     with open_regular(path, name) as file:
         try:
             yield file
@@ -57,7 +57,7 @@ def reading(path: str | Path, name: str = "") -> Iterator[BinaryIO]:
 
 
 def read_regular(path: str | Path, name: str, largest: int) -> bytes:
-    """The content of a regular file of at most `largest` bytes.
+    """Read a regular file of at most `largest` bytes.
 
     Raises:
         DataError: it is no regular file, can't be read, or is larger.
@@ -70,7 +70,7 @@ def read_regular(path: str | Path, name: str, largest: int) -> bytes:
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of a file, without opening it."""
+    """Return the size of a file in bytes, without opening it."""
     try:
         return os.path.getsize(path)
     except OSError as error:

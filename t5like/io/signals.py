@@ -1,11 +1,12 @@
-"""Signals that ask a process to end: SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 for training.
+"""Termination signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 for training.
 
-`raised` turns them into an exception in the main thread, for a whole command, so that temporary files and child
-processes go with it. One exception is not enough: Python ignores what is raised in a callback of the garbage collector,
-C++ code may turn it into an error of its own, and libraries may catch it. So it is raised again, ten times a second,
-until it is being handled. Imports are not interrupted, because an extension that fails half-way may abort the process.
+`raise_on_signals` turns them into an exception in the main thread, so that a command removes its temporary files and
+ends its child processes. One exception is not enough: Python ignores exceptions in callbacks of the garbage collector,
+C++ code may replace them by errors of its own, and libraries may catch them. So it is raised again, ten times a second,
+until it is being handled. Imports are not interrupted, because an extension module that is interrupted while it loads
+may abort the process.
 
-The training loop takes the same signals meanwhile, to stop after a step and save: `train.preemption`.
+During training `distributed.preemption` handles the same signals: the run saves a checkpoint after the current step.
 """
 
 import contextlib
@@ -18,16 +19,16 @@ from types import FrameType
 
 from t5like.io.streams import write_error
 
-SAVED = 75  # the exit code of a run that should be queued again
-AGAIN = 0.1  # seconds until a signal is raised again
-IMPATIENT = 1.0  # seconds after which a second Ctrl-C ends the process without cleaning up
+REQUEUE_EXIT_CODE = 75  # of a run that should be queued again
+REPEAT_SECONDS = 0.1  # until the exception is raised again
+FORCE_EXIT_SECONDS = 1.0  # after which a second Ctrl-C ends the process without cleanup
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked this process to end.
+    """This process received a termination signal.
 
     Attributes:
-        exit_code: 128 + the signal; `SAVED` where the same command, queued again, continues.
+        exit_code: 128 + the signal; `REQUEUE_EXIT_CODE` if the same command, queued again, continues the run.
     """
 
     def __init__(self, number: int, exit_code: int):
@@ -35,39 +36,43 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
     def __str__(self) -> str:
-        if self.exit_code == SAVED:
+        if self.exit_code == REQUEUE_EXIT_CODE:
             return "stopped by a signal outside the training loop; nothing is lost: the same command continues"
         return "stopped"
 
 
 def termination_signals() -> list[int]:
-    """The signals that end a command. A SIGHUP that is ignored when it starts, as under nohup, stays ignored."""
+    """Return the signals that end a command. A SIGHUP that is ignored at its start, as under nohup, stays ignored."""
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
-class Request:
-    """What `raised` yields: whether the command has been asked to end, and the handler that asks."""
+class TerminationHandler:
+    """The signal handler of `raise_on_signals`.
+
+    Attributes:
+        interrupted: the exception that it raises; None: no signal was received.
+    """
 
     def __init__(self, training: bool, command: FrameType):
         self.interrupted: Interrupted | None = None
-        self._training, self._command, self._since = training, command, 0.0
+        self._training, self._command, self._received_at = training, command, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, or the alarm that repeats it."""
         if self.interrupted is None:
-            saved = self._training and number != signal.SIGINT
-            self.interrupted = Interrupted(number, SAVED if saved else 128 + number)
-            self._since = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+            requeue = self._training and number != signal.SIGINT
+            self.interrupted = Interrupted(number, REQUEUE_EXIT_CODE if requeue else 128 + number)
+            self._received_at = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
         if _handling(self.interrupted):
-            if number == signal.SIGINT and time.monotonic() - self._since > IMPATIENT:
+            if number == signal.SIGINT and time.monotonic() - self._received_at > FORCE_EXIT_SECONDS:
                 self._end()
             return
         importer = _importer(frame, self._command)
         if importer is None:
             raise self.interrupted.with_traceback(None)
-        if importer.f_globals.get("__name__") == "t5like.cli.commands":  # a command's own imports: nothing is begun yet
+        if importer.f_globals.get("__name__") == "t5like.cli.commands":  # imports of a command: no work has started yet
             self._end()
 
     def _end(self) -> None:
@@ -76,29 +81,29 @@ class Request:
 
 
 @contextlib.contextmanager
-def raise_on_signals(*, training: bool = False) -> Iterator[Request]:
-    """Within, a signal that asks the process to end raises `Interrupted` in the main thread, which has to call this.
+def raise_on_signals(*, training: bool = False) -> Iterator[TerminationHandler]:
+    """Raise `Interrupted` on a termination signal inside the block, which must run in the main thread.
 
     Args:
-        training: the command is `train`, which continues when it is started again: what a scheduler sends ends it with
-            `SAVED`, SIGUSR1 included.
+        training: the command is `train`, which continues when it is started again: signals of a scheduler, with
+            SIGUSR1, end it with `REQUEUE_EXIT_CODE`.
     """
-    request = Request(training, sys._getframe(2))  # of the with statement; 1 is contextlib's
+    handler = TerminationHandler(training, sys._getframe(2))  # frame of the with statement; frame 1 is contextlib's
     numbers = [*termination_signals(), signal.SIGALRM] + [signal.SIGUSR1] * training
-    before = {number: signal.signal(number, request) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in numbers}
     hook = sys.unraisablehook
     sys.unraisablehook = lambda what: None if isinstance(what.exc_value, Interrupted) else hook(what)
     try:
-        yield request
+        yield handler
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
         sys.unraisablehook = hook
 
 
 def _handling(interrupted: Interrupted) -> bool:
-    """Whether the main thread, where it was interrupted, is cleaning up after this exception or one that followed."""
+    """Whether the main thread is already handling this exception, or one that was raised while handling it."""
     error = sys.exc_info()[1]
     while error is not None and error is not interrupted:
         error = error.__context__
@@ -106,7 +111,7 @@ def _handling(interrupted: Interrupted) -> bool:
 
 
 def _importer(frame: FrameType | None, command: FrameType) -> FrameType | None:
-    """The outermost frame inside the command's that imports a module; None if there is none."""
+    """Return the outermost frame inside the command's frame that imports a module; None if there is none."""
     importer = None
     while frame is not None and frame is not command:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
@@ -117,9 +122,9 @@ def _importer(frame: FrameType | None, command: FrameType) -> FrameType | None:
 
 @contextlib.contextmanager
 def block_terminal_signals() -> Iterator[None]:
-    """Hold back what a terminal sends to all of its processes, here and in processes that are started within.
+    """Block the signals of a terminal in this process, and in child processes that are started in the block.
 
-    Those decide for themselves, before they lift it; here the signals arrive at the end.
+    A child process sets its own handlers before it unblocks them; this process receives them at the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:

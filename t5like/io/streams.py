@@ -1,15 +1,15 @@
-"""Standard input, output and error of a command, whatever stands behind them.
+"""Standard input, output and error of a command, robust against failures of the other side.
 
-A reader may leave (``| head -1``), a log file's disk may be full, a terminal may close, a descriptor may be closed
-before the process starts, and a locale may lack most characters. `guard` prepares the three streams once, at the start.
+A pipe may be closed (``| head -1``), the disk of a log file may be full, a terminal may close, a descriptor may be
+closed before the process starts, and a locale may lack most characters. `guard` prepares all three at the start.
 
-* The first error on a stream puts /dev/null in its place, for Python, for C++ and for child processes. What is written
-  later goes nowhere, so that nothing fails, neither here nor when the interpreter flushes at its end.
-* Of standard error that error is never told. Of standard output it is raised, because for a command that only prints
-  results there is nothing left to do; a command whose files are its result calls `ignore_lost_output` first.
-* A closed descriptor is opened on /dev/null: the next file to be opened would get its number, and our messages.
-* A file or a pipe gets UTF-8; a terminal its own encoding. PYTHONIOENCODING wins. A character that an encoding lacks is
-  written as its code, ``\\u0431``.
+* The first error on a stream replaces it by /dev/null, for Python, for C++ and for child processes. Later writes are
+  discarded, so that nothing fails, neither in the command nor when the interpreter flushes at its end.
+* An error of standard error is never raised. An error of standard output is raised, because a command that only prints
+  results has nothing left to do; a command whose results are files calls `ignore_lost_output` first.
+* A closed descriptor is opened on /dev/null: otherwise the next opened file would get its number, and the messages.
+* A file or a pipe gets UTF-8, a terminal its own encoding; PYTHONIOENCODING overrides both. A character that an
+  encoding lacks is written as its code, ``\\u0431``.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import os
 import select
 import sys
 
-NO_READER = 141  # the exit code of a program that SIGPIPE ends, such as those in front of `head`
+NO_READER = 141  # exit code of a program that SIGPIPE ends, such as `yes` in `yes | head`
 _raise_lost_output = True
 lost_output: OSError | None = None  # the error that ended standard output, if it was raised
 
@@ -41,7 +41,7 @@ def guard() -> None:
 
 
 def ignore_lost_output() -> None:
-    """From now on, an error of standard output is not raised: the command's result is what it writes to files."""
+    """Do not raise errors of standard output from now on, because the command's results are files."""
     global _raise_lost_output
     _raise_lost_output = False
 
@@ -53,12 +53,12 @@ def write_error(text: str) -> None:
 
 
 class _Guarded(io.FileIO):
-    """A standard stream's descriptor, whose errors are as the module says."""
+    """The descriptor of a standard stream, with errors handled as the module's docstring describes."""
 
     def write(self, data) -> int:
         global lost_output
         try:
-            while (count := super().write(data)) is None:  # a descriptor that does not block, as of some launchers
+            while (count := super().write(data)) is None:  # a non-blocking descriptor, as some launchers make
                 select.select([], [self], [])
             return count
         except OSError as error:

@@ -1,8 +1,8 @@
-"""JSON from outside of the program, read with one kind of failure.
+"""JSON from outside of the program, parsed with one type of error.
 
-Python's `json.loads` fails on hostile or damaged text in many ways (`RecursionError`, `UnicodeDecodeError`, a limit on
-digits) and accepts what later fails elsewhere (a key twice, half of a surrogate pair). Every module reads JSON files of
-users, of runs and of other programs through `loads`, and turns `InvalidJSON` into its own one-line error.
+Python's `json.loads` fails on hostile or damaged text with many exceptions (`RecursionError`, `UnicodeDecodeError`, a
+limit on digits) and accepts text that fails later (a duplicate key, half of a surrogate pair). Every module reads JSON
+files of users, of runs and of other programs with `loads`, and turns `InvalidJSON` into its own one-line error.
 """
 
 import json
@@ -10,13 +10,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-DEEPEST = 100  # levels of lists and objects in one another; files of tokenizers and models have about ten
-# A string goes to its quote or to the end of the text, so that the search takes linear time in any text.
+MAX_LEVELS = 100  # of nested lists and objects; files of tokenizers and models have about ten
+# A string ends at its quote or at the end of the text, so that the search takes linear time in any text.
 STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)|[][{}]', re.DOTALL)
 
 
 class InvalidJSON(ValueError):
-    """Text that is not JSON, or that no correct file has; the message is one line, without the file's name."""
+    """Text that is not valid JSON; the message is one line, without the file's name."""
 
 
 def loads(text: str | bytes, *, unique: bool = True, finite: bool = False) -> Any:
@@ -24,13 +24,13 @@ def loads(text: str | bytes, *, unique: bool = True, finite: bool = False) -> An
 
     Args:
         text: bytes must be UTF-8.
-        unique: refuse an object with the same name twice, of which the last one would win. It takes about twice as
-            long, so rows of data go without.
-        finite: refuse NaN and Infinity, which JSON does not have but Python writes.
+        unique: refuse an object with a duplicate key, of which Python would use the last one. It takes about twice as
+            long, so it is off for rows of data.
+        finite: refuse NaN and Infinity, which are not JSON but which Python writes.
 
     Raises:
-        InvalidJSON: syntax, encoding, more than `DEEPEST` levels, a number of thousands of digits, half of a surrogate
-            pair, or what `unique` and `finite` refuse.
+        InvalidJSON: syntax, encoding, more than `MAX_LEVELS` levels, a number of thousands of digits, half of a
+            surrogate pair, or what `unique` and `finite` refuse.
     """
     try:
         if isinstance(text, bytes):
@@ -38,9 +38,9 @@ def loads(text: str | bytes, *, unique: bool = True, finite: bool = False) -> An
         else:
             text.encode()
         text = text.removeprefix("\ufeff")
-        # Levels can't be more than brackets: most texts have few, and need no count.
-        if text.count("[") + text.count("{") > DEEPEST and _levels(text) > DEEPEST:
-            raise InvalidJSON(f"it has more than {DEEPEST} levels of lists and objects")
+        # The number of levels is at most that of brackets; most texts have few, and need no search.
+        if text.count("[") + text.count("{") > MAX_LEVELS and _levels(text) > MAX_LEVELS:
+            raise InvalidJSON(f"it has more than {MAX_LEVELS} levels of lists and objects")
         hooks = {"object_pairs_hook": _unique} if unique else {}
         value = json.loads(text, parse_constant=_not_finite if finite else None, **hooks)
         if "\\ud" in text or "\\uD" in text:  # an escaped surrogate; most are halves of a pair
@@ -51,7 +51,7 @@ def loads(text: str | bytes, *, unique: bool = True, finite: bool = False) -> An
         raise InvalidJSON(f"byte {error.start} is not UTF-8") from None
     except UnicodeEncodeError:
         raise InvalidJSON("a string has half of a surrogate pair, which is no character") from None
-    except RecursionError:  # less is left of the stack than DEEPEST needs
+    except RecursionError:  # less is left of the stack than MAX_LEVELS needs
         raise InvalidJSON("it has too many levels of lists and objects") from None
     except json.JSONDecodeError as error:
         raise InvalidJSON(str(error)) from None
@@ -61,17 +61,17 @@ def loads(text: str | bytes, *, unique: bool = True, finite: bool = False) -> An
 
 
 def _levels(text: str) -> int:
-    """The largest number of brackets that are open at once outside of strings; the count ends above `DEEPEST`."""
-    depth = most = 0
+    """Return the largest number of open brackets outside of strings; the search ends above `MAX_LEVELS`."""
+    depth = deepest = 0
     for match in STRING_OR_BRACKET.finditer(text):
         if match[0] in "[{":
             depth += 1
-            most = max(most, depth)
-            if most > DEEPEST:
+            deepest = max(deepest, depth)
+            if deepest > MAX_LEVELS:
                 break
         elif match[0] in "]}":
             depth -= 1
-    return most
+    return deepest
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_a_save_whose_arrays_are_not_there_is_no_checkpoint_and_costs_none(tmp_p
     monkeypatch.setattr(checkpoints, "literal", contextlib.nullcontext)  # Orbax takes it for a pattern, and writes none
     store = Checkpoints(directory, keep=1)
     store.save(new_state(2), **REST)
-    with pytest.raises(CheckpointError, match="2 could not be written: its arrays are not there"):
+    with pytest.raises(CheckpointError, match="2 could not be written: its arrays are missing"):
         store.close()
     assert sorted(path.name for path in directory.iterdir()) == ["1", "run_id"] and store.steps() == [1]
 
@@ -98,10 +98,10 @@ def test_a_save_is_not_committed_before_its_metadata_were_read_back(tmp_path, mo
 
 
 def test_a_link_for_a_foreign_name_leads_there_and_is_gone_after(tmp_path):
-    with paths.literal(tmp_path) as path:
+    with paths.literal_path(tmp_path) as path:
         assert path == tmp_path
     (directory := tmp_path / "a[b]").mkdir()
-    with paths.literal(directory) as path:
+    with paths.literal_path(directory) as path:
         assert path != directory and path.resolve() == directory
     assert not os.path.lexists(path.parent) and directory.is_dir()
 
@@ -112,7 +112,7 @@ REFUSED = {
     "a long name": (LONG, "has a name of 300 bytes, and at most 255 are possible; use a shorter one"),
     "a long path": ("/".join(["d" * 200] * 22), "bytes, and at most 3840 are possible; use a shorter one"),
     "a bucket": ("gs://bucket/run", "must be a path, not a URL; mount that storage and use /mnt/NAME"),
-    "no UTF-8": ("a\udcffb", "must be UTF-8, because it is written into files that are; rename it"),
+    "no UTF-8": ("a\udcffb", "must be UTF-8, because it is written into UTF-8 files; rename it"),
     "nothing": ("", "must be a path, without NUL characters; use runs/mine"),
     "NUL": ("a\0b", "must be a path, without NUL characters; use runs/mine"),
     "no such user": (

@@ -92,11 +92,11 @@ def test_cleaning_up_is_not_interrupted_again(capfd):
             tell(signal.SIGHUP)
             wait()
         finally:
-            time.sleep(3 * signals.AGAIN)
+            time.sleep(3 * signals.REPEAT_SECONDS)
             with contextlib.suppress(OSError):  # what follows from the first exception
                 raise OSError
             tell(signal.SIGTERM)
-            time.sleep(2 * signals.AGAIN)
+            time.sleep(2 * signals.REPEAT_SECONDS)
             cleaned.append("all")
     assert cleaned == ["all"] and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 

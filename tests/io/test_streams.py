@@ -183,7 +183,7 @@ def homeless(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(paths, "_told", set())
+    monkeypatch.setattr(paths, "_reported", set())
 
 
 def test_without_a_home_the_cache_is_elsewhere_and_says_where(homeless, tmp_path, capsys, monkeypatch):
@@ -194,7 +194,7 @@ def test_without_a_home_the_cache_is_elsewhere_and_says_where(homeless, tmp_path
     )
     assert own.stat().st_mode & 0o777 == 0o700
     own.chmod(0o777)
-    with pytest.raises(ConfigError, match="belongs to somebody else; set HOME or XDG_CACHE_HOME"):
+    with pytest.raises(ConfigError, match="belongs to another user; set HOME or XDG_CACHE_HOME"):
         paths.cache_directory("~/.cache/t5like")
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/xdg")
     assert paths.cache_directory("~/.cache/t5like") == tmp_path / "xdg" / "t5like"

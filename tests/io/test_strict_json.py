@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from t5like.io.strict_json import DEEPEST, InvalidJSON, loads
+from t5like.io.strict_json import MAX_LEVELS, InvalidJSON, loads
 
 REFUSED = {
     "nothing": ("", "Expecting value"),
     "half an object": ('{"a": [1,', "Expecting value"),
     "an open string of escaped quotes": ('"' + '\\"[{' * 50_000, "Unterminated string"),
-    "lists in lists": ("[" * 100_000, f"it has more than {DEEPEST} levels"),
-    "objects in objects": ('{"a":' * 100_000, f"it has more than {DEEPEST} levels"),
-    "one level too many": ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), f"it has more than {DEEPEST} levels"),
+    "lists in lists": ("[" * 100_000, f"it has more than {MAX_LEVELS} levels"),
+    "objects in objects": ('{"a":' * 100_000, f"it has more than {MAX_LEVELS} levels"),
+    "one level too many": ("[" * (MAX_LEVELS + 1) + "]" * (MAX_LEVELS + 1), f"it has more than {MAX_LEVELS} levels"),
     "a name twice": ('{"b": {"a": 1, "a": 2}}', "'a' stands there twice"),
     "Latin-1": ('"é"'.encode("latin-1"), "byte 1 is not UTF-8"),
     "half of a pair": ('["\\ud83d"]', "a string has half of a surrogate pair"),
@@ -37,7 +37,7 @@ def test_wrong_json_is_one_kind_of_failure_in_one_line(text, message):
         {"a": [1, 2.5, None, True, "é \U0001f600"], "b": {}},
         '\\"[' * 500 + "\\",  # brackets in strings, behind quotes and backslashes, open no level
         [[["{"], {"[": 1}]] * 200,
-        json.loads("[" * DEEPEST + "]" * DEEPEST),
+        json.loads("[" * MAX_LEVELS + "]" * MAX_LEVELS),
         2**200,
     ],
     ids=lambda value: str(value)[:20],

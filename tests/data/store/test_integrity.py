@@ -269,7 +269,7 @@ def other_config(body) -> None:
     body.update(config=json.dumps(config), run="")
 
 
-AWAY = r"; move .*/checkpoints/2 away to go on from an earlier one; there are 1$"
+AWAY = r"; move .*/checkpoints/2 away to continue from an earlier one; there are 1$"
 RUNS = [
     (
         lambda run: (run / "checkpoints/2").rename(run / "checkpoints/12"),
@@ -303,7 +303,7 @@ RUNS = [
     (write("checkpoints/2/meta/metadata", b"null"), 4, "it is not the metadata of a t5like checkpoint" + AWAY),
     (write("checkpoints/2/meta/metadata", NESTED), 4, "metadata can't be read: .*" + AWAY),
     (write("checkpoints/2/meta/metadata", b"\xff"), 4, "metadata can't be read: .*" + AWAY),
-    (write("checkpoints/run_id", b""), 4, "run_id is damaged: it must hold 32 hexadecimal digits; remove it"),
+    (write("checkpoints/run_id", b""), 4, "run_id is damaged: it must contain 32 hexadecimal digits; remove it"),
     (directory("checkpoints/run_id"), 4, "run_id can't be read: "),
     (write("config.json", b""), 4, "config.json can't be read: "),
     (write("config.json", b"\xff\xfe"), 4, "config.json can't be read: "),

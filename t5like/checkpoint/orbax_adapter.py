@@ -1,0 +1,67 @@
+"""Orbax as checkpoints use it: its writer, its log, and its errors as one line. Called by `checkpoints`."""
+
+import contextlib
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from t5like.errors import CheckpointError
+
+SAVE_SECONDS = 600  # a save that takes longer has failed: a run must not wait for ever for its storage
+
+
+def make_writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
+    """Return an asynchronous writer that calls `before_commit` before it writes the commit file."""
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(),
+        async_options=ocp.AsyncOptions(
+            timeout_secs=SAVE_SECONDS,
+            create_directories_asynchronously=False,
+            post_finalization_callback=before_commit,  # of the arrays; the commit file is written after it
+        ),
+        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+    )
+
+
+@functools.cache
+def silence_logs() -> None:
+    """Drop what Orbax prints besides raising: its log, and reports on coroutines and tasks that a failure orphans.
+
+    These are reported when they are garbage collected: by `sys.unraisablehook`, by a warning, or by asyncio's log.
+    """
+    orphaned = ("exception was never retrieved", "Task was destroyed but it is pending")
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: not any(text in record.getMessage() for text in orphaned))
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_others(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        orphan = code is not None and "/orbax/" in code.co_filename and isinstance(event.exc_value, Exception)
+        if not orphan and str(event.exc_value) != "Event loop is closed":
+            report(event)
+
+    sys.unraisablehook = report_others
+
+
+@contextlib.contextmanager
+def checkpoint_errors(path: Path, failure: str, remedy: str = "") -> Iterator[None]:
+    """Raise errors of Orbax, TensorStore and the file system as a CheckpointError with a message of one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = " ".join(str(cause).split()) or type(cause).__name__
+        if len(text) > 300:  # TensorStore's messages begin with the operation and end with the reason
+            text = f"{text[:100]} ... {text[-200:]}"
+        raise CheckpointError(f"{path} {failure}: {text}" + f"; {remedy}" * bool(remedy)) from error
