@@ -45,12 +45,10 @@ setup(
     package_dir={"t5like.configs": "configs"},
     entry_points={"console_scripts": ["t5like = t5like.cli.main:main"]},
     install_requires=[
-        "absl-py>=2.1,<3",
         "array_record>=0.8.1,<0.9",
         "etils[epath,epy]>=1.9.1,<2",
         "flatbuffers>=24.3,<26",  # jax.export, which reads and writes artifacts with it, does not ask for it
         "flax>=0.12,<0.13",
-        "grain>=0.2.15,<0.3",
         "importlib_resources>=6.4,<8",  # TFDS imports it on every Python, but asks for it only on old ones
         "jax>=0.10,<0.11",
         "matplotlib>=3.9,<4",

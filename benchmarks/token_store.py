@@ -5,7 +5,7 @@
 Prepares the config's data if that is not done yet. Then, in one process and in turns: SentencePiece's `encode` of the
 training texts in memory, one call for all of them and one thread; and `prepare` of a new store with the same tokenizer
 and one worker, which reads the documents, hashes, splits, encodes, writes, checksums and syncs. That once from the
-config's own source, and once from JSON lines with the same texts eight times over, whose pieces are less tiny. The
+config's own source, and once from JSON lines with the same texts eight times over, whose shards are larger. The
 ratio of their tokens per CPU second is what the store costs beyond tokenizing. Reading: random windows of the finished
 store, and the document numbers of their tokens, in one thread; the page cache holds the store.
 

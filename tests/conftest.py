@@ -22,8 +22,9 @@ import pytest
 from t5like.cli.main import main
 from t5like.config import loader
 from t5like.config.schema import Config, MeshConfig
-from t5like.data.objectives import denoising
-from t5like.data.objectives.windows import TextWindows
+from t5like.data.objectives import text_rows
+from t5like.data.objectives.denoisers import denoisers
+from t5like.data.objectives.windows import Denoiser, TextWindows
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.optim import step
 from t5like.sharding import mesh as meshes
@@ -55,10 +56,10 @@ def small(**sections: dict) -> Config:
 
 def random_batch(config: Config, seed: int = 0) -> Batch:
     """A real objective's batch on random tokens, documents of about 9 tokens if the config minds borders."""
-    return made(config, denoising.denoisers(config)[0], seed)
+    return made(config, denoisers(config)[0], seed)
 
 
-def made(config: Config, denoiser: denoising.Denoiser, seed: int = 0) -> Batch:
+def made(config: Config, denoiser: Denoiser, seed: int = 0) -> Batch:
     """The rows of one denoiser, as `random_batch` makes them."""
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, denoiser.window.length)
@@ -74,7 +75,7 @@ def made(config: Config, denoiser: denoising.Denoiser, seed: int = 0) -> Batch:
         segments_BT = (place < ends) * (1 + (place >= ends // 2)).astype(np.int32)
         follows_B = rng.integers(0, 2, shape[0])
     text = TextWindows(tokens_BT, segments_BT, keys_B, follows_B)
-    return denoising.rows(config, denoiser, vocabulary_of(config), text)
+    return text_rows.make_rows(config, denoiser, vocabulary_of(config), text)
 
 
 def vocabulary_of(config: Config) -> Vocabulary:

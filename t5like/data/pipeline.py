@@ -1,27 +1,30 @@
-"""The batch of step s as a pure function of (config, s): rows by arithmetic, windows from token stores, objectives.
+"""The batch of step s as a pure function of (config, s): row arithmetic, then windows of token stores and objectives.
 
-Nothing here has a state, so nothing has to be saved: after a restart, on other hosts or devices, step s has the same
-rows. Global row r of the training rows is found like this:
+There is no state, so nothing has to be saved: after a restart, or on other hosts or devices, step s has the same rows.
+Row r of the training rows (numbered over all steps) is determined like this:
 
-    r -> which component, a source with one of its denoisers (exact rates within every block of 4096 rows), and i
-    i -> epoch and place in the epoch; the place, shuffled by a permutation of the epoch -> the component's row
-    row -> a window of text or packed examples; an objective's randomness is keyed by (seed, r)
+    r -> its component, which is a source with one of its denoisers (exact rates in every block of 4096 rows), and the
+         row's index i among the rows of the component
+    i -> epoch and index in the epoch, which a permutation of the epoch shuffles -> index of the component's row
+    row -> a window of text, or packed examples; the random numbers of an objective are keyed by (seed, r)
 
-Called by `train` and `evaluate` (`Batches`, `prefetch`) and, for shapes alone, by everything that compiles (`spec`).
+The path of a batch: `prefetch` -> `Batches.at` -> `Batches.locate` -> `RowSource.batch` (`objectives.text_rows`,
+`supervised.packing`) -> `Batch`. Called by `train` and `evaluate`; whatever compiles the model needs shapes (`spec`).
 """
 
+import collections
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
-import grain
 import numpy as np
 
 from t5like.config.schema import Config
-from t5like.data.objectives import denoising
-from t5like.data.objectives.denoising import Denoiser, denoisers
-from t5like.data.objectives.masking import sentence_pairs
-from t5like.data.objectives.windows import TextWindows
+from t5like.data.objectives import text_rows
+from t5like.data.objectives.denoisers import denoisers
+from t5like.data.objectives.text_rows import TextRows
+from t5like.data.objectives.windows import Denoiser
 from t5like.data.randomness import permute, random_bits
 from t5like.data.sources.names import source_names
 from t5like.data.store.token_store import Stream, TokenStore
@@ -31,21 +34,21 @@ from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.errors import DataError
 from t5like.types import Batch
 
-BLOCK = 4096  # rows in which the rates hold exactly
+BLOCK = 4096  # rows in which the rates are exact
 
-# What a random number is for: keeps the streams of random bits apart.
+# The purpose of a random number: separates the streams of random bits.
 SHUFFLE, OFFSET, MIXTURE, CORRUPTION = range(4)
 
 
 class Component(NamedTuple):
-    """Where a row can come from: one source, made into rows in one way.
+    """A component of the mixture of rows: one source with one denoiser.
 
     Attributes:
         source: index in `data.source`.
         objective: index in `data.objective`.
-        name: the denoiser's, in the metrics.
+        name: of the denoiser, in the metrics.
         share: of the objective's rows, 0 to 1.
-        denoiser: how windows become rows; None for supervised rows, which are packed examples.
+        denoiser: makes rows from windows of text; None for supervised examples, which are packed.
     """
 
     source: int
@@ -56,47 +59,45 @@ class Component(NamedTuple):
 
 
 def components(config: Config) -> tuple[Component, ...]:
-    """All components of a config, source by source; `Batch.component_B1` counts them.
+    """All components of a config, ordered by source; `Batch.component_B1` has indices in this list.
 
     Raises:
-        ConfigError: an objective does not fit the lengths (see `objectives.denoisers`).
+        ConfigError: an objective does not fit the lengths (see `denoisers`).
     """
-    ways = [(config.data.objective.index(way.objective), way.name, way.share, way) for way in denoisers(config)]
-    return tuple(
-        Component(source, *way)
-        for source in range(len(config.data.source))
-        for way in ways or [(0, "supervised", 1.0, None)]
-    )
+    names = config.data.objective
+    parts = [(names.index(each.objective), each.name, each.share, each) for each in denoisers(config)]
+    parts = parts or [(0, "supervised", 1.0, None)]
+    return tuple(Component(source, *part) for source in range(len(config.data.source)) for part in parts)
 
 
 def component_names(config: Config, *, every: bool = False) -> list[dict[str, str]]:
-    """For each component its names in the metrics, by kind: source, objective, denoiser.
+    """For each component its names in the metrics, by attribute: source, objective, denoiser.
 
     Args:
-        every: also a kind that has one name only, and the kind `component`: source and denoiser together. Else only
-            kinds that tell components apart.
+        every: include attributes that are equal for all components, and the attribute `component`, which joins source
+            and denoiser. Otherwise only attributes that distinguish components.
     """
-    found, sources = components(config), source_names(config.data)
+    sources = source_names(config.data)
     names = [
         {
             "source": sources[each.source],
             "objective": config.data.objective[each.objective],
             "denoiser": each.name,
         }
-        for each in found
+        for each in components(config)
     ]
-    several = {kind for kind in names[0] if every or len({name[kind] for name in names}) > 1}
+    shown = {attribute for attribute in names[0] if every or len({name[attribute] for name in names}) > 1}
     if {name["denoiser"] for name in names} == {name["objective"] for name in names}:
-        several.discard("denoiser")  # each objective is its own only one
+        shown.discard("denoiser")  # each objective has one denoiser of the same name
     component = lambda name: {"component": f"{name['source']}/{name['denoiser']}"} if every else {}
-    return [{kind: name[kind] for kind in name if kind in several} | component(name) for name in names]
+    return [{key: value for key, value in name.items() if key in shown} | component(name) for name in names]
 
 
 def open_split(config: Config, stores: Sequence[TokenStore], split: str) -> list[Stream | Examples]:
-    """A split, "train" or "heldout", of each source's store: running text, or supervised examples.
+    """A split, "train" or "heldout", of each source's store: streams of running text, or supervised examples.
 
     Raises:
-        DataError: no example of a source fits a row.
+        DataError: none of a source's examples fits in a row.
     """
     if "supervised" not in config.data.objective:
         return [store.split(split) for store in stores]
@@ -104,148 +105,93 @@ def open_split(config: Config, stores: Sequence[TokenStore], split: str) -> list
 
 
 def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
-    """float64 [phases, components]: how often each component is drawn in each phase; rows sum to 1.
+    """float64 [phases, components]: the rate of each component in each phase; the rates of a phase sum to 1.
 
     Args:
-        sizes: of each source, to draw in proportion to where `data.rates` is empty.
+        sizes: of the sources; rates are proportional to them if `data.rates` is empty.
     """
-    data, found = config.data, components(config)
+    data = config.data
     phases = 1 + len(data.phase_boundaries)
     sources = np.reshape(data.rates, (phases, -1)) if data.rates else np.tile(np.asarray(sizes, float), (phases, 1))
     denoising = np.reshape(data.objective_rates or np.ones(phases * len(data.objective)), (phases, -1))
-    rates = np.array([sources[:, each.source] * denoising[:, each.objective] * each.share for each in found]).T
+    rates = np.array(
+        [sources[:, each.source] * denoising[:, each.objective] * each.share for each in components(config)]
+    ).T
     return rates / rates.sum(1, keepdims=True)
 
 
 def spec(config: Config) -> Batch:
-    """Shapes and dtypes of a global batch, from the config alone, as a batch of zeros without memory behind them.
+    """Shapes and dtypes of a global batch, from the config alone, as arrays of zeros that take no memory.
 
     Raises:
-        ConfigError: an objective does not fit the lengths (see `objectives.denoisers`).
+        ConfigError: an objective does not fit the lengths (see `denoisers`).
     """
     return Batch(
         *(
             None if x is None else np.broadcast_to(np.zeros((), x.dtype), (config.data.batch_size, *x.shape[1:]))
-            for x in _row(config)
+            for x in _blank_row(config)
         )
     )
 
 
-def _row(config: Config) -> Batch:
-    """A row of each field that the config's batches have: the value where a component does not say otherwise."""
-    several = len(components(config)) > 1
-    component_B1 = np.zeros((1, 1), np.int32) if several else None
-    if "supervised" in config.data.objective:
-        return blank_rows(config, 1)._replace(component_B1=component_B1)
-    size = config.tokenizer.vocab_size
-    vocabulary = Vocabulary(1, np.arange(config.tokenizer.num_sentinels) + 3, np.ones(size, bool), np.ones(size, bool))
-    made = []
-    for way in denoisers(config):
-        tokens_BT = np.ones((1, way.window.length), np.int32)
-        pair = tokens_BT + (np.arange(way.window.length) > 0)
-        segments_BT = pair if way.objective == "mlm_nsp" else tokens_BT if _needs_segments(config) else None
-        text = TextWindows(tokens_BT, segments_BT, np.zeros(1, np.uint64), np.ones(1, np.int32))
-        made.append(denoising.rows(config, way, vocabulary, text))
-    fields = [next((x for x in each if x is not None), None) for each in zip(*made, strict=True)]
-    row = Batch(*(None if x is None else np.zeros_like(x) for x in fields))
-    ones = {
-        name: np.ones_like(getattr(row, name))
-        for name in ("encoder_segments_BS", "decoder_segments_BL")
-        if getattr(row, name) is not None
-    }
-    follows = {} if row.follows_B1 is None else {"follows_B1": row.follows_B1 - 1}
-    return row._replace(**ones, **follows, component_B1=component_B1)
+def _blank_row(config: Config) -> Batch:
+    """One row with all fields of the config's batches, with the values of fields that a component does not write."""
+    row = blank_rows(config, 1) if "supervised" in config.data.objective else text_rows.blank_row(config)
+    return row._replace(component_B1=np.zeros((1, 1), np.int32) if len(components(config)) > 1 else None)
 
 
-def _needs_segments(config: Config) -> bool:
-    """Whether rows say which document a token is from: borders matter, or an encoder's row may be padded."""
-    if not config.data.cross_document_attention:
-        return True
-    return config.model.has_encoder and any(way.inputs < config.data.inputs_length for way in denoisers(config))
-
-
-class Rows(Protocol):
-    """One component's rows, `count` an epoch."""
+class RowSource(Protocol):
+    """The rows of one component, `count` per epoch."""
 
     count: int
 
     def batch(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
-        """Rows by number.
+        """Rows by index.
 
         Args:
             index_B: int64, below `count`.
-            offset_B: uint64, random for each epoch; 0 for held-out rows.
-            keys_B: uint64, the row's randomness.
+            offset_B: uint64, random per epoch; 0 for held-out rows.
+            keys_B: uint64, the key of a row's random numbers.
         """
 
 
-class Windows:
-    """The rows that a denoiser makes of a stream of text."""
-
-    def __init__(self, config: Config, vocabulary: Vocabulary, stream: Stream, denoiser: Denoiser) -> None:
-        self.config, self.vocabulary, self.stream, self.denoiser = config, vocabulary, stream, denoiser
-        self._numbered = _needs_segments(config)
-        # A window may overlap the next one (decoder-only rows share a token); it then has to end inside the text.
-        window = denoiser.window
-        self.count = max((stream.num_tokens - (window.length - window.stride)) // window.stride, 0)
-
-    def batch(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
-        """See `Rows`. Each epoch begins at another token and wraps around, so that window borders fall elsewhere."""
-        total, window = self.stream.num_tokens, self.denoiser.window
-        offset_B = (offset_B % np.uint64(total)).astype(np.int64)
-        text = self._text((index_B * window.stride + offset_B) % total, keys_B)
-        return denoising.rows(self.config, self.denoiser, self.vocabulary, text)
-
-    def _text(self, start_B: np.ndarray, keys_B: np.ndarray) -> TextWindows:
-        length = self.denoiser.window.length
-        if self.denoiser.objective == "mlm_nsp":
-            return sentence_pairs(self.stream, start_B, length, keys_B)
-        tokens_BT, segments_BT = self.stream.windows(start_B, length), None
-        if not self.config.data.cross_document_attention:
-            segments_BT = self.stream.segments(start_B, length)
-        elif self._numbered:
-            segments_BT = np.ones_like(tokens_BT)
-        return TextWindows(tokens_BT, segments_BT, keys_B)
-
-
 class _Phase(NamedTuple):
-    """A stretch of training rows with the same rates."""
+    """A range of training rows with constant rates."""
 
     first_row: int
     counts_C: np.ndarray  # rows of each component in a block
-    before_C: np.ndarray  # rows of each component that earlier phases have used
+    before_C: np.ndarray  # rows of each component in earlier phases
 
 
 class Batches:
-    """The batches of one split. `at(step)` makes any of them, in any order.
+    """The batches of one split; `at(step)` makes any of them, in any order.
 
-    Training rows never end: every epoch goes through all rows of a component once, in another order and, for text, with
-    other window borders. Held-out rows are each once, those of all components spread evenly; rows beyond the last have
-    weight 0.
+    Training rows are endless: every epoch contains each row of a component once, in another order and, for text, with
+    other window borders. Each held-out row occurs once, and the components are interleaved evenly; rows after the last
+    have weight 0.
     """
 
     def __init__(self, config: Config, vocabulary: Vocabulary, streams: Sequence[Stream | Examples], *, heldout=False):
-        """`streams` are those of one split of each `data.source`, in order: see `open_split`.
+        """`streams` are the splits of each `data.source`, in order: see `open_split`.
 
         Raises:
             DataError: a source has less text than one window.
         """
         self.config, self.heldout = config, heldout
         self.components = components(config)
-        self.rows: list[Rows] = [
-            Windows(config, vocabulary, streams[each.source], each.denoiser)
+        self.row_sources: list[RowSource] = [
+            TextRows(config, vocabulary, streams[each.source], each.denoiser)
             if each.denoiser
             else ExampleRows(config, streams[each.source])
             for each in self.components
         ]
-        self.num_rows = np.array([rows.count for rows in self.rows])
+        self.num_rows = np.array([source.count for source in self.row_sources])
         self._check_size(streams)
         first_of_source = [[c.source for c in self.components].index(source) for source in range(len(streams))]
         self.rates_PC = rates(config, self.num_rows[first_of_source])
-        self._row = _row(config)
+        self._blank_row = _blank_row(config)
         self._phases = self._make_phases()
-        used = self.rates_PC.sum(0) > 0
-        self._heldout_C = np.where(used, self.num_rows, 0)
+        self._heldout_C = np.where(self.rates_PC.sum(0) > 0, self.num_rows, 0)
 
     def _check_size(self, streams: Sequence[Stream | Examples]) -> None:
         split = "held-out" if self.heldout else "training"
@@ -255,7 +201,7 @@ class Batches:
                     f"data.source={self.config.data.source[each.source]} has one {split} document, but pairs need "
                     "another; use more text, data.text_documents=passage, or a larger data.heldout_fraction"
                 )
-            if count < 1:  # of examples there is always a row
+            if count < 1:  # only text: examples have at least one row
                 raise DataError(
                     f"data.source={self.config.data.source[each.source]} has {streams[each.source].num_tokens} tokens "
                     f"of {split} text, less than one window of {each.denoiser.window.length}; use more text, a smaller "
@@ -263,36 +209,36 @@ class Batches:
                 )
 
     def _make_phases(self) -> list[_Phase]:
-        phases, before_C = [], np.zeros(len(self.rows), np.int64)
+        phases, before_C = [], np.zeros(len(self.row_sources), np.int64)
         starts = [step * self.config.data.batch_size for step in (0, *self.config.data.phase_boundaries)]
         for rates_C, start, stop in zip(self.rates_PC, starts, [*starts[1:], None], strict=True):
             phases.append(_Phase(start, _block_counts(rates_C), before_C))
-            if stop is not None:  # a block that is not finished counts as used
+            if stop is not None:  # an unfinished block counts as a whole
                 before_C = before_C + -(-(stop - start) // BLOCK) * phases[-1].counts_C
         return phases
 
     @property
     def num_batches(self) -> int | None:
-        """Of held-out text; None for training."""
+        """Number of held-out batches; None for training."""
         return -(-self.num_heldout // self.config.data.batch_size) if self.heldout else None
 
     @property
     def num_heldout(self) -> int:
-        """Held-out rows of all components that are ever drawn."""
+        """Number of held-out rows of all components with a rate above 0."""
         return int(self._heldout_C.sum())
 
     def heldout_rows(self, source: int) -> np.ndarray:
-        """int64: the numbers of a source's held-out rows, ascending; of a source that is never drawn there are none."""
+        """int64: the indices of a source's held-out rows, ascending; empty for a source with rate 0."""
         component_R, _ = self._heldout_order
         return np.flatnonzero(np.array([each.source for each in self.components])[component_R] == source)
 
     def describe(self) -> list[str]:
-        """Lines for the user: how often the run's steps go through each component, and at what rates."""
+        """Lines for the user: the number of epochs of each component in the run's steps, and its rates."""
         data, lines = self.config.data, []
         stops = [*data.phase_boundaries, max(self.config.train.num_steps, *data.phase_boundaries, 0)]
         steps_P = np.diff([0, *np.minimum(stops, self.config.train.num_steps)])
         drawn_C = steps_P @ self.rates_PC * data.batch_size
-        for each, rows, drawn, rates_P in zip(self.components, self.rows, drawn_C, self.rates_PC.T, strict=True):
+        for each, rows, drawn, rates_P in zip(self.components, self.row_sources, drawn_C, self.rates_PC.T, strict=True):
             count = rows.count
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
             where = f" of {source_names(data)[each.source]}" if len(data.source) > 1 else ""
@@ -302,109 +248,114 @@ class Batches:
         return lines
 
     def at(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        """The batch of a step, numpy.
+        """The batch of a step, in numpy.
 
         Args:
             step: from 0.
-            rows: which of the global batch's rows to make (a process's own); None: all.
+            rows: indices of the global batch's rows to make, such as those of this process; None: all rows.
         """
         size = self.config.data.batch_size
         row_B = (step * size + (np.arange(size) if rows is None else rows)).astype(np.uint64)
-        if not self.heldout:
-            return self._make(*self._locate(row_B), self._bits(CORRUPTION, row_B))
+        if self.heldout:
+            return self._heldout_batch(row_B)
+        component_B, index_B, offset_B = self.locate(row_B)
+        return self._make_rows(component_B, index_B, offset_B, self._random_bits(CORRUPTION, row_B))
+
+    def _heldout_batch(self, row_B: np.ndarray) -> Batch:
         real_B = row_B < self.num_heldout
         row_B = np.minimum(row_B, np.uint64(self.num_heldout - 1))
-        keys_B = self._bits(CORRUPTION, row_B + (np.uint64(1) << np.uint64(63)))
-        batch = self._make(*self._locate_heldout(row_B), keys_B)
+        component_R, index_R = self._heldout_order
+        component_B, index_B = component_R[row_B.astype(np.int64)], index_R[row_B.astype(np.int64)]
+        keys_B = self._random_bits(CORRUPTION, row_B + (np.uint64(1) << np.uint64(63)))
+        batch = self._make_rows(component_B, index_B, np.zeros(len(row_B), np.uint64), keys_B)
         if batch.follows_B1 is not None:
             batch = batch._replace(follows_B1=np.where(real_B[:, None], batch.follows_B1, -1))
         return batch._replace(weights_BL=batch.weights_BL * real_B[:, None])
 
-    def components_of(self, step: int) -> np.ndarray:
-        """The index in `components` that each row of a training step comes from: int [B]."""
-        size = self.config.data.batch_size
-        return self._locate(np.arange(step * size, (step + 1) * size, dtype=np.uint64))[0]
+    @cached_property
+    def _heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Component of every held-out row, and its index in the component: in order, components interleaved evenly."""
+        component_R = np.repeat(np.arange(len(self.row_sources)), self._heldout_C)
+        index_R = np.concatenate([np.arange(count) for count in self._heldout_C])
+        order = np.argsort((index_R + 0.5) / self._heldout_C[component_R], kind="stable")
+        return component_R[order], index_R[order]
 
-    def _bits(self, purpose: int, number_B: np.ndarray) -> np.ndarray:
+    def locate(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each training row: its component, its index among the component's rows, and its epoch's random offset."""
+        component_B, index_B = self._mix(row_B)
+        count_B = self.num_rows[component_B].astype(np.uint64)
+        epoch_B, index_B = index_B // count_B, index_B % count_B
+        epoch_B = epoch_B * np.uint64(len(self.row_sources)) + component_B.astype(np.uint64)
+        index_B = permute(index_B, count_B, self._random_bits(SHUFFLE, epoch_B))
+        return component_B, index_B.astype(np.int64), self._random_bits(OFFSET, epoch_B)
+
+    def _mix(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Component of each training row, and how many training rows of that component precede it in the run.
+
+        Each block of 4096 rows contains the components in exact proportion, shuffled by a permutation of the block. The
+        rows of a component are numbered in that order inside a block, and continue from block to block.
+        """
+        if len(self.row_sources) == 1:
+            return np.zeros(len(row_B), np.int64), row_B
+        component_B, index_B = np.empty(len(row_B), np.int64), np.empty(len(row_B), np.uint64)
+        phase_B = np.searchsorted([phase.first_row for phase in self._phases], row_B, side="right") - 1
+        for phase_index in np.unique(phase_B):
+            in_phase_B, phase = phase_B == phase_index, self._phases[phase_index]
+            block_N, position_N = np.divmod(row_B[in_phase_B] - np.uint64(phase.first_row), np.uint64(BLOCK))
+            key_N = self._random_bits(MIXTURE, block_N + (np.uint64(phase_index) << np.uint64(40)))
+            position_N = permute(position_N, np.full(len(position_N), BLOCK, np.uint64), key_N)
+            ends_C = np.cumsum(phase.counts_C)
+            component_N = np.searchsorted(ends_C, position_N, side="right")
+            in_block_N = position_N - (ends_C - phase.counts_C)[component_N].astype(np.uint64)
+            before_N = phase.before_C[component_N].astype(np.uint64)
+            before_N += block_N * phase.counts_C[component_N].astype(np.uint64)
+            component_B[in_phase_B], index_B[in_phase_B] = component_N, before_N + in_block_N
+        return component_B, index_B
+
+    def _make_rows(self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray):
+        """The batch of these rows, each from its component."""
+        if len(self.row_sources) == 1:
+            return self.row_sources[0].batch(index_B, offset_B, keys_B)
+        batch = Batch(*(None if x is None else np.repeat(x, len(component_B), axis=0) for x in self._blank_row))
+        for component in np.unique(component_B):
+            of_component_B = component_B == component
+            part = self.row_sources[component].batch(*(x[of_component_B] for x in (index_B, offset_B, keys_B)))
+            for values, part_values in zip(batch, part, strict=True):
+                if part_values is not None:
+                    values[of_component_B] = part_values
+        return batch._replace(component_B1=component_B[:, None].astype(np.int32))
+
+    def _random_bits(self, purpose: int, number_B: np.ndarray) -> np.ndarray:
         """uint64 [B]: random bits keyed by (seed, purpose, number)."""
         with np.errstate(over="ignore"):
             key = np.uint64(self.config.seed) * np.uint64(0x100000000) + np.uint64(purpose)
             return random_bits(random_bits(np.array([key]), 1)[0] ^ number_B, 1)[:, 0]
 
-    def _locate(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Component of each training row, its number among the component's rows, and the random offset of its epoch."""
-        component_B, index_B = self._mix(row_B)
-        count_B = self.num_rows[component_B].astype(np.uint64)
-        epoch_B, place_B = index_B // count_B, index_B % count_B
-        epoch_B = epoch_B * np.uint64(len(self.rows)) + component_B.astype(np.uint64)
-        place_B = permute(place_B, count_B, self._bits(SHUFFLE, epoch_B))
-        return component_B, place_B.astype(np.int64), self._bits(OFFSET, epoch_B)
-
-    def _mix(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Component of each row, and its number among that component's rows.
-
-        Each block of 4096 rows holds the components in exact proportion, shuffled by a permutation of the block: inside
-        a block a component's numbers come in that order, from block to block they go on.
-        """
-        if len(self.rows) == 1:
-            return np.zeros(len(row_B), np.int64), row_B
-        component_B, index_B = np.empty(len(row_B), np.int64), np.empty(len(row_B), np.uint64)
-        phase_B = np.searchsorted([phase.first_row for phase in self._phases], row_B, side="right") - 1
-        for number in np.unique(phase_B):
-            mine, phase = phase_B == number, self._phases[number]
-            block_B, place_B = np.divmod(row_B[mine] - np.uint64(phase.first_row), np.uint64(BLOCK))
-            key_B = self._bits(MIXTURE, block_B + (np.uint64(number) << np.uint64(40)))
-            slot_B = permute(place_B, np.full(len(place_B), BLOCK, np.uint64), key_B)
-            ends_C = np.cumsum(phase.counts_C)
-            component_B[mine] = which = np.searchsorted(ends_C, slot_B, side="right")
-            rank_B = slot_B - (ends_C - phase.counts_C)[which].astype(np.uint64)
-            done_B = phase.before_C[which].astype(np.uint64) + block_B * phase.counts_C[which].astype(np.uint64)
-            index_B[mine] = done_B + rank_B
-        return component_B, index_B
-
-    def _locate_heldout(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        component_R, index_R = self._heldout_order
-        row_B = row_B.astype(np.int64)
-        return component_R[row_B], index_R[row_B], np.zeros(len(row_B), np.uint64)
-
-    @cached_property
-    def _heldout_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """Component and number of every held-out row: each component's in order, all of them at an even pace."""
-        component_R = np.repeat(np.arange(len(self.rows)), self._heldout_C)
-        index_R = np.concatenate([np.arange(count) for count in self._heldout_C])
-        order = np.argsort((index_R + 0.5) / self._heldout_C[component_R], kind="stable")
-        return component_R[order], index_R[order]
-
-    def _make(self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
-        """The rows with these numbers, from all components, as one batch."""
-        if len(self.rows) == 1:
-            return self.rows[0].batch(index_B, offset_B, keys_B)
-        whole = Batch(*(None if x is None else np.repeat(x, len(component_B), axis=0) for x in self._row))
-        for number in np.unique(component_B):
-            mine = component_B == number
-            part = self.rows[number].batch(index_B[mine], offset_B[mine], keys_B[mine])
-            for all_rows, rows in zip(whole, part, strict=True):
-                if rows is not None:
-                    all_rows[mine] = rows
-        return whole._replace(component_B1=component_B[:, None].astype(np.int32))
-
 
 def prefetch(batches: Batches, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-    """The batches of steps [start, stop), made ahead in a background thread."""
-    steps = grain.MapDataset.range(start, stop).map(lambda step: batches.at(int(step), rows))
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=batches.config.data.prefetch)
-    return iter(steps.to_iter_dataset(options))
+    """The batches of steps [start, stop), up to `data.prefetch` made ahead in a background thread; see `Batches.at`."""
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    pending: collections.deque[Future[Batch]] = collections.deque()
+    try:
+        for step in range(start, stop):
+            pending.append(executor.submit(batches.at, step, rows))
+            if len(pending) > batches.config.data.prefetch:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _block_counts(rates: Sequence[float]) -> np.ndarray:
-    """Rows of each source in a block: rates rounded by largest remainders, at least one for a rate above 0."""
+    """Rows of each component in a block: rates rounded by largest remainders, at least one if a rate is above 0."""
     share = np.asarray(rates, np.float64) / np.sum(rates) * BLOCK
     counts = np.floor(share).astype(np.int64)
     counts[(share > 0) & (counts == 0)] = 1
     order = np.argsort(counts - share)
-    while (left := BLOCK - counts.sum()) != 0:
-        if left > 0:
-            counts[order[: min(left, len(order))]] += 1
+    while (missing := BLOCK - counts.sum()) != 0:
+        if missing > 0:
+            counts[order[: min(missing, len(order))]] += 1
         else:
-            counts[np.argmax(counts)] += int(left)
+            counts[np.argmax(counts)] += int(missing)
     return counts

@@ -45,7 +45,7 @@ def eval_examples(prompt_format: PromptFormat, examples: Examples, count: int) -
     for unit in range(min(len(examples), count)):
         begin = int(examples.begin_N[unit])
         first = int(examples.first_N[unit])
-        for start, stop in examples.learned_M2[first : first + int(examples.count_N[unit])].tolist():
+        for start, stop in examples.targets_M2[first : first + int(examples.count_N[unit])].tolist():
             # A conversation on a decoder-only model has cut == begin and several answers in one unit.
             read = examples.stream.windows(np.array([begin]), start - begin)[0].tolist()
             answer = examples.stream.windows(np.array([start]), stop - start - 1)[0].tolist()

@@ -75,11 +75,11 @@ class Progress:
             return time.monotonic() - self._shown >= SECONDS
         return step // self._log_every > self._printed // self._log_every
 
-    def timed(self) -> Callable[[int], None]:
-        """A function to call with how much is done, from now on; it shows that, and the time left."""
+    def timed(self) -> Callable[..., None]:
+        """A function to call with how much is done, from now on, and values as of `update`; it shows the time left."""
         begin = time.monotonic()
         left = lambda done: (time.monotonic() - begin) / (done - self._begun) * (self._num_steps - done)
-        return lambda done: self.update(done, {}, left(done))
+        return lambda done, values=None: self.update(done, values or {}, left(done))
 
     def note(self, text: str) -> None:
         """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""

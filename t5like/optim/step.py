@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.config.schema import Config
-from t5like.data.objectives.denoising import num_components
+from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
 from t5like.optim import losses
 from t5like.optim.optimizers import make_optimizer, schedule, without_frozen_gradients

@@ -13,7 +13,7 @@ import pytest
 from t5like.config import checks, formats, loader
 from t5like.config.schema import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig, sections
 from t5like.data import pipeline
-from t5like.data.objectives import denoising
+from t5like.data.objectives.denoisers import denoisers
 from t5like.errors import ConfigError
 from t5like.model import mlp, stack
 from t5like.optim.optimizers import make_optimizer, schedule
@@ -46,7 +46,7 @@ def test_t5_small_has_the_published_row_lengths():
         2048,
         114,
     )
-    assert denoising.denoisers(config)[0].window.length == 568 and config.vocab_rows == 32_128
+    assert denoisers(config)[0].window.length == 568 and config.vocab_rows == 32_128
 
 
 # ---- Choices are implemented, all of them ----
@@ -66,7 +66,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
                     "tokenizer": {"num_sentinels": 200},
                 }
             )
-            assert objective == "supervised" or denoising.denoisers(config)
+            assert objective == "supervised" or denoisers(config)
     assert choices(ModelConfig, "mlp") == set(mlp.ACTIVATIONS)
     assert choices(ModelConfig, "remat") == {"none", *stack.REMAT}
     for name in choices(OptimizerConfig, "schedule"):

@@ -9,7 +9,7 @@ import pytest
 from conftest import small, vocabulary_of
 
 from t5like.data import pipeline
-from t5like.data.objectives import denoising
+from t5like.data.objectives.denoisers import denoisers
 from t5like.data.pipeline import Batches
 from t5like.data.randomness import permute
 from t5like.data.tokenizers.vocabulary import Vocabulary
@@ -153,7 +153,7 @@ def test_a_mixture_reads_every_window_of_each_source_once_an_epoch():
 def test_rates_hold_exactly_in_every_4096_rows(rates, counts):
     batches = causal((10_001, 5_001), rates=rates, batch_size=512)
     for block in range(2):
-        sources = np.concatenate([batches.components_of(step) for step in range(8 * block, 8 * block + 8)])
+        sources = np.concatenate([batches.at(step).component_B1[:, 0] for step in range(8 * block, 8 * block + 8)])
         read = np.concatenate(
             [batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(8 * block, 8 * block + 8)]
         )
@@ -196,20 +196,20 @@ def mixed(*objectives_, architecture="decoder", heldout=False, **data) -> Batche
 
 
 def objectives_of(batches: Batches, steps: range) -> list[str]:
-    found = np.concatenate([batches.components_of(step) for step in steps])
+    found = np.concatenate([batches.at(step).component_B1[:, 0] for step in steps])
     return [batches.components[number].denoiser.objective for number in found]
 
 
 def test_objectives_are_mixed_at_their_rates_on_every_source():
     batches = mixed("causal_lm", "ul2", rates=(3, 1), objective_rates=(1, 1))
-    found = np.bincount(np.concatenate([batches.components_of(step) for step in range(8)]), minlength=16)
+    found = np.bincount(np.concatenate([batches.at(step).component_B1[:, 0] for step in range(8)]), minlength=16)
     expected = 4096 * np.outer([0.75, 0.25], [1 / 2, *[1 / 14] * 7]).reshape(-1)
     assert len(batches.components) == 16 and (abs(found - expected) < 1).all()
 
 
 def test_a_row_is_what_its_component_makes():
     batches = mixed("causal_lm", "span_corruption", mean_span_length=3.0)
-    batch, which = batches.at(2), batches.components_of(2)
+    batch, (which, *_) = batches.at(2), batches.locate(np.arange(1024, 1536, dtype=np.uint64))
     assert (batch.component_B1[:, 0] == which).all()
     corrupted = np.array([batches.components[c].denoiser.objective == "span_corruption" for c in which])
     assert (batch.prefix_BL.any(1) == corrupted).all() and (batch.weights_BL[~corrupted] == 1).all()
@@ -226,7 +226,7 @@ def test_rates_change_at_the_given_step_and_not_before():
 def test_no_window_comes_twice_in_an_epoch_when_rates_change():
     batches = mixed("causal_lm", "prefix_lm", objective_rates=(1, 1, 3, 1), phase_boundaries=(3,), batch_size=8,
                     rates=(1, 0, 1, 0))  # fmt: skip
-    starts = [batches.at(s).decoder_BL[batches.components_of(s) == 0, 0] for s in range(14)]
+    starts = [batches.at(s).decoder_BL[batches.at(s).component_B1[:, 0] == 0, 0] for s in range(14)]
     starts = np.concatenate(starts)
     assert len(starts) == len(set(starts)) > 60
 
@@ -246,7 +246,8 @@ def test_a_mixture_is_the_same_whoever_makes_its_rows():
 
 def test_masked_pairs_can_be_mixed_with_plain_masking():
     batches = mixed("mlm", "mlm_nsp", architecture="encoder")
-    batch, which = batches.at(0), batches.components_of(0)
+    batch = batches.at(0)
+    which = batch.component_B1[:, 0]
     pairs = np.array([batches.components[c].denoiser.objective == "mlm_nsp" for c in which])
     assert ((batch.follows_B1[:, 0] >= 0) == pairs).all() and (batch.token_types_BS[~pairs] == 0).all()
     assert (batch.encoder_segments_BS[~pairs] == 1).all() and batch.decoder_BL is None
@@ -275,7 +276,7 @@ def test_the_first_heldout_rows_hold_every_source_at_its_share():
 
 def test_heldout_masks_are_not_those_of_training_rows():
     config = small()
-    length = denoising.denoisers(config)[0].window.length
+    length = denoisers(config)[0].window.length
     train, heldout = (Batches(config, VOCABULARY, [Places(length)], heldout=heldout) for heldout in (False, True))
     masked = [np.isin(batches.at(0).encoder_BS[0], VOCABULARY.sentinels) for batches in (train, heldout)]
     assert (masked[0] != masked[1]).any()

@@ -63,7 +63,7 @@ def test_on_a_terminal_there_is_a_bar_with_everything_and_standard_output_stays_
 def test_without_an_interval_a_line_comes_every_few_seconds_whole_and_without_control_codes(capsys, monkeypatch):
     now = iter(range(0, 1000, 2))  # two seconds from one question to the next
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    name = f"tokenizing text:{'x' * 200}: piece"
+    name = f"tokenizing text:{'x' * 200}: shard"
     with status("training a tokenizer"), Progress(9, unit=name) as shown:
         for step in range(1, 10):
             shown.update(step, {}, 60)

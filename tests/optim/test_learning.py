@@ -55,7 +55,7 @@ class Examples:
         self.begin_N = number * 40
         self.cut_N = self.begin_N + 7 + number % 10
         self.end_N = self.cut_N + 5
-        self.learned_M2 = np.stack([self.cut_N, self.end_N], axis=1)
+        self.targets_M2 = np.stack([self.cut_N, self.end_N], axis=1)
         self.first_N, self.count_N = number, np.ones(200, np.int64)
         lengths = [self.cut_N - self.begin_N, self.end_N - self.cut_N]
         self.lengths_NC = np.stack([sum(lengths)] if architecture == "decoder" else lengths, axis=1)

@@ -1,4 +1,4 @@
-"""Documents in comma-separated values; see `files` and `lines`."""
+"""Sources that are files of comma-separated values; see `files` and `lines`."""
 
 import csv
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from t5like.data.sources.lines import Cursor, TabSeparated
 from t5like.errors import DataError
 
 _LONGEST_ROW = 1_000_000  # lines
-csv.field_size_limit(LARGEST_DOCUMENT)  # of the whole process; Python's own limit is 128 KiB
+csv.field_size_limit(LARGEST_DOCUMENT)  # for the whole process; Python's default is 128 KiB
 
 
 class RowCursor(Cursor):
-    """A place in a file of comma-separated values; its documents are rows, which may have several lines."""
+    """A read position in a file of comma-separated values; documents are rows, which may span several lines."""
 
     def next(self) -> list[str] | None:
-        """The cells of the next row, or None at the end.
+        """The cells of the next row; None at the end.
 
         Raises:
-            DataError: as of `Cursor`; quotes are not closed, or are followed by something else than a comma.
+            DataError: see `Cursor.next`; or a quote is not closed, or is not followed by a comma.
         """
         if (first := super().next()) is None:
             return None
@@ -34,7 +34,7 @@ class RowCursor(Cursor):
             ) from None
 
     def _lines_of_row(self, first: bytes, where: str) -> Iterator[str]:
-        """As many lines as `csv` asks for: those of one row."""
+        """The lines of one row: as many as the `csv` module consumes."""
         size, raw = 0, first
         while raw:
             size += len(raw)
@@ -45,9 +45,9 @@ class RowCursor(Cursor):
 
 
 class CommaSeparated(TabSeparated):
-    """Each row is one document of cells between commas; the first row of a file names the columns.
+    """Each row is one document, with commas between its cells; the first row of a file names the columns.
 
-    A cell may stand in double quotes, and then holds commas, line ends, and quotes, which are doubled (RFC 4180).
+    A cell in double quotes may contain commas, line ends, and quotes, which are doubled (RFC 4180).
     """
 
     _delimiter = ","

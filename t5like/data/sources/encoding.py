@@ -1,25 +1,25 @@
-"""Bytes of files as text: UTF-8 and nothing else, and what other bytes probably are.
+"""Decode the bytes of files as UTF-8, and refuse other formats and encodings.
 
-What is not UTF-8 is refused, with the name of the format where the first bytes tell it, and with the way to convert it.
+The message names the format, if the first bytes identify it, and a command that converts the file.
 """
 
 import re
 
 from t5like.errors import DataError
 
-HEAD = 2**16  # bytes at the start of a file that `refuse_other_formats` looks at
+HEAD = 2**16  # bytes at the start of a file that `refuse_other_formats` examines
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark; files may begin with it
 GZIP, ZSTANDARD = rb"\x1f\x8b", rb"\x28\xb5\x2f\xfd"
 
 _ICONV = "convert it, as in iconv -f {} -t UTF-8 FILE > NEW"
 _BY_LINE = "unpack it, or use data.text_documents=line, which reads gzip and Zstandard"
-_FORMATS = (  # first bytes, what they tell, what to do
+_FORMATS = (  # first bytes, format, fix
     (GZIP, "compressed by gzip", _BY_LINE),
     (ZSTANDARD, "compressed by Zstandard", _BY_LINE),
     (rb"\xfd7zXZ\x00", "compressed by xz", "unpack it with xz -dk FILE"),
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "compressed by bzip2", "unpack it with bzip2 -dk FILE"),
     (rb"\x04\x22\x4d\x18", "compressed by LZ4", "unpack it with lz4 -dk FILE"),
-    (rb"PK(\x03\x04|\x05\x06)", "a zip archive (which .docx, .xlsx and .epub are as well)", "unpack it"),
+    (rb"PK(\x03\x04|\x05\x06)", "a zip archive (.docx, .xlsx and .epub files are zip archives)", "unpack it"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (rb"Rar!\x1a\x07", "a rar archive", "unpack it"),
     (rb"[^\0]{1,100}\0(?s:.){156,255}ustar[\0 ]", "a tar archive", "unpack it"),
@@ -40,12 +40,12 @@ def begins_with(pattern: bytes, head: bytes) -> bool:
 
 
 def refuse_other_formats(head: bytes, path: str, unpacked: bool = False) -> None:
-    """Raise DataError if a file that begins with `head` is not text in UTF-8, as far as its first bytes tell.
+    """Raise DataError if the first bytes of a file identify another format than text in UTF-8.
 
     Args:
         head: up to `HEAD` bytes.
         path: the file, for the message.
-        unpacked: the file is compressed, and `head` is what came out.
+        unpacked: the file is compressed, and `head` is decompressed.
     """
     for pattern, description, fix in _FORMATS:
         if begins_with(pattern, head):
@@ -56,31 +56,34 @@ def refuse_other_formats(head: bytes, path: str, unpacked: bool = False) -> None
 
 
 def refuse_nuls(raw: bytes, where: str) -> None:
-    """Raise DataError if there are many NUL bytes, which are characters of UTF-8, but which no text has in numbers.
+    """Raise DataError if there are many NUL bytes. They are valid UTF-8, but text has few.
 
-    A few pass (three, and one in 64 bytes), and are kept: web pages have some.
+    Up to three, and one in 64 bytes, are allowed and kept: some web pages have them.
     """
-    if b"\0" not in raw:  # several times faster than to count them
+    if b"\0" not in raw:  # several times faster than counting them
         return
     count = raw.count(b"\0")
     if count > 3 + len(raw) // 64:
-        raise DataError(f"{where}: {count:,} of {len(raw):,} bytes are NUL; {_with_nuls(raw, count)}")
+        raise DataError(f"{where}: {count:,} of {len(raw):,} bytes are NUL; {_explain_nuls(raw, count)}")
 
 
-def _with_nuls(raw: bytes, count: int) -> str:
-    """What text with these NULs probably is: they stand where an encoding in 2 or 4 bytes has its high bytes."""
-    by_place = [raw[place::4].count(b"\0") for place in range(4)]
+def _explain_nuls(raw: bytes, count: int) -> str:
+    """The probable cause of NULs: an encoding in 2 or 4 bytes has them at the positions of its high bytes."""
+    by_position = [raw[position::4].count(b"\0") for position in range(4)]
     most = 0.9 * len(raw) / 4
     if count > 0.99 * len(raw):
-        return "the file has a hole, as a crash leaves one; copy it again, or remove it"
-    if min(by_place[0], by_place[1]) > most:
+        return "the file has a hole, probably from a crash; copy it again, or remove it"
+    if min(by_position[0], by_position[1]) > most:
         return "it looks like UTF-32; " + _ICONV.format("UTF-32BE")
-    if min(by_place[2], by_place[3]) > most:
+    if min(by_position[2], by_position[3]) > most:
         return "it looks like UTF-32; " + _ICONV.format("UTF-32LE")
-    for kind, nuls in (("UTF-16BE", by_place[0] + by_place[2]), ("UTF-16LE", by_place[1] + by_place[3])):
+    for encoding, nuls in (
+        ("UTF-16BE", by_position[0] + by_position[2]),
+        ("UTF-16LE", by_position[1] + by_position[3]),
+    ):
         if nuls > 0.9 * count:
-            return "it looks like UTF-16; " + _ICONV.format(kind)
-    return "it is damaged, or no text; remove it"
+            return "it looks like UTF-16; " + _ICONV.format(encoding)
+    return "it is damaged, or not text; remove it"
 
 
 def decode_utf8(raw: bytes, where: str, unit: str = "", begin: int = 0) -> str:
@@ -90,10 +93,10 @@ def decode_utf8(raw: bytes, where: str, unit: str = "", begin: int = 0) -> str:
         raw: the bytes.
         where: the file, and the line if there is one.
         unit: what bytes are counted in, such as "line"; default: the file.
-        begin: where in `unit` these bytes begin.
+        begin: offset of these bytes in `unit`.
 
     Raises:
-        DataError: they are not UTF-8, or have many NULs; the offset of the bad byte counts from the start of `unit`.
+        DataError: the bytes are not UTF-8, or have many NULs; names the offset of the invalid byte in `unit`.
     """
     refuse_nuls(raw, where)
     try:

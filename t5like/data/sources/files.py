@@ -1,8 +1,8 @@
-"""Documents in files: which files a source has, what identifies them, and text files, whole or in passages.
+"""Sources that are files: glob patterns, fingerprints, the base class of all such sources, and text files.
 
-What lines, tables and Parquet files have in common is here as well; they are in `lines`, `csv_files` and
-`parquet_files`. All are classes with the methods of `sources.Source`; those whose documents have fields give them whole
-as well (`record`), for supervised examples. What is wrong with a file is a `DataError` that names file and place.
+Text files are read whole (`TextFiles`) or in passages (`Passages`). Lines, CSV and Parquet files are in `lines`,
+`csv_files` and `parquet_files`. All implement `source.Source`; those with fields implement `source.RecordSource` for
+supervised examples. Errors in a file raise a `DataError` that names the file and the line or row.
 """
 
 import glob
@@ -25,40 +25,48 @@ from t5like.io.regular_files import size_of
 LARGEST_DOCUMENT = 64 * 2**20  # bytes
 PASSAGE = 2**14  # bytes
 _SAMPLED, _BLOCKS, _BLOCK = 2**20, 64, 4096  # a file above 1 MiB is fingerprinted by 64 blocks of 4 KiB
-_BLOCK_OF_BORDERS = 1024  # bytes that are read at a time to find the end of a line
+_BORDER_BLOCK = 1024  # bytes that are read at a time to find the end of a line
 
 
-class SourceGone(DataError):
-    """The data are not there (any more); a token store made of them may still be."""
+class SourceMissing(DataError):
+    """The data don't exist, or not any more; a token store prepared from them may still exist."""
 
 
-class Wanted(NamedTuple):
-    """The fields that are read of each record, and how a message begins that says which there are."""
+class RequiredFields(NamedTuple):
+    """The fields that a caller needs of each record.
+
+    Attributes:
+        names: of the fields.
+        fix: the advice in a message about a missing field; the names of the existing fields follow it.
+    """
 
     names: tuple[str, ...]
     fix: str = "set data.text_field to"
 
 
 class Record(NamedTuple):
-    """One example: its fields (those wanted, at least) as texts, numbers, lists and dicts; and where it stands."""
+    """The fields of one document (at least those required), and its location for messages: file and line or row.
+
+    Values are texts, numbers, lists and dicts.
+    """
 
     fields: dict[str, Any]
     where: str
 
 
 def matching_files(spec: str, pattern: str) -> list[str]:
-    """The files of a glob, sorted; directories are passed over, empty files refused.
+    """The files that match a glob pattern, sorted; directories are skipped, empty files refused.
 
-    A name that is there as it stands is not a pattern: ``runs/a[b]c/*.txt`` reads the files of the directory ``a[b]c``
-    if there is one, else those of ``abc``.
+    An existing name is not a pattern: ``runs/a[b]c/*.txt`` reads the files of the directory ``a[b]c`` if it exists,
+    else those of ``abc``.
     """
     try:
-        matches = glob.glob(_names_escaped(str(expand(pattern))), recursive=True)
+        matches = glob.glob(_escape_existing_names(str(expand(pattern))), recursive=True)
     except ValueError as error:
-        raise SourceGone(f"data.source={spec}: no file matches ({error})") from None
+        raise SourceMissing(f"data.source={spec}: no file matches ({error})") from None
     paths = sorted(os.path.abspath(path) for path in matches if not os.path.isdir(path))
     if not paths:
-        raise SourceGone(f"data.source={spec}: no file matches; check the path, and quote the * in the shell")
+        raise SourceMissing(f"data.source={spec}: no file matches; check the path, and quote the * in the shell")
     for path in paths:
         with _open(path) as file:
             if not file.read(1):
@@ -66,23 +74,23 @@ def matching_files(spec: str, pattern: str) -> list[str]:
     return paths
 
 
-def _names_escaped(pattern: str) -> str:
-    """A pattern whose first names match only themselves, as far as they are there; `*` and `**` are never names."""
+def _escape_existing_names(pattern: str) -> str:
+    """Escape the first names of a pattern as far as they exist; `*` and `**` are never names."""
     names = pattern.split("/")
-    for number, name in enumerate(names):
-        if name and (not name.strip("*") or not os.path.lexists("/".join(names[: number + 1]))):
+    for depth, name in enumerate(names):
+        if name and (not name.strip("*") or not os.path.lexists("/".join(names[: depth + 1]))):
             break
-        names[number] = glob.escape(name)
+        names[depth] = glob.escape(name)
     return "/".join(names)
 
 
-def fingerprint_files(paths: list[str], *more: str) -> str:
-    """Digest of names, sizes and contents, and of `more`.
+def fingerprint_files(paths: list[str], *settings: str) -> str:
+    """Digest of file names, sizes and contents, and of `settings`.
 
-    Files above 1 MiB are sampled in 64 blocks of 4 KiB from first to last, so an edit that keeps the size and misses
-    every block goes unseen. Directories are left out: data may move.
+    Files above 1 MiB are sampled in 64 equally spaced blocks of 4 KiB, so an edit that keeps the size and changes no
+    block is not detected. Directory names are not included: data may be moved.
     """
-    digest = hashlib.sha256(json.dumps(more).encode())
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for path in paths:
         with _open(path) as file:
             size = file.seek(0, io.SEEK_END)
@@ -97,11 +105,32 @@ def fingerprint_files(paths: list[str], *more: str) -> str:
     return digest.hexdigest()
 
 
-class TextFiles:
-    """Each file is one document, without its byte-order mark if it has one."""
+class FileSource:
+    """Base of sources that are files. A subclass defines `record` or `__getitem__`, and `_index` or `__len__`.
 
-    def __init__(self, name: str, paths: list[str]) -> None:
-        self.name, self.paths = name, paths
+    Attributes:
+        name: the entry of `data.source`.
+        paths: the files, in order.
+        required: fields that the caller needs of each record; None for sources without fields.
+    """
+
+    _index: tuple[Any, ...]  # the first item: int64, index of the first document of each part, then their number
+    _cursor: Any = None  # an open file, in subclasses that read sequentially
+
+    def __init__(self, name: str, paths: list[str], required: RequiredFields | None = None) -> None:
+        self.name, self.paths, self.required = name, paths, required
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cursor"}
+
+    def __len__(self) -> int:
+        return int(self._index[0][-1])
+
+    def __getitem__(self, index: int) -> str:
+        return record_text(self.record(index), self.required)
+
+    def record(self, index: int) -> Record:
+        raise NotImplementedError
 
     @property
     def size_hint(self) -> int:
@@ -110,11 +139,15 @@ class TextFiles:
     def fingerprint(self) -> str:
         return fingerprint_files(self.paths)
 
+
+class TextFiles(FileSource):
+    """Each file is one document; a byte-order mark is removed."""
+
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> str:
-        path = self.paths[number]
+    def __getitem__(self, index: int) -> str:
+        path = self.paths[index]
         with _open(path) as file:
             raw = file.read(LARGEST_DOCUMENT + 1)
         if len(raw) > LARGEST_DOCUMENT:
@@ -124,29 +157,16 @@ class TextFiles:
         return decode_utf8(text, path, begin=len(raw) - len(text))
 
 
-class Passages:
-    """Files cut behind the first line end after every 16 KiB; together the passages of a file are the file.
+class Passages(FileSource):
+    """Files split after the first line end behind every 16 KiB; the passages of a file concatenate to the file.
 
-    A line that goes on for another 48 KiB is cut inside, between two characters.
+    If a line continues for another 48 KiB, it is split between two characters.
     """
 
-    def __init__(self, name: str, paths: list[str]) -> None:
-        self.name, self.paths = name, paths
-
-    @property
-    def size_hint(self) -> int:
-        return sum(map(size_of, self.paths))
-
-    def fingerprint(self) -> str:
-        return fingerprint_files(self.paths)
-
-    def __len__(self) -> int:
-        return int(self._index[0][-1])
-
-    def __getitem__(self, number: int) -> str:
+    def __getitem__(self, index: int) -> str:
         firsts, borders = self._index
-        file = int(np.searchsorted(firsts, number, "right")) - 1
-        begin, end = borders[file][number - firsts[file] :][:2].tolist()
+        file = int(np.searchsorted(firsts, index, "right")) - 1
+        begin, end = borders[file][index - firsts[file] :][:2].tolist()
         with _open(self.paths[file]) as opened:
             opened.seek(begin)
             raw = opened.read(end - begin)
@@ -157,13 +177,13 @@ class Passages:
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """First passage of each file (and their number), and each file's borders, 0 and its size among them."""
-        borders = [_cut(path) for path in self.paths]
+        """First passage of each file and the number of passages; byte offsets of each file's borders."""
+        borders = [_passage_borders(path) for path in self.paths]
         return np.cumsum([0, *(len(b) - 1 for b in borders)]), borders
 
 
-def _cut(path: str) -> np.ndarray:
-    """The borders of a file's passages. Reads what lies around them, not the file."""
+def _passage_borders(path: str) -> np.ndarray:
+    """Byte offsets of the borders of a file's passages, 0 and the file's size included. Reads only around them."""
     borders = [0]
     with _open(path) as file:
         refuse_other_formats(file.read(HEAD), path)
@@ -174,42 +194,42 @@ def _cut(path: str) -> np.ndarray:
 
 
 def _border(file: BinaryIO, least: int, most: int) -> int:
-    """The first end of a line from `least` to `most`, offsets in a file; if there is none, `most` or a bit less."""
-    place = least - 1
-    while place < most:
-        block = os.pread(file.fileno(), min(_BLOCK_OF_BORDERS, most - place), place)
+    """The offset after the first line end in [least, most]; without one, the last character border up to `most`."""
+    offset = least - 1
+    while offset < most:
+        block = os.pread(file.fileno(), min(_BORDER_BLOCK, most - offset), offset)
         if not block:
-            break  # the file has become shorter; who reads the passage says so
+            break  # the file has become shorter; reading the passage raises
         if end := block.find(b"\n") + 1:
-            return place + end
-        place += len(block)
+            return offset + end
+        offset += len(block)
     for border in range(most, most - 4, -1):  # a character has at most four bytes
         if (os.pread(file.fileno(), 1, border) or b" ")[0] & 0xC0 != 0x80:  # not inside a character
             return border
     return most
 
 
-def text_of(record: Record, wanted: Wanted) -> str:
-    """The one field that is wanted of a record, if it is a text."""
-    require_fields(record.where, record.fields, wanted)
-    text = record.fields[wanted.names[0]]
+def record_text(record: Record, required: RequiredFields) -> str:
+    """The text of a document: the required field, which must be a text."""
+    check_fields(record.where, record.fields, required)
+    name = required.names[0]
+    text = record.fields[name]
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise DataError(
-            f"{record.where}: {wanted.names[0]!r} is a {kind}, not a text; remove it, or set data.text_field"
-        )
+        raise DataError(f"{record.where}: {name!r} is a {kind}, not a text; remove it, or set data.text_field")
     if len(text) > LARGEST_DOCUMENT:
-        raise DataError(f"{record.where}: {wanted.names[0]!r} is more than the 64 MiB of one document; split it")
+        raise DataError(f"{record.where}: {name!r} is more than the 64 MiB of one document; split it")
     return text
 
 
-def require_fields(where: str, fields: Iterable[str], wanted: Wanted) -> None:
-    """Refuse if one of the wanted fields is not there."""
-    for name in wanted.names:
+def check_fields(where: str, fields: Iterable[str], required: RequiredFields) -> None:
+    """Raise DataError if a required field is missing; `fields` are the names of those that exist."""
+    for name in required.names:
         if name not in fields:
             names = ", ".join(map(repr, fields)) or "(none)"
-            raise DataError(f"{where}: there is no field {name!r}; {wanted.fix} one of {names}")
+            raise DataError(f"{where}: there is no field {name!r}; {required.fix} one of {names}")
 
 
 def one_line(error: Exception) -> str:
+    """The message of an exception on one line, for the end of a message."""
     return " ".join(str(error).split())[:300]

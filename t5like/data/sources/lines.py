@@ -1,9 +1,8 @@
-"""Documents in files of lines: lines as they stand, JSON lines, tab-separated values; see `files`.
+"""Sources that are files of lines: plain lines, JSON lines, tab-separated values; see `files`.
 
-Files may be compressed with gzip or Zstandard, which is told by their content, not their name. Reading in order is
-cheap and takes constant memory, whatever a file unpacks to: it is streamed, and neither one line nor a run of blank
-lines may be longer than `LARGEST_DOCUMENT`. Jumping about is allowed but may cost a read over 1024 lines, or, in a
-compressed file, from its start.
+Files may be compressed with gzip or Zstandard, which is detected by content, not by name. Sequential reading takes
+constant memory, because files are streamed; a line, or a run of blank lines, may have at most `LARGEST_DOCUMENT` bytes.
+Random access works, but may read up to 1024 lines, or a compressed file from its start.
 """
 
 import contextlib
@@ -17,43 +16,43 @@ from typing import Any
 import numpy as np
 
 from t5like.data.sources.encoding import GZIP, HEAD, MARK, ZSTANDARD, begins_with, decode_utf8, refuse_other_formats
-from t5like.data.sources.files import LARGEST_DOCUMENT, Record, Wanted, fingerprint_files, text_of
+from t5like.data.sources.files import LARGEST_DOCUMENT, FileSource, Record
 from t5like.errors import DataError
 from t5like.io.paths import expand
 from t5like.io.regular_files import open_regular
 from t5like.io.strict_json import InvalidJSON, loads
 
-_STRIDE = 1024  # documents between two remembered places in a file
-_SKIPPED = 64  # blank lines that are read one by one before more are passed over together
+_SEEK_STRIDE = 1024  # documents between two seek points of a file
+_SKIPPED = 64  # blank lines that are read individually before the following ones are skipped in blocks
 
 
 class Cursor:
-    """A place in a file of lines.
+    """A read position in a file of lines.
 
     Attributes:
         path: the file.
-        document: lines that are not blank before this place.
-        line: lines before this place, blank ones among them.
-        first_line: the number, from 1, of the line on which the document that `next` gave begins.
-        offset: bytes before this place, unpacked.
-        compressed: whether the file is.
+        document: number of documents (lines that are not blank) before this position.
+        line: number of lines before this position, including blank lines.
+        first_line: line number, from 1, where the document that `next` returned begins.
+        offset: bytes before this position, decompressed.
+        compressed: whether the file is compressed.
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.document, self.line, self.first_line, self.offset = path, 0, 0, 0, 0
         self._file = open_regular(path)
         try:
-            with self._failures():
+            with self._data_errors():
                 head = self._file.peek(4)
                 method = "gzip" if begins_with(GZIP, head) else "zstd" if begins_with(ZSTANDARD, head) else None
                 self.compressed = method is not None
                 if method:
-                    import pyarrow  # notices truncated and damaged files, for both methods
+                    import pyarrow  # detects truncated and damaged files, for both methods
 
                     unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._file), method)
                     self._file = io.BufferedReader(unpacked, 2**20)
                     head = self._file.peek(HEAD)
-            self._check(head[:HEAD])
+            self._check_format(head[:HEAD])
             if head.startswith(MARK):
                 self.offset = len(self._file.read(len(MARK)))
         except BaseException:
@@ -64,14 +63,14 @@ class Cursor:
         self._file.close()
 
     def seek(self, document: int, offset: int, line: int) -> None:
-        """Go to a remembered place; a compressed file stays at its start, and is read from there."""
+        """Go to a seek point; a compressed file stays at its start, and is read from there."""
         if not self.compressed and document:
-            with self._failures():
+            with self._data_errors():
                 self._file.seek(offset)
             self.document, self.offset, self.line = document, offset, line
 
     def next(self) -> bytes | None:
-        """The next line that is not blank, or None at the end.
+        """The next line that is not blank; None at the end.
 
         Raises:
             DataError: the file can't be read or unpacked, or a line or a run of blank lines is too long.
@@ -90,7 +89,7 @@ class Cursor:
         return None
 
     def next_line(self) -> bytes:
-        """The next line, blank or not; nothing at the end."""
+        """The next line, blank or not; empty at the end."""
         try:
             raw = self._file.readline(LARGEST_DOCUMENT + 1)
         except OSError as error:
@@ -102,8 +101,8 @@ class Cursor:
         return raw
 
     def _skip_blank_lines(self) -> None:
-        """Pass over blank lines in what is buffered, all at once: a compressed file may unpack to gigabytes of them."""
-        with self._failures():
+        """Skip all blank lines in the buffer at once: a compressed file may contain gigabytes of them."""
+        with self._data_errors():
             buffered = self._file.peek()
             blank = len(buffered) - len(buffered.lstrip())
             if size := buffered.rfind(b"\n", 0, blank) + 1:
@@ -111,13 +110,13 @@ class Cursor:
         self.line += buffered.count(b"\n", 0, size)
         self.offset += size
 
-    def _check(self, head: bytes) -> None:
+    def _check_format(self, head: bytes) -> None:
         refuse_other_formats(head, self.path, self.compressed)
         if head.count(b"\r") > 1 + len(head) // 1024 and b"\n" not in head:
             raise DataError(f"{self.path}: its lines end with CR alone; convert it, as in tr '\\r' '\\n' < FILE > NEW")
 
     @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
+    def _data_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -128,100 +127,85 @@ class Cursor:
         return DataError(f"{self.path} can't be read{after}: {error.strerror or error}")
 
 
-class Lines:
-    """Each line that is not blank is one document, as it stands.
+class LineFiles(FileSource):
+    """Base of sources whose documents are the lines of files that are not blank.
 
-    One scan finds every 1024th line; between those, and in compressed files from the start, lines are read over.
+    One scan records a seek point every 1024 documents; reading starts at the last seek point before a document.
     """
 
-    _first = 0  # lines of each file that are no documents
+    _header_lines = 0  # lines at the start of each file that are not documents
     _open_cursor = Cursor
-
-    def __init__(self, name: str, paths: list[str]) -> None:
-        self.name, self.paths = name, paths
-        self._cursor: Cursor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cursor": None}
-
-    def fingerprint(self) -> str:
-        return fingerprint_files(self.paths)
 
     @property
     def size_hint(self) -> int:
         return self._index[2]
 
-    def __len__(self) -> int:
-        return int(self._index[0][-1])
-
-    def __getitem__(self, number: int) -> str:
-        return _decode_line(*self._line(number))
-
-    def _line(self, number: int) -> tuple[Any, str]:
-        """What the cursor gives of a document, and where that stands."""
-        firsts, marks, _ = self._index
-        file = int(np.searchsorted(firsts, number, "right")) - 1
-        wanted = number - int(firsts[file]) + self._first
-        cursor = self._cursor
-        nearest = 0 if cursor is None or cursor.compressed else wanted // _STRIDE * _STRIDE
-        if cursor is None or cursor.path != self.paths[file] or not nearest <= cursor.document <= wanted:
+    def _line(self, index: int) -> tuple[Any, str]:
+        """What `Cursor.next` returns for a document, and its location: file and line."""
+        firsts, seek_points, _ = self._index
+        file = int(np.searchsorted(firsts, index, "right")) - 1
+        document = index - int(firsts[file]) + self._header_lines
+        seek_point, cursor = document // _SEEK_STRIDE, self._cursor
+        nearest = 0 if cursor is None or cursor.compressed else seek_point * _SEEK_STRIDE
+        if cursor is None or cursor.path != self.paths[file] or not nearest <= cursor.document <= document:
             if cursor:
                 cursor.close()
             self._cursor = None
             cursor = self._cursor = self._open_cursor(self.paths[file])
-            cursor.seek(wanted // _STRIDE * _STRIDE, *marks[file][wanted // _STRIDE].tolist())
-        while cursor.document <= wanted:
+            cursor.seek(seek_point * _SEEK_STRIDE, *seek_points[file][seek_point].tolist())
+        while cursor.document <= document:
             if (raw := cursor.next()) is None:
                 raise DataError(f"{cursor.path} has become shorter while it was read; prepare again")
         return raw, f"{cursor.path}:{cursor.first_line}"
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, list[np.ndarray], int]:
-        """First document of each file (and their number), places in each file, bytes; see `_scan`."""
-        counts, marks, size = [0], [], 0
+        """First document of each file and the number of documents; seek points of each file; bytes of text."""
+        counts, seek_points, size = [0], [], 0
         for path in self.paths:
-            count, places, length = self._scan(path)
-            counts.append(max(count - self._first, 0))
-            marks.append(places)
+            count, points, length = self._scan(path)
+            counts.append(max(count - self._header_lines, 0))
+            seek_points.append(points)
             size += length
         if not sum(counts):
-            raise DataError(f"data.source={self.name}: there are only blank lines{' below the first' * self._first}")
-        return np.cumsum(counts), marks, size
+            below = " below the first" * self._header_lines
+            raise DataError(f"data.source={self.name}: there are only blank lines{below}")
+        return np.cumsum(counts), seek_points, size
 
     def _scan(self, path: str) -> tuple[int, np.ndarray, int]:
-        """Count a file's documents, lines of names among them.
+        """Count a file's documents and header lines.
 
         Returns:
-            The count; int64 [count / 1024, 2], offset and line before every 1024th; bytes of text.
+            The count; seek points, int64 [count / 1024, 2] of offset and line; bytes of text.
         """
-        marks = []
+        seek_points = []
         with contextlib.closing(self._open_cursor(path)) as cursor:
             while True:
-                if cursor.document % _STRIDE == 0:
-                    marks.append((cursor.offset, cursor.line))
+                if cursor.document % _SEEK_STRIDE == 0:
+                    seek_points.append((cursor.offset, cursor.line))
                 if cursor.next() is None:
-                    return cursor.document, np.array(marks, np.int64), cursor.offset
+                    return cursor.document, np.array(seek_points, np.int64), cursor.offset
 
 
-class JsonLines(Lines):
+class Lines(LineFiles):
+    """Each line that is not blank is one document."""
+
+    def __getitem__(self, index: int) -> str:
+        return _decode_line(*self._line(index))
+
+
+class JsonLines(LineFiles):
     """Each line that is not blank is one document, a JSON object."""
 
-    def __init__(self, name: str, paths: list[str], wanted: Wanted) -> None:
-        super().__init__(name, paths)
-        self.wanted = wanted
-
-    def __getitem__(self, number: int) -> str:
-        return text_of(self.record(number), self.wanted)
-
-    def record(self, number: int) -> Record:
-        return _parse_json(*self._line(number))
+    def record(self, index: int) -> Record:
+        return _parse_json(*self._line(index))
 
 
 def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
-    """The rows of a file that a flag names, in order; as in `JsonLines`.
+    """The records of a file of JSON lines that a command-line flag names, in order.
 
     Raises:
-        DataError: the file can't be read, or a line is not one JSON object; with its number.
+        DataError: the file can't be read, or a line is not one JSON object; names the line.
     """
     try:
         with contextlib.closing(Cursor(str(expand(path)))) as cursor:
@@ -235,31 +219,24 @@ def _parse_json(raw: bytes, where: str) -> Record:
     try:
         fields = loads(raw, unique=False)
     except InvalidJSON as error:
-        decode_utf8(raw, where, "line")  # what is no text is told as everywhere
+        decode_utf8(raw, where, "line")  # raises the same message as for other files if it is not UTF-8
         raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON {type(fields).__name__}, but every line must be one JSON object")
     return Record(fields, where)
 
 
-class TabSeparated(Lines):
-    """Each line is one document of cells between tabs; the first line of a file names the columns.
+class TabSeparated(LineFiles):
+    """Each line is one document, with tabs between its cells; the first line of a file names the columns.
 
-    Nothing is quoted or escaped: a cell holds neither tab nor line end (IANA, text/tab-separated-values).
+    There is no quoting or escaping: a cell can't contain a tab or a line end (IANA, text/tab-separated-values).
     """
 
-    _first = 1
+    _header_lines = 1
     _delimiter = "\t"
 
-    def __init__(self, name: str, paths: list[str], wanted: Wanted) -> None:
-        super().__init__(name, paths)
-        self.wanted = wanted
-
-    def __getitem__(self, number: int) -> str:
-        return text_of(self.record(number), self.wanted)
-
-    def record(self, number: int) -> Record:
-        row, where = self._line(number)
+    def record(self, index: int) -> Record:
+        row, where = self._line(index)
         path = where.rpartition(":")[0]
         if path not in self._columns:
             self._columns[path] = self._column_names(path)
@@ -267,7 +244,7 @@ class TabSeparated(Lines):
         if len(cells) != len(names):
             raise DataError(
                 f"{where} has {len(cells)} cells, but the first line names {len(names)} columns "
-                f"({', '.join(names)}); write one cell for each, with {self._delimiter!a} between"
+                f"({', '.join(names)}); write one cell for each column, with {self._delimiter!a} between them"
             )
         return Record(dict(zip(names, cells, strict=True)), where)
 
@@ -279,14 +256,14 @@ class TabSeparated(Lines):
         return _decode_line(row, where).split(self._delimiter)
 
     def _column_names(self, path: str) -> list[str]:
-        """The cells of the first line; several may be empty, as of the column of numbers that pandas writes."""
+        """The cells of the first line; several may be empty, such as the header of the index that pandas writes."""
         with contextlib.closing(self._open_cursor(path)) as cursor:
             row = cursor.next()
             names = self._cells(row, f"{path}:{cursor.first_line}") if row else []
         named = [name for name in names if name]
         if len(set(named)) < len(named) or not named:
-            shown = json.dumps(names, ensure_ascii=False)[:300]
-            raise DataError(f"{path}: the first line must name the columns, each differently, but it is {shown}")
+            header = json.dumps(names, ensure_ascii=False)[:300]
+            raise DataError(f"{path}: the first line must name the columns, each differently, but it is {header}")
         for other in (",", ";", "\t"):
             if len(names) == 1 and other in names[0]:
                 raise DataError(

@@ -1,10 +1,9 @@
-"""Documents by number, as texts or as records of fields: one class per kind of source, all with the same few methods
-(`Source`, `RecordSource`).
+"""Document sources: random access by index to texts, or to records with fields; one class per type of source.
 
-`open_source` turns a word of `data.source` into one; `data.corpus` reads it, in several processes: a source pickles as
-its names and its index, never as open files. Sources that are files are in `data.files` and the modules that it names;
-here are the data sets of libraries. Packages that a source needs are imported where it starts to use them. What is
-wrong with the data is a `DataError` in one line.
+`open_source` opens one entry of `data.source`; `preparation` reads it in several processes, so a source pickles as its
+names and its index, never with open files. Sources that are files are in `files` and the modules that it names; TFDS
+and Hugging Face data sets are here. Packages that a source needs are imported on first use. Errors in the data raise a
+`DataError` with a message of one line.
 """
 
 import contextlib
@@ -24,32 +23,32 @@ from t5like.data.sources.encoding import decode_utf8
 from t5like.data.sources.files import (
     Passages,
     Record,
-    SourceGone,
+    RequiredFields,
+    SourceMissing,
     TextFiles,
-    Wanted,
+    check_fields,
     fingerprint_files,
     matching_files,
     one_line,
-    require_fields,
-    text_of,
+    record_text,
 )
 from t5like.data.sources.lines import JsonLines, Lines, TabSeparated
 from t5like.data.sources.parquet_files import ParquetFiles
 from t5like.errors import ConfigError, DataError
 from t5like.io.paths import cache_directory, expand
 
-KINDS = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, csv:GLOB, tsv:GLOB, hf:NAME, task:NAME"
+SOURCE_TYPES = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, csv:GLOB, tsv:GLOB, hf:NAME, task:NAME"
 RECORD_FILES = {"jsonl": JsonLines, "parquet": ParquetFiles, "csv": CommaSeparated, "tsv": TabSeparated}
-MANY_FILES = 100  # text files that are documents as they stand; fewer are cut into passages
-_ROWS = 1024  # rows of a Hugging Face data set in memory at a time
+MIN_FILES_AS_DOCUMENTS = 100  # text files; fewer files are split into passages
+_BLOCK_ROWS = 1024  # rows of a Hugging Face data set in memory at a time
 
 
 class Source(Protocol):
-    """Documents 0 .. len - 1, each a str of at most 64 MiB of UTF-8.
+    """Documents by index, each a str of at most 64 MiB of UTF-8.
 
     Attributes:
-        name: the word of `data.source` that it was opened by.
-        size_hint: bytes of text in all documents together, about.
+        name: the entry of `data.source`.
+        size_hint: approximate bytes of text in all documents.
     """
 
     name: str
@@ -57,20 +56,20 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
 
     def fingerprint(self) -> str:
-        """Hex digest that changes when the data do. Does not read everything: see `fingerprint_files`."""
+        """Hex digest that changes with the data. Large files are sampled: see `fingerprint_files`."""
 
 
 class RecordSource(Source, Protocol):
     """A source whose documents have fields; the text of a document is one of them."""
 
-    def record(self, number: int) -> Record: ...
+    def record(self, index: int) -> Record: ...
 
 
 def canonical(spec: str) -> str:
-    """A source's name that means the same from every working directory and, for the standard library, every Python."""
+    """A source's name without dependence on the working directory; it includes the version of the standard library."""
     kind, _, rest = spec.partition(":")
     if kind == "python_stdlib":
         return f"python_stdlib:{platform.python_version()}"
@@ -79,27 +78,28 @@ def canonical(spec: str) -> str:
     return spec
 
 
-def open_source(spec: str, data: DataConfig, wanted: Wanted | None = None) -> Source:
-    """Open one word of `data.source`; builds the standard-library corpus, or a task, if it is not there yet.
+def open_source(spec: str, data: DataConfig, required: RequiredFields | None = None) -> Source:
+    """Open one entry of `data.source`; builds the standard-library corpus, or a task, if it does not exist yet.
 
     Args:
-        wanted: fields that `record` will be asked for (the source is then a `RecordSource`); None: `data.text_field`.
+        required: fields that the caller will read from `record` (the source is then a `RecordSource`); None:
+            `data.text_field`.
 
     Raises:
-        ConfigError: there is no such kind of source, or it has no fields and some are wanted.
-        SourceGone: nothing is found under that name.
-        DataError: a file is empty or can't be read, a package is missing, a data set has another form.
+        ConfigError: the type of source is unknown, or the source has no fields although some are required.
+        SourceMissing: the data don't exist.
+        DataError: a file is empty or can't be read, a package is missing, or a data set has an unknown format.
     """
     kind, _, rest = spec.partition(":")
-    fields = wanted or Wanted((data.text_field,))
+    fields = required or RequiredFields((data.text_field,))
     match kind:
         case "python_stdlib" if not rest:
-            return _open_stdlib(spec, data, wanted or Wanted(("text",)))
+            return _open_stdlib(spec, data, required or RequiredFields(("text",)))
         case "tfds" if rest:
             return _open_tfds(spec, rest, data, fields)
         case "task" if rest:
             return _open_task(spec, rest, data, fields)
-        case "text" if rest and wanted:
+        case "text" if rest and required:
             raise ConfigError(
                 f"data.source={spec} has no fields, which data.objective=supervised needs; use jsonl:GLOB or csv:GLOB"
             )
@@ -109,7 +109,7 @@ def open_source(spec: str, data: DataConfig, wanted: Wanted | None = None) -> So
             return RECORD_FILES[kind](spec, _files(spec, rest), fields)
         case "hf" if rest:
             return HuggingFace(spec, rest, data.split, fields)
-    raise ConfigError(f"data.source={spec!r} must be one of {KINDS}, such as text:my_texts/*.txt")
+    raise ConfigError(f"data.source={spec!r} must be one of {SOURCE_TYPES}, such as text:my_texts/*.txt")
 
 
 def _files(spec: str, pattern: str) -> list[str]:
@@ -120,43 +120,52 @@ def _files(spec: str, pattern: str) -> list[str]:
 
 def _text_source(spec: str, paths: list[str], documents: str) -> Source:
     if documents == "auto":
-        documents = "file" if len(paths) >= MANY_FILES else "passage"
+        documents = "file" if len(paths) >= MIN_FILES_AS_DOCUMENTS else "passage"
     return {"file": TextFiles, "line": Lines, "passage": Passages}[documents](spec, paths)
 
 
-class Tfds:
-    """A TFDS data set that lies on disk in a random-access format. TensorFlow is never imported."""
+class _LibrarySource:
+    """Base of data sets that a library reads. Attributes that begin with ``_`` are caches, which are not pickled."""
 
-    def __init__(self, name: str, directory: str, split: str, wanted: Wanted) -> None:
-        self.name, self.directory, self.split, self.wanted = name, directory, split, wanted
-        with _failures(f"data.source={name} in {directory}"):
+    required: RequiredFields
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __getitem__(self, index: int) -> str:
+        return record_text(self.record(index), self.required)
+
+    def record(self, index: int) -> Record:
+        raise NotImplementedError
+
+
+class Tfds(_LibrarySource):
+    """A TFDS data set on disk in a random-access format. TensorFlow is never imported."""
+
+    def __init__(self, name: str, directory: str, split: str, required: RequiredFields) -> None:
+        self.name, self.directory, self.split, self.required = name, directory, split, required
+        with _data_errors(f"data.source={name} in {directory}"):
             info = self._builder.info
             try:
                 self.size_hint = int(info.splits[split].num_bytes or info.dataset_size)
             except ValueError as error:
                 rule = f"data.split={split!r} is not a split of data.source={name}"
                 raise DataError(f"{rule}: {one_line(error)}") from None
-        require_fields(f"data.source={name}", sorted(info.features), wanted)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+        check_fields(f"data.source={name}", sorted(info.features), required)
 
     def fingerprint(self) -> str:
-        files = sorted(str(path) for path in _listed(self.directory) if path.is_file())
+        files = sorted(str(path) for path in _list_directory(self.directory) if path.is_file())
         return fingerprint_files(files, self.split)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, number: int) -> str:
-        return text_of(self.record(number), self.wanted)
-
-    def record(self, number: int) -> Record:
-        where = f"data.source={self.name}: example {number}"
-        with _failures(f"{where} in {self.directory}"):
-            record = self._records[number]
+    def record(self, index: int) -> Record:
+        where = f"data.source={self.name}: example {index}"
+        with _data_errors(f"{where} in {self.directory}"):
+            record = self._records[index]
         features = self._builder.info.features
-        return Record({name: _plain(record[name], features[name], where) for name in self.wanted.names}, where)
+        return Record({name: _to_python(record[name], features[name], where) for name in self.required.names}, where)
 
     @cached_property
     def _builder(self) -> Any:
@@ -166,7 +175,7 @@ class Tfds:
 
     @cached_property
     def _records(self) -> Any:
-        with _failures(f"data.source={self.name} in {self.directory}"):
+        with _data_errors(f"data.source={self.name} in {self.directory}"):
             try:
                 return self._builder.as_data_source(split=self.split)
             except NotImplementedError:
@@ -176,57 +185,57 @@ class Tfds:
                 ) from None
 
 
-def _listed(directory: str) -> list[Path]:
+def _list_directory(directory: str) -> list[Path]:
     try:
         return list(Path(directory).iterdir())
     except OSError as error:
         raise DataError(f"{directory} can't be read: {error.strerror}") from None
 
 
-def _open_tfds(spec: str, name: str, data: DataConfig, wanted: Wanted) -> Tfds:
+def _open_tfds(spec: str, name: str, data: DataConfig, required: RequiredFields) -> Tfds:
     import tensorflow_datasets as tfds
 
-    with _failures(f"data.source={spec}"):
+    with _data_errors(f"data.source={spec}"):
         try:
             builder = tfds.builder(name)
         except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
-            raise SourceGone(f"data.source={spec}: {str(error).splitlines()[0]}") from None
+            raise SourceMissing(f"data.source={spec}: {str(error).splitlines()[0]}") from None
     if not builder.is_prepared():
-        raise SourceGone(
+        raise SourceMissing(
             f"data.source={spec} is not in {builder.data_dir}; prepare it with tfds build {name} "
             "--file_format=array_record, or set TFDS_DATA_DIR to where it is"
         )
-    return Tfds(spec, str(builder.data_dir), data.split, wanted)
+    return Tfds(spec, str(builder.data_dir), data.split, required)
 
 
-def _open_stdlib(spec: str, data: DataConfig, wanted: Wanted) -> Tfds:
+def _open_stdlib(spec: str, data: DataConfig, required: RequiredFields) -> Tfds:
     from t5like.data.sources.python_stdlib import PythonStdlib
 
-    return Tfds(spec, _built(PythonStdlib, data), "train", wanted)
+    return Tfds(spec, _build(PythonStdlib, data), "train", required)
 
 
-def _open_task(spec: str, name: str, data: DataConfig, wanted: Wanted) -> Tfds:
+def _open_task(spec: str, name: str, data: DataConfig, required: RequiredFields) -> Tfds:
     from t5like.data.sources.python_tasks import NAMES, Tasks
 
     if name not in NAMES:
         raise ConfigError(f"data.source={spec}: there is no task {name!r}; use task: and one of {', '.join(NAMES)}")
-    return Tfds(spec, _built(Tasks, data, config=name), data.split, wanted)
+    return Tfds(spec, _build(Tasks, data, config=name), data.split, required)
 
 
-def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
-    """The directory of a data set of ours below `data.cache_directory`; it is built there if it is missing."""
+def _build(builder_class: Any, data: DataConfig, **options: str) -> str:
+    """The directory of a data set that t5like builds below `data.cache_directory`; built now if it does not exist."""
     import tensorflow_datasets as tfds
 
     directory = cache_directory(data.cache_directory) / "tfds"
-    make = lambda: builder_class(data_dir=directory, file_format="array_record", **options)
-    with _quiet():
-        builder = make()
+    make_builder = lambda: builder_class(data_dir=directory, file_format="array_record", **options)
+    with _silence_tfds():
+        builder = make_builder()
         if not builder.is_prepared():
             tfds.disable_progress_bar()
             try:
                 builder.download_and_prepare()
             except OSError as error:
-                if not make().is_prepared():  # nor by another process
+                if not make_builder().is_prepared():  # another process has not built it either
                     raise DataError(
                         f"data.cache_directory={directory.parent} can't be written: {one_line(error)}"
                     ) from None
@@ -234,8 +243,8 @@ def _built(builder_class: Any, data: DataConfig, **options: str) -> str:
 
 
 @contextlib.contextmanager
-def _failures(where: str) -> Iterator[None]:
-    """Failures within become a DataError: of a damaged file, a library may raise anything, at times without a word."""
+def _data_errors(where: str) -> Iterator[None]:
+    """Convert exceptions to a DataError. For a damaged file, a library may raise anything, even without a message."""
     try:
         yield
     except DataError:
@@ -245,47 +254,44 @@ def _failures(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what TFDS announces on stdout, and its warning that what is about to be built is not there yet."""
-    log, wanted = logging.getLogger("absl"), lambda record: "has no dataset_info.json" not in record.getMessage()
-    log.addFilter(wanted)
+def _silence_tfds() -> Iterator[None]:
+    """Suppress what TFDS prints on stdout, and its warning that the data set does not exist before it is built."""
+    log, keep = logging.getLogger("absl"), lambda record: "has no dataset_info.json" not in record.getMessage()
+    log.addFilter(keep)
     try:
         with contextlib.redirect_stdout(None):
             yield
     finally:
-        log.removeFilter(wanted)
+        log.removeFilter(keep)
 
 
-def _plain(value: Any, feature: Any, where: str) -> Any:
-    """A value of a library as text, number, list or dict; a class label as its name. `feature` is the library's type.
+def _to_python(value: Any, feature: Any, where: str) -> Any:
+    """Convert a library's value to text, number, list or dict, and a class label to its name.
 
-    A sequence of dicts is a dict of sequences in TFDS, and stays one.
+    A sequence of dicts is a dict of sequences in TFDS, and stays one. `feature` is the library's type of the value.
     """
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
     if isinstance(value, bytes):
         return decode_utf8(value, where)
     if isinstance(value, Mapping):
-        return {key: _plain(part, inner[key], where) for key, part in value.items()}
+        return {key: _to_python(part, inner[key], where) for key, part in value.items()}
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
-        return [_plain(part, inner, where) for part in value]
+        return [_to_python(part, inner, where) for part in value]
     value = value.item() if isinstance(value, np.generic | np.ndarray) else value
     if hasattr(feature, "int2str") and isinstance(value, int) and value >= 0:  # -1: no label
         return feature.int2str(value)
     return value
 
 
-class HuggingFace:
-    """A data set of the package `datasets`: ``NAME``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG`` of the hub or its cache
-    (``HF_HUB_OFFLINE=1`` keeps it off the network), or a directory that ``save_to_disk`` wrote. Runs no code of it."""
+class HuggingFace(_LibrarySource):
+    """A data set of the package `datasets`: ``NAME``, ``OWNER/NAME`` or ``OWNER/NAME/CONFIG`` from the hub or its cache
+    (``HF_HUB_OFFLINE=1`` disables the network), or a directory written by ``save_to_disk``. Its code is not run."""
 
-    def __init__(self, name: str, path: str, split: str, wanted: Wanted) -> None:
-        self.name, self.path, self.split, self.wanted = name, path, split, wanted
+    def __init__(self, name: str, path: str, split: str, required: RequiredFields) -> None:
+        self.name, self.path, self.split, self.required = name, path, split, required
         rows = self._rows
-        require_fields(f"data.source={name}", rows.column_names, wanted)
+        check_fields(f"data.source={name}", rows.column_names, required)
         self.size_hint = int(rows.data.nbytes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
     def fingerprint(self) -> str:
         return fingerprint_files([row["filename"] for row in self._rows.cache_files], self.split, str(len(self._rows)))
@@ -293,16 +299,13 @@ class HuggingFace:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, number: int) -> str:
-        return text_of(self.record(number), self.wanted)
-
-    def record(self, number: int) -> Record:
-        block, inner = divmod(number, _ROWS)
-        where, features = f"data.source={self.name}: row {number}", self._rows.features
+    def record(self, index: int) -> Record:
+        block, row = divmod(index, _BLOCK_ROWS)
+        where, features = f"data.source={self.name}: row {index}", self._rows.features
         if self._block[0] != block:
-            with _failures(where):
-                self._block = block, self._rows[block * _ROWS : (block + 1) * _ROWS]
-        fields = {name: _plain(self._block[1][name][inner], features[name], where) for name in self.wanted.names}
+            with _data_errors(where):
+                self._block = block, self._rows[block * _BLOCK_ROWS : (block + 1) * _BLOCK_ROWS]
+        fields = {name: _to_python(self._block[1][name][row], features[name], where) for name in self.required.names}
         return Record(fields, where)
 
     @cached_property
@@ -318,13 +321,13 @@ class HuggingFace:
         local = expand(self.path)
         try:
             if os.path.isdir(local):
-                found = datasets.load_from_disk(local)
-                if isinstance(found, datasets.DatasetDict):
-                    found = found[self.split]
+                rows = datasets.load_from_disk(local)
+                if isinstance(rows, datasets.DatasetDict):
+                    rows = rows[self.split]
             else:
                 owner, name, config = [*self.path.split("/", 2), None, None][:3]
-                found = datasets.load_dataset(f"{owner}/{name}" if name else owner, config, split=self.split)
-        except Exception as error:  # see `_failures`
-            raise SourceGone(f"data.source={self.name}, data.split={self.split}: {one_line(error)}") from None
-        names = list(self.wanted.names)
-        return found.select_columns(names) if set(names) <= set(found.column_names) else found
+                rows = datasets.load_dataset(f"{owner}/{name}" if name else owner, config, split=self.split)
+        except Exception as error:  # see `_data_errors`
+            raise SourceMissing(f"data.source={self.name}, data.split={self.split}: {one_line(error)}") from None
+        names = list(self.required.names)
+        return rows.select_columns(names) if set(names) <= set(rows.column_names) else rows

@@ -1,8 +1,8 @@
-"""From a record to what is read and what is learned of it: templates of inputs and targets, and conversations.
+"""From a record to the texts of an example: templates of inputs and targets, or a conversation.
 
-Both give `Part`s, texts that follow each other; each is tokenized by itself and ends in EOS, as T5 ends inputs and
-targets (Raffel et al. 2020, section 2.4). `data.corpus` stores them; who writes prompts for a model that was trained
-on conversations gets the same text from `render_prompt`. Pure functions of text; no tokens here.
+Both give `Part`s, consecutive texts. Each part is tokenized separately and ends in EOS, as T5 ends inputs and targets
+(Raffel et al. 2020, section 2.4). `preparation` stores them. Prompts for a model that was trained on conversations get
+the same text from `render_prompt`. Pure functions of text; no token ids here.
 """
 
 import re
@@ -11,37 +11,37 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from t5like.config.schema import DataConfig
-from t5like.data.sources.files import Record, Wanted, require_fields
+from t5like.data.sources.files import Record, RequiredFields, check_fields
 from t5like.errors import ConfigError, DataError
 
 ROLES = ("system", "user", "assistant")
 
 
 class Part(NamedTuple):
-    """A text that EOS is put behind; learned: the loss counts its tokens and that EOS."""
+    """A text that EOS is appended to; if it is a target, the loss counts its tokens and the EOS."""
 
     text: str
-    learned: bool = False
+    is_target: bool = False
 
 
-def inputs_of(parts: Iterable[Part]) -> str:
-    """What is read before anything is learned; of running text, which has one part, the whole. Splits go by it."""
-    return "\0".join(part.text for part in takewhile(lambda part: not part.learned, parts))
+def inputs_text(parts: Iterable[Part]) -> str:
+    """The text before the first target; the whole document for running text. It decides the split (`shards`)."""
+    return "\0".join(part.text for part in takewhile(lambda part: not part.is_target, parts))
 
 
 def render_turn(role: str, content: str) -> str:
-    """The text of one turn: ``system: CONTENT`` or ``user: CONTENT``; of the assistant CONTENT alone."""
+    """The text of one turn: ``system: CONTENT``, ``user: CONTENT``, or CONTENT alone for the assistant."""
     return content if role == "assistant" else f"{role}: {content}"
 
 
 def render_prompt(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """The texts of a conversation, one for each turn; EOS behind each. The assistant answers what follows the last.
+    """The texts of a conversation, one per turn; EOS is appended to each. The model then generates the next turn.
 
         {"role": "system", "content": "Be brief."}      system: Be brief.</s>
         {"role": "user", "content": "2 + 2?"}           user: 2 + 2?</s>
         {"role": "assistant", "content": "4"}           4</s>
 
-    An encoder reads all turns before the answer. A decoder-only model reads START (id 0), then all turns.
+    The encoder gets all turns before the answer. A decoder-only model gets START (id 0), then all turns.
     """
     return [render_turn(message["role"], message["content"]) for message in messages]
 
@@ -54,7 +54,7 @@ class Templates:
     """
 
     def __init__(self, data: DataConfig) -> None:
-        """Raises ConfigError if a brace is alone, or if a template has no field."""
+        """Raises ConfigError if a brace is unpaired, or if a template has no field."""
         self._templates = [
             (setting, _parse(setting, template))
             for setting, template in (
@@ -62,53 +62,53 @@ class Templates:
                 ("data.targets_template", data.targets_template),
             )
         ]
-        roots = {field.partition("/")[0]: None for _, pieces in self._templates for field in pieces[1::2]}
-        self.wanted = Wanted(tuple(roots), "name in data.inputs_template and data.targets_template")
+        roots = {field.partition("/")[0]: None for _, tokens in self._templates for field in tokens[1::2]}
+        self.required = RequiredFields(tuple(roots), "name in data.inputs_template and data.targets_template")
 
     def parts(self, record: Record) -> tuple[Part, ...]:
-        """Inputs and targets; nothing if the targets are empty: there is nothing to learn then.
+        """Inputs and targets; empty if the targets are empty.
 
         Raises:
-            DataError: a field is not there, or is not one text or number; with record, field, and what there is.
+            DataError: a field is missing, or is not a text or number; names the record, the field, and what exists.
         """
-        require_fields(record.where, record.fields, self.wanted)
+        check_fields(record.where, record.fields, self.required)
         inputs, targets = (
             "".join(
-                _text(record, piece, setting) if number % 2 else piece  # text, field, text, ..., text
-                for number, piece in enumerate(pieces)
+                _text(record, token, setting) if index % 2 else token  # text, field, text, ..., text
+                for index, token in enumerate(tokens)
             )
-            for setting, pieces in self._templates
+            for setting, tokens in self._templates
         )
-        return (Part(inputs), Part(targets, learned=True)) if targets else ()
+        return (Part(inputs), Part(targets, is_target=True)) if targets else ()
 
 
 class Chat:
     """``data.messages_field``: a list of ``{"role": "system" | "user" | "assistant", "content": TEXT}``.
 
-    What the assistant says is learned, unless nothing comes before it. Other keys of a message are not read. Also
-    understood: one dict with a list of roles and a list of contents, which is how TFDS gives lists of dicts.
+    The assistant's turns are targets, except at the start of a conversation. Other keys of a message are ignored. A
+    dict with a list of roles and a list of contents is accepted as well: TFDS represents a list of dicts that way.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self.field = data.messages_field
-        self.wanted = Wanted((data.messages_field,), "set data.messages_field to")
+        self.required = RequiredFields((data.messages_field,), "set data.messages_field to")
 
     def parts(self, record: Record) -> tuple[Part, ...]:
-        """The turns, as `render_turn` writes them; nothing if one that would be learned is empty.
+        """The turns, formatted by `render_turn`; empty if one of the targets is empty.
 
         Raises:
-            DataError: this is no conversation, or has a role of another name, or nothing that can be learned.
+            DataError: the field is not a conversation, has an unknown role, or has no target.
         """
-        require_fields(record.where, record.fields, self.wanted)
+        check_fields(record.where, record.fields, self.required)
         where = f"{record.where}: {self.field!r}"
         messages = self._messages(record.fields[self.field], where)
         parts = tuple(
-            Part(text, learned=number > 0 and message["role"] == "assistant")
+            Part(text, is_target=number > 0 and message["role"] == "assistant")
             for number, (message, text) in enumerate(zip(messages, render_prompt(messages), strict=True))
         )
-        if not any(part.learned for part in parts):
-            raise DataError(f"{where} has no assistant's message behind another one, so nothing to learn; remove it")
-        return parts if all(part.text for part in parts if part.learned) else ()
+        if not any(part.is_target for part in parts):
+            raise DataError(f"{where} has no assistant message after another message, so no targets; remove it")
+        return parts if all(part.text for part in parts if part.is_target) else ()
 
     def _messages(self, value: Any, where: str) -> list[Mapping[str, str]]:
         columns = [value.get(name) for name in ("role", "content")] if isinstance(value, Mapping) else []
@@ -125,35 +125,35 @@ class Chat:
         return value
 
 
-def form_of(data: DataConfig) -> Templates | Chat | None:
-    """How records become parts under this config; None for running text."""
+def example_format(data: DataConfig) -> Templates | Chat | None:
+    """What turns records into parts under this config; None for running text."""
     if "supervised" not in data.objective:
         return None
     return Chat(data) if data.messages_field else Templates(data)
 
 
 def _parse(setting: str, template: str) -> list[str]:
-    """Text, field, text, ..., text of a template."""
-    pieces = [""]
+    """Split a template into text, field, text, ..., text."""
+    tokens = [""]
     for token in re.split(r"(\{\{|\}\}|\{[^{}]*\})", template):
         if token in ("{{", "}}"):
-            pieces[-1] += token[0]
+            tokens[-1] += token[0]
         elif token.startswith("{") and len(token) > 2:
-            pieces += [token[1:-1], ""]
+            tokens += [token[1:-1], ""]
         elif "{" in token or "}" in token:
             raise ConfigError(f"{setting}={template!r} must have fields as {{name}}; write {{{{ or }}}} for a brace")
         else:
-            pieces[-1] += token
-    if len(pieces) == 1:
+            tokens[-1] += token
+    if len(tokens) == 1:
         raise ConfigError(f"{setting}={template!r} must name a field in braces, such as {{question}}")
-    return pieces
+    return tokens
 
 
 def _text(record: Record, path: str, setting: str) -> str:
-    """The value at a path of fields and numbers, as text."""
-    value, walked = record.fields, []
+    """The value at a path of field names and list indices, as text."""
+    value, parents = record.fields, []
     for name in path.split("/"):
-        where, inside = record.where, f" in {'/'.join(walked)!r}" if walked else ""
+        where, inside = record.where, f" in {'/'.join(parents)!r}" if parents else ""
         if isinstance(value, Mapping):
             if name not in value:
                 names = ", ".join(map(repr, value))
@@ -161,7 +161,7 @@ def _text(record: Record, path: str, setting: str) -> str:
             value = value[name]
         elif isinstance(value, list):
             if not name.isdecimal():
-                raise DataError(f"{where}: {'/'.join(walked)!r} is a list; use {{{'/'.join(walked)}/0}} in {setting}")
+                raise DataError(f"{where}: {'/'.join(parents)!r} is a list; use {{{'/'.join(parents)}/0}} in {setting}")
             if int(name) >= len(value):
                 raise DataError(
                     f"{where}: there is no element {name}{inside}, which has {len(value)}; remove the example, or use "
@@ -171,9 +171,9 @@ def _text(record: Record, path: str, setting: str) -> str:
         else:
             kind = type(value).__name__
             raise DataError(
-                f"{where}: {'/'.join(walked)!r} is a {kind} without fields; shorten {{{path}}} in {setting}"
+                f"{where}: {'/'.join(parents)!r} is a {kind} without fields; shorten {{{path}}} in {setting}"
             )
-        walked.append(name)
+        parents.append(name)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):

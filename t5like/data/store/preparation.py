@@ -1,12 +1,12 @@
-"""Prepare the data of a run: a tokenizer and one token store per source, made once, in parallel, and reused after that.
+"""Prepare the data of a run: a tokenizer and one token store per source, in parallel, unless they exist already.
 
-Below `data.cache_directory`: ``tokenizers/<key>/tokenizer.model`` for tokenizers trained here, ``stores/<name>-<key>/``
-(see `data.token_store`), ``tfds/``. Keys are made of all settings that the content depends on, not of the data
-themselves: those have fingerprints, and data that changed under the same name are refused, never mixed. A store is made
-in pieces, each whole or not there (`data.pieces`), so killing `prepare` loses the pieces in work, and several machines
-may prepare one store.
+`data.cache_directory` contains ``tokenizers/<key>/tokenizer.model`` for tokenizers trained here,
+``stores/<name>-<key>/`` (see `token_store`), and ``tfds/``. A key is a hash of all settings that the content depends
+on, but not of the data: those have fingerprints, and data that changed under the same name are refused, never mixed. A
+store is written in shards, each atomically (`shards`). If `prepare` is killed, only the unfinished shards are lost, and
+several machines may prepare one store together.
 
-Called by `train`, `evaluate` and the command line. JAX is never imported here: worker processes start in a moment.
+Called by `train`, `evaluate` and the command line. JAX is never imported here, so that worker processes start quickly.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,29 +24,30 @@ import numpy as np
 
 from t5like import __version__
 from t5like.config.schema import Config, DataConfig
-from t5like.data.sources.files import SourceGone
+from t5like.data.sources.files import SourceMissing
 from t5like.data.sources.source import canonical, open_source
-from t5like.data.sources.templates import form_of
+from t5like.data.sources.templates import example_format
 from t5like.data.store import statistics
-from t5like.data.store.manifest import SPLITS, add_up, sealed, token_dtype
-from t5like.data.store.shards import Documents, Job, bar, draws, finished_shard, hashes_of, write_shards
-from t5like.data.store.token_store import FORMAT, Stream, TokenStore, file_digest, read_again
+from t5like.data.store.manifest import SPLITS, add_checksum, sum_counts, token_dtype
+from t5like.data.store.shards import Documents, ShardJob, finished_shard, hashes_path, split_draws, write_shards
+from t5like.data.store.token_store import FORMAT, SHARDS_FOLDER, Stream, TokenStore, file_digest, repair_advice
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
-from t5like.errors import CheckpointError, DataError
+from t5like.errors import CheckpointError, DataError, printable
 from t5like.io.atomic import remove_stale_temporaries, replace_file
 from t5like.io.paths import cache_directory, expand
 from t5like.io.strict_json import loads
-from t5like.metrics.progress import status
+from t5like.metrics.progress import Progress, status
 
 __all__ = ["Prepared", "Stream", "TokenStore", "prepare"]
 
-SMALLEST_PIECE, LARGEST_PIECE, PIECES = 2**18, 2**28, 64  # bytes of text, and how many pieces between those limits
-TINY = 2**25  # bytes of text that one process tokenizes before others would have started
+NUM_SHARDS = 64  # of a store, as long as the size of a shard is within these limits
+SMALLEST_SHARD, LARGEST_SHARD = 2**18, 2**28  # bytes of text
+TINY = 2**25  # bytes of text that one process tokenizes before workers would have started
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made or found: stores in the order of `data.source`; notes are lines that the user should see."""
+    """A run's tokenizer and token stores, in the order of `data.source`; notes are lines to print for the user."""
 
     tokenizer: Tokenizer
     tokenizer_path: Path
@@ -54,10 +56,10 @@ class Prepared:
 
 
 def prepare(config: Config, *, progress: bool = True) -> Prepared:
-    """Load or train the tokenizer and complete the token stores; does nothing the second time.
+    """Load or train the tokenizer and complete the token stores; returns existing ones unchanged.
 
     Args:
-        progress: show what takes time, on stderr.
+        progress: show progress on stderr.
 
     Raises:
         ConfigError: a source has an unknown kind.
@@ -72,7 +74,7 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
             store = _finished_store(config.data, source, tokenizer)
             stores.append(store := store or _build_store(config.data, source, tokenizer, progress))
             if source.gone:
-                notes.append(f"{source.gone}; going on with what was prepared of it, {store.directory}")
+                notes.append(f"{source.gone}; using the existing token store {store.directory}")
             if empty := store.manifest.get("empty"):
                 notes.append(f"data.source={source.spec}: {empty:,} examples have empty targets and are left out")
     except OSError as error:
@@ -82,8 +84,9 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
 
 
 def find(config: Config) -> tuple[Tokenizer | None, tuple[TokenStore | None, ...]]:
-    """What `prepare` has made for this config, None for what it would have to make. Opens no source, so data that have
-    changed since are not noticed.
+    """The existing tokenizer and token stores of a config, None for those that `prepare` would have to make.
+
+    Opens no source, so it does not detect that data have changed.
 
     Raises:
         DataError: the tokenizer that `tokenizer.path` names is missing, or one does not fit the config.
@@ -100,20 +103,20 @@ def find(config: Config) -> tuple[Tokenizer | None, tuple[TokenStore | None, ...
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A source and its fingerprint, or why it can't be had."""
+    """A source and its fingerprint, or the reason why it is missing."""
 
     spec: str
     documents: Documents | None = None
     fingerprint: str = ""
-    gone: SourceGone | None = None
+    gone: SourceMissing | None = None
 
 
 def _open(spec: str, data: DataConfig) -> _Opened:
     try:
-        form = form_of(data)
-        source = open_source(spec, data, form.wanted if form else None)
-        return _Opened(spec, Documents(source, form), source.fingerprint())
-    except SourceGone as gone:
+        format = example_format(data)
+        source = open_source(spec, data, format.required if format else None)
+        return _Opened(spec, Documents(source, format), source.fingerprint())
+    except SourceMissing as gone:
         return _Opened(spec, gone=gone)
 
 
@@ -123,12 +126,12 @@ def _key(*parts: Any) -> str:
 
 def _source_settings(data: DataConfig, spec: str) -> list[Any]:
     settings = [canonical(spec), data.text_field, data.split, data.text_documents, data.heldout_fraction]
-    return [*settings, _form_settings(data)] if form_of(data) else settings
+    return [*settings, _format_settings(data)] if example_format(data) else settings
 
 
-def _form_settings(data: DataConfig) -> dict[str, str]:
-    """What the examples of records depend on; nothing for running text."""
-    if form_of(data) is None:
+def _format_settings(data: DataConfig) -> dict[str, str]:
+    """The settings that decide how a record becomes an example; empty for running text."""
+    if example_format(data) is None:
         return {}
     if data.messages_field:
         return {"messages_field": data.messages_field}
@@ -150,7 +153,7 @@ def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tup
         if trained_on is None:
             _train(config, opened, path, progress)
             record = {"sources": fingerprints, "sha256": file_digest(path)}
-            replace_file(directory / "trained_on.json", json.dumps(record))  # after the model: says that it is there
+            replace_file(directory / "trained_on.json", json.dumps(record))  # last: it marks the model as complete
         else:
             for source, fingerprint in zip(opened, trained_on, strict=True):
                 if source.documents and source.fingerprint != fingerprint:
@@ -161,9 +164,9 @@ def _tokenizer(config: Config, opened: Sequence[_Opened], progress: bool) -> tup
 
 
 def _trained_on(directory: Path, num_sources: int) -> list[str] | None:
-    """The fingerprints of the sources that the tokenizer in a directory was trained on; None if none is there yet.
+    """The fingerprints of the sources that the tokenizer in a directory was trained on; None if there is none yet.
 
-    A directory that was written before there was a checksum has the fingerprints alone.
+    Earlier versions wrote the list of fingerprints alone, without a checksum.
 
     Raises:
         DataError: the record or the tokenizer is damaged.
@@ -186,7 +189,7 @@ def _trained_on(directory: Path, num_sources: int) -> list[str] | None:
 
 
 def _own_tokenizer_path(config: Config) -> Path:
-    """Where a tokenizer that is trained on the sources lies."""
+    """The path of a tokenizer that is trained on the config's sources."""
     settings = [_source_settings(config.data, spec) for spec in config.data.source]
     training = {k: v for k, v in dataclasses.asdict(config.tokenizer).items() if k != "extra_eos_ids"}
     key = _key(FORMAT, settings, config.data.rates, training)
@@ -205,62 +208,63 @@ def _train(config: Config, opened: Sequence[_Opened], path: Path, progress: bool
 
 
 def _sample(config: Config, opened: Sequence[Documents], thresholds: Sequence[float]) -> Iterator[str]:
-    """About `tokenizer.sample_characters` (in fact bytes) of training documents, from each source by its rate."""
+    """Training documents of about `tokenizer.sample_characters` bytes in total, from each source by its rate."""
     sizes = [documents.source.size_hint for documents in opened]
-    shares = np.reshape(config.data.rates or sizes, (-1, len(opened))).sum(axis=0).tolist()  # of all phases together
+    shares = np.reshape(config.data.rates or sizes, (-1, len(opened))).sum(axis=0).tolist()  # summed over phases
     for documents, size, share, threshold in zip(opened, sizes, shares, thresholds, strict=True):
-        kept = config.tokenizer.sample_characters * share / sum(shares) / max(size, 1)
-        for number in range(len(documents)):
-            if parts := documents[number]:
-                heldout, draw = draws(parts)
-                if heldout >= threshold and draw < kept:
+        sampled = config.tokenizer.sample_characters * share / sum(shares) / max(size, 1)
+        for index in range(len(documents)):
+            if parts := documents[index]:
+                split_draw, sample_draw = split_draws(parts)
+                if split_draw >= threshold and sample_draw < sampled:
                     yield from (part.text for part in parts)
 
 
 def _threshold(data: DataConfig, source: _Opened, progress: bool) -> float:
-    """The hash below which a document is held out: `heldout_fraction`, or just above the smallest if none is below it.
+    """The draw (`split_draws`) below which a document is held out: `data.heldout_fraction`.
 
-    Reads only until it has seen a document of each kind.
+    If no draw is below it, the threshold is just above the smallest draw, so that one document is held out. Reads the
+    source only until there is a document in each split.
 
     Raises:
-        DataError: there is nothing to train on, or nothing else to hold out.
+        DataError: one of the splits would be empty.
     """
-    seen = set()
-    with status(f"reading {source.spec}", show=progress):  # a large file of lines is read to its end, to count them
-        for number in range(len(source.documents)):
-            if parts := source.documents[number]:
-                seen.add(draws(parts)[0])
-            if seen and min(seen) < data.heldout_fraction <= max(seen):
+    draws = set()
+    with status(f"reading {source.spec}", show=progress):  # counting the lines of a large file takes time
+        for index in range(len(source.documents)):
+            if parts := source.documents[index]:
+                draws.add(split_draws(parts)[0])
+            if draws and min(draws) < data.heldout_fraction <= max(draws):
                 return data.heldout_fraction
-    if len(seen) < 2 and source.documents.form:
+    if len(draws) < 2 and source.documents.format:
         raise DataError(
-            f"data.source={source.spec} has {len(seen)} different inputs with targets, and one has to be held out; "
+            f"data.source={source.spec} has {len(draws)} different inputs with targets, and one has to be held out; "
             "use more examples"
         )
-    if len(seen) < 2:
+    if len(draws) < 2:
         raise DataError(
             f"data.source={source.spec} has only one document (or copies of one), and one has to be held "
             "out; use more text, or data.text_documents=line for a text file"
         )
-    if max(seen) < data.heldout_fraction:
+    if max(draws) < data.heldout_fraction:
         raise DataError(
-            f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(seen)} documents in "
+            f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} documents in "
             f"data.source={source.spec} to train on; use data.heldout_fraction=0.1"
         )
-    return math.nextafter(min(seen), 1.0)
+    return math.nextafter(min(draws), 1.0)
 
 
 def _refuse_if_changed(source: _Opened) -> None:
-    """Raise DataError if the data are not those any more whose fingerprint was taken before they were read."""
+    """Raise DataError if the data have changed since their fingerprint was taken."""
     if source.documents.source.fingerprint() != source.fingerprint:
         raise DataError(
-            f"data.source={source.spec} changed while it was read; prepare again once nothing writes to it any more"
+            f"data.source={source.spec} changed while it was read; prepare again when no program writes to it"
         )
 
 
 def _changed(spec: str, since: str, directory: Path) -> DataError:
     return DataError(
-        f"data.source={spec} has changed since {since}; put the old data back, or remove {directory} to prepare it anew"
+        f"data.source={spec} has changed since {since}; restore the old data, or remove {directory} to prepare it again"
     )
 
 
@@ -279,9 +283,11 @@ def _finished_store(data: DataConfig, source: _Opened, tokenizer: Tokenizer) -> 
         return None
     store = TokenStore.open(directory)
     if (store.manifest["tokenizer"], store.manifest["vocab_size"]) != (tokenizer.hash, tokenizer.vocab_size):
-        raise DataError(f"{directory}/manifest.json names another tokenizer; {read_again(directory)}")
+        raise DataError(f"{directory}/manifest.json names another tokenizer; {repair_advice(directory)}")
     if source.documents and source.fingerprint != store.manifest["fingerprint"]:
-        raise _changed(source.spec, f"{store.manifest['splits']['train']['tokens']} tokens were made of it", directory)
+        raise _changed(
+            source.spec, f"{store.manifest['splits']['train']['tokens']} tokens were prepared from it", directory
+        )
     return store
 
 
@@ -289,42 +295,45 @@ def _build_store(data: DataConfig, opened: _Opened, tokenizer: Tokenizer, progre
     if opened.gone:
         raise opened.gone
     documents, size = opened.documents, max(opened.documents.source.size_hint, 1)
-    threshold = _threshold(data, opened, progress)  # reads, and so checks, before anything is written
+    threshold = _threshold(data, opened, progress)  # reads documents, so it finds errors before anything is written
     directory = _store_directory(data, opened.spec, tokenizer)
-    pieces = directory / "pieces"
-    pieces.mkdir(parents=True, exist_ok=True)
-    piece_bytes = min(max(size // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
-    per_piece = max(1, -(-len(documents) * piece_bytes // size))
-    job = Job(pieces, documents, opened.fingerprint, tokenizer, threshold, per_piece)
-    numbers = range(-(-len(documents) // per_piece))
-    records = {number: record for number in numbers if (record := finished_shard(job, number))}
-    missing = [number for number in numbers if number not in records]
+    shards_directory = directory / SHARDS_FOLDER
+    shards_directory.mkdir(parents=True, exist_ok=True)
+    shard_bytes = min(max(size // NUM_SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+    per_shard = max(1, -(-len(documents) * shard_bytes // size))
+    job = ShardJob(shards_directory, documents, opened.fingerprint, tokenizer, threshold, per_shard)
+    shards = range(-(-len(documents) // per_shard))
+    records = {shard: record for shard in shards if (record := finished_shard(job, shard))}
+    missing = [shard for shard in shards if shard not in records]
     workers = min(data.num_workers or (1 if size < TINY else len(os.sched_getaffinity(0))), len(missing))
-    with bar(opened.spec, len(numbers), len(records), progress) as advance:
-        for number, record in write_shards(job, missing, workers):
-            records[number] = record
-            advance(sum(split["tokens"] for split in record["splits"].values()))
+    num_tokens, start, unit = 0, time.monotonic(), f"tokenizing {printable(opened.spec)}: shard"
+    with Progress(len(shards), step=len(records), primary=progress, unit=unit) as bar:
+        show = bar.timed()
+        for shard, record in write_shards(job, missing, workers):
+            records[shard] = record
+            num_tokens += sum(split["tokens"] for split in record["splits"].values())
+            show(len(records), {"train/tokens_per_second": num_tokens / (time.monotonic() - start)})
     try:
         _refuse_if_changed(opened)
     except DataError:
-        for record in pieces.glob("*.json"):  # they say that the pieces are of the data that had this fingerprint
-            record.unlink(missing_ok=True)
+        for path in shards_directory.glob("*.json"):  # their fingerprint is that of the data before the change
+            path.unlink(missing_ok=True)
         raise
-    _write_manifest(directory, data, opened, tokenizer, [records[number] for number in numbers])
+    _write_manifest(directory, data, opened, tokenizer, [records[shard] for shard in shards])
     return TokenStore.open(directory)
 
 
 def _write_manifest(
     directory: Path, data: DataConfig, source: _Opened, tokenizer: Tokenizer, records: list[dict[str, Any]]
 ) -> None:
-    """Say that the store is complete; remove what else lies there."""
-    pieces = directory / "pieces"
-    duplicates = statistics.num_duplicates(hashes_of(pieces, record["number"]) for record in records)
+    """Write the manifest, which marks the store as complete; remove all other files from its folder of shards."""
+    shards_directory = directory / SHARDS_FOLDER
+    duplicates = statistics.num_duplicates(hashes_path(shards_directory, record["number"]) for record in records)
     known = {f"{record['number']:05d}.json" for record in records} | {name for r in records for name in r["files"]}
-    for path in pieces.iterdir():  # pieces of an earlier attempt on other data
+    for path in shards_directory.iterdir():  # shards of an earlier attempt on other data
         if path.name not in known and not path.name.startswith("."):
             path.unlink(missing_ok=True)
-    remove_stale_temporaries(pieces)
+    remove_stale_temporaries(shards_directory)
     manifest = {
         "format": FORMAT,
         "version": __version__,
@@ -334,15 +343,15 @@ def _write_manifest(
         "split": data.split,
         "text_documents": data.text_documents,
         "heldout_fraction": data.heldout_fraction,
-        **_form_settings(data),
+        **_format_settings(data),
         "tokenizer": tokenizer.hash,
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer.vocab_size),
-        "splits": {split: add_up(records, split) for split in SPLITS},
+        "splits": {split: sum_counts(records, split) for split in SPLITS},
         "pieces": records,
     }
     if duplicates is not None:
         manifest["duplicates"] = duplicates
-    if form_of(data):
+    if example_format(data):
         manifest["empty"] = sum(record["empty"] for record in records)
-    replace_file(directory / "manifest.json", json.dumps(sealed(manifest), indent=1))
+    replace_file(directory / "manifest.json", json.dumps(add_checksum(manifest), indent=1))

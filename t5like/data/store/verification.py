@@ -1,10 +1,10 @@
-"""Verify the token stores of a run: small ones before its first step, large ones while it already trains.
+"""Verify the checksums of a run's token stores: small stores before the first step, large ones during training.
 
-Reading and hashing take less than a second per GB. Batches are drawn from all parts of a store, so a large one would
-delay the first step by minutes: its training tokens are verified by a background thread. The run then stops as soon as
-damage is noticed, and no checkpoint is saved before all has been verified, except when a signal stops the run.
-Processes that share a file system share that work. Whatever else is read of a store, such as held-out tokens by
-`t5like evaluate`, is verified when it is first read (`data.token_store`).
+Reading and hashing take less than a second per GB. Batches are drawn from all parts of a store, so verifying a large
+store first would delay the first step by minutes. A background thread verifies its training tokens instead. The run
+stops as soon as damage is detected, and saves no checkpoint before everything is verified, except when a signal stops
+the run. Processes that share a file system divide that work. Other data of a store, such as held-out tokens in
+`t5like evaluate`, are verified on first read (`token_store`).
 
 Called by `train`.
 """
@@ -18,15 +18,15 @@ from t5like.data.store.manifest import SPLITS
 from t5like.data.store.token_store import StoredFile, TokenStore
 from t5like.errors import DataError
 
-LARGE = 2**30  # bytes of a split's tokens, above which it does not delay the first step
-NICENESS = 10  # of the thread: it runs where nothing else wants to
+LARGE = 2**30  # bytes of tokens; a larger training split is verified in the background
+NICENESS = 10  # of the thread: it uses idle cores only
 
 
 class Verification:
-    """The verification of a run's stores. Its thread ends with the process, finished or not."""
+    """The verification of a run's stores. Its daemon thread ends with the process."""
 
     def __init__(self, stores: Sequence[TokenStore], *, large: int = LARGE):
-        """Verify each split of at most `large` bytes, and take the training tokens of larger ones over.
+        """Verify each split of at most `large` bytes, and queue the training tokens of larger ones for the thread.
 
         Raises:
             DataError: a file is damaged; names it.
@@ -38,19 +38,19 @@ class Verification:
                 if stream.token_bytes <= large:
                     stream.verify()
                 elif split == "train":
-                    self._files += stream.leave_verifying()
-        self.pending = bool(self._files)  # also where other processes verify this process's share
+                    self._files += stream.defer_verification()
+        self.pending = bool(self._files)  # also if this process's share is empty
         self._damage: DataError | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, number: int = 0, count: int = 1) -> None:
-        """Begin with this process's share, the `number`-th of `count`."""
-        work = self._files[number::count]
-        self._thread = threading.Thread(target=self._verify, args=(work,), daemon=True, name="verification")
+    def start(self, process: int = 0, num_processes: int = 1) -> None:
+        """Start the thread with this process's share of the files."""
+        share = self._files[process::num_processes]
+        self._thread = threading.Thread(target=self._verify, args=(share,), daemon=True, name="verification")
         self._thread.start()
 
     def check(self) -> None:
-        """Look what has been noticed so far; takes no time.
+        """Raise the damage that was detected so far, if any; does not block.
 
         Raises:
             DataError: a file is damaged; names it.

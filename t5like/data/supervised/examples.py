@@ -34,7 +34,7 @@ class Examples:
     Attributes:
         stream: the tokens; places count from its first.
         begin_N, cut_N, end_N: int64 places of each unit.
-        learned_M2: int64 [start, stop) of what is learned; unit n has `count_N[n]` of them from `first_N[n]` on.
+        targets_M2: int64 [start, stop) of what is learned; unit n has `count_N[n]` of them from `first_N[n]` on.
         lengths_NC: int64 tokens that a unit takes of each part of `capacity`.
         too_long: number of units that were left out.
         note: a line that says so, or "".
@@ -47,18 +47,18 @@ class Examples:
             DataError: no unit fits a row.
         """
         self.stream = store.split(split)
-        ends, self.learned_M2 = self.stream.ends(), self.stream.targets()
+        ends, self.targets_M2 = self.stream.ends(), self.stream.target_ranges()
         starts = np.concatenate([[0], ends[:-1]])
-        owner_M = np.searchsorted(ends, self.learned_M2[:, 0], "right")
+        owner_M = np.searchsorted(ends, self.targets_M2[:, 0], "right")
         if config.model.architecture == "decoder" and config.data.messages_field:
             self.count_N = np.bincount(owner_M, minlength=len(ends))
             self.first_N = np.cumsum(self.count_N) - self.count_N
             self.begin_N = self.cut_N = starts
             last_N = self.first_N + self.count_N - 1  # behind it, nothing is learned
-            self.end_N = self.learned_M2[last_N, 1]
+            self.end_N = self.targets_M2[last_N, 1]
         else:
             self.count_N, self.first_N = np.ones(len(owner_M), np.int64), np.arange(len(owner_M))
-            self.begin_N, (self.cut_N, self.end_N) = starts[owner_M], self.learned_M2.T
+            self.begin_N, (self.cut_N, self.end_N) = starts[owner_M], self.targets_M2.T
         if config.model.architecture == "decoder":
             self.lengths_NC = (self.end_N - self.begin_N)[:, None]
         else:

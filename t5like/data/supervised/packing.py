@@ -12,7 +12,7 @@ import numpy as np
 
 from t5like.config.schema import Config
 from t5like.data.randomness import random_bits
-from t5like.data.store.token_store import spread
+from t5like.data.store.token_store import concatenate_ranges
 from t5like.data.supervised.examples import Examples, capacity
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.types import Batch
@@ -136,9 +136,9 @@ class ExampleRows:
         """
         examples, packing = self.examples, self._packing
         count_B = packing.first[index_B + 1] - packing.first[index_B]
-        unit_E = packing.order_N[spread(packing.first[index_B], count_B)]
+        unit_E = packing.order_N[concatenate_ranges(packing.first[index_B], count_B)]
         row_E = np.repeat(np.arange(len(index_B)), count_B)
-        segment_E = 1 + spread(np.zeros_like(count_B), count_B)
+        segment_E = 1 + concatenate_ranges(np.zeros_like(count_B), count_B)
         lengths_EC = examples.lengths_NC[unit_E]
         before_EC = np.cumsum(lengths_EC, axis=0) - lengths_EC
         offset_EC = before_EC - before_EC[np.cumsum(count_B) - count_B][row_E]
@@ -150,10 +150,10 @@ class ExampleRows:
             _place_decoder(batch, examples, unit_E, segment_E, row_E, offset_EC[:, 0], examples.begin_N[unit_E])
             return batch
         begin_E, length_E = examples.begin_N[unit_E], examples.lengths_NC[unit_E, 0]
-        place_T = spread(row_E * self.config.data.inputs_length + offset_EC[:, 0], length_E)
+        place_T = concatenate_ranges(row_E * self.config.data.inputs_length + offset_EC[:, 0], length_E)
         batch.encoder_BS.flat[place_T] = examples.stream.gather(begin_E, length_E)
         batch.encoder_segments_BS.flat[place_T] = np.repeat(segment_E, length_E)
-        batch.encoder_positions_BS.flat[place_T] = spread(np.zeros_like(length_E), length_E)
+        batch.encoder_positions_BS.flat[place_T] = concatenate_ranges(np.zeros_like(length_E), length_E)
         _place_decoder(batch, examples, unit_E, segment_E, row_E, offset_EC[:, 1], examples.cut_N[unit_E])
         return batch
 
@@ -171,18 +171,18 @@ def _place_decoder(
     length_E = examples.end_N[unit_E] - begin_E
     read_E = examples.cut_N[unit_E] - begin_E  # tokens before START
     corner_E = row_E * batch.targets_BL.shape[1] + offset_E  # first place in the flattened rows
-    place_T = spread(corner_E, length_E)
+    place_T = concatenate_ranges(corner_E, length_E)
     batch.targets_BL.flat[place_T] = tokens_T = examples.stream.gather(begin_E, length_E)
     batch.decoder_segments_BL.flat[place_T] = np.repeat(segment_E, length_E)
-    batch.decoder_positions_BL.flat[place_T] = spread(np.zeros_like(length_E), length_E)
+    batch.decoder_positions_BL.flat[place_T] = concatenate_ranges(np.zeros_like(length_E), length_E)
     start_E = np.cumsum(length_E) - length_E + read_E  # of what is said, among the tokens of all units
-    shifted_T = spread(start_E + 1, length_E - read_E - 1)
+    shifted_T = concatenate_ranges(start_E + 1, length_E - read_E - 1)
     said_T, tokens_T = tokens_T, tokens_T.copy()
     tokens_T[shifted_T], tokens_T[start_E] = said_T[shifted_T - 1], DECODER_START_ID
     batch.decoder_BL.flat[place_T] = tokens_T
     if batch.prefix_BL is not None:
-        batch.prefix_BL.flat[spread(corner_E, read_E)] = True
+        batch.prefix_BL.flat[concatenate_ranges(corner_E, read_E)] = True
     count_E = examples.count_N[unit_E]
-    learned_M2 = examples.learned_M2[spread(examples.first_N[unit_E], count_E)]
-    place_M = learned_M2[:, 0] + np.repeat(corner_E - begin_E, count_E)
-    batch.weights_BL.flat[spread(place_M, learned_M2[:, 1] - learned_M2[:, 0])] = 1
+    targets_M2 = examples.targets_M2[concatenate_ranges(examples.first_N[unit_E], count_E)]
+    place_M = targets_M2[:, 0] + np.repeat(corner_E - begin_E, count_E)
+    batch.weights_BL.flat[concatenate_ranges(place_M, targets_M2[:, 1] - targets_M2[:, 0])] = 1

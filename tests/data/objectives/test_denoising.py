@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import random_batch, small, vocabulary_of
 
-from t5like.data.objectives import denoising
-from t5like.data.objectives.denoising import denoisers, noise_mask, span_lengths
+from t5like.data.objectives import text_rows
+from t5like.data.objectives.denoisers import denoisers, span_lengths
+from t5like.data.objectives.denoising import noise_mask
 from t5like.data.objectives.windows import TextWindows
 from t5like.data.randomness import random_bits, random_parts
 from t5like.data.tokenizers.vocabulary import Vocabulary
@@ -17,7 +18,7 @@ VOCABULARY = Vocabulary(1, SENTINELS)
 
 def corrupted(config, vocabulary, tokens, segments, keys):
     """Rows of the config's only denoiser."""
-    return denoising.rows(config, denoisers(config)[0], vocabulary, TextWindows(tokens, segments, keys))
+    return text_rows.make_rows(config, denoisers(config)[0], vocabulary, TextWindows(tokens, segments, keys))
 
 
 def keys(count, seed=0):
@@ -190,7 +191,9 @@ def test_ul2_rows_invert_and_begin_with_their_mode_token(architecture):
     sentinels = 999 - np.arange(200)
     for way in denoisers(config):
         tokens = np.random.default_rng(3).integers(3, 700, (4, way.window.length), dtype=np.int32)
-        batch = denoising.rows(config, way, vocabulary_of(config), TextWindows(tokens, np.ones_like(tokens), keys(4)))
+        batch = text_rows.make_rows(
+            config, way, vocabulary_of(config), TextWindows(tokens, np.ones_like(tokens), keys(4))
+        )
         for row in range(4):
             if architecture == "decoder":
                 read = batch.decoder_BL[row][batch.prefix_BL[row]]

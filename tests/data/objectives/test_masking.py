@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import made, small, vocabulary_of
 
-from t5like.data.objectives import denoising, masking
+from t5like.data.objectives import masking
+from t5like.data.objectives.denoisers import denoisers
 from t5like.data.objectives.windows import TextWindows
 from t5like.errors import ConfigError
 
@@ -172,7 +173,7 @@ def test_a_pair_is_laid_out_as_bert_does():
 
 def test_a_row_depends_on_its_own_key_only():
     config = small(model={"architecture": "encoder", "token_types": 2}, data={"objective": "mlm_nsp", "batch_size": 6})
-    whole = made(config, denoising.denoisers(config)[0])
+    whole = made(config, denoisers(config)[0])
     stream, starts, k = Documents(*[50] * 20), np.arange(0, 600, 100), keys(6)
     alone = masking.sentence_pairs(stream, starts[2:4], 29, k[2:4])
     together = masking.sentence_pairs(stream, starts, 29, k)
@@ -189,4 +190,4 @@ def test_a_row_depends_on_its_own_key_only():
 )
 def test_what_does_not_fit_is_refused(data, tokenizer, message):
     with pytest.raises(ConfigError, match=message):
-        denoising.denoisers(small(model={"architecture": "encoder"}, data=data, tokenizer=tokenizer))
+        denoisers(small(model={"architecture": "encoder"}, data=data, tokenizer=tokenizer))

@@ -307,7 +307,10 @@ def test_what_a_source_raises_while_a_tokenizer_is_trained_is_raised_as_it_is(tm
 
 
 CHANGES = {
-    "grows": (lambda path, raw: path.write_bytes(raw + raw), "changed while it was read; prepare again once nothing"),
+    "grows": (
+        lambda path, raw: path.write_bytes(raw + raw),
+        "changed while it was read; prepare again when no program",
+    ),
     "shrinks": (lambda path, raw: os.truncate(path, len(raw) // 2 + 1), "."),
     "vanishes": (lambda path, raw: path.unlink(), "/a can't be read: No such file"),
     "is edited": (lambda path, raw: path.write_bytes(raw.replace(b"alpha", b"ALPHA")), "changed while it was read"),
@@ -324,13 +327,13 @@ def test_a_file_that_changes_while_it_is_read_makes_no_store(tmp_path, prepare, 
         header, row = {"jsonl": ("", '{{"text": "{}"}}\n')}.get(kind, ("text\n", "{}\n"))
         path.write_text(header + "".join(row.format(text) for text in TEXTS))
     raw = path.read_bytes()
-    write_pieces = preparation.write_pieces
+    write_shards = preparation.write_shards
 
     def meanwhile(*arguments):
         change(path, raw)
-        yield from write_pieces(*arguments)
+        yield from write_shards(*arguments)
 
-    monkeypatch.setattr(preparation, "write_pieces", meanwhile)
+    monkeypatch.setattr(preparation, "write_shards", meanwhile)
     with pytest.raises(DataError, match=message) as refusal:
         prepare(f"{kind}:{path}", text_documents="line")
     assert "\n" not in str(refusal.value) and str(path) in str(refusal.value)

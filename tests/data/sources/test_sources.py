@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from t5like.config.schema import DataConfig
-from t5like.data.sources.files import LARGEST_DOCUMENT, SourceGone, Wanted
+from t5like.data.sources.files import LARGEST_DOCUMENT, RequiredFields, SourceMissing
 from t5like.data.sources.python_stdlib import documents
 from t5like.data.sources.source import canonical, open_source
 from t5like.errors import ConfigError, DataError
@@ -121,7 +121,7 @@ def test_a_tfds_data_set_is_opened_by_name_split_and_field(stdlib, monkeypatch):
         source(f"tfds:{name}", text_field="body")
     with pytest.raises(DataError, match="data.split='test' is not a split .* \\['train'\\]"):
         source(f"tfds:{name}", split="test")
-    with pytest.raises(SourceGone, match="Dataset no_such_set not found"):
+    with pytest.raises(SourceMissing, match="Dataset no_such_set not found"):
         source("tfds:no_such_set")
 
 
@@ -181,7 +181,7 @@ NESTED = [
 
 
 def test_json_and_parquet_give_nested_records(tmp_path):
-    wanted = Wanted(("q", "answers", "talk"))
+    wanted = RequiredFields(("q", "answers", "talk"))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in NESTED))
     pq.write_table(pa.Table.from_pylist(NESTED), tmp_path / "a.parquet", row_group_size=7)
     for kind in ("jsonl", "parquet"):
@@ -192,7 +192,9 @@ def test_json_and_parquet_give_nested_records(tmp_path):
     assert "n" not in opened.record(0).fields  # a column that nobody wants is not read
     assert opened.record(9).where.endswith("a.parquet: row 2 of row group 1")
     with pytest.raises(DataError, match="there is no field 'x'; name in a template one of 'q', 'n', 'answers'"):
-        len(open_source(f"parquet:{tmp_path}/a.parquet", DataConfig(), Wanted(("q", "x"), "name in a template")))
+        len(
+            open_source(f"parquet:{tmp_path}/a.parquet", DataConfig(), RequiredFields(("q", "x"), "name in a template"))
+        )
 
 
 class StandInTasks(tfds.core.GeneratorBasedBuilder):
@@ -226,7 +228,7 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
     module.Tasks, module.NAMES = StandInTasks, ("one", "two")
     monkeypatch.setitem(sys.modules, "t5like.data.sources.python_tasks", module)
     data = DataConfig(cache_directory=str(tmp_path))
-    opened = open_source("task:two", data, Wanted(("inputs", "targets", "answers", "pair")))
+    opened = open_source("task:two", data, RequiredFields(("inputs", "targets", "answers", "pair")))
     expected = [
         {
             "inputs": f"two {i}",
@@ -238,7 +240,7 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
     ]
     assert sorted(records(opened), key=lambda row: int(row["inputs"][4:])) == expected
     monkeypatch.setattr(StandInTasks, "_generate_examples", None)
-    again = pickle.loads(pickle.dumps(open_source("task:two", data, Wanted(("inputs",)))))  # noqa: S301
+    again = pickle.loads(pickle.dumps(open_source("task:two", data, RequiredFields(("inputs",)))))  # noqa: S301
     assert again[3] == opened.record(3).fields["inputs"]
     with pytest.raises(ConfigError, match="there is no task 'three'; use task: and one of one, two"):
         open_source("task:three", data)
@@ -246,12 +248,12 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
     for damaged in (b"", b"[1]", b"{}", b"\xff", b"[" * 100_000):  # which the library fails on in as many ways
         features.write_bytes(damaged)
         with pytest.raises(DataError, match="data.source=task:two in .* can't be read: .+"):
-            open_source("task:two", data, Wanted(("inputs",)))
+            open_source("task:two", data, RequiredFields(("inputs",)))
 
 
 def test_texts_without_fields_are_refused_where_fields_are_wanted(tmp_path):
     with pytest.raises(ConfigError, match="text:a has no fields, which data.objective=supervised needs; use jsonl"):
-        open_source("text:a", DataConfig(), Wanted(("inputs",)))
+        open_source("text:a", DataConfig(), RequiredFields(("inputs",)))
 
 
 # ---- What is wrong with the data ----
@@ -289,7 +291,7 @@ def test_a_truncated_compressed_file_is_refused_and_not_read_short(tmp_path, suf
 
 
 def test_missing_empty_and_unreadable_files_are_refused(tmp_path):
-    with pytest.raises(SourceGone, match="no file matches"):
+    with pytest.raises(SourceMissing, match="no file matches"):
         source(f"text:{tmp_path}/*.txt")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match="empty.txt is empty"):

@@ -4,7 +4,7 @@ import pytest
 
 from t5like.config.schema import DataConfig
 from t5like.data.sources.files import Record
-from t5like.data.sources.templates import Chat, Part, Templates, form_of, inputs_of, render_prompt
+from t5like.data.sources.templates import Chat, Part, Templates, example_format, inputs_text, render_prompt
 from t5like.errors import ConfigError, DataError
 
 SQUAD = {
@@ -32,10 +32,10 @@ def message(role, content):
 def test_fields_stand_where_their_names_are():
     form = templates("q: {question} {{{score}}} {good}", "{answers/text/1} {n}{n}")
     inputs, targets = form.parts(Record(SQUAD, "here"))
-    assert inputs == Part("q: Who? {3.5} true", learned=False)
-    assert targets == Part("Lovelace 77", learned=True)
+    assert inputs == Part("q: Who? {3.5} true", is_target=False)
+    assert targets == Part("Lovelace 77", is_target=True)
     assert set(form.wanted.names) == {"question", "score", "good", "answers", "n"}
-    assert inputs_of((inputs, targets)) == inputs.text
+    assert inputs_text((inputs, targets)) == inputs.text
 
 
 def test_values_are_not_templates_again():
@@ -89,9 +89,9 @@ def test_a_template_without_a_field_is_refused():
 
 
 def test_running_text_has_no_form():
-    assert form_of(DataConfig()) is None
-    assert isinstance(form_of(DataConfig(objective=("supervised",))), Templates)
-    assert isinstance(form_of(DataConfig(objective=("supervised",), messages_field="talk")), Chat)
+    assert example_format(DataConfig()) is None
+    assert isinstance(example_format(DataConfig(objective=("supervised",))), Templates)
+    assert isinstance(example_format(DataConfig(objective=("supervised",), messages_field="talk")), Chat)
 
 
 # ---- Conversations ----
@@ -109,8 +109,8 @@ TALK = [
 def test_what_the_assistant_says_is_learned():
     parts = chat(TALK)
     assert [part.text for part in parts] == ["system: Be brief.", "user: 2 + 2?", "4", "user: 3?", "6", "user: Thanks"]
-    assert [part.text for part in parts if part.learned] == ["4", "6"]
-    assert inputs_of(parts) == "system: Be brief.\0user: 2 + 2?"
+    assert [part.text for part in parts if part.is_target] == ["4", "6"]
+    assert inputs_text(parts) == "system: Be brief.\0user: 2 + 2?"
 
 
 def test_a_prompt_has_the_text_that_was_trained_on():
@@ -118,7 +118,7 @@ def test_a_prompt_has_the_text_that_was_trained_on():
 
 
 def test_a_greeting_is_read_and_not_learned():
-    assert [part.learned for part in chat([message("assistant", "Hi"), *TALK[1:3]])] == [False, False, True]
+    assert [part.is_target for part in chat([message("assistant", "Hi"), *TALK[1:3]])] == [False, False, True]
 
 
 def test_a_conversation_may_be_a_dict_of_lists():
@@ -141,8 +141,8 @@ def test_a_conversation_with_an_empty_answer_has_no_parts():
         (["hello"], "message 0 has no text"),
         ({"role": "user", "content": "hi"}, "'talk' is a dict, but must be a list of {\"role\""),
         ({"role": ["user", "assistant"], "content": ["hi"]}, "'talk' is a dict, but must be a list of"),
-        (TALK[:2], "has no assistant's message behind another one, so nothing to learn"),
-        ([message("assistant", "Hi")], "has no assistant's message behind another one"),
+        (TALK[:2], "has no assistant message after another message, so no targets"),
+        ([message("assistant", "Hi")], "has no assistant message after another message"),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_place(messages, rule):

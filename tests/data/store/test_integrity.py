@@ -19,7 +19,7 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data.store import preparation
-from t5like.data.store.manifest import sealed
+from t5like.data.store.manifest import add_checksum
 from t5like.data.store.token_store import StoredFile, TokenStore
 from t5like.data.store.verification import Verification
 from t5like.errors import DataError
@@ -66,10 +66,10 @@ def rewritten(store: Path, change, *, seal: bool = False) -> None:
     manifest = json.loads(path.read_text())
     manifest.pop("sha256", None)
     change(manifest)
-    path.write_text(json.dumps(sealed(manifest) if seal else manifest))
+    path.write_text(json.dumps(add_checksum(manifest) if seal else manifest))
 
 
-PIECES = [
+DAMAGED_FILES = [
     (
         "00000.train.tokens",
         flip,
@@ -87,14 +87,14 @@ PIECES = [
     ("00000.train.tokens", lambda raw: raw + b"\0\0", r"00000\.train\.tokens has \d+ bytes instead of \d+; remove"),
     ("00000.train.tokens", None, r"00000\.train\.tokens can't be read: No such file"),
     ("../manifest.json", flip, r"manifest\.json is damaged: "),
-    ("../manifest.json", lambda _: b"", r"manifest\.json is damaged: it is no JSON; remove"),
-    ("../manifest.json", lambda _: NESTED, r"manifest\.json is damaged: it is no JSON; remove"),
-    ("../manifest.json", lambda _: b"\xff\xfe", r"manifest\.json is damaged: it is no JSON; remove"),
-    ("../manifest.json", lambda _: b"[]", r"manifest\.json is damaged: it is no JSON object; remove"),
+    ("../manifest.json", lambda _: b"", r"manifest\.json is damaged: it is not JSON; remove"),
+    ("../manifest.json", lambda _: NESTED, r"manifest\.json is damaged: it is not JSON; remove"),
+    ("../manifest.json", lambda _: b"\xff\xfe", r"manifest\.json is damaged: it is not JSON; remove"),
+    ("../manifest.json", lambda _: b"[]", r"manifest\.json is damaged: it is not a JSON object; remove"),
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "line"), PIECES)
+@pytest.mark.parametrize(("name", "damage", "line"), DAMAGED_FILES)
 def test_a_damaged_file_of_a_store_is_named_and_made_again_without_the_manifest(own, name, damage, line):
     store = store_of(own)
     whole, path = contents(store), store / "pieces" / name
@@ -113,21 +113,21 @@ def more_tokens(manifest) -> None:
     manifest["splits"]["train"]["tokens"] += 1
 
 
-def more_in_a_piece(manifest) -> None:
+def more_in_a_shard(manifest) -> None:
     more_tokens(manifest)
     manifest["pieces"][0]["splits"]["train"]["tokens"] += 1
 
 
 MANIFESTS = [
-    (more_tokens, "splits are not the sums of the pieces"),
-    (more_in_a_piece, "piece 0 has counts that do not fit the sizes of its files"),
-    (lambda manifest: manifest["pieces"][0].update(number=1), "piece 0 is missing or has another number"),
-    (lambda manifest: manifest["pieces"].clear(), "splits are not the sums of the pieces"),
-    (lambda manifest: manifest["pieces"][0]["files"].clear(), "piece 0 does not name its files"),
+    (more_tokens, "splits are not the sums of the shards"),
+    (more_in_a_shard, "shard 0 has counts that do not fit the sizes of its files"),
+    (lambda manifest: manifest["pieces"][0].update(number=1), "shard 0 is missing or has another number"),
+    (lambda manifest: manifest["pieces"].clear(), "splits are not the sums of the shards"),
+    (lambda manifest: manifest["pieces"][0]["files"].clear(), "shard 0 does not name its files"),
     (lambda manifest: manifest.update(dtype="<u4"), "vocab_size and dtype do not fit together"),
     (lambda manifest: manifest.update(vocab_size=401), "manifest.json names another tokenizer"),
     (lambda manifest: manifest["splits"]["train"].update(documents=None), "splits are not the sums"),
-    (lambda manifest: manifest["pieces"][0]["splits"].update(train=[]), "piece 0 has counts that can't be"),
+    (lambda manifest: manifest["pieces"][0]["splits"].update(train=[]), "shard 0 has impossible counts"),
     (lambda manifest: manifest.pop("fingerprint"), "fingerprint and tokenizer must be strings"),
 ]
 

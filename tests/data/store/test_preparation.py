@@ -63,7 +63,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path, model):
-    """A config of the test's own: 6000 lines of text, 1.2 MB, so 5 pieces; with a tokenizer that is there."""
+    """A config of the test's own: 6000 lines of text, 1.2 MB, so 5 shards; with an existing tokenizer."""
     write(tmp_path / "a.jsonl", lines(6000))
     return loader.resolve(
         {
@@ -166,17 +166,17 @@ def test_a_second_prepare_touches_nothing(own):
     assert {path: path.stat().st_mtime_ns for path in store.directory.rglob("*")} == before
 
 
-def prepare_elsewhere(config, tmp_path, *, pieces: int | None = None) -> subprocess.Popen:
-    """`prepare` as a process of its own, in a new process group with its workers; stands still after some pieces."""
+def prepare_elsewhere(config, tmp_path, *, shards: int | None = None) -> subprocess.Popen:
+    """`prepare` in a separate process, in a new process group with its workers; it pauses after that many shards."""
     (tmp_path / "config.json").write_text(loader.to_json(config))
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "import sys, pathlib; from t5like.config import loader; from t5like.data.store import preparation\n"
         "preparation.prepare(loader.from_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
-    if pieces is not None:  # each finished one advances the progress bar
+    if shards is not None:  # each finished one advances the progress bar
         code = (
-            f"import time; from t5like.metrics import progress; count = iter(range({pieces - 1}))\n"
+            f"import time; from t5like.metrics import progress; count = iter(range({shards - 1}))\n"
             "progress.Progress.update = lambda *_, **__: next(count, None) is None and time.sleep(60)\n" + code
         )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
@@ -197,12 +197,12 @@ def processes_of_group(group: int) -> list[str]:
 
 @pytest.fixture
 def longer(own, tmp_path):
-    """17 pieces, so that a signal finds some done, some in work and some to do."""
+    """17 shards, so that at a signal some are finished, some in progress and some not started."""
     write(tmp_path / "a.jsonl", lines(20_000))
     return own
 
 
-def wait_for_pieces(directory: Path, count: int) -> None:
+def wait_for_shards(directory: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while len(list(directory.glob("stores/*/pieces/[0-9]*.json"))) < count:
         assert time.monotonic() < deadline
@@ -212,9 +212,9 @@ def wait_for_pieces(directory: Path, count: int) -> None:
 @pytest.mark.parametrize(("workers", "signal_number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, workers, signal_number):
     whole = ready(changed(longer, cache_directory=str(tmp_path / "whole")))
-    process = prepare_elsewhere(changed(longer, num_workers=workers), tmp_path, pieces=5)
+    process = prepare_elsewhere(changed(longer, num_workers=workers), tmp_path, shards=5)
     directory = Path(longer.data.cache_directory)
-    wait_for_pieces(directory, 5)
+    wait_for_shards(directory, 5)
     if signal_number == signal.SIGINT:
         os.killpg(process.pid, signal_number)  # as a terminal does
     else:
@@ -242,21 +242,21 @@ def test_two_processes_at_once_make_one_good_store(longer, tmp_path):
     )
 
 
-def test_a_piece_without_its_record_does_not_count(own):
+def test_a_shard_without_its_record_is_written_again(own):
     store = ready(own)
-    pieces = store.directory / "pieces"
+    shards = store.directory / "pieces"
     good = contents(store.directory)
     (store.directory / "manifest.json").unlink()
-    (pieces / "00001.json").unlink()
-    (pieces / "00001.train.tokens").write_bytes(b"half of it")  # as a kill between two renames might leave older bytes
-    (pieces / "00002.train.tokens").write_bytes(b"")  # shorter than its record says
-    (pieces / "00077.json").write_text("{}")  # of another plan
+    (shards / "00001.json").unlink()
+    (shards / "00001.train.tokens").write_bytes(b"half of it")  # as a kill between two renames might leave older bytes
+    (shards / "00002.train.tokens").write_bytes(b"")  # shorter than its record says
+    (shards / "00077.json").write_text("{}")  # of another plan
     with pytest.raises(DataError, match="manifest.json can't be read"):
         TokenStore.open(store.directory)
     assert contents(ready(own).directory) == good
 
 
-def test_pieces_made_of_older_data_are_made_again(own, tmp_path):
+def test_shards_of_older_data_are_written_again(own, tmp_path):
     (ready(own).directory / "manifest.json").unlink()
     write(tmp_path / "a.jsonl", lines(6000, seed=5))
     fresh = ready(changed(own, cache_directory=str(tmp_path / "fresh")))
@@ -291,8 +291,8 @@ def test_a_changed_source_is_refused_with_both_ways_out(own, tmp_path, trained):
     path = tmp_path / "a.jsonl"
     raw = path.read_bytes()
     path.write_bytes(raw + b'{"text": "one more"}\n')
-    since = "a tokenizer was trained on it" if trained else "[0-9]+ tokens were made of it"
-    with pytest.raises(DataError, match=f"has changed since {since}; put the old data back, or remove") as refused:
+    since = "a tokenizer was trained on it" if trained else "[0-9]+ tokens were prepared from it"
+    with pytest.raises(DataError, match=f"has changed since {since}; restore the old data, or remove") as refused:
         ready(own)
     path.write_bytes(raw)
     assert ready(own).directory == before.directory
@@ -345,7 +345,7 @@ def test_the_smallest_corpus_holds_one_document_out(own, tmp_path):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, model):
-    """Pieces of few documents, so that windows cross many; one piece has no held-out document."""
+    """Shards of few documents, so that windows cross many; one shard has no held-out document."""
     directory = tmp_path_factory.mktemp("store")
     texts = ["x" * 200_000 + str(i) if i % 9 == 4 else f"text {i}" for i in range(90)]
     write(directory / "a.jsonl", texts)

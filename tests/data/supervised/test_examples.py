@@ -179,7 +179,7 @@ def test_a_changed_source_is_refused(own, tmp_path):
     ready(own())
     write(tmp_path / "a.jsonl", questions(51))
     with pytest.raises(
-        DataError, match="has changed since [0-9]+ tokens were made of it; put the old data back, or remove"
+        DataError, match="has changed since [0-9]+ tokens were prepared from it; restore the old data, or remove"
     ):
         ready(own())
 
@@ -247,7 +247,7 @@ def test_examples_that_no_row_can_hold_are_left_out_and_counted(own, tmp_path, a
     examples = open_train(config)
     assert 0 < len(examples) == fits.sum() and examples.too_long == (~fits).sum() > 0
     np.testing.assert_array_equal(examples.begin_N, everything.begin_N[fits])
-    np.testing.assert_array_equal(examples.learned_M2[examples.first_N], np.stack([examples.cut_N, examples.end_N], 1))
+    np.testing.assert_array_equal(examples.targets_M2[examples.first_N], np.stack([examples.cut_N, examples.end_N], 1))
     said = f"data.source=jsonl:a: {(~fits).sum()} of {len(fits)} training examples are longer than data.inputs_length"
     assert (
         examples.note.startswith(said)

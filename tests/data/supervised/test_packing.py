@@ -126,7 +126,7 @@ def test_a_row_holds_its_examples_one_by_one(setting, shape):
     whole = examples.stream.windows(np.zeros(1, np.int64), examples.stream.num_tokens)[0].tolist()
     places = {}
     for n, (begin, cut, end) in enumerate(zip(examples.begin_N, examples.cut_N, examples.end_N, strict=True)):
-        learned = [any(start <= place < stop for start, stop in examples.learned_M2) for place in range(begin, end)]
+        learned = [any(start <= place < stop for start, stop in examples.targets_M2) for place in range(begin, end)]
         places[n] = (whole[begin:cut], whole[cut:end], learned)
     found = []
     batch = rows.batch(np.arange(rows.count))
