@@ -243,8 +243,8 @@ class Batches:
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
             where = f" of {source_names(data)[each.source]}" if len(data.source) > 1 else ""
             share = f", {rate} of the rows" if len(self.components) > 1 else ""
-            filled = "" if each.denoiser else f", {100 * rows.fill:.0f} % filled"
-            lines.append(f"{each.name}{where}: {count:,} rows an epoch{filled}, {drawn / count:.2f} epochs{share}")
+            packed = "" if each.denoiser else f", packing efficiency {100 * rows.efficiency:.0f} %"
+            lines.append(f"{each.name}{where}: {count:,} rows an epoch{packed}, {drawn / count:.2f} epochs{share}")
         return lines
 
     def at(self, step: int, rows: np.ndarray | None = None) -> Batch:

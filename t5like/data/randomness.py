@@ -1,7 +1,7 @@
-"""Random numbers without a state: bits, cuts and permutations as pure functions of 64-bit keys, many rows at a time.
+"""Stateless random numbers: bits, partitions and permutations as pure functions of 64-bit keys, for many rows at once.
 
-`objectives`, `masking` and `pipeline` draw from here and nowhere else, so that a row is the same wherever and whenever
-it is made. A numpy generator per row would cost more than all the rest of an objective.
+All random numbers of `objectives` and `pipeline` come from here, so that a row is the same in every process and after
+every restart. A numpy generator per row would take more time than all the rest of an objective.
 """
 
 import numpy as np
@@ -20,9 +20,9 @@ def random_bits(keys_B: np.ndarray, count: int) -> np.ndarray:
 
 
 def random_parts(bits_BN: np.ndarray, parts: int) -> np.ndarray:
-    """Cut N + 1 items into `parts` parts of at least one item: int64 lengths [B, parts], all cuts equally likely.
+    """Partition N + 1 items into `parts` parts of at least one item: int64 lengths [B, parts], uniformly distributed.
 
-    The parts - 1 smallest of N random numbers say after which items to cut (T5's `_random_segmentation`).
+    The borders are after the items with the parts - 1 smallest of N random numbers (T5's `_random_segmentation`).
     """
     rows, gaps = bits_BN.shape
     cuts = (
@@ -34,24 +34,26 @@ def random_parts(bits_BN: np.ndarray, parts: int) -> np.ndarray:
     return np.diff(borders, axis=1)
 
 
-def permute(place_B: np.ndarray, size_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
-    """A random permutation of range(size), evaluated at single places, all uint64 [B].
+def permute(index_B: np.ndarray, size_B: np.ndarray, key_B: np.ndarray) -> np.ndarray:
+    """A random permutation of range(size), evaluated at single indices, all uint64 [B].
 
-    A Feistel network on the least even number of bits that holds `size`, walked until it lands below `size` (Black &
-    Rogaway 2002): any place of any permutation without storing one. Places of equal (size, key) never collide.
+    A Feistel network on the smallest even number of bits that holds `size`, iterated until the value is below `size`
+    (cycle walking, Black & Rogaway 2002). The permutation is never stored. For equal (size, key) it is a bijection.
     """
     half_B = (np.frexp(np.maximum(size_B.astype(np.float64) - 1, 1))[1].astype(np.uint64) + np.uint64(1)) // np.uint64(
         2
     )
     mask_B = (np.uint64(1) << half_B) - np.uint64(1)
-    value_B, left = place_B.copy(), np.arange(len(place_B))
-    while len(left):
-        half, mask, x = half_B[left], mask_B[left], value_B[left]
+    value_B, active = index_B.copy(), np.arange(len(index_B))
+    while len(active):
+        half, mask, x = half_B[active], mask_B[active], value_B[active]
         high, low = x >> half, x & mask
-        for turn in range(6):
+        for round_number in range(6):
             with np.errstate(over="ignore"):
-                mixed = random_bits(key_B[left] ^ (low + np.uint64(turn) * np.uint64(0xD1B54A32D192ED03)), 1)[:, 0]
+                mixed = random_bits(key_B[active] ^ (low + np.uint64(round_number) * np.uint64(0xD1B54A32D192ED03)), 1)[
+                    :, 0
+                ]
             high, low = low, high ^ (mixed & mask)
-        value_B[left] = (high << half) | low
-        left = left[value_B[left] >= size_B[left]]
+        value_B[active] = (high << half) | low
+        active = active[value_B[active] >= size_B[active]]
     return value_B

@@ -32,13 +32,13 @@ def test_every_example_is_in_one_row_and_no_row_is_too_long(total, capacity):
     assert (np.diff(packing.first) > 0).all()
     used_RC = np.add.reduceat(lengths_NC[packing.order_N], packing.first[:-1], axis=0)
     assert (used_RC <= capacity).all()
-    assert packing.fill == pytest.approx(used_RC.sum() / (len(used_RC) * sum(capacity)))
+    assert packing.efficiency == pytest.approx(used_RC.sum() / (len(used_RC) * sum(capacity)))
 
 
 @pytest.mark.parametrize("total", [500, 20_000])
 def test_short_examples_fill_their_rows(total):
     lengths_NC = np.random.default_rng(0).geometric(0.02, (total, 1)).clip(1, 512)
-    assert pack(lengths_NC, (512,), seed=0).fill > 0.95
+    assert pack(lengths_NC, (512,), seed=0).efficiency > 0.95
 
 
 def test_the_seed_alone_decides_who_shares_a_row():
@@ -150,7 +150,7 @@ def test_a_row_holds_its_examples_one_by_one(setting, shape):
             learned = {tuple(i + t): flags for i, t, flags in places.values()}
             assert [list(map(bool, part)) for part in weights] == [learned[tuple(part)] for part in said]
     assert sorted(found) == sorted((inputs, targets) for inputs, targets, _ in places.values())
-    assert rows.count < len(examples) and 0.5 < rows.fill <= 1
+    assert rows.count < len(examples) and 0.5 < rows.efficiency <= 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
