@@ -1,7 +1,7 @@
 """Objectives for encoders, as in BERT: masked language modelling (MLM) and next-sentence prediction, with exact counts.
 
 A row begins with CLS and ends with SEP. Sentinels serve as BERT's special tokens, because every tokenizer here has
-them: [MASK] is <extra_id_0>, [CLS] is <extra_id_1>, and [SEP] is EOS. With a tokenizer of BERT, they are its own tokens.
+them: [MASK] is <extra_id_0>, [CLS] is <extra_id_1>, and [SEP] is EOS. A tokenizer of BERT has its own.
 Called by `denoisers`; `sentence_pairs` by `text_rows`. Source: Devlin et al. 2019 (BERT), section 3.1 and appendix A.1;
 whole-word masking as in BERT's later release.
 """

@@ -1,8 +1,8 @@
 """The offline default corpus: the running Python's own standard library, as a TFDS builder that writes ArrayRecord.
 
-Three kinds of documents: topics of the language reference (`pydoc_data.topics`), docstrings, and source files without
-those docstrings, which could otherwise be learned there and asked for in the held-out ones. Modules are parsed, never
-imported, so nothing runs. Only `data.sources` imports this module: TFDS takes a while to load.
+There are three types of documents: topics of the language reference (`pydoc_data.topics`), docstrings, and source files
+without those docstrings, so that a held-out docstring is not in a training source file, or the reverse. Modules are
+parsed, never imported, so nothing runs. Only `source` imports this module, because TFDS takes long to load.
 """
 
 import ast
@@ -15,8 +15,8 @@ from pydoc_data.topics import topics
 import tensorflow_datasets as tfds
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
-SHORTEST_DOCSTRING = 40  # characters; shorter ones say little
-LONGEST_SOURCE = 200_000  # characters; what is longer is generated tables
+SHORTEST_DOCSTRING = 40  # characters; shorter ones carry little information
+LONGEST_SOURCE = 200_000  # characters; longer files are generated tables
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
@@ -38,11 +38,11 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def documents() -> Iterator[tuple[str, str, str]]:
-    """(unique key, kind, text) of every document, the same ones in the same order each time."""
+    """(unique key, type, text) of every document, always the same and in the same order."""
     for name in sorted(topics):
         yield f"topic/{name}", "topic", topics[name]
     root = Path(sysconfig.get_path("stdlib"))
-    seen = set()
+    docstrings = set()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if LEFT_OUT.intersection(name.parts):
@@ -55,8 +55,8 @@ def documents() -> Iterator[tuple[str, str, str]]:
         lines: list[str | None] = source.split("\n")  # not splitlines, which also splits at form feeds
         for number, (text, first, last) in enumerate(nodes):
             lines[first:last] = [None] * (last - first)
-            if text not in seen:
-                seen.add(text)
+            if text not in docstrings:
+                docstrings.add(text)
                 yield f"docstring/{name}/{number}", "docstring", text
         code = "\n".join(line for line in lines if line is not None)
         if 0 < len(code) <= LONGEST_SOURCE:
@@ -67,7 +67,7 @@ def _docstring_nodes(parent: ast.AST) -> Iterator[tuple[str, int, int]]:
     """(text, first line from 0, line after the last) of the docstrings in a module, class or function and inside it."""
     text = ast.get_docstring(parent)
     first = parent.body[0].lineno - 1 if parent.body else 0
-    if text and len(text) >= SHORTEST_DOCSTRING and first >= getattr(parent, "lineno", 0):  # not on the line of its def
+    if text and len(text) >= SHORTEST_DOCSTRING and first >= getattr(parent, "lineno", 0):  # not on the line of the def
         yield text, first, parent.body[0].end_lineno
     for child in parent.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

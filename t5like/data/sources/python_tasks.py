@@ -1,12 +1,12 @@
-"""Small supervised tasks from what every machine has, the running Python's standard library, as one TFDS builder.
+"""Small supervised tasks from the running Python's standard library, as one TFDS builder.
 
-For trying and testing every use of a fine-tuned model offline. Each is a real task with one right answer, or one that
-somebody wrote, but small and of one domain: a score on them says that the path works and what a model of this size can
-do, nothing about public benchmarks. `data.sources` opens ``task:NAME``; configs/task_NAME.py trains on it.
+They exercise every use of a fine-tuned model offline. Each task is real but small: a score shows that the path works
+and what a model of this size can do, nothing about public benchmarks. `source` opens ``task:NAME``, and
+configs/task_NAME.py trains on it.
 
-A function, docstring, paragraph or expression gives at most one example and inputs are not repeated, so no held-out
-example shares its context with one that is trained on. Everything is read from the syntax tree: nothing is imported or
-run. Texts are bounded in characters; what is longer is left out whole, never cut.
+A function, docstring, paragraph or expression gives at most one example, and inputs are not repeated, so no held-out
+example shares its context with a training example. Everything is read from the syntax tree: nothing is imported or run.
+Texts have maximum lengths in characters; longer ones are left out, never truncated.
 """
 
 import ast
@@ -24,9 +24,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from t5like.data.sources.python_expressions import gloss
 from t5like.data.sources.python_stdlib import LEFT_OUT
 
-LARGEST = 8_000  # examples of a task; of more, those with the smallest hashes are kept
+LARGEST = 8_000  # examples of a task; if there are more, those with the smallest hashes are kept
 LABELS = ("asyncio", "email", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 LONGEST_BODY = 20  # lines
 _Example = tuple[str, dict[str, Any]]  # a unique key, and the features
@@ -66,7 +67,7 @@ class Function:
 
 @dataclasses.dataclass
 class Library:
-    """What all tasks are made from; lists are in the order of the files."""
+    """The material of all tasks; lists are in the order of the files."""
 
     functions: list[Function] = dataclasses.field(default_factory=list)
     docstrings: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (key, text)
@@ -83,7 +84,7 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
     assistant, in turn) and `content`, which reads back as a dict of two lists of equal length.
     """
 
-    # Ours, the language's and the micro version, so that another Python makes another data set.
+    # Contains the Python version, so that another Python builds another data set.
     VERSION = tfds.core.Version(f"1.{sys.version_info.major}{sys.version_info.minor:02}.{sys.version_info.micro}")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -106,10 +107,10 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
 
 def examples(name: str) -> list[_Example]:
     """(unique key, features) of each example of the task `name`, the same ones in the same order each time."""
-    found = {}
+    by_inputs = {}
     for key, example in TASKS[name](library()):
-        found.setdefault(str(example.get("inputs", example.get("messages"))), (key, example))
-    return sorted(found.values(), key=lambda pair: (_hash(pair[0]), pair[0]))[:LARGEST]
+        by_inputs.setdefault(str(example.get("inputs", example.get("messages"))), (key, example))
+    return sorted(by_inputs.values(), key=lambda pair: (_hash(pair[0]), pair[0]))[:LARGEST]
 
 
 # ---- The tasks ----
@@ -143,9 +144,9 @@ def question_answering(library: Library) -> Iterator[_Example]:
     no are not.
     """
     for function in library.functions:
-        asked = questions(function.arguments)
-        if len(function.heading + function.summary) <= 250 and len(asked) > 1:
-            _, (question, answer) = _pick(asked, function.key)
+        by_type = questions(function.arguments)
+        if len(function.heading + function.summary) <= 250 and len(by_type) > 1:
+            _, (question, answer) = _pick(by_type, function.key)
             context = f"{function.heading} {function.summary}".strip()
             yield function.key, {"inputs": f"question: {question} context: {context}", "targets": answer}
 
@@ -172,10 +173,10 @@ def translation(library: Library) -> Iterator[_Example]:
 def dialogue(library: Library) -> Iterator[_Example]:
     """A conversation of three questions about one function: what it does, then two about its parameters."""
     for function in library.functions:
-        asked = questions(function.arguments)
-        if function.summary and len(function.heading + function.summary) <= 250 and len(asked) > 1:
-            kind, first = _pick(asked, function.key)
-            _, second = _pick({other: asked[other] for other in asked if other != kind}, function.key)
+        by_type = questions(function.arguments)
+        if function.summary and len(function.heading + function.summary) <= 250 and len(by_type) > 1:
+            kind, first = _pick(by_type, function.key)
+            _, second = _pick({other: by_type[other] for other in by_type if other != kind}, function.key)
             turns = ((f"Here is {function.heading}. What does it do?", function.summary), first, second)
             messages = [
                 {"role": role, "content": content}
@@ -213,13 +214,13 @@ NAMES: tuple[str, ...] = tuple(TASKS)
 Tasks.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name, description=task.__doc__) for name, task in TASKS.items()]
 
 
-# ---- What they ask and say ----
+# ---- Questions and sentences ----
 
 
 def questions(arguments: ast.arguments) -> dict[str, list[tuple[str, str]]]:
-    """Questions on a function's parameters with their answers, by kind.
+    """Questions about a function's parameters with their answers, by type of question.
 
-    A parameter is what has a name and no star, `self` too. Whether one must be given is asked only where some must not.
+    Starred parameters don't count, `self` does. Whether one is required is asked only if another is optional.
     """
     positional = [*arguments.posonlyargs, *arguments.args]
     names = [each.arg for each in (*positional, *arguments.kwonlyargs)]
@@ -227,107 +228,26 @@ def questions(arguments: ast.arguments) -> dict[str, list[tuple[str, str]]]:
     free = [(name, default) for name, default in zip(names, defaults, strict=True) if name not in ("self", "cls")]
     values = [(name, ast.unparse(default)) for name, default in free if default]
     stars = [("positional", arguments.vararg), ("keyword", arguments.kwarg)]
-    asked = {
+    by_type = {
         "count": [("How many parameters are there?", str(len(names)))] if free else [],
         "next": [(f"Which parameter comes after {name}?", after) for name, after in itertools.pairwise(names)],
         "required": [(f"Must {name} be given?", "no" if default else "yes") for name, default in free if any(defaults)],
         "default": [(f"What is the default of {name}?", value) for name, value in values if len(value) <= 30],
         "star": [(f"What takes further {kind} arguments?", star.arg) for kind, star in stars if star],
     }
-    return {kind: pairs for kind, pairs in asked.items() if pairs}
+    return {kind: pairs for kind, pairs in by_type.items() if pairs}
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a paragraph, each in one line; at least one, which may be empty."""
+    """The sentences of a paragraph, each on one line; at least one, which may be empty."""
     return re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split()))
 
 
-def gloss(tree: ast.expr) -> str:
-    """Read an expression in English: ``len(self.data[i]) > 0`` is "whether the result of len with 1 argument the item
-    i in data of self is more than 0". Every reading can be read back. "" where there is no word for something."""
-    try:
-        return _read(tree)
-    except LookupError:
-        return ""
-
-
-_BINARY = {
-    ast.Add: "sum",
-    ast.Sub: "difference",
-    ast.Mult: "product",
-    ast.Div: "quotient",
-    ast.Mod: "remainder",
-    ast.Pow: "power",
-}
-_COMPARE = {
-    ast.Eq: "equals",
-    ast.NotEq: "differs from",
-    ast.Lt: "is less than",
-    ast.LtE: "is at most",
-    ast.Gt: "is more than",
-    ast.GtE: "is at least",
-    ast.Is: "is the same as",
-    ast.IsNot: "is other than",
-    ast.In: "is in",
-    ast.NotIn: "is not in",
-}
-_READ_AS_WORDS = {"the", "whether", "both", "either", "minus"}  # names that would be taken for a reading's own words
-
-
-def _read(tree: ast.expr) -> str:
-    match tree:
-        case ast.Name(name) if name not in _READ_AS_WORDS:
-            return name
-        case ast.Constant(value) if value is not ... and len(text := repr(value)) <= 20 and not re.search(r"\s", text):
-            return text
-        case ast.Attribute(value, name):
-            return f"{name} of {_read(value)}"
-        case ast.Subscript(value, ast.Slice(first, last, None)) if first or last:
-            bounds = (f" {word} {_read(bound)}" for word, bound in (("from", first), ("to", last)) if bound)
-            return f"the part{''.join(bounds)} in {_read(value)}"
-        case ast.Subscript(value, index):
-            return f"the item {_read(index)} in {_read(value)}"
-        case ast.Call(function, positional, keywords):
-            given = [_read(each) for each in positional]
-            given += [f"{_keyword(each)} set to {_read(each.value)}" for each in keywords]
-            return f"the result of {_read(function)} " + (f"with {_count(given, 'argument')}" if given else "alone")
-        case ast.List(items) | ast.Tuple(items):
-            kind = type(tree).__name__.lower()
-            return f"the {kind} of {_count([*map(_read, items)], 'item')}" if items else f"the empty {kind}"
-        case ast.Dict([], []):
-            return "the empty dict"
-        case ast.BinOp(left, operation, right):
-            return f"the {_BINARY[type(operation)]} of {_read(left)} and {_read(right)}"
-        case ast.Compare(left, [operation], [right]):
-            return f"whether {_read(left)} {_COMPARE[type(operation)]} {_read(right)}"
-        case ast.BoolOp(ast.And(), [left, right]):
-            return f"both {_read(left)} and {_read(right)}"
-        case ast.BoolOp(ast.Or(), [left, right]):
-            return f"either {_read(left)} or {_read(right)}"
-        case ast.UnaryOp(ast.Not(), operand):
-            return f"not {_read(operand)}"
-        case ast.UnaryOp(ast.USub(), operand):
-            return f"minus {_read(operand)}"
-        case ast.IfExp(condition, then, otherwise):
-            return f"if {_read(condition)} then {_read(then)} else {_read(otherwise)}"
-    raise LookupError(type(tree).__name__)
-
-
-def _keyword(keyword: ast.keyword) -> str:
-    if keyword.arg is None:
-        raise LookupError("**")
-    return keyword.arg
-
-
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'s' * (len(items) > 1)} {' and '.join(items)}"
-
-
-def _pick(asked: dict[str, list[tuple[str, str]]], key: str) -> tuple[str, tuple[str, str]]:
-    """A kind and one question of it, by the hash of `key`; every kind is as likely, however many questions it has."""
-    turn, place = divmod(_hash(key), len(asked))
-    kind = list(asked)[place]
-    return kind, asked[kind][turn % len(asked[kind])]
+def _pick(by_type: dict[str, list[tuple[str, str]]], key: str) -> tuple[str, tuple[str, str]]:
+    """A type of question and one question of it, by the hash of `key`; all types are equally likely."""
+    turn, position = divmod(_hash(key), len(by_type))
+    question_type = list(by_type)[position]
+    return question_type, by_type[question_type][turn % len(by_type[question_type])]
 
 
 def _hash(key: str) -> int:
@@ -339,8 +259,8 @@ def _hash(key: str) -> int:
 
 @functools.cache
 def library() -> Library:
-    """Parse the running Python's standard library, once a process: some seconds."""
-    found = Library()
+    """Parse the running Python's standard library, once per process; takes some seconds."""
+    collected = Library()
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         file = path.relative_to(root)
@@ -350,31 +270,31 @@ def library() -> Library:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
             continue
-        _collect(found, tree, file.as_posix(), "")
+        _collect(collected, tree, file.as_posix(), "")
         for node in ast.walk(tree):
             if isinstance(node, ast.stmt):
-                found.expressions += _readings(node, file.as_posix())
-    return found
+                collected.expressions += _readings(node, file.as_posix())
+    return collected
 
 
-def _collect(found: Library, parent: ast.AST, file: str, scope: str) -> None:
+def _collect(collected: Library, parent: ast.AST, file: str, scope: str) -> None:
     """Add the functions and docstrings of a module or class, and of the classes inside it."""
     if text := ast.get_docstring(parent):
-        found.docstrings.append((f"{file}:{getattr(parent, 'lineno', 0)}", text))
+        collected.docstrings.append((f"{file}:{getattr(parent, 'lineno', 0)}", text))
     for child in parent.body:
         if isinstance(child, ast.ClassDef):
-            _collect(found, child, file, f"{scope}{child.name}.")
+            _collect(collected, child, file, f"{scope}{child.name}.")
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(child) or ""
             if text:
-                found.docstrings.append((f"{file}:{child.lineno}", text))
+                collected.docstrings.append((f"{file}:{child.lineno}", text))
             word = "def" if isinstance(child, ast.FunctionDef) else "async def"
             signature = f"{word} {child.name}({ast.unparse(child.args)})"
             summary = sentences(text.split("\n\n")[0])[0]
             function = Function(
                 file, child.lineno, scope + child.name, child.args, signature, summary, _body(child, bool(text))
             )
-            found.functions.append(function)
+            collected.functions.append(function)
 
 
 def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool) -> str:
@@ -387,7 +307,7 @@ def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool) ->
 
 
 def _readings(statement: ast.stmt, file: str) -> Iterator[tuple[str, str, str]]:
-    """(key, code, reading) of the expressions that a statement itself holds, if they are short."""
+    """(key, code, reading) of the short expressions directly in a statement."""
     for tree in ast.iter_child_nodes(statement):
         if (
             isinstance(tree, ast.expr)

@@ -16,7 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from t5like.config import loader
-from t5like.data.sources.python_tasks import LABELS, LARGEST, NAMES, Tasks, examples, gloss, library
+from t5like.data.sources.python_expressions import gloss
+from t5like.data.sources.python_tasks import LABELS, LARGEST, NAMES, Tasks, examples, library
 from t5like.evaluation.text_metrics import majority_baseline
 
 COPIES = ("question_answering", "dialogue")  # whose answers may be found in what is read

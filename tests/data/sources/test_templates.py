@@ -34,7 +34,7 @@ def test_fields_stand_where_their_names_are():
     inputs, targets = form.parts(Record(SQUAD, "here"))
     assert inputs == Part("q: Who? {3.5} true", is_target=False)
     assert targets == Part("Lovelace 77", is_target=True)
-    assert set(form.wanted.names) == {"question", "score", "good", "answers", "n"}
+    assert set(form.required.names) == {"question", "score", "good", "answers", "n"}
     assert inputs_text((inputs, targets)) == inputs.text
 
 
