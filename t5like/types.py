@@ -10,11 +10,13 @@ An array in the model, losses, objectives and generation ends in its logical sha
 The shape is logical: it does not change with the sharding. Nothing here imports JAX: named tuples are pytrees anyway.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Tree = Any  # a nested dict of arrays, or of anything with one leaf per array
+LogicalAxes = Mapping[str, tuple[str | None, ...]]  # of every parameter, by name: one logical axis per dim
 Array = Any  # np.ndarray on the host, jax.Array in a program, jax.ShapeDtypeStruct in a plan
 
 MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32

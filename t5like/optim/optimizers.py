@@ -4,10 +4,11 @@ Used by `step`, which owns the optimizer's state, and by `train`, which reports 
 chain is: clip by the global norm, optimizer, weight decay, learning rate; frozen parameters bypass all of it.
 The moving average of the parameters is no part of it (`step`).
 
-The parameters of all layers of a stack lie in one array, layer first: a leaf with the component ``layers`` in its name
-is ``[Y, ...]``. Whatever these optimizers compute per matrix (factors, clipping, scale, orthogonalisation) is computed
-per layer, as if each layer were its own leaf. Moments have the name of their parameter inside the state; they have its
-shape too, except Adafactor's ``row`` and ``col``, which are small enough to be replicated.
+The parameters of all layers of a stack are one array whose first logical axis is ``layers``; a layer's experts add an
+axis ``experts`` after it. Everything that these optimizers compute per matrix (factors, clipping, scale,
+orthogonalization) is computed separately for each layer and expert. The logical axes of a parameter decide what it is,
+not its number of dims. Moments have the name and the shape of their parameter, except Adafactor's ``row`` and ``col``,
+which are small enough to be replicated.
 
 Sources: Adafactor as in T5 and T5X (Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 to 6; T5X ``adafactor.py``);
 AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); its steps scaled by the parameter's RMS as in nanoT5 (Nawrot 2023,
@@ -26,9 +27,11 @@ from optax import contrib
 from t5like import tree
 from t5like.config.schema import Config, OptimizerConfig
 from t5like.errors import ConfigError
-from t5like.types import Array, Tree
+from t5like.types import Array, LogicalAxes, Tree
 
 FACTOR_FROM = 128  # Adafactor: a matrix whose sides are both at least this long keeps row and column means only
+STACKED_AXES = frozenset({"layers", "experts"})  # logical axes along which matrices or vectors are stacked; they lead
+TABLE_AXES = frozenset({"vocab", "positions", "token_types", "buckets", "classes"})  # rows or columns by index
 LEAST_RMS = 1e-3  # the parameter scale of a matrix that is (nearly) zero: epsilon_2 of Adafactor
 
 
@@ -98,14 +101,15 @@ def without_frozen_gradients(config: Config, params: Tree) -> Tree:
     )
 
 
-def make_optimizer(config: Config, params: Tree) -> optax.GradientTransformation:
-    """Make the whole update rule of a config; ``apply_updates`` adds what it returns.
+def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.GradientTransformation:
+    """Make the complete update rule of a config; ``apply_updates`` adds what it returns.
 
     Weight decay is decoupled and follows the learning rate: an update takes ``rate * weight_decay * parameter`` away.
     Frozen parameters get updates of exactly 0, have no state, and do not count in the norm that is clipped.
 
     Args:
         params: arrays or shapes; only names and shapes are read.
+        axes: logical axes of every parameter by name (`step.parameter_axes`): which dims are matrix dims.
 
     Raises:
         ConfigError: a pattern of `no_decay` or `frozen` matches no parameter, or nothing is left to train.
@@ -116,7 +120,7 @@ def make_optimizer(config: Config, params: Tree) -> optax.GradientTransformation
         raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
     tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # refused even while nothing decays
     chain = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
-    chain.append(_direction(optimizer))
+    chain.append(_direction(optimizer, axes))
     if optimizer.weight_decay:
         # a function, because the tree it sees lacks the frozen leaves
         chain.append(
@@ -129,16 +133,16 @@ def make_optimizer(config: Config, params: Tree) -> optax.GradientTransformation
     return optax.selective_transform(optax.chain(*chain), freeze_mask=frozen)
 
 
-def _direction(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+def _direction(optimizer: OptimizerConfig, axes: LogicalAxes) -> optax.GradientTransformation:
     """The named optimizer, for a learning rate of 1 and without weight decay."""
     adam = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.epsilon)
     match optimizer.name:
         case "adafactor":
-            return scale_by_adafactor()
+            return scale_by_adafactor(axes)
         case "adamw":
             return adam
         case "adamw_rms":
-            return optax.chain(adam, scale_by_parameter_rms())
+            return optax.chain(adam, scale_by_parameter_rms(axes))
         case "lion":
             return optax.scale_by_lion(optimizer.b1, optimizer.b2)
         case "muon":
@@ -146,7 +150,7 @@ def _direction(optimizer: OptimizerConfig) -> optax.GradientTransformation:
             return optax.partition(
                 {"muon": scale_by_muon(), "adam": adam},
                 lambda params: tree.map_named(
-                    lambda name, leaf: "muon" if _is_layer_kernel(name, leaf) else "adam", params
+                    lambda name, _: "muon" if _is_layer_kernel(axes[name]) else "adam", params
                 ),
             )
     raise AssertionError(optimizer.name)
@@ -166,17 +170,17 @@ class AdafactorState(NamedTuple):
     moments: Tree
 
 
-def scale_by_adafactor() -> optax.GradientTransformation:
+def scale_by_adafactor(axes: LogicalAxes) -> optax.GradientTransformation:
     """Adafactor with T5's settings: no momentum, beta2 = 1 - t**-0.8, clipped updates, steps scaled by the parameter.
 
-    Kernels keep heads and head_dim in one dimension, so a layer's parameter is a matrix in its last two dimensions.
+    Kernels keep heads and head_dim in one dim, so that a matrix has two dims, which are the last ones.
     """
 
     def init(params: Tree) -> AdafactorState:
         return AdafactorState(jnp.zeros([], jnp.int32), tree.map_named(start, params))
 
     def start(name: str, param: Array) -> Factors | Array:
-        if not _is_factored(name, param):
+        if not _is_factored(axes[name], param):
             return jnp.zeros(param.shape, jnp.float32)
         rows, columns = param.shape[:-1], (*param.shape[:-2], param.shape[-1])
         return Factors(jnp.zeros(rows, jnp.float32), jnp.zeros(columns, jnp.float32))
@@ -189,60 +193,62 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
     def moment(name: str, grad: Array, old: Factors | Array, beta2: Array) -> Factors | Array:
         square = grad**2 + 1e-30  # epsilon_1
-        if not _is_factored(name, grad):
+        if not _is_factored(axes[name], grad):
             return beta2 * old + (1 - beta2) * square
         return Factors(beta2 * old.row + (1 - beta2) * square.mean(-1), beta2 * old.col + (1 - beta2) * square.mean(-2))
 
     def direction(name: str, grad: Array, moment: Factors | Array, param: Array) -> Array:
-        if _is_factored(name, grad):
+        if _is_factored(axes[name], grad):
             row = jax.lax.rsqrt(moment.row / moment.row.mean(-1, keepdims=True))
             step = grad * row[..., :, None] * jax.lax.rsqrt(moment.col)[..., None, :]
         else:
             step = grad * jax.lax.rsqrt(moment)
-        return step * (_scale(name, param) / jnp.maximum(1, _rms(name, step)))  # clipping threshold 1
+        return step * (_scale(axes[name], param) / jnp.maximum(1, _rms(axes[name], step)))  # clipping threshold 1
 
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_parameter_rms() -> optax.GradientTransformation:
+def scale_by_parameter_rms(axes: LogicalAxes) -> optax.GradientTransformation:
     """Multiply each matrix's step by the parameter's RMS, so that it changes by a share of itself, as in Adafactor."""
     return optax.stateless(
-        lambda updates, params: tree.map_named(lambda name, step, param: step * _scale(name, param), updates, params)
+        lambda updates, params: tree.map_named(
+            lambda name, step, param: step * _scale(axes[name], param), updates, params
+        )
     )
 
 
 def scale_by_muon() -> optax.GradientTransformation:
-    """Muon for leaves ``[Y, fan_in, fan_out]``: orthogonal steps, as large (RMS) as AdamW's usually are.
+    """Muon for leaves ``[..., fan_in, fan_out]``: orthogonal steps, as large (RMS) as AdamW's usually are.
 
     That size, 0.2, lets Muon and the Adam of the other parameters share one learning rate and weight decay.
     """
 
-    def each_layer(updates: Tree) -> Tree:
-        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), updates)
+    def each_matrix(updates: Tree) -> Tree:
+        return jax.tree.map(lambda step: contrib.MuonDimensionNumbers(step.ndim - 2, step.ndim - 1), updates)
 
     def resize(updates: Tree, _: Tree) -> Tree:
-        return jax.tree.map(lambda step: step * (0.2 * max(step.shape[1:]) ** 0.5), updates)
+        return jax.tree.map(lambda step: step * (0.2 * max(step.shape[-2:]) ** 0.5), updates)
 
-    return optax.chain(contrib.scale_by_muon(weight_dimension_numbers=each_layer), optax.stateless(resize))
-
-
-def _is_stacked(name: str) -> bool:
-    return "layers" in name.split("/")
+    return optax.chain(contrib.scale_by_muon(weight_dimension_numbers=each_matrix), optax.stateless(resize))
 
 
-def _is_factored(name: str, leaf: Array) -> bool:
-    return leaf.ndim - _is_stacked(name) == 2 and min(leaf.shape[-2:]) >= FACTOR_FROM
+def _matrix_dims(axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The dims of one matrix or vector, without those that stack several of them."""
+    return tuple(dim for dim, name in enumerate(axes) if name not in STACKED_AXES)
 
 
-def _is_layer_kernel(name: str, leaf: Array) -> bool:
-    return _is_stacked(name) and name.endswith("/kernel") and leaf.ndim == 3
+def _is_factored(axes: tuple[str | None, ...], leaf: Array) -> bool:
+    return len(_matrix_dims(axes)) == 2 and min(leaf.shape[-2:]) >= FACTOR_FROM
 
 
-def _rms(name: str, leaf: Array) -> Array:
-    """Root mean square per layer, with all dimensions kept."""
-    axes = tuple(range(int(_is_stacked(name)), leaf.ndim))
-    return jnp.sqrt(jnp.mean(leaf**2, axes, keepdims=True))
+def _is_layer_kernel(axes: tuple[str | None, ...]) -> bool:
+    return "layers" in axes and len(_matrix_dims(axes)) == 2 and TABLE_AXES.isdisjoint(axes)
 
 
-def _scale(name: str, param: Array) -> Array:
-    return jnp.maximum(LEAST_RMS, _rms(name, param))
+def _rms(axes: tuple[str | None, ...], leaf: Array) -> Array:
+    """Root mean square of each matrix or vector, with all dims kept."""
+    return jnp.sqrt(jnp.mean(leaf**2, _matrix_dims(axes), keepdims=True))
+
+
+def _scale(axes: tuple[str | None, ...], param: Array) -> Array:
+    return jnp.maximum(LEAST_RMS, _rms(axes, param))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.config.schema import Config
@@ -22,7 +22,7 @@ from t5like.model.transformer import Transformer
 from t5like.optim import losses
 from t5like.optim.optimizers import make_optimizer, schedule, without_frozen_gradients
 from t5like.sharding import placement, xla_options
-from t5like.types import Batch, Metrics, Sum, TrainState, Tree
+from t5like.types import Batch, LogicalAxes, Metrics, Sum, TrainState, Tree
 
 LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
 
@@ -75,30 +75,45 @@ def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
 
 def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
     """The state before the first step; `batch` gives shapes only. Call it under `jax.jit` with `out_shardings`."""
-    return _first_state(config, nn.meta.unbox(init_params(config, batch, key)))
+    return _first_state(config, nn.meta.unbox(init_params(config, batch, key)), parameter_axes(config, batch))
 
 
-def _first_state(config: Config, params: Tree) -> TrainState:
+def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params).init(params), ema)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params, axes).init(params), ema)
 
 
 def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
-    kinds = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
-    boxed = _abstract_params(Config(model=config.model, tokenizer=config.tokenizer), kinds)
-    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
-    params, axes = (jax.tree.map(attrgetter(name), boxed, is_leaf=is_box) for name in ("value", "names"))
-    state = jax.eval_shape(partial(_first_state, config), params)
+    params = jax.tree.map(attrgetter("value"), _abstract_boxes(config, batch), is_leaf=_is_box)
+    axes = parameter_axes(config, batch)
+    state = jax.eval_shape(lambda params: _first_state(config, params, axes), params)
     shardings = placement.state_shardings(state, axes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
+def parameter_axes(config: Config, batch: Batch) -> LogicalAxes:
+    """Logical axes of every parameter by name; `batch` gives shapes only."""
+    boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxes(config, batch), is_leaf=_is_box)
+    return {tree.name_of(path): box.names for path, box in boxes}
+
+
+def _is_box(node: object) -> bool:
+    return isinstance(node, nn.meta.AxisMetadata)
+
+
+def _abstract_boxes(config: Config, batch: Batch) -> Tree:
+    """Shapes of `init_params`, in boxes with their logical axes."""
+    row_types = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
+    return _trace_boxes(Config(model=config.model, tokenizer=config.tokenizer), row_types)
+
+
 @lru_cache(maxsize=32)
-def _abstract_params(config: Config, kinds: tuple) -> Tree:
-    """Shapes of `init_params`, in boxes, traced once in a process; `kinds`: (row shape, dtype) or None, by field."""
-    batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in kinds))
-    return jax.eval_shape(partial(init_params, config), batch, jax.random.key(0))
+def _trace_boxes(config: Config, row_types: tuple) -> Tree:
+    """Trace `init_params` once in a process; `row_types`: (row shape, dtype) or None, by field of the batch."""
+    batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in row_types))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # the shapes must not depend on the caller's mesh
+        return jax.eval_shape(lambda batch: init_params(config, batch, jax.random.key(0)), batch)
 
 
 def new_state(
@@ -172,7 +187,8 @@ def make_train_step(
 
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm)
-        updates, opt_state = make_optimizer(config, state.params).update(grads, state.opt_state, state.params)
+        optimizer = make_optimizer(config, state.params, parameter_axes(config, batch))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
         ema = state.ema
@@ -185,7 +201,7 @@ def make_train_step(
             "learning_rate": Sum(schedule(config)(state.step), one),
             "skipped_updates": Sum(1.0 - good.astype(jnp.float32), one),
             "tokens": Sum(tokens, one),
-            "fill": Sum(
+            "packing_efficiency": Sum(
                 tokens, jnp.float32(sum(x.size for x in (batch.encoder_BS, batch.decoder_BL) if x is not None))
             ),
         }

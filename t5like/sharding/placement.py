@@ -6,7 +6,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.sharding.mesh import spec
-from t5like.types import Batch, TrainState, Tree
+from t5like.types import Batch, LogicalAxes, TrainState
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
@@ -15,18 +15,18 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
         return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(("batch", "length"), leaf.shape)), batch)
 
 
-def state_shardings(state: TrainState, axes: Tree, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, axes: LogicalAxes, mesh: Mesh) -> TrainState:
     """A sharding for each leaf of a (possibly abstract) state.
 
     Args:
         state: parameters and all that mirrors them.
-        axes: logical axes of each parameter: a tree like ``state.params`` with tuples for leaves.
+        axes: logical axes of each parameter by name.
         mesh: today's mesh.
 
     Optimizer state with a parameter's name and shape is split like it (moments); what is smaller, such as Adafactor's
     row and column statistics, is copied to every device.
     """
-    specs = {name: spec(logical) for name, logical in _named_axes(axes).items()}
+    specs = {name: spec(logical) for name, logical in axes.items()}
     shapes = {name: leaf.shape for name, leaf in tree.flatten(state.params).items()}
 
     def place(name: str, leaf) -> NamedSharding:
@@ -38,11 +38,6 @@ def state_shardings(state: TrainState, axes: Tree, mesh: Mesh) -> TrainState:
         return NamedSharding(mesh, PartitionSpec())
 
     return tree.map_named(place, state)
-
-
-def _named_axes(axes: Tree) -> dict[str, tuple[str | None, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
-    return {tree.name_of(path): logical for path, logical in leaves}
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -78,6 +78,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         assert make_optimizer(
             loader.resolve({"optimizer": {"name": name}}),
             {"layers": {"mlp": {"kernel": np.ones((1, 4, 4)), "bias": np.ones((1, 4))}}},
+            {"layers/mlp/kernel": ("layers", "embed", "mlp"), "layers/mlp/bias": ("layers", "mlp")},
         ), name
 
 

@@ -44,6 +44,16 @@ def random_params(num_layers: int = 3) -> dict:
     }
 
 
+def axes_of(params: dict) -> dict[str, tuple[str, ...]]:
+    """Logical axes as the model gives them: a stack's parameters begin with ``layers``."""
+    tables = {"embedding": ("vocab", "embed"), "encoder/relative_bias": ("buckets", "heads")}
+
+    def axes(name: str, ndim: int) -> tuple[str, ...]:
+        return tables.get(name) or ("layers", *(("embed", "mlp") if ndim == 3 else ("norm",)))
+
+    return {name: axes(name, leaf.ndim) for name, leaf in tree.flatten(params).items()}
+
+
 def random_grads(params: dict, step: int) -> dict:
     rng = np.random.default_rng(100 + step)
     return jax.tree.map(lambda p: p * jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
@@ -51,7 +61,7 @@ def random_grads(params: dict, step: int) -> dict:
 
 def updates_of(config: Config, params: dict, grads: list[dict] | None = None) -> list[dict]:
     """The updates that follow from the gradients by name, parameters moving along, as float64."""
-    optimizer = make_optimizer(config, params)
+    optimizer = make_optimizer(config, params, axes_of(params))
     state, found = jax.jit(optimizer.init)(params), []
     for gradient in grads or [random_grads(params, step) for step in range(3)]:
         updates, state = jax.jit(optimizer.update)(gradient, state, params)
@@ -176,7 +186,7 @@ def test_adafactor_never_factors_over_the_layers():
             }
         }
     }
-    state = jax.eval_shape(make_optimizer(config_of("adafactor", no_decay=()), params).init, params)
+    state = jax.eval_shape(make_optimizer(config_of("adafactor", no_decay=()), params, axes_of(params)).init, params)
     shapes = {name.partition("layers/")[2]: leaf.shape for name, leaf in tree.flatten(state).items() if leaf.ndim}
     assert shapes == {
         "kernel": (256, 128, 4),
@@ -186,6 +196,32 @@ def test_adafactor_never_factors_over_the_layers():
     }
 
 
+def test_expert_kernels_are_factored_and_stacked_biases_are_not():
+    params = {"kernel": jnp.ones((2, 3, 128, 130)), "bias": jnp.ones((256, 128))}
+    axes = {"kernel": ("layers", "experts", "embed", "mlp"), "bias": ("layers", "mlp")}
+    state = jax.eval_shape(make_optimizer(config_of("adafactor", no_decay=()), params, axes).init, params)
+    shapes = {name.partition("moments/")[2]: leaf.shape for name, leaf in tree.flatten(state).items() if leaf.ndim}
+    assert shapes == {"kernel/row": (2, 3, 128), "kernel/col": (2, 3, 130), "bias": (256, 128)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_expert_is_updated_as_if_its_kernel_were_a_layer_of_its_own(name):
+    rng = np.random.default_rng(0)
+    kernel, grad = (jnp.asarray(rng.normal(size=(2, 3, 128, 130)), jnp.float32) for _ in range(2))
+    config = config_of(name, no_decay=())
+
+    def update(*axes: str):
+        reshape = lambda leaf: {"kernel": leaf if "experts" in axes else leaf.reshape(6, 128, 130)}
+        optimizer = make_optimizer(config, params := reshape(kernel), {"kernel": axes})
+        updates, _ = optimizer.update(reshape(grad), optimizer.init(params), params)
+        return updates["kernel"].reshape(6, 128, 130)
+
+    by_expert, by_layer = update("layers", "experts", "embed", "mlp"), update("layers", "embed", "mlp")
+    np.testing.assert_allclose(by_expert, by_layer, rtol=1e-6)
+    if name == "muon":
+        assert np.sqrt(np.mean(np.float64(by_expert) ** 2, (1, 2))) / RATE == pytest.approx(0.2, rel=0.2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_parameters_keep_their_bits_and_have_no_state(name):
     params = random_params()
@@ -193,7 +229,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_state(name):
     updates = updates_of(config, params)[-1]
     for leaf, value in updates.items():
         assert (not value.any()) == (leaf == "embedding" or "/in/" in leaf), leaf
-    state = jax.eval_shape(make_optimizer(config, params).init, params)
+    state = jax.eval_shape(make_optimizer(config, params, axes_of(params)).init, params)
     assert not [n for n in tree.flatten(state) if "embedding" in n or "/in/" in n]
     assert [n for n in tree.flatten(state) if "relative_bias" in n]
 
@@ -226,7 +262,7 @@ def test_weight_decay_takes_rate_times_decay_off_and_spares_the_named_ones():
 )
 def test_a_pattern_that_chooses_nothing_or_everything_is_refused(field, pattern, part):
     with pytest.raises(ConfigError, match=rf"optimizer\.{field}=.*{part}"):
-        make_optimizer(config_of("adamw", **{field: (pattern,)}), random_params())
+        make_optimizer(config_of("adamw", **{field: (pattern,)}), params := random_params(), axes_of(params))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -244,7 +280,7 @@ def test_sharded_donated_and_planned_updates_equal_the_plain_ones(name):
     def shard(values: dict) -> dict:
         return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.NamedSharding(mesh, spec[leaf.ndim])), values)
 
-    optimizer = make_optimizer(config, jax.eval_shape(lambda: params))  # from shapes alone
+    optimizer = make_optimizer(config, jax.eval_shape(lambda: params), axes_of(params))  # from shapes alone
     placed = shard(params)
     state = optimizer.init(placed)
     for plain, gradient in zip(updates_of(config, params, grads), grads, strict=True):

@@ -374,9 +374,8 @@ def test_frozen_parameters_cost_no_gradient_do_not_count_in_its_norm_and_can_not
         abstract = step.abstract_state(config, batch := random_batch(config), mesh)
         program = step.lower_train_step(config, batch, abstract, loss_fn).compile()
         state = first._replace(params=jax.tree.map(jnp.copy, first.params))
-        state = state._replace(
-            step=jnp.zeros((), jnp.int32), opt_state=make_optimizer(config, state.params).init(state.params)
-        )
+        optimizer = make_optimizer(config, state.params, step.parameter_axes(config, batch))
+        state = state._replace(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(state.params))
         return program, *program(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract)), batch)
 
     def spoiled(config, params, batch, key):  # its gradient with respect to the embedding is not finite
