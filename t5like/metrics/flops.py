@@ -1,10 +1,18 @@
-"""Model FLOPs of a train step, and the peak FLOP rate of devices."""
+"""Model FLOPs of a train step, and the peak FLOP rate of devices.
+
+Called by `throughput` for the MFU of a run, and by `plan`.
+
+Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020
+(arXiv:2001.08361, section 2.1): matrix products only, a training step is three forward passes, and recomputation
+(remat) counts as time, not as work.
+"""
 
 import functools
 import math
 import re
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +20,41 @@ import jax.numpy as jnp
 from t5like.config.schema import Config
 
 
-def model_flops(config: Config) -> int:
-    """Floating-point operations of the matrix products in one training step of the whole batch.
+class StackShape(NamedTuple):
+    """One stack of layers, and how long its rows are."""
 
-    A product of [m, k] and [k, n] is 2 m k n. Per row, with S input and L target tokens (decoder-only: L is the row;
+    layers: int
+    queries: int  # tokens of a row
+    keys: tuple[int, ...]  # tokens that each attention of a layer attends to: itself, and in a decoder the encoder
+
+
+class ForwardFlops(NamedTuple):
+    """FLOPs of the matmuls in the forward pass of one row."""
+
+    projections: int  # query, key, value and output kernels
+    attention: int  # scores and weighted values
+    mlp: int
+    vocabulary: int  # output heads
+
+
+def stack_shapes(config: Config) -> list[StackShape]:
+    """The encoder, the decoder, or both in this order."""
+    model, data = config.model, config.data
+    if model.architecture == "decoder":
+        return [StackShape(model.num_layers, config.row_length, (config.row_length,))]
+    encoder = StackShape(model.num_layers, data.inputs_length, (data.inputs_length,))
+    if model.architecture == "encoder":
+        return [encoder]
+    return [encoder, StackShape(model.decoder_layers, data.targets_length, (data.targets_length, data.inputs_length))]
+
+
+def forward_flops(config: Config) -> ForwardFlops:
+    """FLOPs of one row's forward pass by part of the model.
+
+    A matmul of [m, k] and [k, n] takes 2 m k n. With S input and L target tokens (decoder-only: L is the row;
     encoder-only: S is the row, and the head reads all of it, L = S):
 
-        | per encoder layer          |                                 | per decoder layer | with an encoder  |
+        |                            | per encoder layer               | per decoder layer | with an encoder  |
         |----------------------------|---------------------------------|-------------------|------------------|
         | query and output kernels   | 2 * 2 S D N H                   | 2 * 2 L D N H     | + 2 * 2 L D N H  |
         | key and value kernels      | 2 * 2 S D K H                   | 2 * 2 L D K H     | + 2 * 2 S D K H  |
@@ -26,38 +62,34 @@ def model_flops(config: Config) -> int:
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
     and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler
-    and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. The backward pass is twice the
-    forward pass. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes;
-    looking embeddings up is free, token types included; so are norms, softmax, biases and the optimizer.
+    and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. Conventions: attention counts all
+    pairs of tokens, also those that a causal or segment mask removes; embedding look-ups, token types included, norms,
+    softmax and biases count nothing.
     """
-    model, data = config.model, config.data
+    model = config.model
     queries = model.num_heads * model.head_dim
     keys = model.kv_heads * model.head_dim
     mlp_kernels = 3 if model.mlp.startswith("gated") else 2
+    projections = attention = mlp = vocabulary = 0
+    for stack in stack_shapes(config):
+        for length in stack.keys:
+            projections += stack.layers * 4 * model.model_dim * (stack.queries * queries + length * keys)
+            attention += stack.layers * 4 * stack.queries * length * queries
+        mlp += stack.layers * mlp_kernels * 2 * stack.queries * model.model_dim * model.mlp_dim
+    targets = stack.queries  # of the last stack
+    vocabulary += 2 * targets * model.model_dim * config.vocab_rows
+    if model.architecture == "encoder":
+        vocabulary += 2 * targets * model.model_dim**2 if model.head == "mlm" else 0
+        vocabulary += 2 * model.model_dim**2 + 2 * 2 * model.model_dim if "mlm_nsp" in config.data.objective else 0
+    return ForwardFlops(projections, attention, mlp, vocabulary)
 
-    def attention(num_queries: int, num_keys: int) -> int:
-        projections = num_queries * model.model_dim * queries + num_keys * model.model_dim * keys
-        return 4 * (projections + num_queries * num_keys * queries)
 
-    def layer(length: int) -> int:
-        return attention(length, length) + mlp_kernels * 2 * length * model.model_dim * model.mlp_dim
+def model_flops(config: Config) -> int:
+    """FLOPs of the matmuls in one training step of the whole batch, without recomputation and the optimizer.
 
-    heads = 0
-    if model.architecture == "decoder":
-        targets = config.row_length
-        layers = model.num_layers * layer(targets)
-    elif model.architecture == "encoder":
-        targets = data.inputs_length
-        layers = model.num_layers * layer(targets)
-        heads += 2 * targets * model.model_dim**2 if model.head == "mlm" else 0
-        heads += 2 * model.model_dim**2 + 2 * 2 * model.model_dim if "mlm_nsp" in data.objective else 0
-    else:
-        targets = data.targets_length
-        decoder_layer = layer(targets) + attention(targets, data.inputs_length)
-        layers = model.num_layers * layer(data.inputs_length)
-        layers += model.decoder_layers * decoder_layer
-    heads += 2 * targets * model.model_dim * config.vocab_rows
-    return 3 * data.batch_size * (layers + heads)
+    The backward pass takes twice the forward pass.
+    """
+    return 3 * config.data.batch_size * sum(forward_flops(config))
 
 
 # FLOP/s of one JAX device, bf16 without sparsity, by words of its device_kind (the longest entry that occurs counts).

@@ -1,14 +1,10 @@
-"""What a run reports: its speed against the hardware's, and the files its values go to.
+"""Metric files of a run: metrics.jsonl and TensorBoard event files.
 
-Used by `train`. What the values are is up to the caller; device sums become floats in `types.host_metrics`. Names:
+Called by `train`, which decides which values are written; `types.host_metrics` converts device sums to floats. Names:
 ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
-``train/step_seconds``, ``train/mfu`` and ``train/fill`` (shares, 0 to 1; fill: of the places that hold tokens),
-``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits_per_byte``, ``baseline/uniform``,
-``baseline/unigram``, those of `by_component`, and the scores of `answers`.
-
-Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020
-(arXiv:2001.08361, section 2.1): matrix products only, a training step is three forward passes, and recomputation
-(remat) counts as time, not as work.
+``train/step_seconds``, ``train/mfu`` (0 to 1), ``train/packing_efficiency`` (0 to 1: share of token positions that are
+not padding), ``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits_per_byte``, ``baseline/uniform``,
+``baseline/unigram``, those of `by_component`, and the scores of `evaluation.task_eval`.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""The trainer's own steps, compiled for a machine that need not be here, each in a process of its own.
+"""Compiles the train and eval step for a topology whose devices need not be attached, each in its own process.
 
-`run` starts the processes: what libtpu writes on their screens, the settings they need and what they crash of stay
-there. A process (`python -m t5like.plan.compile DIR STEP`) lowers and compiles one step, `train` or `eval`, and leaves
-``STEP.json`` (what the compiler says of memory) and ``STEP.hlo.gz`` (the scheduled program, which `plan.hlo` reads).
+`run` starts the processes, so that libtpu's output, environment variables and crashes stay out of the caller's process.
+A process (`python -m t5like.plan.compile DIR STEP`) lowers and compiles one step, `train` or `eval`, and writes
+``STEP.json`` (the compiler's memory analysis) and ``STEP.hlo.gz`` (the scheduled program, which `hlo_text` parses).
 """
 
 import gzip

@@ -29,10 +29,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.data import pipeline
-from t5like.metrics.flops import model_flops
+from t5like.metrics import flops
 from t5like.model.attention import fused
 from t5like.optim import step
-from t5like.plan.hlo import Analysis, Collective
+from t5like.plan.hlo_cost import Analysis, Collective
 from t5like.plan.topology import Topology
 from t5like.sharding import mesh as meshes
 from t5like.sharding import placement
@@ -143,24 +143,7 @@ def _leaf(name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Lea
 # ---- From shapes alone ----
 
 
-class _Stack(NamedTuple):
-    layers: int
-    queries: int  # tokens of a row
-    keys: tuple[int, ...]  # tokens of what each attention of a layer looks at
-
-
-def _stacks(config: Config) -> list[_Stack]:
-    model, data = config.model, config.data
-    if model.architecture == "decoder":
-        return [_Stack(model.num_layers, config.row_length, (config.row_length,))]
-    encoder = _Stack(model.num_layers, data.inputs_length, (data.inputs_length,))
-    if model.architecture == "encoder":
-        return [encoder]
-    layers = model.decoder_layers
-    return [encoder, _Stack(layers, data.targets_length, (data.targets_length, data.inputs_length))]
-
-
-def _written(config: Config, sizes: dict[str, int], stack: _Stack) -> list[int]:
+def _written(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> list[int]:
     """Keys of each attention of a layer whose scores don't stay in the core, in training."""
     model, rows = config.model, config.data.batch_size // config.train.microbatches
     biased = [model.positions == "relative", False]  # the first is self-attention
@@ -177,8 +160,8 @@ def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
     rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"]) // config.train.microbatches
     queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
     gated = model.mlp.startswith("gated")
-    saved = working = projections = scores = 0.0
-    for stack in _stacks(config):
+    saved = working = scores = 0.0
+    for stack in flops.stack_shapes(config):
         tokens = rows * stack.queries // sizes["context"]
         written = sum(_written(config, sizes, stack))
         attention = 4 * rows * model.num_heads * stack.queries * written / tensor / sizes["context"]
@@ -193,31 +176,30 @@ def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
             "none": layer,
         }[model.remat]
         saved += stack.layers * kept
-        inputs = sum(stack.queries * queries + n * keys for n in stack.keys)
-        projections += stack.layers * 2 * model.model_dim * inputs
         if model.positions == "relative":  # a stack's bias, and its gradient in float32
             saved += model.num_heads * stack.queries * stack.keys[0] * (width + 4) / tensor / sizes["context"]
         # In the backward pass a layer's values are alive, and the gradient of its scores.
         working = max(working, layer + attention)
-    targets = config.data.inputs_length if model.architecture == "encoder" else _stacks(config)[-1].queries
+    targets = config.data.inputs_length if model.architecture == "encoder" else flops.stack_shapes(config)[-1].queries
     chunk = min(config.train.loss_chunk or targets, targets)
     logits = rows * chunk * config.vocab_rows * (4 + width) / tensor
     gradients = state.parameters * (2 if config.train.microbatches > 1 else 1)
     weights = sum(leaf.bytes for leaf in state.leaves if leaf.name.startswith("params/")) / 4 * width / tensor
-    layers = sum(stack.layers for stack in _stacks(config))
+    layers = sum(stack.layers for stack in flops.stack_shapes(config))
     gathered = weights / layers if sizes["fsdp"] > 1 else weights if width == 2 else 0.0
     activations = int(saved + max(working, logits) + gradients + gathered)
 
-    needed = model_flops(config) / topology.num_devices
-    projections *= config.data.batch_size / topology.num_devices
-    again = {"full": needed / 3, "qk": needed / 3 - projections, "dots": 0.0, "none": 0.0}[model.remat]
-    flops = needed + again
+    needed = flops.model_flops(config) / topology.num_devices
+    # Remat "qk" keeps queries and keys, which half of the projections compute.
+    kept_projections = flops.forward_flops(config).projections / 2 * (config.data.batch_size / topology.num_devices)
+    recomputed = {"full": needed / 3, "qk": needed / 3 - kept_projections, "dots": 0.0, "none": 0.0}[model.remat]
+    total_flops = needed + recomputed
     seconds = None
     if chip.peak:
         softmax = config.train.microbatches * scores * 8 / chip.memory_bandwidth  # written and read in four passes
-        seconds = flops / (MATMUL_SHARE * chip.peak) + softmax
+        seconds = total_flops / (MATMUL_SHARE * chip.peak) + softmax
         seconds += _quick_network(config, topology, sizes, weights, width)
-    return Quick(activations, state.total + activations, flops, seconds)
+    return Quick(activations, state.total + activations, total_flops, seconds)
 
 
 def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], weights: float, width: int) -> float:
@@ -234,7 +216,9 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
         seconds += 2 * weights * 4 / width / sizes["fsdp"] / chip.dcn
     if sizes["tensor"] > 1:
         rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"])
-        tokens = sum(stack.layers * stack.queries * (1 + len(stack.keys)) for stack in _stacks(config)) * rows
+        tokens = (
+            sum(stack.layers * stack.queries * (1 + len(stack.keys)) for stack in flops.stack_shapes(config)) * rows
+        )
         passes = 3 if config.model.remat in ("full", "qk") else 2
         seconds += (
             passes * 2 * tokens * config.model.model_dim * width / (chip.ici * torus_axes(topology, sizes["tensor"]))
@@ -305,9 +289,9 @@ def predict(analysis: Analysis, topology: Topology) -> Prediction | None:
 
 def mfu(config: Config, topology: Topology, seconds: float) -> float:
     """Model FLOPs a second over what all chips could do, 0 to 1."""
-    return model_flops(config) / seconds / (topology.num_devices * topology.chip.peak)
+    return flops.model_flops(config) / seconds / (topology.num_devices * topology.chip.peak)
 
 
 def tokens_per_step(config: Config) -> int:
     """Places for tokens that a step reads and learns."""
-    return config.data.batch_size * sum(stack.queries for stack in _stacks(config))
+    return config.data.batch_size * sum(stack.queries for stack in flops.stack_shapes(config))

@@ -10,7 +10,7 @@ from t5like.config.schema import Config
 from t5like.errors import UserError
 from t5like.metrics import flops
 from t5like.plan import compile as compiler
-from t5like.plan import estimate, hlo, preflight, search
+from t5like.plan import estimate, hlo_cost, preflight, search
 from t5like.plan.topology import Topology
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -138,7 +138,7 @@ def of_program(config: Config, topology: Topology, program: compiler.Program, he
     }
     if not program.text:
         return plan
-    analysis = hlo.analyze(program.text)
+    analysis = hlo_cost.analyze(program.text)
     prediction = estimate.predict(analysis, topology)
     plan |= {
         "flops": analysis.flops,
@@ -168,7 +168,7 @@ def _cost(program: compiler.Program) -> Plan:
     }
 
 
-def _collectives(analysis: hlo.Analysis, topology: Topology) -> list[Plan]:
+def _collectives(analysis: hlo_cost.Analysis, topology: Topology) -> list[Plan]:
     """By kind, place, form and group: runs and bytes of a step, and what is waited for."""
     rows: dict[tuple, Plan] = {}
     for each in analysis.collectives:
@@ -187,7 +187,7 @@ def _collectives(analysis: hlo.Analysis, topology: Topology) -> list[Plan]:
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def _slowest(analysis: hlo.Analysis) -> list[Plan]:
+def _slowest(analysis: hlo_cost.Analysis) -> list[Plan]:
     """The parts of the model that take most cycles, by where in the source they come from."""
     found: dict[tuple[str, str], Plan] = defaultdict(lambda: {"cycles": 0.0, "flops": 0.0, "runs": 0})
     for item in analysis.work:

@@ -18,7 +18,7 @@ from t5like.errors import ConfigError, Diverged, UserError
 from t5like.metrics import flops
 from t5like.optim import step
 from t5like.plan import compile as compiler
-from t5like.plan import estimate, hlo, planner, preflight, report, search, topology
+from t5like.plan import estimate, hlo_cost, hlo_text, planner, preflight, report, search, topology
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
@@ -28,7 +28,7 @@ V5E = topology.parse("v5e:2x4")
 
 def probe(name):
     """A program that tests/golden/make_hlo.py made, whose sizes stand there."""
-    return hlo.analyze(gzip.decompress((GOLDEN / f"hlo_{name}.txt.gz").read_bytes()).decode())
+    return hlo_cost.analyze(gzip.decompress((GOLDEN / f"hlo_{name}.txt.gz").read_bytes()).decode())
 
 
 def test_products_in_nested_loops_count_times_their_trips():
@@ -60,7 +60,7 @@ ENTRY %main (values: f32[8]) -> (s32[], f32[8]) {{
 }}
 """
     for start in (0, 1):
-        [found] = hlo.analyze(loop.format(start=start)).loops
+        [found] = hlo_cost.analyze(loop.format(start=start)).loops
         assert found.trips == 8 - start
 
 
@@ -107,8 +107,8 @@ def test_a_collective_of_another_thread_counts_once_and_begins_with_its_data(upd
         + work("y", 5)
         + "  ROOT %d = f32[64] async-done(%u)\n}\n"
     )
-    [gather] = hlo.analyze(text).collectives
-    assert gather == hlo.Collective("all-gather", 256, 1, False, True, cycles, 8, "")
+    [gather] = hlo_cost.analyze(text).collectives
+    assert gather == hlo_cost.Collective("all-gather", 256, 1, False, True, cycles, 8, "")
 
 
 @pytest.mark.parametrize("name", ["batched", "attention"])
@@ -122,7 +122,7 @@ def test_a_kernel_counts_the_products_that_it_says_it_makes():
         'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"671088640"}}'
     )
     entry = f"ENTRY %e (a: f32[8]) -> f32[8] {{\n  %a = f32[8] parameter(0)\n  ROOT %k = f32[8] {call}\n}}\n"
-    assert hlo.analyze(entry).flops == 671_088_640
+    assert hlo_cost.analyze(entry).flops == 671_088_640
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_a_kernel_counts_the_products_that_it_says_it_makes():
     ],
 )
 def test_groups_are_read_in_every_spelling(text, size):
-    assert hlo.group_size(text) == size
+    assert hlo_text.group_size(text) == size
 
 
 def test_serial_time_is_cycles_over_the_clock_and_the_wire_of_what_is_exposed():
-    reduce = hlo.Collective("all-reduce", 9_000_000, 10, True, False, 0.0, 4, "")
+    reduce = hlo_cost.Collective("all-reduce", 9_000_000, 10, True, False, 0.0, 4, "")
     hidden = reduce._replace(asynchronous=True, hiding=1e12)
-    work = (hlo.Work("matmul", 1_000.0, 0.0, 2_000, "fusion", ""),)
-    analysis = hlo.Analysis((), work, (reduce, hidden), 0.0, {}, ())
+    work = (hlo_cost.Work("matmul", 1_000.0, 0.0, 2_000, "fusion", ""),)
+    analysis = hlo_cost.Analysis((), work, (reduce, hidden), 0.0, {}, ())
     found = estimate.predict(analysis, V5E)
     clock = 197e12 / (4 * 2 * 128 * 128)
     wire = 10 * 2 * 9_000_000 / (9e10 / 2)  # a side of 4 is a line: half of a ring's bandwidth
