@@ -19,7 +19,7 @@ from t5like.inference.sampling import DecodeOutput, DecodeStep, TracedOptions, b
 from t5like.model.masks import causal_mask, segment_mask
 from t5like.model.stack import grow_cache, unstack_layers
 from t5like.model.transformer import Transformer
-from t5like.sharding.mesh import constrain
+from t5like.sharding.logical_axes import constrain
 from t5like.types import Batch, Tree
 
 STACKS = ("encoder", "decoder")

@@ -17,7 +17,7 @@ from t5like.model.kernels import cpu, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
 from t5like.model.positions import rotate
-from t5like.sharding.mesh import batch_parts, constrain, context_size
+from t5like.sharding.logical_axes import batch_parts, constrain, context_size
 from t5like.types import MASKED
 
 GROUPED_DECODE_MAX_QUERIES = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from t5like.config.schema import ModelConfig
 from t5like.model.layers import Dense, Norm
 from t5like.model.mlp import ACTIVATIONS
-from t5like.sharding.mesh import constrain
+from t5like.sharding.logical_axes import constrain
 
 
 class MlmTransform(nn.Module):

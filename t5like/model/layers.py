@@ -1,6 +1,6 @@
 """The parts of a Transformer other than attention: dense projections, norms, MLP, embeddings, positions.
 
-Parameters are float32 and named; each dim has a logical axis (`mesh.RULES`). Computation runs in `ModelConfig.dtype`
+Parameters are float32; each dim has a logical axis (`logical_axes.RULES`). Computation runs in `ModelConfig.dtype`
 except where precision counts (norms, logits). Used by `attention` and `transformer`.
 
 Numerics follow T5 (Raffel et al. 2020, and Mesh TensorFlow's initialisers), GPT-2, Llama and BERT where the config says

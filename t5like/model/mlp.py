@@ -8,7 +8,7 @@ import jax
 from t5like.config.schema import ModelConfig
 from t5like.model.kernels import tpu_matmul
 from t5like.model.layers import Dense, dropout, projections
-from t5like.sharding.mesh import constrain
+from t5like.sharding.logical_axes import constrain
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,

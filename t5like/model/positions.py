@@ -10,7 +10,7 @@ import numpy as np
 
 from t5like.config.schema import ModelConfig
 from t5like.model.layers import normal
-from t5like.sharding.mesh import constrain, context_size
+from t5like.sharding.logical_axes import constrain, context_size
 
 BAND = 128  # rows of a relative bias that are laid out at once: what a TPU's registers are wide
 

@@ -20,7 +20,7 @@ from t5like.model import mlp, positions
 from t5like.model.attention import Attention, KeyValues, fused
 from t5like.model.kernels import tpu_attention
 from t5like.model.masks import MaskSpec
-from t5like.sharding.mesh import constrain
+from t5like.sharding.logical_axes import constrain
 from t5like.types import Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps

@@ -16,7 +16,7 @@ from t5like.model.attention import fused
 from t5like.model.kernels import cpu
 from t5like.model.masks import MaskSpec, causal_mask, window_mask
 from t5like.model.stack import Caches, Stack, cache_length
-from t5like.sharding.mesh import constrain
+from t5like.sharding.logical_axes import constrain
 from t5like.types import MASKED, Batch
 
 

@@ -1,8 +1,7 @@
-"""Optimizers and learning-rate schedules by name, as one Optax chain.
+"""Optimizers by name, as one Optax chain.
 
-Used by `step`, which owns the optimizer's state, and by `train`, which reports the learning rate. The order of the
-chain is: clip by the global norm, optimizer, weight decay, learning rate; frozen parameters bypass all of it.
-The moving average of the parameters is no part of it (`step`).
+Called by `step`. The order of the chain is: clip by the global norm, optimizer, weight decay, learning rate; frozen
+parameters bypass all of it. `step` computes the moving average of the parameters.
 
 The parameters of all layers of a stack are one array whose first logical axis is ``layers``; a layer's experts add an
 axis ``experts`` after it. Everything that these optimizers compute per matrix (factors, clipping, scale,
@@ -13,8 +12,7 @@ which are small enough to be replicated.
 Sources: Adafactor as in T5 and T5X (Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 to 6; T5X ``adafactor.py``);
 AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); its steps scaled by the parameter's RMS as in nanoT5 (Nawrot 2023,
 arXiv:2309.02373: plain AdamW diverged on T5); Lion (Chen et al. 2023, arXiv:2302.06675); Muon (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon) with the step size of Liu et al. 2025 (arXiv:2502.16982, section 2.2); schedules: T5
-(Raffel et al. 2020, arXiv:1910.10683, section 3.1.2), WSD (Hu et al. 2024, arXiv:2404.06395, section 4).
+kellerjordan.github.io/posts/muon) with the step size of Liu et al. 2025 (arXiv:2502.16982, section 2.2).
 """
 
 from typing import NamedTuple
@@ -27,71 +25,13 @@ from optax import contrib
 from t5like import tree
 from t5like.config.schema import Config, OptimizerConfig
 from t5like.errors import ConfigError
+from t5like.optim.schedules import learning_rate
 from t5like.types import Array, LogicalAxes, Tree
 
 FACTOR_FROM = 128  # Adafactor: a matrix whose sides are both at least this long keeps row and column means only
 STACKED_AXES = frozenset({"layers", "experts"})  # logical axes along which matrices or vectors are stacked; they lead
 TABLE_AXES = frozenset({"vocab", "positions", "token_types", "buckets", "classes"})  # rows or columns by index
 LEAST_RMS = 1e-3  # the parameter scale of a matrix that is (nearly) zero: epsilon_2 of Adafactor
-
-
-def schedule(config: Config) -> optax.Schedule:
-    """The learning rate of the update that makes step ``step + 1`` out of step ``step``.
-
-    The first update's rate is above 0, the last update of a warm-up has the full rate, and the last update of the run
-    ends at `final_fraction` of it (cosine, linear, wsd).
-    """
-    optimizer, last = config.optimizer, config.train.num_steps
-    warmup = max(optimizer.warmup_steps, 1)
-    decay_from = last - optimizer.decay_steps if optimizer.schedule == "wsd" else warmup
-
-    def rate(step: Array) -> Array:
-        update = jnp.asarray(step, jnp.float32) + 1
-        progress = jnp.clip((update - decay_from) / max(last - decay_from, 1), 0, 1)  # of the decay
-        match optimizer.schedule:
-            case "rsqrt":
-                return optimizer.learning_rate * jnp.sqrt(warmup / jnp.maximum(update - 1, warmup))
-            case "constant":
-                left = 1.0
-            case "cosine":
-                left = (1 + jnp.cos(jnp.pi * progress)) / 2
-            case "linear" | "wsd":
-                left = 1 - progress
-        fraction = optimizer.final_fraction + (1 - optimizer.final_fraction) * left
-        return optimizer.learning_rate * jnp.minimum(update / warmup, 1) * fraction
-
-    return rate
-
-
-def warnings(config: Config, before: Config, step: int) -> list[str]:
-    """What is odd about the schedule of a run that goes on after `step` updates, which were made with `before`."""
-    return [line for line in (unreached(config), jump(before, config, step) if step else None) if line]
-
-
-def unreached(config: Config) -> str | None:
-    """A line about a warm-up that is longer than the run, so that the learning rate never gets to its highest."""
-    optimizer, steps = config.optimizer, config.train.num_steps
-    if optimizer.schedule == "rsqrt" or optimizer.warmup_steps <= steps:  # rsqrt is flat during its warm-up
-        return None
-    return (
-        f"optimizer.warmup_steps={optimizer.warmup_steps:,} is more than train.num_steps={steps:,}: the learning rate "
-        f"ends at {float(schedule(config)(steps - 1)):.3g} and never reaches {optimizer.learning_rate:g}; use "
-        f"optimizer.warmup_steps={max(1, steps // 10)}"
-    )
-
-
-def jump(old: Config, new: Config, step: int) -> str | None:
-    """A line about a learning rate that jumps where a run goes on after `step` updates; None if it does not."""
-    before, after = (float(schedule(config)(at)) for config, at in ((old, step - 1), (new, step)))
-    expected = float(schedule(old)(step))
-    if abs(after - before) <= abs(expected - before) + 1e-3 * new.optimizer.learning_rate:
-        return None  # no larger a step than the old schedule's own next one
-    return (
-        f"train.num_steps={new.train.num_steps:,} instead of {old.train.num_steps:,} moves the learning rate of "
-        f"optimizer.schedule={new.optimizer.schedule} from {before:.3g} at step {step:,} to {after:.3g} at step "
-        f"{step + 1:,}; smooth are optimizer.schedule=wsd, continued from before its decay, or a run that begins a new "
-        "decay with init_from.checkpoint"
-    )
 
 
 def without_frozen_gradients(config: Config, params: Tree) -> Tree:
@@ -129,7 +69,7 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
                 lambda params: tree.map_named(lambda name, _: not tree.matches(name, optimizer.no_decay), params),
             )
         )
-    chain.append(optax.scale_by_learning_rate(schedule(config)))
+    chain.append(optax.scale_by_learning_rate(learning_rate(config)))
     return optax.selective_transform(optax.chain(*chain), freeze_mask=frozen)
 
 

@@ -20,7 +20,8 @@ from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
 from t5like.optim import losses
-from t5like.optim.optimizers import make_optimizer, schedule, without_frozen_gradients
+from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
+from t5like.optim.schedules import learning_rate
 from t5like.sharding import placement, xla_options
 from t5like.types import Batch, LogicalAxes, Metrics, Sum, TrainState, Tree
 
@@ -198,7 +199,7 @@ def make_train_step(
         one, tokens = jnp.ones(()), real_tokens(batch)
         metrics |= {
             "grad_norm": Sum(norm, one),
-            "learning_rate": Sum(schedule(config)(state.step), one),
+            "learning_rate": Sum(learning_rate(config)(state.step), one),
             "skipped_updates": Sum(1.0 - good.astype(jnp.float32), one),
             "tokens": Sum(tokens, one),
             "packing_efficiency": Sum(

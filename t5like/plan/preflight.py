@@ -11,7 +11,7 @@ from t5like.checkpoint.run_directory import check_run_directory, with_run_tokeni
 from t5like.config.schema import Config
 from t5like.data.store import preparation
 from t5like.errors import UserError
-from t5like.optim.optimizers import schedule
+from t5like.optim import schedules
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -64,7 +64,7 @@ def _data(config: Config) -> list[Check]:
 def learning_rate(config: Config, width: int = 48) -> str:
     """The schedule as a line of bars, from the first step to the last, and its highest and last value."""
     steps = max(config.train.num_steps, 1)
-    rates = np.asarray(jax.vmap(schedule(config))(jnp.arange(steps)))
+    rates = np.asarray(jax.vmap(schedules.learning_rate(config))(jnp.arange(steps)))
     top = float(rates.max())
     shown = rates[np.linspace(0, steps - 1, width).round().astype(int)] / (top or 1.0)
     bars = "".join(BARS[min(int(rate * len(BARS)), len(BARS) - 1)] for rate in shown)

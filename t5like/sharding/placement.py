@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
-from t5like.sharding.mesh import spec
+from t5like.sharding.logical_axes import spec
 from t5like.types import Batch, LogicalAxes, TrainState
 
 

@@ -48,7 +48,7 @@ from t5like.metrics.loss_curve import draw_loss_curve
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
-from t5like.optim import optimizers, step
+from t5like.optim import schedules, step
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
 from t5like.train.expected_loss import summary
@@ -114,7 +114,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
         done = f"{start:,} of {config.train.num_steps:,} steps are done"
         say(f"complete   {done}; nothing is left to train in {workdir}")
         return
-    for line in optimizers.warnings(config, initial.previous_config, start):
+    for line in schedules.warnings(config, initial.previous_config, start):
         say(f"schedule   {line}")
 
     # ---- The run directory ----

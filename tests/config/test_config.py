@@ -16,7 +16,8 @@ from t5like.data import pipeline
 from t5like.data.objectives.denoisers import denoisers
 from t5like.errors import ConfigError
 from t5like.model import mlp, stack
-from t5like.optim.optimizers import make_optimizer, schedule
+from t5like.optim.optimizers import make_optimizer
+from t5like.optim.schedules import learning_rate
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -31,7 +32,7 @@ def test_a_config_of_ours_loads_and_survives_being_saved(path):
     batch = pipeline.spec(config)
     assert batch.targets_BL.shape[0] == config.data.batch_size
     for step in (0, 1, config.train.num_steps // 2, config.train.num_steps - 1):
-        assert 0 <= float(schedule(config)(step)) <= config.optimizer.learning_rate * (1 + 1e-6)
+        assert 0 <= float(learning_rate(config)(step)) <= config.optimizer.learning_rate * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -73,7 +74,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         config = loader.resolve(
             {"optimizer": {"schedule": name, "decay_steps": 5, "warmup_steps": 2}, "train": {"num_steps": 20}}
         )
-        assert all(math.isfinite(schedule(config)(step)) for step in range(20)), name
+        assert all(math.isfinite(learning_rate(config)(step)) for step in range(20)), name
     for name in choices(OptimizerConfig, "name"):
         assert make_optimizer(
             loader.resolve({"optimizer": {"name": name}}),

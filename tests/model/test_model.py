@@ -23,7 +23,7 @@ from t5like.model.kernels import tpu_attention, tpu_matmul
 from t5like.model.masks import MaskSpec, causal_mask, segment_mask
 from t5like.model.transformer import Transformer
 from t5like.optim import step
-from t5like.sharding import auto
+from t5like.sharding import auto, logical_axes
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
 
@@ -391,7 +391,7 @@ def test_products_in_turn_have_the_values_and_gradients_of_plain_ones(monkeypatc
     monkeypatch.setattr(tpu_matmul, "_serializes_backward", lambda: True)
     mesh = meshes.make_mesh(small(mesh={"data": 1} | axes))
     with jax.set_mesh(mesh):
-        place = lambda x, *names: jax.device_put(x, jax.sharding.NamedSharding(mesh, meshes.spec(names)))
+        place = lambda x, *names: jax.device_put(x, jax.sharding.NamedSharding(mesh, logical_axes.spec(names)))
         kernels, x = a_product()
         operands = tuple(place(kernel, "embed", "mlp") for kernel in kernels), place(x, "batch", None, None)
         in_turn = jax.jit(jax.value_and_grad(products_loss, argnums=(0, 1)))(*operands)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from t5like.sharding.mesh import RULES, batch_parts, constrain, device_kind, spec
+from t5like.sharding.logical_axes import RULES, batch_parts, constrain, device_kind, spec
 from t5like.types import MASKED
 
 SCORES = 2**19  # of a block of queries, about; at least 128 queries

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from t5like.sharding.mesh import batch_parts, device_kind
+from t5like.sharding.logical_axes import batch_parts, device_kind
 
 # Chips on which a product's backward pass waits for the one before it: those that move data inside products. Where
 # sparse cores move it, that may take longer than a product, and waiting costs more than it brings.
