@@ -1,7 +1,7 @@
-"""What a user can do about a failure, as exception types; `main` turns each into one line and its exit code.
+"""Exception types by what a user can do about a failure; `cli.main` prints each as one line and exits with its code.
 
-Everything else that escapes is an internal error (exit code 70). Messages follow one form: field, value, rule, and a
-value that would work, for example ``data.batch_size=100 must be a multiple of 8 (data 2 x fsdp 4); use 96 or 104``.
+Every other exception is an internal error (exit code 70). Messages have one form: field, value, rule, and a value that
+works, for example ``data.batch_size=100 must be a multiple of 8 (data 2 x fsdp 4); use 96 or 104``.
 """
 
 import json
@@ -11,7 +11,7 @@ LONGEST_VALUE = 200  # characters of a value in a message
 
 
 def shown(value: object) -> str:
-    """A value as Python writes it, for a message: one line of printable characters, cut where it is very long."""
+    """Return a value's `repr` for a message: one line of printable characters, cut if it is very long."""
     try:
         text = repr(value)
     except ValueError:  # Python writes a whole number of at most 4,300 digits
@@ -27,7 +27,7 @@ def shorten(items: Iterable[str], *, shown: int = 5, separator: str = ", ") -> s
 
 
 class UserError(Exception):
-    """A failure that the user can mend; its message is one line."""
+    """A failure that the user can fix; its message is one line."""
 
     exit_code = 2
 
@@ -57,22 +57,22 @@ class Diverged(UserError):
 
 
 class Preempted(UserError):
-    """The run was told to stop, has saved its state, and should be queued again."""
+    """The run was stopped by a signal, has saved its state, and should be queued again."""
 
     exit_code = 75
 
 
 class ProcessLost(UserError):
-    """Another process of the run died, hangs or never came; all of them should be started again."""
+    """Another process of the run died, hangs or never started; all of them should be started again."""
 
     exit_code = 76
 
 
 def printable(text: str, *, longest: int | None = None, kept: str = "") -> str:
-    """Foreign text as one line that a terminal shows and does not obey.
+    """Return text from outside as one line without control characters, safe to print on a terminal.
 
     Line ends, control and bidirectional characters, unassigned ones and bytes that were no UTF-8 become JSON's escapes,
-    such as ``\\u001b``; what is longer than `longest` characters is cut in its middle. Characters in `kept` stay.
+    such as ``\\u001b``; text longer than `longest` characters is cut in its middle. Characters in `kept` stay.
     """
     escape = lambda char: json.dumps(char)[1:-1] if char != "\x7f" else "\\u007f"
     safe = "".join(char if char.isprintable() or char in kept else escape(char) for char in text)

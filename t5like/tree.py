@@ -1,6 +1,6 @@
 """Named leaves: every parameter has one name, its path joined by slashes, such as ``encoder/layers/mlp/in/kernel``.
 
-Used wherever something is chosen by parameter name: weight decay, freezing, checkpoints, imports, tables of shapes.
+Used by everything that selects parameters by name: weight decay, freezing, checkpoints, imports, tables of shapes.
 """
 
 import re
@@ -15,17 +15,17 @@ from t5like.types import Tree
 
 
 def name_of(path: Sequence[Any]) -> str:
-    """A JAX key path as a name: dict keys, field names and indices joined by slashes."""
+    """Return a JAX key path as a name: dict keys, field names and indices joined by slashes."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaves by name, in the tree's own order. None is no leaf."""
+    """Return the leaves by name, in the tree's order. None is no leaf."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def nested(leaves: Mapping[str, Any]) -> Tree:
-    """The plain nested dicts whose leaves have these names: of dicts, what `flatten` undoes."""
+    """Return nested dicts with leaves of these names: the inverse of `flatten` for nested dicts."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
@@ -35,16 +35,16 @@ def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a regular expression of the list matches the whole name."""
+    """Whether one of the regular expressions matches the whole name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def mask(tree: Tree, patterns: Sequence[str], *, field: str) -> Tree:
-    """A tree of bools: True where a pattern matches the leaf's name.
+    """Return a tree of bools: True where a pattern matches the leaf's name.
 
     Raises:
-        ConfigError: a pattern, found in the config at `field`, is no regular expression or matches no leaf: a typing
-            error there would freeze or decay nothing, silently.
+        ConfigError: a pattern of the config field `field` is no regular expression, or matches no leaf: a typing error
+            would otherwise have no effect, silently.
     """
     names = list(flatten(tree))
     for pattern in patterns:
@@ -58,5 +58,5 @@ def mask(tree: Tree, patterns: Sequence[str], *, field: str) -> Tree:
 
 
 def num_parameters(tree: Tree) -> int:
-    """How many numbers the leaves hold together."""
+    """Return the total number of elements of all leaves."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""The nouns that the modules pass to each other, and the one legend of dimension letters.
+"""The types that modules pass to each other, and the legend of dimension letters.
 
     B batch (rows)          L query or target length    S key or source length (encoder)
     D model dim             F MLP dim                   V vocabulary rows
@@ -19,30 +19,30 @@ Tree = Any  # a nested dict of arrays, or of anything with one leaf per array
 LogicalAxes = Mapping[str, tuple[str | None, ...]]  # of every parameter, by name: one logical axis per dim
 Array = Any  # np.ndarray on the host, jax.Array in a program, jax.ShapeDtypeStruct in a plan
 
-MASKED = -1e9  # a score or logit that no softmax gives weight to, and that stays finite in float32
+MASKED = -1e9  # a score or logit whose softmax weight is 0, and which is finite in float32
 
 
 class Batch(NamedTuple):
-    """One training batch: what every objective ends as, so that the trainer never learns which one ran.
+    """One training batch, the same type for every objective, so that the train step does not depend on the objective.
 
-    Which fields are None follows from the config alone, never from the data, so a step is traced once.
+    The config alone determines which fields are None, never the data, so a step is traced once.
 
     Attributes:
         decoder_BL: int32 ids that the decoder reads; None for an encoder-only model.
-        targets_BL: int32 ids that have to be predicted at the places of the decoder (encoder-only: of the encoder).
-        weights_BL: float32 loss weight of each target; 0 where nothing is to be learned.
+        targets_BL: int32 ids to predict at each position of the decoder (encoder-only: of the encoder).
+        weights_BL: float32 loss weight of each target; 0: no loss.
         encoder_BS: int32 ids that the encoder reads; None for a decoder-only model.
         encoder_segments_BS: int32 document number inside a row, from 1; attention stays inside a document.
-            None: the row is one piece of text, nothing is masked. 0 marks padding, seen by nobody.
+            None: the row is one document, nothing is masked. 0 is padding, which is masked everywhere.
         decoder_segments_BL: the same for the decoder.
         encoder_positions_BS: int32 position inside the document; None counts from 0 over the row.
         decoder_positions_BL: the same for the decoder.
-        prefix_BL: bool, True at decoder positions that everyone in the same document may see (prefix LM);
+        prefix_BL: bool, True at decoder positions that are visible to all positions of the same document (prefix LM);
             None: plain causal attention.
         token_types_BS: int32 0 in the first and 1 in the second text of a pair (BERT); None: no pairs.
         follows_B1: int32 1 where the second text of a pair follows the first, 0 where it does not, -1 where the row
             does not count; None: no pairs.
-        component_B1: int32 index in `pipeline.components` of where the row comes from; None where there is one only.
+        component_B1: int32 index in `pipeline.components` of the row's source and objective; None if there is only one.
     """
 
     decoder_BL: Array | None
@@ -60,18 +60,18 @@ class Batch(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A weighted sum on its way to a mean: added across microbatches, devices and hosts, divided once, when printed."""
+    """A weighted sum: added across microbatches, devices and hosts, and divided once, when the mean is printed."""
 
     total: Array
     weight: Array
 
     def mean(self) -> float:
-        """total / weight, or 0 where the weight is 0."""
+        """Return total / weight, or 0 if the weight is 0."""
         return float(self.total) / max(float(self.weight), 1e-30)
 
 
 class TrainState(NamedTuple):
-    """All that training changes; what a checkpoint holds.
+    """Everything that training changes; the arrays of a checkpoint.
 
     Attributes:
         step: int32 scalar, the number of completed updates of this run.
@@ -93,7 +93,7 @@ COMPONENT_METRICS = ("by_component", "rows_by_component")
 
 
 def host_metrics(metrics: Metrics) -> dict[str, float]:
-    """Divide: the value of each metric as a Python float, but for `COMPONENT_METRICS`."""
+    """Return the mean of each metric as a Python float, without `COMPONENT_METRICS`."""
     return {
         name: Sum(np.asarray(value.total), np.asarray(value.weight)).mean()
         for name, value in metrics.items()

@@ -30,7 +30,7 @@ def on_mesh(tree, **axes: int):
 
 
 def new_state(step: int = 0, rows: int = 16, **axes: int) -> TrainState:
-    """A state with the leaves and containers that ours have: Optax tuples, empty states, a bool, a bfloat16."""
+    """A state with all types of leaves and containers of real ones: Optax tuples, empty states, bool, bfloat16."""
     rng = np.random.default_rng(step)
     params = {
         "encoder": {

@@ -1,4 +1,4 @@
-"""What a user does, through flags alone: train on own text, resume, evaluate, generate; in this process, 8 devices."""
+"""Commands end to end, by flags only: train on own text, resume, evaluate, generate; in this process, on 8 devices."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from t5like.cli.main import main
 
 @pytest.fixture
 def train(command, flags, tmp_path):
-    """Run `t5like train` with more flags in tmp_path/NAME; it must succeed. Gives the run directory and stdout."""
+    """Run `t5like train` with more flags in tmp_path/NAME, which must succeed; returns the run directory and stdout."""
 
     def run(name: str, *more: str, **values) -> tuple[Path, str]:
         settings = [f"--config.{field.replace('__', '.')}={value}" for field, value in values.items()]
@@ -29,7 +29,7 @@ def train(command, flags, tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(flags, tmp_path_factory) -> Path:
-    """A run of 12 steps without a stop, which others are compared with."""
+    """An uninterrupted run of 12 steps, with which others are compared."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     assert main(["train", *flags, f"--workdir={workdir}"]) == 0
     return workdir
@@ -37,7 +37,7 @@ def straight(flags, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(flags, tmp_path_factory) -> Path:
-    """The first 6 steps of that run, complete in themselves: copy it."""
+    """A complete run of the first 6 steps of `straight`; copy it before use."""
     workdir = tmp_path_factory.mktemp("half") / "run"
     assert main(["train", *flags, f"--workdir={workdir}", "--config.train.num_steps=6"]) == 0
     return workdir
@@ -52,14 +52,14 @@ def series(workdir: Path, name: str) -> list[float]:
 
 
 def leaves(workdir: Path, step: int) -> dict:
-    """Shape, dtype and digest of every leaf of the saved state: equal only if the states are, bit by bit."""
+    """Shape, dtype and digest of every leaf of the saved state: equal only if the states are bitwise equal."""
     return Checkpoints(workdir / "checkpoints", keep=1).meta(step).leaves
 
 
 # ---- Own text ----
 
 
-def test_own_text_becomes_a_model_that_has_learned_something(train, command, tmp_path, texts):
+def test_training_on_own_text_lowers_the_loss(train, command, tmp_path, texts):
     with gzip.open(tmp_path / "own.jsonl.gz", "wt") as file:
         for line in (texts / "a.txt").read_text().splitlines():
             file.write(json.dumps({"body": line}) + "\n")
@@ -102,7 +102,7 @@ def test_own_text_becomes_a_model_that_has_learned_something(train, command, tmp
     assert code == 0 and err == "" and out.startswith("ba ") and out.endswith(" de\n") and "<extra_id_" not in out
 
 
-def test_generate_repeats_itself_exactly(command, trained):
+def test_generate_is_deterministic(command, trained):
     def say(*options) -> str:
         code, out, err = command("generate", f"--workdir={trained}", "--prompt=ba de", "--max_new_tokens=8", *options)
         assert code == 0 and err == ""
@@ -129,7 +129,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_variant_trains_and_is_evaluated_as_the_run_did(case, train, command, texts):
+def test_a_variant_trains_and_evaluate_returns_the_loss_of_the_run(case, train, command, texts):
     values = dict(CASES[case])
     if "mixture" in case:
         values["data__source"] = f"text:{texts}/a.txt,text:{texts}/b.txt"
@@ -161,7 +161,7 @@ def test_an_encoder_trains_and_fills_masks(train, command):
     assert code == 0 and out.startswith("ba ") and out.endswith(" de\n") and "<extra_id_" not in out, err
 
 
-def test_one_run_turns_from_one_objective_to_another(train, texts):
+def test_a_run_changes_from_one_objective_to_another(train, texts):
     workdir, out = train(
         "run",
         data__objective="span_corruption,prefix_lm",
@@ -202,7 +202,7 @@ def test_bits_per_byte_are_the_nats_over_the_bytes_of_the_targets(train, straigh
     assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]))
 
 
-def test_a_moving_average_is_what_is_evaluated(train, straight):
+def test_the_moving_average_is_evaluated(train, straight):
     averaged, _ = train("averaged", optimizer__ema_decay=0.99)
     assert series(straight, "train/loss") == series(averaged, "train/loss")
     slow, fast = series(averaged, "eval/loss")[-1], series(straight, "eval/loss")[-1]
@@ -212,7 +212,7 @@ def test_a_moving_average_is_what_is_evaluated(train, straight):
 # ---- Runs ----
 
 
-def test_saving_and_evaluating_often_changes_nothing_of_the_training(train, straight):
+def test_frequent_checkpoints_and_evaluations_do_not_change_the_training(train, straight):
     often, _ = train(
         "often",
         train__checkpoint_every=5,
@@ -232,7 +232,7 @@ def test_another_seed_is_another_run(train, straight):
     assert series(workdir, "train/loss")[0] != series(straight, "train/loss")[0]
 
 
-def test_a_complete_run_says_so_and_changes_nothing(train, trained, tmp_path):
+def test_a_complete_run_prints_that_and_changes_nothing(train, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
     before = contents(workdir)
     _, out = train("run", train__num_steps=2, train__checkpoint_every=1)
@@ -243,7 +243,7 @@ def test_a_complete_run_says_so_and_changes_nothing(train, trained, tmp_path):
     assert contents(workdir) == before
 
 
-def test_a_run_goes_on_with_its_own_config_when_more_steps_are_asked_for(command, straight, half, tmp_path):
+def test_a_run_continues_with_its_own_config_and_a_larger_number_of_steps(command, straight, half, tmp_path):
     workdir = shutil.copytree(half, tmp_path / "run")
     code, out, _ = command("train", f"--workdir={workdir}", "--config.train.num_steps=12")
     assert code == 0 and "after step 6" in out and "schedule " not in out
@@ -255,12 +255,12 @@ def test_a_run_goes_on_with_its_own_config_when_more_steps_are_asked_for(command
     assert series(workdir, "train/loss") == series(straight, "train/loss")
 
 
-def test_a_schedule_that_never_reaches_its_rate_is_named_at_the_start(train):
+def test_a_schedule_that_never_reaches_its_rate_is_reported_at_the_start(train):
     _, out = train("run", train__num_steps=1, optimizer__schedule="linear", optimizer__warmup_steps=5)
     assert "schedule   optimizer.warmup_steps=5 is more than train.num_steps=1: the learning rate ends at" in out
 
 
-def test_a_run_goes_on_another_mesh_with_the_same_loss(train, straight, half, tmp_path):
+def test_a_run_continues_on_another_mesh_with_the_same_loss(train, straight, half, tmp_path):
     workdir = shutil.copytree(half, tmp_path / "run")
     _, out = train("run", "--fake_devices=8", mesh__fsdp=2, mesh__tensor=2)
     assert "after step 6" in out and "data 2 x fsdp 2 x tensor 2" in out

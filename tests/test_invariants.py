@@ -1,4 +1,4 @@
-"""A run that is killed or stopped and started again is the run that was not, bit by bit: real processes, one device."""
+"""A run that is killed or stopped and started again equals an uninterrupted one bitwise: real processes, one device."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def arguments(flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A run without a stop, and the process that was it."""
+    """An uninterrupted run, and its finished process."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     process = start(*arguments, f"--workdir={workdir}")
     assert process.returncode == 0, process.stderr
@@ -67,13 +67,11 @@ def leaves(workdir: Path, step: int = 12) -> dict:
 
 
 def learned(workdir: Path) -> list[dict]:
-    """The metrics but for the speed, which is never the same."""
+    """The metrics without speed."""
     return [{name: value for name, value in record.items() if name not in SPEED} for record in read(workdir)]
 
 
-def test_a_run_that_is_killed_and_stopped_and_started_again_ends_as_if_nothing_had_happened(
-    arguments, finished, tmp_path
-):
+def test_a_run_that_is_killed_stopped_and_restarted_equals_an_uninterrupted_run(arguments, finished, tmp_path):
     straight, workdir = finished[0], tmp_path / "run"
     interrupted = lambda step, number: start(
         *arguments, f"--workdir={workdir}", interrupted=(step, number, workdir / "checkpoints" / "5")
@@ -84,7 +82,7 @@ def test_a_run_that_is_killed_and_stopped_and_started_again_ends_as_if_nothing_h
     assert killed.returncode == -signal.SIGKILL
     assert read(workdir)[-1]["step"] >= 8 and steps() == [5]
 
-    saved = [5]  # whoever is told to stop saves, and the same command goes on
+    saved = [5]  # a stopped run saves a checkpoint, and the same command continues
     for number, step in ((signal.SIGTERM, 7), (signal.SIGUSR1, 9)):
         stopped = interrupted(step, number)
         assert stopped.returncode == 75, stopped.stderr
@@ -104,7 +102,7 @@ def test_a_run_that_is_killed_and_stopped_and_started_again_ends_as_if_nothing_h
     assert len(names) == len(set(names)) and {step for step, name in names if name == "train/loss"} == set(range(1, 13))
 
 
-def test_a_fresh_run_says_what_it_does_and_nothing_else(finished):
+def test_the_lines_that_a_new_run_prints(finished):
     _, process = finished
     beginnings = [line.split()[0] for line in process.stdout.split("\n\n")[0].splitlines()]
     assert beginnings == ["model", "devices", "data", beginnings[3], "run", "machine", "start"]
@@ -140,7 +138,7 @@ def test_an_interrupt_from_outside_stops_a_run_between_two_steps(arguments, tmp_
     assert step == read(tmp_path / "run")[-1]["step"] and f"after step {step:,}; saved" in err
 
 
-def test_fake_devices_make_a_mesh_and_a_complete_run_says_that_it_is_complete(flags, trained, tmp_path):
+def test_fake_devices_make_a_mesh_and_a_complete_run_prints_that_it_is_complete(flags, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     mesh = ["--fake_devices=8", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     process = start("train", *flags, f"--workdir={tmp_path}/run", *mesh, "--config.train.num_steps=2")

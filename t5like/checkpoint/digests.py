@@ -1,6 +1,6 @@
-"""Digests of arrays: what a checkpoint's metadata says of each leaf, so that no changed bit is restored in silence.
+"""Digests of arrays, stored in a checkpoint's metadata, so that a changed bit is never restored silently.
 
-Called by `checkpoint`, before arrays are written and after they are read.
+Called by `checkpoints`, before arrays are written and after they are read.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ import numpy as np
 
 from t5like.types import Array
 
-PART = 8 * 2**20  # bytes whose digest is taken at once
+PART_BYTES = 8 * 2**20  # of an array whose digest is computed at once
 
 
 class Leaf(NamedTuple):
-    """What is known of a stored array without reading it."""
+    """A stored array without its values."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -27,9 +27,9 @@ class Leaf(NamedTuple):
 
 
 def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
-    """Shape, dtype and digest of each array.
+    """Return shape, dtype and digest of each array.
 
-    On one device leaf by leaf: on a CPU a program for all keeps some of every leaf's bits at once, twice the memory.
+    On one device the leaves are processed sequentially: on a CPU, one program for all of them needs twice the memory.
     """
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
         digests = {name: jax.device_get(_digest_in_parts(leaf)) for name, leaf in leaves.items()}
@@ -43,29 +43,29 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
 
 @jax.jit
 def _digests(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
-    """One program for all leaves: on many CPU devices, programs in flight together can block each other."""
+    """One program for all leaves: on many CPU devices, programs that run in parallel can block each other."""
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
 def _digest_in_parts(x: Array) -> tuple[Array, Array]:
-    """As `digest`, of some MB at a time: what a CPU keeps besides would else be twice the largest leaf."""
-    rows = max(PART // max(x.nbytes // max(x.shape[0], 1), 1), 1) if x.ndim else 1
+    """Like `digest`, in parts of some MB: otherwise a CPU needs twice the memory of the largest leaf in addition."""
+    rows = max(PART_BYTES // max(x.nbytes // max(x.shape[0], 1), 1), 1) if x.ndim else 1
     if not x.ndim or x.shape[0] <= rows:
         return digest(x)
     sums = (0, 0)
-    for begin in range(0, x.shape[0], rows):
-        part = jax.lax.dynamic_slice_in_dim(x, begin, min(rows, x.shape[0] - begin))
-        lanes = jax.device_get(digest(part, np.uint32(begin)))  # waits: else all parts are there at once
+    for start in range(0, x.shape[0], rows):
+        part = jax.lax.dynamic_slice_in_dim(x, start, min(rows, x.shape[0] - start))
+        lanes = jax.device_get(digest(part, np.uint32(start)))  # waits, so that only one part exists at a time
         sums = tuple((total + int(lane)) % 2**32 for total, lane in zip(sums, lanes, strict=True))
     return sums
 
 
 @jax.jit
-def digest(x: Array, first: Array | int = 0) -> tuple[Array, Array]:
-    """Two uint32 that change with any element's bits or place, and not with the sharding.
+def digest(x: Array, first_row: Array | int = 0) -> tuple[Array, Array]:
+    """Return two uint32 that depend on the bits and the position of every element, but not on the sharding.
 
     Each lane is the wrapping sum of ``mix(bits ^ key(index))``, where mix is MurmurHash3's 32-bit finalizer. That is a
-    bijection, so one changed element always shows. `first` is the place of x's first row in a larger array.
+    bijection, so one changed element always changes the digest. `first_row`: index of x's first row in a larger array.
     """
     bits = (
         x.astype(jnp.uint32)
@@ -76,8 +76,8 @@ def digest(x: Array, first: Array | int = 0) -> tuple[Array, Array]:
     )
     index = jnp.zeros(bits.shape, jnp.uint32)
     for dim, size in enumerate(bits.shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
-        index = index * np.uint32(size % 2**32) + (place if dim else place + jnp.uint32(first))
+        position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+        index = index * np.uint32(size % 2**32) + (position if dim else position + jnp.uint32(first_row))
 
     def lane(key: int) -> Array:
         mixed = bits ^ (index * np.uint32(key) + np.uint32(key >> 1))

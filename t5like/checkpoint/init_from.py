@@ -1,18 +1,18 @@
-"""Weights of another run as the beginning of this one: as they are, or adapted to architecture, vocabulary, depth.
+"""Initial weights from another run: unchanged, or adapted to another architecture, vocabulary or depth.
 
 `init_from.adapt` lists which differences are adapted; every other difference is refused. The source of each parameter
 is chosen by name and shape before anything is read (`ParameterSource`), and reported. Arrays are read once, onto the
 mesh of this run, and released one at a time as they are adapted: there is never a second copy of the model.
 
-* architecture: an encoder-decoder from a decoder-only model. Both stacks begin as its layers; cross-attention with its
-  norm, and the encoder's relative bias (its buckets look both ways, the decoder's do not) begin at random.
-* vocabulary: rows go from tokenizer to tokenizer by piece, sentinels by number; those of pieces that the old one did
-  not have begin at the mean of all its rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
-  Models").
-* depth: the old stack repeated from the bottom, layers 0 1 for 5 give 0 1 0 1 0 (Gong et al. 2019, "Efficient Training
-  of BERT by Progressively Stacking").
+* architecture: an encoder-decoder from a decoder-only model. Both stacks start as its layers. Cross-attention with its
+  norm, and the encoder's relative bias (its buckets are bidirectional, the decoder's are not), are random.
+* vocabulary: rows are mapped from tokenizer to tokenizer by piece, sentinels by index. Rows of pieces that the old
+  tokenizer does not have are the mean of all old rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
+  Language Models").
+* depth: the old stack is repeated from the bottom, layers 0 1 for 5 give 0 1 0 1 0 (Gong et al. 2019, "Efficient
+  Training of BERT by Progressively Stacking").
 
-Called by `train`.
+Called by `train.initial_state`.
 """
 
 import math
@@ -38,9 +38,13 @@ from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
 from t5like.types import Array, TrainState
 
-ROW_DIMS = {"embedding": 0, "head": 1, "head_bias": 0}  # the parameters with a row for each id, and which dim that is
+ROW_DIMS = {
+    "embedding": 0,
+    "head": 1,
+    "head_bias": 0,
+}  # parameters with a row for each token id, and the dim of the rows
 REPORT = "init_from.txt"  # in the run directory
-FREE = tuple(  # fields of the model that change no output, and those that `InitialWeights.report` tells of
+UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are part of `InitialWeights.report`
     f"model.{name}:"
     for name in (
         "architecture",
@@ -53,16 +57,16 @@ FREE = tuple(  # fields of the model that change no output, and those that `Init
         "vocab_multiple",
     )
 )
-MEAN_ROW = -1  # in a row map: no old row
+MEAN_ROW = -1  # in a VocabularyMap: there is no old row
 
 
 class ParameterSource(NamedTuple):
-    """Where a parameter comes from.
+    """The source of a parameter.
 
     Attributes:
-        source: the old parameter's name; None: it begins at random.
-        layers: the old layer of each layer; empty: as they are.
-        rows: the dim whose rows are mapped to another vocabulary; None: as they are.
+        source: the old parameter's name; None: it is random.
+        layers: the old layer of each layer; empty: unchanged.
+        rows: the dim whose rows are mapped to another vocabulary; None: unchanged.
     """
 
     source: str | None
@@ -74,9 +78,9 @@ class VocabularyMap(NamedTuple):
     """A map from a new vocabulary's rows to an old one's.
 
     Attributes:
-        old_V: int32 [new rows], the old row of each, or `MEAN_ROW`; padding rows too have `MEAN_ROW`.
-        old_size: rows of the old vocabulary that are ids; those behind them are padding.
-        text: how many there are of each kind, in words.
+        old_V: int32 [new rows], the old row of each, or `MEAN_ROW`, also for padding rows.
+        old_size: rows of the old vocabulary that are ids; the rows after them are padding.
+        text: the number of rows of each type, in words.
     """
 
     old_V: np.ndarray
@@ -85,13 +89,13 @@ class VocabularyMap(NamedTuple):
 
 
 class InitialWeights(NamedTuple):
-    """The weights that a run begins with.
+    """The weights that a run starts from.
 
     Attributes:
-        params: by name, each where the run's mesh has it; without those that begin at random.
+        params: by name, with the shardings of the run; without the random ones.
         step: of the checkpoint.
-        report: a line for each parameter: its name, and how it begins.
-        differs: what else of the model is not as it was there, a line for each field: it may be meant.
+        report: a line for each parameter: its name and its source.
+        differs: other fields of the model that differ from the checkpoint's, a line for each; they may be intended.
     """
 
     params: dict[str, Array]
@@ -103,8 +107,8 @@ class InitialWeights(NamedTuple):
 def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokenizer) -> InitialWeights:
     """Read the weights of `init_from.checkpoint`, adapted as `init_from.adapt` says.
 
-    A parameter whose name matches `init_from.reinitialize` begins at random; every other one has to be there, and
-    nothing may be left over. The moving average is taken where that run keeps one.
+    A parameter whose name matches `init_from.reinitialize` is random. The checkpoint must contain all other ones, and
+    no more. The moving average is used if that run has one.
 
     Args:
         config: of this run.
@@ -119,7 +123,7 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
     directory = expand(init.checkpoint)
     if not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"init_from.checkpoint={init.checkpoint} holds no run; name the directory of a trained one"
+            f"init_from.checkpoint={init.checkpoint} contains no run; use the directory of a trained one"
         )
     tree.mask(abstract.params, init.reinitialize, field="init_from.reinitialize")
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
@@ -129,7 +133,7 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
     stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
     wanted = tree.flatten(abstract.params)
     _check_adapted(config, meta, stored, wanted, tokenizer, directory)
-    rows = _rows(config, meta, tokenizer) if "vocabulary" in init.adapt else None
+    rows = _map_from(config, meta, tokenizer) if "vocabulary" in init.adapt else None
     origins = {name: _origin(config, meta.config, name, leaf, stored) for name, leaf in wanted.items()}
     sources = {
         origin.source: _as_stored(wanted[name], origin, stored, meta.config)
@@ -137,23 +141,26 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
         if origin.source
     }
     read = checkpoints.restore_params(sources, meta.step, ema=ema, without=init.reinitialize)
-    last = {origin.source: name for name, origin in origins.items()}  # who uses each source last
+    last = {origin.source: name for name, origin in origins.items()}  # the last parameter that uses each source
     params = {}
     for name, origin in origins.items():
         if origin.source:
             array = read.pop(origin.source) if last[origin.source] == name else jnp.copy(read[origin.source])
-            params[name] = _adapted(array, wanted[name].sharding, origin, rows)
+            params[name] = _adapt(array, wanted[name].sharding, origin, rows)
             del array
     width = max(map(len, origins))
-    report = [f"{name:{width}}  {_words(name, origin, rows)}" for name, origin in origins.items()]
+    report = [f"{name:{width}}  {_describe(name, origin, rows)}" for name, origin in origins.items()]
     differs = loader.difference(meta.config, config)
     return InitialWeights(
-        params, meta.step, report, [line for line in differs if line.startswith("model.") and not line.startswith(FREE)]
+        params,
+        meta.step,
+        report,
+        [line for line in differs if line.startswith("model.") and not line.startswith(UNREPORTED_FIELDS)],
     )
 
 
 def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None:
-    """Write how each parameter began into the run directory, from the first process.
+    """Write the source of each parameter into the run directory, from process 0.
 
     Raises:
         CheckpointError: it can't be written.
@@ -170,13 +177,12 @@ def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None
 
 
 def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyMap:
-    """Map a new tokenizer's ids to an old one's: special ids by their role, sentinels by number, the rest by piece.
+    """Map a new tokenizer's ids to an old one's: special ids by their role, sentinels by index, the rest by piece.
 
-    A piece that only the new one has, a sentinel beyond the old ones, and the rows behind the new one's ids map to
-    `MEAN_ROW`.
+    A piece that only the new one has, a sentinel beyond the old ones, and the padding rows map to `MEAN_ROW`.
     """
-    own = {*old.sentinel_ids.tolist(), old.pad_id, old.eos_id, old.unk_id}
-    pieces = {old.name(token): token for token in range(old.vocab_size) if token not in own and old.name(token)}
+    special = {*old.sentinel_ids.tolist(), old.pad_id, old.eos_id, old.unk_id}
+    pieces = {old.name(token): token for token in range(old.vocab_size) if token not in special and old.name(token)}
     roles = {new.pad_id: old.pad_id, new.eos_id: old.eos_id}
     if new.unk_id is not None and old.unk_id is not None:
         roles[new.unk_id] = old.unk_id
@@ -191,10 +197,10 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyM
     kept = int((old_V != MEAN_ROW).sum())
     lost = old.vocab_size - len(set(old_V[old_V != MEAN_ROW].tolist()))
     text = f"{kept:,} of {new.vocab_size:,} rows by piece, {new.vocab_size - kept:,} at the mean"
-    return VocabularyMap(old_V, old.vocab_size, text + (f", {lost:,} old rows without a place" if lost else ""))
+    return VocabularyMap(old_V, old.vocab_size, text + (f", {lost:,} unused old rows" if lost else ""))
 
 
-def _rows(config: Config, meta: Meta, tokenizer: Tokenizer) -> VocabularyMap:
+def _map_from(config: Config, meta: Meta, tokenizer: Tokenizer) -> VocabularyMap:
     old = Tokenizer(meta.tokenizer, num_sentinels=meta.config.tokenizer.num_sentinels, origin="the old tokenizer")
     return map_vocabulary(old, tokenizer, config.vocab_rows)
 
@@ -209,28 +215,28 @@ def _check_adapted(
 ) -> None:
     """Refuse a difference that could be adapted but is not named in `init_from.adapt`."""
     init, old, new = config.init_from, meta.config.model, config.model
-    found = {}
+    differences = {}
     if (old.architecture, new.architecture) == ("decoder", "encoder_decoder"):
-        found["architecture"] = f"it is a decoder-only model, not model.architecture={new.architecture}"
+        differences["architecture"] = f"it is a decoder-only model, not model.architecture={new.architecture}"
     if tokenizer.hash != meta.tokenizer_hash and not all(
         tree.matches(name, init.reinitialize) for name in wanted if name in ROW_DIMS
     ):
-        found["vocabulary"] = (
-            f"its tokenizer is another one ({meta.config.tokenizer.vocab_size:,} ids, not {tokenizer.vocab_size:,})"
+        differences["vocabulary"] = (
+            f"its tokenizer is different ({meta.config.tokenizer.vocab_size:,} ids, not {tokenizer.vocab_size:,})"
         )
     for name, leaf in wanted.items():
-        there = stored.get(_source_name(name, old.architecture, new.architecture))
-        if there and "/layers/" in name and there.shape[1:] == leaf.shape[1:] and there.shape[0] < leaf.shape[0]:
-            found["depth"] = f"it has {there.shape[0]} layers where this model has {leaf.shape[0]}"
-    if missing := [name for name in found if name not in init.adapt]:
+        source = stored.get(_source_name(name, old.architecture, new.architecture))
+        if source and "/layers/" in name and source.shape[1:] == leaf.shape[1:] and source.shape[0] < leaf.shape[0]:
+            differences["depth"] = f"it has {source.shape[0]} layers where this model has {leaf.shape[0]}"
+    if missing := [name for name in differences if name not in init.adapt]:
         raise CheckpointError(
-            f"init_from.checkpoint={directory} does not fit: {'; '.join(found[name] for name in missing)}; "
-            f"use init_from.adapt={','.join([*init.adapt, *missing])} to begin with it all the same"
+            f"init_from.checkpoint={directory} does not fit: {'; '.join(differences[name] for name in missing)}; "
+            f"use init_from.adapt={','.join([*init.adapt, *missing])} to adapt it"
         )
 
 
 def _source_name(name: str, old: str, new: str) -> str | None:
-    """The old parameter that a new one begins as; None: the old architecture has none."""
+    """Return the old parameter that a new one is initialized with; None: the old architecture has none."""
     if (old, new) != ("decoder", "encoder_decoder"):
         return name
     if "/cross_attention" in name or (name.startswith("encoder/") and "relative_bias" in name):
@@ -254,7 +260,7 @@ def _origin(
 def _as_stored(
     leaf: jax.ShapeDtypeStruct, origin: ParameterSource, stored: Mapping[str, Leaf], old: Config
 ) -> jax.ShapeDtypeStruct:
-    """What an old parameter has to be, so that it can become `leaf`; split like it as far as its shape allows."""
+    """Return the shape that an old parameter must have to become `leaf`, sharded like it as far as possible."""
     shape = list(leaf.shape)
     if origin.layers:
         shape[0] = stored[origin.source].shape[0]
@@ -269,7 +275,7 @@ def _as_stored(
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*fitting)))
 
 
-def _adapted(array: Array, sharding: NamedSharding, origin: ParameterSource, rows: VocabularyMap | None) -> Array:
+def _adapt(array: Array, sharding: NamedSharding, origin: ParameterSource, rows: VocabularyMap | None) -> Array:
     if origin.layers:
         array = _stacker(origin.layers, sharding)(array)
     if origin.rows is not None:
@@ -293,13 +299,13 @@ def _mapper(dim: int, old_size: int, sharding: NamedSharding) -> Callable[[Array
     return jax.jit(mapped, out_shardings=sharding)
 
 
-def _words(name: str, origin: ParameterSource, rows: VocabularyMap | None) -> str:
+def _describe(name: str, origin: ParameterSource, rows: VocabularyMap | None) -> str:
     if not origin.source:
-        return "new, at random"
+        return "new, random"
     parts = []
     if origin.layers:
         parts.append(f"stacked from layers {' '.join(map(str, origin.layers))}")
     if origin.rows is not None:
         parts.append(rows.text)
-    told = ", ".join(parts) or "copied"
-    return told if origin.source == name else f"{told}, from {origin.source}"
+    text = ", ".join(parts) or "copied"
+    return text if origin.source == name else f"{text}, from {origin.source}"

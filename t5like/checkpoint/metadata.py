@@ -1,9 +1,9 @@
-"""A checkpoint's metadata: everything but its arrays, as JSON with a checksum. What is read back is checked by schema.
+"""A checkpoint's metadata: everything but its arrays, as JSON with a checksum, checked by a schema when it is read.
 
     {"format": 1, "sha256": of the body, "body": {"step", "run", "config", "tokenizer", "tokenizer_hash", "versions",
                                                   "leaves": {name: {"shape", "dtype", "digest"}}}}
 
-A checkpoint without "run" was written before runs had an id (`checkpoint`). Called by `checkpoint`.
+A checkpoint without "run" was written before runs had an id. Called by `checkpoints`.
 """
 
 import base64
@@ -29,7 +29,7 @@ TEXTS = ("config", "tokenizer", "tokenizer_hash")  # fields of the body that are
 
 
 class Meta(NamedTuple):
-    """All of a checkpoint but its arrays.
+    """Everything in a checkpoint but its arrays.
 
     Attributes:
         run: the id of the run that saved it; "" if that run had none.
@@ -45,7 +45,7 @@ class Meta(NamedTuple):
 
 
 def to_dict(meta: Meta) -> dict[str, Any]:
-    """The metadata as it is written, with its checksum."""
+    """Return the metadata in the form of the file, with its checksum."""
     body = {
         "step": meta.step,
         "run": meta.run,
@@ -59,11 +59,11 @@ def to_dict(meta: Meta) -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Meta:
-    """Check and read what `to_dict` gave.
+    """Check and convert the result of `to_dict`.
 
     Raises:
-        CheckpointError: it is of a newer format, has another checksum, or its body does not have the fields that it
-            must have. The message is the reason, without the file.
+        CheckpointError: the format is newer, the checksum does not match, or a field of the body is missing or wrong.
+            The message contains the reason, without the file.
     """
     if not isinstance(values, dict) or type(values.get("format")) is not int:
         raise CheckpointError("it is not the metadata of a t5like checkpoint")
@@ -76,7 +76,7 @@ def from_dict(values: Any) -> Meta:
     if _sha256(body) != values.get("sha256"):
         raise CheckpointError("its checksum does not match")
     if wrong := _wrong_field(body):
-        raise CheckpointError(f"its checksum matches, but its field {wrong!r} is missing or is not what t5like writes")
+        raise CheckpointError(f"its checksum matches, but its field {wrong!r} is missing or has a wrong type")
     try:
         config = from_json(body["config"])
     except ConfigError as error:
@@ -97,7 +97,7 @@ def from_dict(values: Any) -> Meta:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of what writes a checkpoint, by name."""
+    """Return the versions of the packages that write a checkpoint, by name."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "t5like": t5like.__version__,
@@ -111,7 +111,7 @@ def _sha256(body: Any) -> str:
 
 
 def _wrong_field(body: Any) -> str:
-    """The first field of a body that is not as `to_dict` writes it, or ""."""
+    """Return the first field of a body that `to_dict` can't have written, or ""."""
     if not isinstance(body, dict):
         return "body"
     leaves = body.get("leaves")
@@ -127,7 +127,7 @@ def _wrong_field(body: Any) -> str:
             base64.b64decode(body["tokenizer"])
         except (binascii.Error, ValueError):
             fields["tokenizer"] = False
-    return next((name for name, right in fields.items() if not right), "")
+    return next((name for name, valid in fields.items() if not valid), "")
 
 
 def _is_leaf(leaf: Any) -> bool:

@@ -1,11 +1,11 @@
-"""What decides a run's result: fingerprints of its config, data and code, the machine, and the versions of libraries.
+"""Provenance: everything that determines a run's result. Fingerprints of config, data and code, machine, versions.
 
 `train` prints the main parts when it starts, and appends all of them to ``provenance.jsonl`` in the run directory, one
-record per start: a run that is resumed on another machine shows both. Two runs whose records agree in fingerprints,
-processor, versions and settings give the same losses bit by bit; where results differ, so does one of these.
+record per start: a run that is resumed on another machine has both. Two runs with equal fingerprints, processor,
+versions and settings have bitwise equal losses; if results differ, one of these differs.
 
-A fingerprint is the first 12 hex digits of a sha256. Nothing large is read: token stores are known by the checksums in
-their manifests. All of it takes some 20 ms.
+A fingerprint is the first 12 hex digits of a sha256. Nothing large is read: the fingerprint of a token store is that of
+the checksums in its manifest. All of it takes about 20 ms.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from t5like.sharding import xla_options
 FILE = "provenance.jsonl"  # in a run directory
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "sentencepiece")
 PACKAGE = Path(__file__).parents[1]
-# Environment variables that change what is compiled or computed; others that begin with JAX_ say where caches lie.
+# Environment variables that change compiled programs or results; other JAX_ variables are paths of caches.
 VARIABLES = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -43,7 +43,7 @@ VARIABLES = (
     "JAX_THREEFRY_PARTITIONABLE",
     "JAX_DEFAULT_PRNG_IMPL",
 )
-# Instruction sets of x86 and Arm for which XLA and the libraries below it have code of their own.
+# Instruction sets of x86 and Arm for which XLA and its libraries have separate code.
 INSTRUCTIONS = re.compile(r"sse4|avx|fma|f16c|amx|asimd|sve|sme(?![ap]?p)|bf16|i8mm")
 
 
@@ -51,14 +51,14 @@ INSTRUCTIONS = re.compile(r"sse4|avx|fma|f16c|amx|asimd|sve|sme(?![ap]?p)|bf16|i
 
 
 def fingerprint(value: Any) -> str:
-    """12 hex digits that stand for a value of JSON's types."""
+    """Return 12 hex digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def config_fingerprint(config: Config) -> str:
-    """Of the fields that decide what is learned (all but `run.MAY_CHANGE`), where they differ from their defaults.
+    """Return the fingerprint of the fields that change updates (not in `MUTABLE_FIELDS`) and are not the default.
 
-    A field that a later version adds therefore leaves the fingerprints of existing configs as they are.
+    A field that a later version adds therefore does not change the fingerprints of existing configs.
     """
     default = flatten(Config())
     changed = {name: value for name, value in flatten(config).items() if value != default[name]}
@@ -66,7 +66,7 @@ def config_fingerprint(config: Config) -> str:
 
 
 def shard_checksums(store: TokenStore, splits: Sequence[str] = SPLITS) -> dict[str, str]:
-    """sha256 by file name of a token store's files, as its manifest has them."""
+    """Return the sha256 of each file of a token store, by name, from its manifest."""
     return {
         name: file["sha256"]
         for piece in store.manifest["pieces"]
@@ -76,10 +76,10 @@ def shard_checksums(store: TokenStore, splits: Sequence[str] = SPLITS) -> dict[s
 
 
 def fingerprints(config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]) -> dict[str, Any]:
-    """``config``, ``tokenizer``, ``stores`` (by source), ``heldout`` (of all sources), ``code``."""
+    """Return ``config``, ``tokenizer``, ``stores`` (by source), ``heldout`` (of all sources), ``code``."""
     return {
         "config": config_fingerprint(config),
-        "tokenizer": hashlib.sha256(tokenizer.model_bytes).hexdigest()[:12],  # of the file, as sha256sum prints it
+        "tokenizer": hashlib.sha256(tokenizer.model_bytes).hexdigest()[:12],  # of the file, equal to sha256sum
         "stores": {
             source: fingerprint(shard_checksums(store))
             for source, store in zip(config.data.source, stores, strict=True)
@@ -90,14 +90,14 @@ def fingerprints(config: Config, tokenizer: Tokenizer, stores: Sequence[TokenSto
 
 
 def code_fingerprint() -> str:
-    """Of the package's own source files: changes that are not committed show too."""
+    """Return the fingerprint of the package's source files, which includes uncommitted changes."""
     files = sorted(PACKAGE.rglob("*.py"))
     digests = [[path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
     return fingerprint(digests)
 
 
 def commit() -> str | None:
-    """The git commit that is checked out in the clone that runs; None where the package is installed without one."""
+    """Return the checked out git commit of the running clone; None if the package is installed without one."""
     try:
         directory = PACKAGE.parent / ".git"
         if directory.is_file():  # of a worktree or a submodule: "gitdir: PATH"
@@ -121,7 +121,7 @@ def commit() -> str | None:
 
 
 def processor() -> dict[str, Any]:
-    """Model name, architecture, cores that this process may use, and instruction sets that arithmetic depends on."""
+    """Return model name, architecture, usable cores, and the instruction sets on which arithmetic depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:  # not Linux
@@ -137,13 +137,16 @@ def processor() -> dict[str, Any]:
 
 
 def widest(instructions: Sequence[str]) -> str:
-    """The instruction sets that decide most of a processor's arithmetic, as one name."""
-    kinds = {"amx": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
-    return next((shown for kind, shown in kinds.items() if any(name.startswith(kind) for name in instructions)), "")
+    """Return the widest vector instruction set, as one name; it determines most of a processor's arithmetic."""
+    names_by_prefix = {"amx": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+    return next(
+        (shown for prefix, shown in names_by_prefix.items() if any(name.startswith(prefix) for name in instructions)),
+        "",
+    )
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, the libraries that compute, t5like, and its commit."""
+    """Return the versions of Python, of the numerical libraries and of t5like, and its commit."""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -153,7 +156,7 @@ def versions() -> dict[str, str | None]:
 
 
 def settings(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What XLA and JAX are asked for: environment variables that are set, JAX's switches, the train step's options."""
+    """Return the settings of XLA and JAX: environment variables, JAX's flags, and options of the train step."""
     return {
         **{name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         "jax_default_matmul_precision": jax.config.jax_default_matmul_precision,
@@ -171,20 +174,20 @@ def settings(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def describe(
-    asked: Config, config: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, stores: Sequence[TokenStore]
+    requested: Config, config: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, stores: Sequence[TokenStore]
 ) -> dict[str, Any]:
-    """All that decides a run's result.
+    """Return everything that determines a run's result.
 
     Args:
-        asked: as the run directory keeps it, the same on every machine.
-        config: settled on `mesh`.
+        requested: the config as the run directory stores it, equal on every machine.
+        config: resolved on `mesh`.
         stores: one for each of `data.source`.
     """
-    first = mesh.devices.flat[0]
+    device = mesh.devices.flat[0]
     return {
-        "fingerprints": fingerprints(asked, tokenizer, stores),
+        "fingerprints": fingerprints(requested, tokenizer, stores),
         "processor": processor(),
-        "devices": {"kind": first.device_kind, "platform": first.platform, "count": mesh.size},
+        "devices": {"kind": device.device_kind, "platform": device.platform, "count": mesh.size},
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "processes": jax.process_count(),
         "versions": versions(),
@@ -193,15 +196,15 @@ def describe(
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
-    """The main parts of `describe`, for people."""
-    prints, cpu, known = (record[name] for name in ("fingerprints", "processor", "versions"))
+    """Return the main parts of `describe` as lines to print."""
+    prints, cpu, packages = (record[name] for name in ("fingerprints", "processor", "versions"))
     stores = ", ".join(prints["stores"].values())
     model = " ".join(filter(None, (cpu["model"], widest(cpu["instructions"]))))
-    code = f"t5like {known['t5like']}" + (f" ({known['commit'][:7]})" if known["commit"] else "")
+    code = f"t5like {packages['t5like']}" + (f" ({packages['commit'][:7]})" if packages["commit"] else "")
     return [
         f"run        config {prints['config']}, tokenizer {prints['tokenizer']}, data {stores}, "
         f"held out {prints['heldout']}",
-        f"machine    {model}, Python {known['python']}, jax {known['jax']}, numpy {known['numpy']}, {code}",
+        f"machine    {model}, Python {packages['python']}, jax {packages['jax']}, numpy {packages['numpy']}, {code}",
     ]
 
 

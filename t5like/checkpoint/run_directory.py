@@ -1,9 +1,9 @@
-"""What a run directory holds, and how a finished or running run is opened again by another command.
+"""The run directory: its files, the checks before it is written, and how other commands load a run from it.
 
     config.json  tokenizer.model  checkpoints/<step>/  metrics.jsonl  provenance.jsonl  tensorboard/  loss.png
     samples.txt  profile/
 
-`train` writes it; `main`'s other commands read it through `load`.
+`train` writes it; the other commands read it with `load`.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Array, TrainState, Tree
 
-# What may differ when a run continues: how it runs and what it reports, not what it learns. A longer num_steps
-# stretches schedules that depend on it; the loop says so.
+# Fields that may differ when a run continues: they change how it runs and what it reports, but no update. A larger
+# num_steps stretches schedules that depend on it; the training loop then prints a warning.
 MUTABLE_FIELDS = (
     "mesh.",
     "train.num_steps",
@@ -65,30 +65,30 @@ MUTABLE_FIELDS = (
 )
 
 
-# What may differ, with all that isn't the model, as long as nothing was learned since an import.
+# Fields of the model that may differ as long as imported weights have not been trained; other sections may differ too.
 MUTABLE_AFTER_IMPORT = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length")
 
 
 class Run(NamedTuple):
-    """A trained model with all that belongs to it."""
+    """A trained model with its config and tokenizer, loaded on a mesh."""
 
     step: int
-    config: Config  # settled on `mesh`
+    config: Config  # resolved on `mesh`
     mesh: jax.sharding.Mesh
-    params: Tree  # the moving average, where the run keeps one
+    params: Tree  # the moving average if the run has one
     tokenizer: Tokenizer
 
 
 def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
-    """The run's checkpoints, kept as its config says."""
+    """Return the checkpoints of a run, which are kept as its config requires."""
     return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_every=config.train.keep_every)
 
 
 def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -> Run:
-    """Open a run at a checkpoint (default: the latest), whatever it was trained on.
+    """Load a run at a checkpoint (default: the newest), on any devices.
 
-    On one device, or on all devices of all processes: on the run's own mesh if they fit it, else split by fsdp as far
-    as it goes; the batch is then rounded up to what they can share.
+    It is loaded on one device, or on all devices of all processes: with the run's own mesh if that fits, otherwise
+    sharded by fsdp as far as possible, with the batch size rounded up to a multiple of the devices.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -109,19 +109,19 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
 
 
 def check_checkpoint(meta: Meta, config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Refuse a checkpoint that does not belong to the run in whose directory it lies.
+    """Refuse a checkpoint that does not belong to the run of its directory.
 
     Raises:
-        CheckpointError: it was saved with a config that can't be an earlier one of the run.
-        DataError: it was saved with another tokenizer than the run's tokenizer.model.
+        CheckpointError: its config can't be an earlier config of the run.
+        DataError: its tokenizer is not the run's tokenizer.model.
     """
     path = workdir / "checkpoints" / str(meta.step)
-    if config.model.dtype == "auto":  # a checkpoint has what that was on the run's devices
+    if config.model.dtype == "auto":  # a checkpoint contains the resolved dtype
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=meta.config.model.dtype))
-    if differs := _what_differs(meta.config, config, imported=meta.step == 0):
+    if differs := _forbidden_differences(meta.config, config, imported=meta.step == 0):
         raise CheckpointError(
-            f"{path} is not of the run in {workdir}, whose config differs: {shorten(differs, separator='; ')}; "
-            "move it away, or put the run's own config.json back"
+            f"{path} does not belong to the run in {workdir}, whose config differs: "
+            f"{shorten(differs, separator='; ')}; move it away, or put the run's own config.json back"
         )
     if tokenizer.hash != meta.tokenizer_hash:
         raise DataError(
@@ -130,7 +130,7 @@ def check_checkpoint(meta: Meta, config: Config, tokenizer: Tokenizer, workdir: 
 
 
 def on_devices(config: Config, count: int, slices: int = 1) -> Config:
-    """A config for evaluation on so many devices in so many slices: its own mesh if that fits, else one that does."""
+    """Return a config for evaluation on `count` devices: with its own mesh if that fits, otherwise with another one."""
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, microbatches=1),
@@ -149,7 +149,7 @@ def on_devices(config: Config, count: int, slices: int = 1) -> Config:
 
 
 def write_imported(params: Tree, config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Make a run directory of weights from elsewhere: a checkpoint of step 0 without an optimizer's state."""
+    """Create a run directory from imported weights: a checkpoint of step 0 without an optimizer state."""
     open_run_directory(config, tokenizer, workdir)
     checkpoints = checkpoints_of(workdir, config)
     checkpoints.save(
@@ -161,76 +161,78 @@ def write_imported(params: Tree, config: Config, tokenizer: Tokenizer, workdir: 
     checkpoints.close()
 
 
-def imported(workdir: Path) -> bool:
-    """Whether a run directory holds weights from elsewhere, with which nothing was learned yet: those of step 0."""
+def is_imported(workdir: Path) -> bool:
+    """Whether a run directory contains imported weights that have not been trained: its newest checkpoint is step 0."""
     return (workdir / "checkpoints" / "0").is_dir() and Checkpoints(workdir / "checkpoints", keep=1).latest() == 0
 
 
 def with_run_tokenizer(config: Config, workdir: Path) -> Config:
-    """The config with what it does not name itself: the tokenizer of imported weights, and the ids that end a text.
+    """Fill in fields that the config leaves empty: the tokenizer of imported weights, and the ids that end a text.
 
-    The ids are those of the run that continues, or of the one that `init_from.checkpoint` begins with.
+    The ids are those of the run that continues, or of the run in `init_from.checkpoint`.
     """
     tokenizer, init = config.tokenizer, config.init_from
-    if not tokenizer.path and imported(workdir):
+    if not tokenizer.path and is_imported(workdir):
         tokenizer = dataclasses.replace(tokenizer, path=str(workdir / "tokenizer.model"))
-    origins = [workdir]
+    directories = [workdir]
     if init.checkpoint and "vocabulary" not in init.adapt:
-        origins.append(Path(init.checkpoint))
-    origin = next((path for path in origins if (path / "config.json").is_file()), None)
-    if origin and not tokenizer.extra_eos_ids:
-        tokenizer = dataclasses.replace(tokenizer, extra_eos_ids=saved_config(origin).tokenizer.extra_eos_ids)
+        directories.append(Path(init.checkpoint))
+    source = next((path for path in directories if (path / "config.json").is_file()), None)
+    if source and not tokenizer.extra_eos_ids:
+        tokenizer = dataclasses.replace(tokenizer, extra_eos_ids=saved_config(source).tokenizer.extra_eos_ids)
     return dataclasses.replace(config, tokenizer=tokenizer)
 
 
 def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
-    """The weights of an imported run by name, each where `abstract` says it lives."""
+    """Read the weights of an imported run by name, with the shardings in `abstract`."""
     return Checkpoints(workdir / "checkpoints", keep=1).restore_params(tree.flatten(abstract.params), 0)
 
 
-def _differs(config: Config, workdir: Path) -> list[str]:
-    """The fields that keep a config from going on with a run directory."""
-    if imported(workdir):
-        return _what_differs(Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config, imported=True)
-    return _what_differs(saved_config(workdir), config)
+def _directory_differences(config: Config, workdir: Path) -> list[str]:
+    """Return the fields that prevent a config from continuing the run of a directory."""
+    if is_imported(workdir):
+        return _forbidden_differences(
+            Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config, imported=True
+        )
+    return _forbidden_differences(saved_config(workdir), config)
 
 
-def _what_differs(old: Config, new: Config, *, imported: bool = False) -> list[str]:
-    """What keeps `new` from going on where `old` stopped; imported: `old` is of weights from elsewhere."""
+def _forbidden_differences(old: Config, new: Config, *, imported: bool = False) -> list[str]:
+    """Return the fields that prevent `new` from continuing a run of `old`; imported: `old` is an untrained import."""
     lines = loader.difference(old, new)
     if not imported:
         return [line for line in lines if not line.startswith(MUTABLE_FIELDS)]
     fixed = ("model.", "tokenizer.vocab_size", "tokenizer.num_sentinels")
-    free = tuple(f"model.{name}:" for name in MUTABLE_AFTER_IMPORT)
+    mutable = tuple(f"model.{name}:" for name in MUTABLE_AFTER_IMPORT)
     if new.model.positions == "learned":
-        free = tuple(name for name in free if name != "model.max_length:")
-    free += ("model.vocab_multiple:",) if old.vocab_rows == new.vocab_rows else ()
-    return [line for line in lines if line.startswith(fixed) and not line.startswith(free)]
+        mutable = tuple(name for name in mutable if name != "model.max_length:")
+    mutable += ("model.vocab_multiple:",) if old.vocab_rows == new.vocab_rows else ()
+    return [line for line in lines if line.startswith(fixed) and not line.startswith(mutable)]
 
 
 def check_run_directory(config: Config, workdir: Path) -> None:
-    """Refuse a directory that could not take this run. Changes nothing, so that a run that can't begin leaves no trace.
+    """Refuse a directory that can't become this run's. Nothing is written, so that a refused run leaves no trace.
 
     Raises:
-        ConfigError: it holds a run that learns something else, or a stranger's files.
+        ConfigError: it contains a run with another config, or files of another program.
         CheckpointError: it can't be written, or its config.json is damaged.
     """
     try:
         if (workdir / "config.json").exists():
-            if differs := _differs(config, workdir):
-                born = imported(workdir)
+            if differs := _directory_differences(config, workdir):
+                imported = is_imported(workdir)
                 raise ConfigError(
-                    f"--workdir={workdir} holds {'weights of another model' if born else 'another run'}: "
+                    f"--workdir={workdir} holds {'weights of another model' if imported else 'another run'}: "
                     + shorten(differs, separator="; ")
-                    + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if born else "")
-                    + "; use another --workdir" * (not born)
+                    + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if imported else "")
+                    + "; use another --workdir" * (not imported)
                 )
         elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
-            raise ConfigError(f"--workdir={workdir} is not empty and holds no run of ours; use another --workdir")
+            raise ConfigError(f"--workdir={workdir} is not empty and holds no run; use another --workdir")
         parent = next(path for path in (workdir, *workdir.parents) if path.exists())
         if not parent.is_dir():
             raise CheckpointError(f"--workdir={workdir} can't be written: {parent} is a file; use another --workdir")
-        try:  # permissions alone don't tell: a file system may be full, or mounted for reading
+        try:  # permissions are not enough: a file system may be full or read-only
             with tempfile.TemporaryFile(dir=parent):
                 pass
         except OSError as error:
@@ -242,10 +244,10 @@ def check_run_directory(config: Config, workdir: Path) -> None:
 
 
 def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Make the run directory with its config.json and tokenizer, or check that it holds this very run; lock it.
+    """Create the run directory with config.json and tokenizer, or check that it contains this run; lock it.
 
     Raises:
-        DataError: the run began with another tokenizer.
+        DataError: the run was started with another tokenizer.
         ConfigError, CheckpointError: see `check_run_directory`; also if another process has the lock.
     """
     if not processes.is_primary():
@@ -256,7 +258,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
     path = workdir / "tokenizer.model"
     if path.exists() and Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
         raise DataError(
-            f"{path} is not the tokenizer that the config gives; set --config.tokenizer.path={path} to go on with it"
+            f"{path} is not the tokenizer of the config; set --config.tokenizer.path={path} to continue with it"
         )
     if not processes.is_primary():
         return
@@ -276,7 +278,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
 
 
 def config_of(workdir: Path) -> Config:
-    """As `saved_config`, of a directory that a user names.
+    """Like `saved_config`, for a directory that a user names.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
@@ -287,7 +289,7 @@ def config_of(workdir: Path) -> Config:
 
 
 def saved_config(workdir: Path) -> Config:
-    """The config of the run in a directory.
+    """Read the config of the run in a directory.
 
     Raises:
         CheckpointError: its config.json is damaged, or of another version.

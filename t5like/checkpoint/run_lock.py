@@ -1,7 +1,7 @@
 """One writer for a run directory: an advisory lock on its file `.lock`, which the system releases when a process ends.
 
-The file itself means nothing and stays: a process that is killed leaves no lock behind. A file system without locks, as
-some network file systems are, does without.
+The file itself has no meaning and is never removed; a killed process leaves no lock. File systems without locks, such
+as some network file systems, are used without one. Called by `run_directory`, and by `cli.main` to release it.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ _locks: list[int] = []  # descriptors of the locked files
 
 
 def lock(workdir: Path) -> None:
-    """Take a run directory, which exists, for this process, until the end of `released`, or of the process.
+    """Lock an existing run directory for this process, until the end of the block of `released` or of the process.
 
     Raises:
-        CheckpointError: another process has it.
+        CheckpointError: another process has locked it.
         OSError: the directory can't be written.
     """
     descriptor = os.open(workdir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -37,13 +37,13 @@ def lock(workdir: Path) -> None:
                 f"--workdir={workdir} is in use: another process writes this run; wait until it has ended, or use "
                 "another --workdir"
             ) from None
-        return  # ENOLCK, EOPNOTSUPP, EBADF: no locks here
+        return  # ENOLCK, EOPNOTSUPP, EBADF: the file system has no locks
     _locks.append(descriptor)
 
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Release at its end what `lock` took within."""
+    """Release the locks of `lock` at the end of the block."""
     try:
         yield
     finally:

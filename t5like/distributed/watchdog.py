@@ -30,7 +30,7 @@ from t5like.io.streams import write_error
 
 @contextlib.contextmanager
 def watchdog(phase: str, step: int | None = None, *, times: int = 1) -> Iterator[None]:
-    """Limit a block that waits for other processes inside JAX to `times` x `process_timeout_seconds`; then exit with 76."""
+    """Limit a block that waits for other processes in JAX to `times` x `process_timeout_seconds`, then exit with 76."""
     process = current()
     if process is None:
         yield

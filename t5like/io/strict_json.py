@@ -78,8 +78,8 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise InvalidJSON(f"{twice[:80]!r} stands there twice")
+        duplicate = next(name for index, name in enumerate(names) if name in names[:index])
+        raise InvalidJSON(f"the key {duplicate[:80]!r} occurs twice")
     return values
 
 

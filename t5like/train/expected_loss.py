@@ -1,8 +1,8 @@
-"""What a run came to, next to the held-out losses at which known runs of the same config on the same text end.
+"""The result of a run, compared with the held-out losses of known runs of the same config on the same text.
 
-`EXPECTED` is data, not a rule of training: whoever renews a preset, or sees another result on another machine, changes
-a line there, and the table in benchmarks/RESULTS.md with it. A run is recognized by its fingerprints (`provenance`),
-not by its name, so that another Python's standard library, which is other text, is not judged by this one's numbers.
+`EXPECTED` is data, not a rule of training: update it, and the table in benchmarks/RESULTS.md, when a preset changes or
+another machine has another result. A run is recognized by its fingerprints (`provenance`), not by its name: the
+standard library of another Python version is another text, and has another expected loss. Called by `loop`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Expected:
     """The range of held-out losses, in nats per target token, of one config on one text after so many steps."""
 
     name: str
-    config: str  # fingerprints, as `provenance.fingerprints` has them
+    config: str  # fingerprints of `provenance.fingerprints`
     tokenizer: str
     stores: tuple[str, ...]
     num_steps: int
@@ -41,7 +41,7 @@ EXPECTED = (
 
 
 def verdict(prints: Mapping[str, Any], num_steps: int, loss: float, known: tuple[Expected, ...]) -> str:
-    """A line that says whether a run's held-out loss is an expected one; empty for a config that nobody stored.
+    """Return a line about whether a run's held-out loss is expected; empty for a config without expected loss.
 
     Args:
         prints: `provenance.fingerprints` of the run.
@@ -65,7 +65,7 @@ def verdict(prints: Mapping[str, Any], num_steps: int, loss: float, known: tuple
 
 
 def summary(workdir: Path, config: Config, prints: Mapping[str, Any]) -> str:
-    """The run's result in one block, read back from its metrics file as far as it is there, and what such runs reach.
+    """Return the run's result, read from its metrics file, and the expected loss, as lines to print.
 
     Args:
         prints: `provenance.fingerprints` of the run.

@@ -1,4 +1,4 @@
-"""Checkpoints: exact on any mesh, refused when they do not fit or are damaged, never lost to a kill or a full disk."""
+"""Checkpoints: exact on any mesh, refused if they do not fit or are damaged, never lost by a kill or a full disk."""
 
 import json
 import resource
@@ -27,7 +27,7 @@ MESHES = [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 1}]
 
 @pytest.mark.parametrize("before", MESHES)
 @pytest.mark.parametrize("after", MESHES)
-def test_a_state_comes_back_bitwise_on_any_mesh(tmp_path, before, after):
+def test_a_state_is_restored_bitwise_on_any_mesh(tmp_path, before, after):
     state = new_state(3, **before)
     abstract = on_mesh(state, **after)
     restored = saved(tmp_path, 3, **before).restore(abstract)
@@ -35,7 +35,7 @@ def test_a_state_comes_back_bitwise_on_any_mesh(tmp_path, before, after):
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def test_the_average_is_optional_and_read_alone(tmp_path):
+def test_the_moving_average_is_optional_and_can_be_read_alone(tmp_path):
     state = new_state(1, data=8)
     ema = jax.tree.map(lambda leaf: leaf + 1, state.params)
     checkpoints = saved(tmp_path / "plain", 1)
@@ -48,7 +48,7 @@ def test_the_average_is_optional_and_read_alone(tmp_path):
     assert_bitwise(checkpoints.restore_params(on_mesh(ema, data=1)), state.params)
 
 
-def test_the_rest_comes_back_as_it_was(tmp_path):
+def test_metadata_is_restored(tmp_path):
     meta = saved(tmp_path, 3, 4).meta(3)
     assert (meta.step, meta.config, meta.tokenizer, meta.tokenizer_hash) == (3, *REST.values())
     assert meta.versions["jax"] == jax.__version__
@@ -101,7 +101,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, change, message)
 
 
 @pytest.mark.parametrize("params", [{"a.b": 1}, {"a/b": 1}, {"": 1}, [{"0": 1}, {".": 2}]])
-def test_names_that_would_meet_on_disk_are_refused(tmp_path, params):
+def test_names_that_may_collide_on_disk_are_refused(tmp_path, params):
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.float32, params), ())
     with pytest.raises(CheckpointError, match="whose names may collide on disk: params/"):
         Checkpoints(tmp_path, keep=1).save(state, **REST)
@@ -113,7 +113,7 @@ def lanes(x) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "uint32", "bfloat16", "float16", "float32"])
-def test_a_digest_sees_every_bit_and_place_and_not_the_mesh(dtype):
+def test_a_digest_depends_on_every_bit_and_position_but_not_on_the_mesh(dtype):
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 2 if dtype == "bool" else 256, (16, 4 * jnp.dtype(dtype).itemsize), np.uint8)
     x = raw.view(jnp.dtype(dtype))
@@ -156,10 +156,10 @@ def test_flipped_bits_are_never_restored(tmp_path):
             assert_bitwise(checkpoints.restore(abstract), want)
         except CheckpointError as error:
             damaged += "is damaged: what was read is not what was saved in" in str(error)
-    assert damaged >= 3  # these Orbax read without a word
+    assert damaged >= 3  # Orbax reads these without an error
 
 
-def test_damaged_files_give_one_line(tmp_path):
+def test_damaged_files_raise_an_error_of_one_line(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     abstract, want = on_mesh(new_state(), data=1), new_state(2)
     shutil.copytree(tmp_path / "2", tmp_path / "whole")
@@ -191,7 +191,7 @@ def test_changed_metadata_and_newer_formats_are_refused(tmp_path):
         checkpoints.meta()
 
 
-def test_only_committed_checkpoints_exist(tmp_path):
+def test_only_committed_checkpoints_are_listed(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     (tmp_path / "2" / COMMITTED).unlink()
     for stray in ("9", "7", "5/theirs", "7.orbax-checkpoint-tmp", "notes"):  # 9 and 7: killed when just made
@@ -206,12 +206,12 @@ def test_only_committed_checkpoints_exist(tmp_path):
         Checkpoints(tmp_path / "empty", keep=1).meta()
 
 
-def test_the_newest_and_the_multiples_are_kept(tmp_path):
+def test_the_newest_checkpoints_and_the_multiples_are_kept(tmp_path):
     assert saved(tmp_path, 2, 4, 5, 6, 10, 11, 12, keep=2, keep_every=5).steps() == [5, 10, 11, 12]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "12", "5", "run_id"]
 
 
-def test_a_relative_path_stays_where_it_was_made(tmp_path, monkeypatch):
+def test_a_relative_path_is_resolved_when_checkpoints_are_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints(Path("run/checkpoints"), keep=1)
     (tmp_path / "elsewhere").mkdir()
@@ -221,7 +221,7 @@ def test_a_relative_path_stays_where_it_was_made(tmp_path, monkeypatch):
     assert (tmp_path / "run/checkpoints/1" / COMMITTED).exists()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+def test_a_full_disk_raises_an_error_and_leaves_no_files(tmp_path):
     checkpoints = saved(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     state = new_state(rows=1 << 14)
@@ -240,14 +240,14 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     assert checkpoints.steps() == [1, 4]
 
 
-def test_a_directory_that_can_not_be_made_is_told(tmp_path):
+def test_a_directory_that_can_not_be_created_raises_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file.* can't be"):
         Checkpoints(tmp_path / "file" / "checkpoints", keep=1).save(new_state(1), **REST)
 
 
 def run(program: str, directory: Path) -> subprocess.Popen:
-    """Start a program that has this file's names, in a process that may be killed or limited."""
+    """Start a program that imports this file's names, in a process that may be killed or limited."""
     header = "import sys\nsys.path[:0] = ['.', 'tests', 'tests/checkpoint']\nfrom test_checkpoints import *\n"
     header += "checkpoints = saved(sys.argv[1])\n"
     return subprocess.Popen(
@@ -274,7 +274,7 @@ def test_a_failed_save_prints_nothing_but_its_error(tmp_path):
     assert "could not be written" in output and output.count("\n") == 1 and noise == ""
 
 
-def test_a_killed_save_costs_nothing_but_itself(tmp_path):
+def test_a_killed_save_does_not_damage_other_checkpoints(tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(2):
         with run(
@@ -298,8 +298,8 @@ def test_a_killed_save_costs_nothing_but_itself(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # two checkpoints and run_id
 
 
-def test_a_large_array_has_one_digest_whether_it_is_read_whole_or_in_parts(rng, monkeypatch):
-    monkeypatch.setattr(digests, "PART", 100)
+def test_the_digest_of_a_large_array_does_not_depend_on_parts(rng, monkeypatch):
+    monkeypatch.setattr(digests, "PART_BYTES", 100)
     for shape in [(), (7,), (7, 3, 2), (300,), (2, 500)]:  # bytes of a row below and above a part's, a rest at the end
         x = jnp.asarray(rng.normal(size=shape), jnp.float32)
         assert describe({"x": x})["x"].digest == tuple(map(int, digest(x))), shape

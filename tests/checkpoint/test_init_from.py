@@ -1,4 +1,4 @@
-"""Weights of another run, adapted: which old numbers each parameter has, what the model says, what is refused."""
+"""Initial weights from another run: the source of each parameter, logits of the adapted model, refusals."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ from t5like.types import Batch
 
 
 def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
-    """A tokenizer of 300 ids and so many, with `extra` pieces of its own, in front of all that both have."""
+    """A tokenizer of 300 ids and the `extra` pieces, which come before the common ones."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(f"{first}{second} {second}" for first in SYLLABLES for second in SYLLABLES),
@@ -64,7 +64,7 @@ def saved(directory, config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarr
 
 
 def begun(decoder, tokenizer: Tokenizer, *, axes: dict | None = None, **sections) -> tuple[Config, dict, list[str]]:
-    """What a run that begins with the decoder begins with: its config, all parameters by name, the report."""
+    """Initialize a run from the decoder: its config, all parameters by name, the report."""
     directory, old, _ = decoder
     init = {"checkpoint": str(directory), **sections.pop("init_from", {})}
     model = {"architecture": "decoder", "model_dim": 16, "mlp_dim": 32, **sections.pop("model", {})}
@@ -88,7 +88,7 @@ def logits(config: Config, params: dict, ids_BL: np.ndarray) -> np.ndarray:
     return np.asarray(Transformer(config).apply({"params": nested}, Batch(ids_BL, ids_BL, np.ones(ids_BL.shape))))
 
 
-def test_rows_follow_pieces_special_ids_their_role_and_sentinels_their_number():
+def test_rows_are_mapped_by_piece_special_ids_by_role_and_sentinels_by_index():
     rows = map_vocabulary(OLD, NEW, 384)
     assert rows.text == "320 of 328 rows by piece, 8 at the mean"
     for token, old in enumerate(rows.old_V[: NEW.vocab_size]):
@@ -97,10 +97,10 @@ def test_rows_follow_pieces_special_ids_their_role_and_sentinels_their_number():
         assert (names[old] == new_name) if old != MEAN_ROW else (new_name not in names), new_name
     assert (rows.old_V[NEW.vocab_size :] == MEAN_ROW).all()
     back = map_vocabulary(NEW, OLD, 320)
-    assert back.text == "320 of 320 rows by piece, 0 at the mean, 8 old rows without a place"
+    assert back.text == "320 of 320 rows by piece, 0 at the mean, 8 unused old rows"
 
 
-def test_a_larger_vocabulary_leaves_the_logits_of_old_tokens_and_begins_new_rows_at_the_mean(decoder, rng):
+def test_a_larger_vocabulary_keeps_the_logits_of_old_tokens_and_new_rows_are_the_mean(decoder, rng):
     _, old_config, old = decoder
     adapt = {"adapt": ("vocabulary",)}
     config, params, report = begun(decoder, NEW, axes={"fsdp": 2, "tensor": 2, "data": 2}, init_from=adapt)
@@ -120,7 +120,7 @@ def test_a_larger_vocabulary_leaves_the_logits_of_old_tokens_and_begins_new_rows
     assert "head 320 of 328 rows by piece, 8 at the mean" in report
 
 
-def test_a_decoder_becomes_encoder_and_decoder_and_a_deeper_one_repeats_its_layers(decoder):
+def test_a_decoder_initializes_an_encoder_decoder_and_a_deeper_stack_repeats_layers(decoder):
     _, _, old = decoder
     model = {"architecture": "encoder_decoder", "num_layers": 5, "num_decoder_layers": 2}
     adapt = {"adapt": ("architecture", "depth")}
@@ -128,7 +128,7 @@ def test_a_decoder_becomes_encoder_and_decoder_and_a_deeper_one_repeats_its_laye
     place = [0, 1, 0, 1, 0]
     for name, value in params.items():
         if "cross_attention" in name or name == "encoder/relative_bias/table":
-            assert f"{name} new, at random" in report
+            assert f"{name} new, random" in report
             continue
         source = name.replace("encoder/", "decoder/")
         expected = old[source][place] if name.startswith("encoder/layers/") else old[source]
@@ -144,19 +144,19 @@ def test_a_decoder_becomes_encoder_and_decoder_and_a_deeper_one_repeats_its_laye
 @pytest.mark.parametrize(
     "tokenizer, model, message",
     [
-        (NEW, {}, r"its tokenizer is another one \(320 ids, not 328\); use init_from.adapt=vocabulary"),
+        (NEW, {}, r"its tokenizer is different \(320 ids, not 328\); use init_from.adapt=vocabulary"),
         (OLD, {"num_layers": 3}, "it has 2 layers where this model has 3; use init_from.adapt=depth"),
         (OLD, {"num_layers": 1}, r"float32\[2, .*, not float32\[1, "),
         (OLD, {"architecture": "encoder_decoder", "num_layers": 3},
          "decoder-only model, not model.architecture=encoder_decoder; .* use init_from.adapt=architecture,depth"),
     ],
 )  # fmt: skip
-def test_what_differs_unnamed_is_refused_and_the_refusal_names_what_would_adapt_it(decoder, tokenizer, model, message):
+def test_a_difference_is_refused_with_the_adapt_option_that_allows_it(decoder, tokenizer, model, message):
     with pytest.raises(CheckpointError, match=message):
         begun(decoder, tokenizer, model=model, data={"objective": "prefix_lm"})
 
 
-def test_a_relative_checkpoint_is_made_absolute_so_that_the_run_goes_on_from_any_folder(tmp_path, monkeypatch):
+def test_a_relative_checkpoint_path_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = small(init_from={"checkpoint": "runs/first"}, tokenizer={"vocab_size": 400})
     assert config.init_from.checkpoint == f"{tmp_path}/runs/first"

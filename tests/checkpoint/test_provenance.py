@@ -1,4 +1,4 @@
-"""What a run records of what decides its result, and what it says of the result."""
+"""Provenance records and expected results: fingerprints, machine, versions, and the line about a run's result."""
 
 import dataclasses
 import hashlib
@@ -35,10 +35,10 @@ def prepared(flags):
     return config, preparation.prepare(config, progress=False)
 
 
-def described(config, prepared, asked=None):
+def described(config, prepared, requested=None):
     mesh = meshes.make_mesh(config)
     return provenance.describe(
-        asked or config, auto.resolve_auto(config, mesh), mesh, prepared.tokenizer, prepared.stores
+        requested or config, auto.resolve_auto(config, mesh), mesh, prepared.tokenizer, prepared.stores
     )
 
 
@@ -58,7 +58,7 @@ def described(config, prepared, asked=None):
         ("evaluate", "metrics", ("f1",), False),
     ],
 )
-def test_the_configs_fingerprint_moves_with_what_is_learned_and_with_nothing_else(section, field, value, moves):
+def test_the_config_fingerprint_depends_only_on_fields_that_change_updates(section, field, value, moves):
     config = small()
     changed = dataclasses.replace(getattr(config, section), **{field: value})
     other = dataclasses.replace(config, **{section: changed})
@@ -70,7 +70,7 @@ def test_another_seed_has_another_fingerprint():
     assert provenance.config_fingerprint(small(seed=1)) != provenance.config_fingerprint(small())
 
 
-def test_data_are_known_by_their_content(prepared, trained, tmp_path):
+def test_data_fingerprints_depend_on_content_only(prepared, trained, tmp_path):
     config, data = prepared
     prints = provenance.fingerprints(config, data.tokenizer, data.stores)
     assert prints["tokenizer"] == hashlib.sha256((trained / "tokenizer.model").read_bytes()).hexdigest()[:12]
@@ -91,13 +91,13 @@ def test_data_are_known_by_their_content(prepared, trained, tmp_path):
     assert [*other["stores"].values()] != [*prints["stores"].values()]
 
 
-def test_the_commit_is_gits_own():
+def test_the_commit_equals_that_of_git():
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert provenance.commit() == (git.stdout.strip() or None)  # None: not a clone
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_commit_is_read_from_any_clone_and_absent_without_one(packed, monkeypatch, tmp_path):
+def test_the_commit_is_read_from_any_clone_and_none_without_one(packed, monkeypatch, tmp_path):
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "package")
     assert provenance.commit() is None
     (tmp_path / ".git/refs/heads").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_the_commit_is_read_from_any_clone_and_absent_without_one(packed, monkey
     assert provenance.commit() == "abc123"
 
 
-def test_the_code_fingerprint_sees_a_change_that_is_not_committed(monkeypatch, tmp_path):
+def test_the_code_fingerprint_includes_uncommitted_changes(monkeypatch, tmp_path):
     copy = shutil.copytree(provenance.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
     here = provenance.code_fingerprint()
     monkeypatch.setattr(provenance, "PACKAGE", copy)
@@ -123,7 +123,7 @@ def test_the_code_fingerprint_sees_a_change_that_is_not_committed(monkeypatch, t
 # ---- The record ----
 
 
-def test_a_record_names_the_machine_the_versions_and_what_xla_is_asked_for(prepared):
+def test_a_record_contains_machine_versions_and_xla_settings(prepared):
     config, data = prepared
     record = json.loads(json.dumps(described(config, data)))
     assert set(record["versions"]) == {*provenance.PACKAGES, "python", "t5like", "commit"}
@@ -148,11 +148,11 @@ def test_a_record_names_the_machine_the_versions_and_what_xla_is_asked_for(prepa
         ([], ""),
     ],
 )
-def test_the_widest_instruction_set_is_named(names, shown):
+def test_the_widest_instruction_set_is_chosen(names, shown):
     assert provenance.widest(names) == shown
 
 
-def test_each_start_has_a_line_of_its_own_even_after_one_that_was_cut_off(tmp_path):
+def test_each_start_appends_a_line_even_after_a_truncated_one(tmp_path):
     path = tmp_path / provenance.FILE
     provenance.append(tmp_path, 0, {"fingerprints": 1})
     path.write_text(path.read_text() + '{"step": 3, "ti')
@@ -178,13 +178,15 @@ def test_each_start_has_a_line_of_its_own_even_after_one_that_was_cut_off(tmp_pa
         ({"stores": {"python_stdlib": "beef"}}, 4.1, 9, "expected   no range is stored"),
     ],
 )
-def test_a_result_is_compared_with_what_is_known_of_the_same_run(changes, loss, steps, words):
+def test_a_result_is_compared_with_known_results_of_the_same_run(changes, loss, steps, words):
     line = verdict(PRINTS | changes, steps, loss, KNOWN)
     assert line.startswith(words) and bool(line) == bool(words)
 
 
 @pytest.mark.parametrize("low, high, words", [(0.0, 20.0, "is within the range"), (0.0, 0.1, "WARNING ")])
-def test_a_runs_last_lines_say_whether_its_result_is_expected(low, high, words, trained, prepared, monkeypatch):
+def test_the_last_lines_of_a_run_contain_whether_its_result_is_expected(
+    low, high, words, trained, prepared, monkeypatch
+):
     config, data = prepared
     prints = provenance.fingerprints(config, data.tokenizer, data.stores)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))

@@ -412,7 +412,7 @@ def test_a_file_in_the_way_of_the_run_directory_is_refused(refused, flags, tmp_p
 def test_a_directory_of_somebody_else_is_refused(refused, flags, tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
     code, said = refused("train", *flags, f"--workdir={tmp_path}")
-    assert code == 2 and said == f"--workdir={tmp_path} is not empty and holds no run of ours; use another --workdir"
+    assert code == 2 and said == f"--workdir={tmp_path} is not empty and holds no run; use another --workdir"
     assert contents(tmp_path) == {"thesis.tex": b"dear"}
 
 

@@ -1,4 +1,4 @@
-"""What launchers say in variables, as they were recorded or as their manuals show them, and what we make of it."""
+"""Launchers' environment variables, as recorded or as in their manuals, and the detected processes."""
 
 import http.server
 import threading
@@ -83,7 +83,7 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.5:1234", "JAX_NUM_PROCESSES": "3", "JA
         (SRUN | {"T5LIKE_COORDINATOR": "10.0.0.5:1234"}, "10.0.0.5", 8, 3, (1,)),
     ],
 )
-def test_a_launcher_that_has_said_all_starts_one_of_several(variables, host, num_processes, process, local_devices):
+def test_complete_variables_of_a_launcher_are_detected(variables, host, num_processes, process, local_devices):
     start = detect_process(variables)
     assert start.coordinator.rpartition(":")[0] == host
     assert (start.num_processes, start.process, start.local_devices) == (num_processes, process, local_devices)
@@ -105,7 +105,7 @@ def test_a_launcher_that_has_said_all_starts_one_of_several(variables, host, num
         {"T5LIKE_NUM_PROCESSES": "1"},
     ],
 )
-def test_a_process_that_nobody_started_as_one_of_several_is_alone(variables):
+def test_a_process_without_a_launcher_runs_alone(variables):
     assert detect_process(variables) is None
 
 
@@ -132,18 +132,18 @@ def test_a_process_that_nobody_started_as_one_of_several_is_alone(variables):
         (EXPLICIT | {"T5LIKE_NUM_PROCESSES": "0"}, "num_processes=0 must be at least 1"),
     ],
 )
-def test_half_of_what_a_launcher_says_is_refused_with_what_is_missing(variables, message):
+def test_incomplete_variables_are_refused_with_the_missing_ones(variables, message):
     with pytest.raises(ConfigError, match=message):
         detect_process(variables)
 
 
-def test_all_tasks_of_a_job_find_the_same_port_and_other_jobs_another():
+def test_all_tasks_of_a_job_use_the_same_port_and_other_jobs_another():
     ports = [detect_process(SRUN | {"SLURM_PROCID": str(task)}).coordinator for task in range(8)]
     assert len(set(ports)) == 1
     assert detect_process(SRUN | {"SLURM_STEP_ID": "2"}).coordinator != ports[0]
 
 
-def test_a_tpu_machine_asks_the_metadata_server():
+def test_a_tpu_machine_reads_the_metadata_server():
     said = {
         "worker-network-endpoints": "unknown:t:10.0.0.1,unknown:t:10.0.0.2",
         "agent-worker-number": "1",

@@ -1,4 +1,4 @@
-"""Real processes over gloo: they train as one does, stop together, and miss the one that is killed.
+"""Several real processes over gloo: they train like one process, stop together, and detect a killed one.
 
 One run is handed on: two processes, which split rows and parameters (`fsdp`), train it until one of them gets SIGTERM,
 and four, which split heads and lengths (`tensor`, `context`), go on until one is killed. One process with eight fake
@@ -33,13 +33,13 @@ from t5like.sharding import placement
 from t5like.types import Batch
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60  # enough for JAX to agree on one to stop after; few are done
+STEPS = 60  # enough for JAX to choose a common step to stop after; few are trained
 
 
 def start_all(
     count: int, arguments: list, interrupted: tuple[int, int, int], records: Path
 ) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of so many processes; one, (which, after which step, signal), is told off."""
+    """Start processes and return exit code, stdout and stderr of each; `interrupted`: (rank, step, signal)."""
     victim, step, number = interrupted
     flags = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}", "--fake_devices=1"]
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].rpartition(" ")[0]}  # conftest's but the eight
@@ -67,7 +67,7 @@ def start_all(
 
 @pytest.fixture(scope="module")
 def arguments(flags) -> list[str]:
-    """The smallest run there is; an encoder generates nothing."""
+    """The smallest possible run; an encoder generates nothing."""
     values = {
         "model.architecture": "encoder",
         "data.objective": "mlm",
@@ -80,7 +80,7 @@ def arguments(flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def handed_on(arguments, tmp_path_factory):
-    """The run directory after two processes and four, what those said, the step saved in between, their metrics."""
+    """The run directory after two and four processes, their output, the step saved in between, their metrics."""
     workdir = tmp_path_factory.mktemp("handed_on") / "run"
     arguments, held = [*arguments, f"--workdir={workdir}"], workdir.parent
     two = start_all(2, [*arguments, "--config.mesh.fsdp=2"], (1, 2, signal.SIGTERM), held / "two")
@@ -99,7 +99,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step_and_saves(handed_o
         assert f"stopped by a signal after step {step:,}; saved in {workdir}" in err
     assert records[-1]["step"] == step < STEPS
     assert "2 x cpu in 2 processes, fsdp 2" in two[0][1]
-    assert not [line for line in two[1][1].splitlines() if "[Gloo]" not in line]  # one process speaks
+    assert not [line for line in two[1][1].splitlines() if "[Gloo]" not in line]  # only process 0 prints
 
 
 def test_a_killed_process_makes_the_others_end_with_76(handed_on):
@@ -115,7 +115,7 @@ def test_a_killed_process_makes_the_others_end_with_76(handed_on):
 
 @pytest.fixture
 def straight(handed_on, arguments, command, monkeypatch, tmp_path):
-    """The metrics of one process that trains as far as those of four, and the batches that its devices held, whole."""
+    """The metrics of one process that trains as far as the four, and the complete batches on its devices."""
     [step] = handed_on[2]
     monkeypatch.setattr(placement, "to_global", recording(tmp_path / "one"))
     code, _, err = command(*arguments, f"--workdir={tmp_path}/run", f"--config.train.num_steps={step + 3}")
@@ -161,12 +161,12 @@ def test_two_and_four_processes_and_one_have_the_same_batches_losses_and_scores(
 
 
 def values(records) -> dict[tuple[int, str], float]:
-    """What must not depend on the processes: losses, gradients, what evaluation counts."""
+    """Metrics that must not depend on the number of processes: losses, gradients, evaluation."""
     speed = ("train/tokens_per_second", "train/step_seconds", "train/mfu", "step")
     return {(record["step"], name): value for record in records for name, value in record.items() if name not in speed}
 
 
-def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, arguments, tmp_path):
+def test_a_storage_failure_of_process_0_ends_all_processes_with_its_reason(handed_on, arguments, tmp_path):
     shutil.copytree(handed_on[0], workdir := tmp_path / "run")
     [step] = handed_on[2]
     arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", f"--config.train.num_steps={step + 1}"]
@@ -178,7 +178,7 @@ def test_storage_that_fails_process_0_ends_all_with_its_reason(handed_on, argume
     assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step]
 
 
-def test_a_process_whose_files_were_cleared_away_gives_the_reason_of_the_one_that_failed(monkeypatch, capsys):
+def test_a_process_whose_files_were_removed_reports_the_first_failure(monkeypatch, capsys):
     class Service:  # the calls of JAX's coordination service at the end of a run; process 0 has failed
         blocking_key_value_get = staticmethod(lambda key, _: json.dumps({"code": 4, "message": "process 0: full"}))
         key_value_set = staticmethod(lambda *_: None)
@@ -205,7 +205,7 @@ def test_the_rows_of_all_devices_are_each_batch_once(rng):
     np.testing.assert_array_equal(placed.targets_BL, batch)
 
 
-def test_a_process_whose_others_never_come_says_whom_it_waited_for(arguments, command, tmp_path):
+def test_a_process_without_peers_reports_the_missing_ones(arguments, command, tmp_path):
     flags = [f"--coordinator=localhost:{free_port()}", "--num_processes=3", "--config.train.process_timeout_seconds=1"]
     code, _, err = command(*arguments, f"--workdir={tmp_path}/run", *flags, "--process_id=0")
     assert code == 76 and "waited 1 s for processes 1, 2 of 3 to start" in err and len(err.splitlines()) == 1
@@ -219,7 +219,7 @@ def test_commands_for_one_process_are_refused_where_a_launcher_started_several(c
     assert code == 2 and "generate is for one process, and explicit addresses started 2" in err
 
 
-def test_alone_every_wait_is_nothing_and_every_value_comes_back(tmp_path):
+def test_with_one_process_collectives_return_at_once(tmp_path):
     assert processes.all_gather("a name", "x") == ["x"] and processes.broadcast("a name", "y") == "y"
     assert (
         processes.is_primary()

@@ -1,4 +1,4 @@
-"""Paths of any name: written and read back, or refused in one printable line before anything is written."""
+"""Paths with any characters: written and read, or refused in one printable line before anything is written."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from t5like.data.sources.files import matching_files
 from t5like.errors import CheckpointError, ConfigError, DataError, printable
 from t5like.io import paths
 
-# Every character that a name can have and that some reader of paths takes for something else.
+# Characters that a file name may contain and that some libraries interpret.
 ANY = "-~a[b]c*d?e\\f 'g\" h%20#i$HOME,j:k\nl\tm\x1bé\U0001f600\u202e&;|<>!{x}=@3. "
 
 UNFINISHED = "state.orbax-checkpoint-tmp"
@@ -57,23 +57,23 @@ def test_a_run_directory_of_any_name_is_written_and_read_back(command, flags, te
 @pytest.mark.parametrize(
     "name", ["a[b]c", "a\\b", "gs:", "a\udcffb", "a\nb", "%5B#?", "n" * 255, "/".join(["d" * 200] * 9)]
 )
-def test_checkpoints_come_back_from_directories_of_any_name(tmp_path, name):
+def test_checkpoints_are_restored_from_directories_of_any_name(tmp_path, name):
     state = new_state(1)
     assert_bitwise(saved(tmp_path / name, 1).restore(on_mesh(state, data=1)), state)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["a*b", "a?b"])
-def test_a_directory_named_like_a_pattern_takes_nothing_from_those_that_match(tmp_path, name):
+def test_a_directory_named_like_a_pattern_does_not_read_matching_directories(tmp_path, name):
     for other in ("a1b", "a2b"):  # killed before their manifests were merged
         shutil.move(saved(tmp_path / other, 1, rows=32).directory / "1" / "state", tmp_path / other / "1" / UNFINISHED)
     assert_bitwise(saved(tmp_path / name, 1).restore(on_mesh(new_state(1), data=1)), new_state(1))
 
 
-def test_a_save_whose_arrays_are_not_there_is_no_checkpoint_and_costs_none(tmp_path, monkeypatch):
+def test_a_save_without_arrays_is_no_checkpoint_and_deletes_none(tmp_path, monkeypatch):
     directory = tmp_path / "a[b]c"
     saved(directory, 1, keep=1)
-    monkeypatch.setattr(checkpoints, "literal", contextlib.nullcontext)  # Orbax takes it for a pattern, and writes none
+    monkeypatch.setattr(checkpoints, "literal_path", contextlib.nullcontext)  # Orbax then reads a pattern, writes none
     store = Checkpoints(directory, keep=1)
     store.save(new_state(2), **REST)
     with pytest.raises(CheckpointError, match="2 could not be written: its arrays are missing"):
@@ -97,7 +97,7 @@ def test_a_save_is_not_committed_before_its_metadata_were_read_back(tmp_path, mo
     assert seen == [False] and [path.name for path in tmp_path.iterdir()] == ["run_id"]
 
 
-def test_a_link_for_a_foreign_name_leads_there_and_is_gone_after(tmp_path):
+def test_a_name_with_special_characters_is_reached_by_a_temporary_link(tmp_path):
     with paths.literal_path(tmp_path) as path:
         assert path == tmp_path
     (directory := tmp_path / "a[b]").mkdir()
@@ -123,7 +123,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("path, rule", REFUSED.values(), ids=REFUSED)
-def test_a_path_that_can_not_be_is_refused_in_one_line(path, rule, command, flags, tmp_path, monkeypatch):
+def test_an_impossible_path_is_refused_in_one_line(path, rule, command, flags, tmp_path, monkeypatch):
     project, prepared = Path.cwd(), next(flag for flag in flags if "data.cache_directory" in flag)
     monkeypatch.chdir(tmp_path)
     train = ["train", f"--config={project}/configs/tiny.py", *flags[1:]]
@@ -154,7 +154,7 @@ def test_a_path_that_can_not_be_is_refused_in_one_line(path, rule, command, flag
     assert not contents(tmp_path)
 
 
-def test_a_tilde_in_the_middle_or_behind_a_dot_is_a_character(monkeypatch):
+def test_a_tilde_is_expanded_only_at_the_start(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     names = ("~/run", "./~run", "a~b", "/a/~/b", "$HOME/run")
     assert [str(paths.expand(name)) for name in names] == ["/home/me/run", "~run", "a~b", "/a/~/b", "$HOME/run"]
@@ -184,7 +184,7 @@ PATTERNS = {
 }
 
 
-def test_names_that_are_there_are_no_patterns(tmp_path, monkeypatch):
+def test_existing_names_are_not_interpreted_as_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -207,7 +207,7 @@ def test_names_that_are_there_are_no_patterns(tmp_path, monkeypatch):
         ("text:a,", ["text:a", ""]),
     ],
 )
-def test_a_comma_parts_sources_where_a_kind_follows(text, sources):
+def test_a_comma_separates_sources_only_before_a_source_type(text, sources):
     values = {}
     loader.override(values, "data.source", text)
     assert list(values["data"]["source"]) == sources
@@ -218,7 +218,7 @@ def test_a_source_that_is_no_utf8_is_refused():
         loader.resolve({"data": {"source": ["text:a\udcff/x.txt"]}})
 
 
-def test_a_foreign_text_becomes_one_printable_line(command):
+def test_text_from_outside_becomes_one_printable_line(command):
     text = "é\u4e2d\U0001f600 a\nb\r\x1b[31m\u202e\u2028\x9b\x7f\0\udcff\\n"
     assert printable(text) == "é\u4e2d\U0001f600 a\\nb\\r\\u001b[31m\\u202e\\u2028\\u009b\\u007f\\u0000\\udcff\\n"
     assert printable("a\n\tb\x1b", kept="\n\t") == "a\n\tb\\u001b"

@@ -1,4 +1,4 @@
-"""Signals that end a command, at aimed moments: each ends it, once, with its code, and what it began is cleaned up."""
+"""Termination signals at chosen moments: each ends the command once, with its exit code, after cleanup."""
 
 import contextlib
 import fcntl
@@ -39,7 +39,7 @@ def default_signals():
         signal.signal(number, handler)
 
 
-def tell(number: int = signal.SIGTERM) -> None:
+def send(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
@@ -51,7 +51,7 @@ def wait() -> None:
 
 
 def in_garbage_collection():
-    collected = lambda *_: gc.callbacks.remove(collected) or tell()
+    collected = lambda *_: gc.callbacks.remove(collected) or send()
     gc.callbacks.append(collected)
     gc.collect()
     wait()
@@ -59,14 +59,14 @@ def in_garbage_collection():
 
 def in_a_library_that_catches_everything():
     with contextlib.suppress(BaseException):
-        tell()
+        send()
         wait()
     wait()
 
 
 def turned_into_another_error():
     try:
-        tell()
+        send()
         wait()
     except BaseException:
         raise RuntimeError("INTERNAL: an error of C++") from None
@@ -78,24 +78,24 @@ def turned_into_another_error():
     ids=lambda moment: moment.__name__,
 )
 @pytest.mark.filterwarnings("error")  # "Exception ignored in"
-def test_an_interrupt_is_never_swallowed(moment, command, monkeypatch):
+def test_an_interrupt_is_never_lost(moment, command, monkeypatch):
     monkeypatch.setattr(preparation, "prepare", lambda _: moment())
     begin = time.monotonic()
     code, out, err = command("prepare", "--config=configs/tiny.py")
     assert (code, out, err) == (143, "", "t5like: stopped\n") and time.monotonic() - begin < 5
 
 
-def test_cleaning_up_is_not_interrupted_again(capfd):
+def test_cleanup_is_not_interrupted_again(capfd):
     cleaned = []
     with pytest.raises(signals.Interrupted), signals.raise_on_signals():
         try:
-            tell(signal.SIGHUP)
+            send(signal.SIGHUP)
             wait()
         finally:
             time.sleep(3 * signals.REPEAT_SECONDS)
             with contextlib.suppress(OSError):  # what follows from the first exception
                 raise OSError
-            tell(signal.SIGTERM)
+            send(signal.SIGTERM)
             time.sleep(2 * signals.REPEAT_SECONDS)
             cleaned.append("all")
     assert cleaned == ["all"] and signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -104,7 +104,7 @@ def test_cleaning_up_is_not_interrupted_again(capfd):
 def test_a_hangup_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with signals.raise_on_signals(training=True):
-        tell(signal.SIGHUP)
+        send(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
@@ -136,9 +136,9 @@ def test_a_signal_during_imports_ends_a_command_at_once(number, code, line, flag
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_training_that_is_stopped_outside_its_loop_is_queued_again(number, code, command, flags, tmp_path, monkeypatch):
     phases = {
-        "preparing": lambda patch: patch.setattr(preparation, "prepare", lambda _: (tell(number), wait())),
-        "compiling": lambda patch: patch.setattr(step, "compile_train_step", lambda *_: (tell(number), time.sleep(2))),
-        "showing samples": lambda patch: patch.setattr(loop, "samples", lambda *_: (tell(number), wait())),
+        "preparing": lambda patch: patch.setattr(preparation, "prepare", lambda _: (send(number), wait())),
+        "compiling": lambda patch: patch.setattr(step, "compile_train_step", lambda *_: (send(number), time.sleep(2))),
+        "showing samples": lambda patch: patch.setattr(loop, "samples", lambda *_: (send(number), wait())),
     }
     if number != signal.SIGTERM:
         phases = {"preparing": phases["preparing"]}
@@ -164,7 +164,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 def on_a_terminal_that_closes(arguments: list[str], ready: bytes, *, nohup: bool) -> int:
-    """Run Python on a terminal of its own, which closes when `ready` is in what it shows; gives the exit code."""
+    """Run Python on a new terminal, which closes when `ready` is in its output; returns the exit code."""
     terminal, end = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", ON_ITS_TERMINAL, "nohup" if nohup else "", *arguments],
@@ -206,7 +206,7 @@ sys.exit(7)
 """
 
 
-def test_a_process_under_nohup_outlives_its_terminal():
+def test_a_process_under_nohup_continues_after_its_terminal_closes():
     assert on_a_terminal_that_closes(["-c", UNDER_NOHUP], b"ready", nohup=True) == 7
 
 

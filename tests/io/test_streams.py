@@ -1,4 +1,4 @@
-"""Standard streams without a reader, full or closed; locales; homes: a command goes on, or ends as it should."""
+"""Standard streams without a reader, on a full disk or closed; locales; home directories."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ WRITE = f"{BEGIN}print({CYRILLIC!a})"
         (f"import os; os.environ['PYTHONIOENCODING'] = 'ascii'; {WRITE}", ">file", 0, ""),
     ],
 )
-def test_an_error_of_a_stream_is_its_last_and_a_closed_one_is_nobody_elses(program, redirection, code, shown, tmp_path):
+def test_a_stream_fails_once_and_a_closed_descriptor_is_not_reused(program, redirection, code, shown, tmp_path):
     (tmp_path / "program.py").write_text(program)
     shell = f"PYTHONPATH={ROOT} {sys.executable} program.py {redirection}; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=ASCII, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def test_an_error_of_a_stream_is_its_last_and_a_closed_one_is_nobody_elses(progr
 
 # ---- Commands ----
 
-# Runs command lines in one process, each with streams of its own: a file, a pipe that nobody reads, or closed.
+# Runs command lines in one process, each with its own streams: a file, a pipe without a reader, or closed.
 COMMANDS = """
 import json, os, sys
 from t5like.cli.main import main
@@ -70,9 +70,9 @@ for argv, streams in json.loads(sys.argv[1]):
         if name == "closed":
             os.close(number)
         elif name == "no reader":
-            ours, end = os.pipe()
+            reader, end = os.pipe()
             os.dup2(end, number)
-            os.close(ours), os.close(end)
+            os.close(reader), os.close(end)
         else:
             end = os.open(name, os.O_RDWR | os.O_CREAT)
             os.dup2(end, number)
@@ -85,7 +85,7 @@ for argv, streams in json.loads(sys.argv[1]):
 """
 
 
-def test_a_command_outlives_its_audience_in_any_locale(flags, tmp_path):
+def test_commands_with_lost_streams_in_any_locale(flags, tmp_path):
     write_text(tmp_path / "latin.txt", seed=1)
     letters = str.maketrans({chr(97 + number): chr(0x430 + number) for number in range(26)})
     (tmp_path / "a.txt").write_text((tmp_path / "latin.txt").read_text().translate(letters), encoding="utf-8")
@@ -169,12 +169,12 @@ def test_every_file_of_text_is_read_and_written_as_utf8(tmp_path):
     assert [line for path in files for line in calls_without_an_encoding(path)] == []
 
 
-# ---- Homes ----
+# ---- Home directories ----
 
 
 @pytest.fixture
 def homeless(monkeypatch, tmp_path):
-    """No HOME, and a user id without an account, as in a container with --user; temporary files in tmp_path."""
+    """No HOME and a user id without an account, as in a container with --user; temporary files are in tmp_path."""
 
     def getpwuid(number):
         raise KeyError(number)
@@ -186,7 +186,7 @@ def homeless(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "_reported", set())
 
 
-def test_without_a_home_the_cache_is_elsewhere_and_says_where(homeless, tmp_path, capsys, monkeypatch):
+def test_without_a_home_directory_the_cache_is_in_the_temporary_directory(homeless, tmp_path, capsys, monkeypatch):
     own = tmp_path / f"t5like-{os.getuid()}"
     assert [paths.cache_directory("~/.cache/t5like") for _ in range(2)] == [own / "t5like"] * 2
     assert capsys.readouterr().err == (
@@ -204,7 +204,7 @@ def test_without_a_home_the_cache_is_elsewhere_and_says_where(homeless, tmp_path
     assert paths.cache_directory("~/.cache/t5like") == tmp_path / ".cache" / "t5like"
 
 
-def test_without_a_home_a_path_below_it_is_refused_in_a_line(homeless, command, flags, tmp_path):
+def test_without_a_home_directory_a_path_below_it_is_refused(homeless, command, flags, tmp_path):
     for arguments, path in (
         (["evaluate", "--workdir=~/run"], "~/run"),
         (["train", *flags, f"--workdir={tmp_path}/run", "--config.data.cache_directory=~/prepared"], "~/prepared"),

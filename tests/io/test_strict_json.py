@@ -1,4 +1,4 @@
-"""JSON from outside: every way in which it can be wrong is one kind of failure, in one line."""
+"""JSON from outside: every error is one exception type with a message of one line."""
 
 import json
 
@@ -13,7 +13,7 @@ REFUSED = {
     "lists in lists": ("[" * 100_000, f"it has more than {MAX_LEVELS} levels"),
     "objects in objects": ('{"a":' * 100_000, f"it has more than {MAX_LEVELS} levels"),
     "one level too many": ("[" * (MAX_LEVELS + 1) + "]" * (MAX_LEVELS + 1), f"it has more than {MAX_LEVELS} levels"),
-    "a name twice": ('{"b": {"a": 1, "a": 2}}', "'a' stands there twice"),
+    "a name twice": ('{"b": {"a": 1, "a": 2}}', "the key 'a' occurs twice"),
     "Latin-1": ('"é"'.encode("latin-1"), "byte 1 is not UTF-8"),
     "half of a pair": ('["\\ud83d"]', "a string has half of a surrogate pair"),
     "half of a pair in a name": ('{"\\uDE00": 1}', "a string has half of a surrogate pair"),
@@ -25,7 +25,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text, message", REFUSED.values(), ids=REFUSED)
-def test_wrong_json_is_one_kind_of_failure_in_one_line(text, message):
+def test_invalid_json_raises_one_exception_type_with_one_line(text, message):
     with pytest.raises(InvalidJSON) as refusal:
         loads(text, finite=True)
     assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
@@ -43,6 +43,6 @@ def test_wrong_json_is_one_kind_of_failure_in_one_line(text, message):
     ids=lambda value: str(value)[:20],
 )
 @pytest.mark.parametrize("ascii", [True, False])
-def test_right_json_is_read_as_python_reads_it(value, ascii):
+def test_valid_json_has_the_values_of_the_standard_library(value, ascii):
     text = json.dumps(value, ensure_ascii=ascii)
     assert loads(text) == loads(text.encode(), unique=False, finite=True) == loads("\ufeff" + text) == value

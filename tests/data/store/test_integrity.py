@@ -281,7 +281,7 @@ RUNS = [
         4,
         r"is a checkpoint of another run \(00000000, not .*init_from",
     ),
-    (metadata(other_config), 4, "is not of the run in .* optimizer.learning_rate: 0.5 -> 0.01; move it away"),
+    (metadata(other_config), 4, "does not belong to the run in .* optimizer.learning_rate: 0.5 -> 0.01; move it away"),
     (metadata(lambda body: body.update(tokenizer_hash="0")), 3, "tokenizer.model is not the tokenizer of checkpoint 2"),
     (metadata(lambda body: body.update(config="{}")), 4, "its config does not fit: .*" + AWAY),
     *(
