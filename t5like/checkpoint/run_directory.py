@@ -251,9 +251,8 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
         ConfigError, CheckpointError: see `check_run_directory`; also if another process has the lock.
     """
     if not processes.is_primary():
-        shared_file_systems.check_shared(
-            workdir
-        )  # after process 0: half of what it writes would look like a stranger's files
+        # After process 0: a directory with a part of its files would be refused as that of another program.
+        shared_file_systems.check_shared(workdir)
     check_run_directory(config, workdir)
     path = workdir / "tokenizer.model"
     if path.exists() and Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:

@@ -72,7 +72,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     config = with_run_tokenizer(config, workdir)
     check_run_directory(config, workdir)
     primary = processes.is_primary()
-    say = print_line if primary else (lambda _: None)
+    show = print_line if primary else (lambda _: None)
 
     # ---- Devices ----
     mesh = meshes.make_mesh(config)
@@ -81,13 +81,13 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     memory.check_training(config, batch, abstract, mesh)
     xla_options.check(config.train, mesh)
     for line in describe_devices(config, abstract, mesh):
-        say(line)
+        show(line)
 
     # ---- Data ----
     directory = cache_directory(config.data.cache_directory)
     prepared = once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
     for note in prepared.notes:
-        say(note)
+        show(note)
     verification = Verification(prepared.stores)  # created before anything of the stores is read
     tokenizer = prepared.tokenizer
     splits = {split: pipeline.open_split(config, prepared.stores, split) for split in ("train", "heldout")}
@@ -97,14 +97,14 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     tasks = TaskEvaluator(config, mesh, tokenizer, *splits.values()) if config.evaluate.metrics else None
     provenance_record = provenance.describe(requested, config, mesh, tokenizer, prepared.stores)
     for line in statistics.lines(source_names(config.data), prepared.stores, config.data.source):
-        say(f"data       {line}")
+        show(f"data       {line}")
     notes = [part.note for parts in splits.values() for part in parts if getattr(part, "note", "")]
     for line in [*batches.describe(), *notes]:
-        say(f"           {line}")
+        show(f"           {line}")
     for line in provenance.lines(provenance_record):
-        say(line)
+        show(line)
     for name, rule in tasks.describe().items() if tasks else ():
-        say(f"metric     {name.removeprefix('eval/rule/')}: {rule}")
+        show(f"metric     {name.removeprefix('eval/rule/')}: {rule}")
 
     # ---- The source of the initial state; nothing is written until it is known to fit ----
     checkpoints = checkpoints_of(workdir, config)
@@ -112,10 +112,10 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     start = initial.step
     if start >= config.train.num_steps:
         done = f"{start:,} of {config.train.num_steps:,} steps are done"
-        say(f"complete   {done}; nothing is left to train in {workdir}")
+        show(f"complete   {done}; nothing is left to train in {workdir}")
         return
     for line in schedules.warnings(config, initial.previous_config, start):
-        say(f"schedule   {line}")
+        show(f"schedule   {line}")
 
     # ---- The run directory ----
     open_run_directory(requested, tokenizer, workdir)
@@ -123,19 +123,20 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
         raise CheckpointError(f"--workdir={workdir} was changed by another process; start again")
     if weights := initial.weights:
         write_report(workdir, config, weights)
-        say(f"init_from  step {weights.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
+        show(f"init_from  step {weights.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
         for line in [*(weights.report if config.init_from.adapt else ()), *weights.differs]:
-            say(f"           {line}")
+            show(f"           {line}")
 
     # ---- The initial state; the step compiles in parallel ----
     with compiling_thread() as pool:
-        begin = time.monotonic()
+        started = time.monotonic()
         compiling = pool.submit(step.compile_train_step, config, batch, abstract)
         with watchdog("the first state", start, times=3):
             state = initial.make()
         train_step = compiling.result()
         processes.barrier("the first step", step=start)  # without a watchdog: compiling may take minutes
-        say(f"start      {initial.source}, compiled in {time.monotonic() - begin:.1f} s")
+        show(f"start      {initial.source}, compiled in {time.monotonic() - started:.1f} s")
+    del initial, weights  # their arrays are a part of the state
 
     # ---- Steps ----
     if verification.pending:
@@ -231,8 +232,8 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
         picture = draw_loss_curve(workdir)
         replace_file(workdir / "samples.txt", text, CheckpointError, "move it away")
         for line in f"\n{text}\n{summary(workdir, config, provenance_record['fingerprints'])}".split("\n"):
-            say(line)
-        say(f"loss curve  {picture}")
+            show(line)
+        show(f"loss curve  {picture}")
 
 
 def describe_devices(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> list[str]:
