@@ -143,8 +143,9 @@ def new_state(
         random = jax.jit(random_params, out_shardings=missing)(batch, key) if missing else {}
         leaves = [params[name] if name in params else random[name] for name in wanted]
         whole = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
+        axes = parameter_axes(config, batch)
         rest = jax.jit(
-            lambda params: _first_state(config, params)._replace(params=None),
+            lambda params: _first_state(config, params, axes)._replace(params=None),
             out_shardings=shardings._replace(params=None),
         )
         return rest(whole)._replace(params=whole)

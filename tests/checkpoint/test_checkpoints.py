@@ -118,9 +118,9 @@ def test_a_digest_depends_on_every_bit_and_position_but_not_on_the_mesh(dtype):
     raw = rng.integers(0, 2 if dtype == "bool" else 256, (16, 4 * jnp.dtype(dtype).itemsize), np.uint8)
     x = raw.view(jnp.dtype(dtype))
     seen = {lanes(x), lanes(x[::-1]), lanes(x[:, ::-1])}
-    for place in rng.permutation(raw.size)[:30]:
+    for position in rng.permutation(raw.size)[:30]:
         other = raw.copy()
-        other.flat[place] ^= 1
+        other.flat[position] ^= 1
         seen.add(lanes(other.view(x.dtype)))
     assert len(seen) == 33
     for axes in MESHES:
@@ -148,9 +148,9 @@ def test_flipped_bits_are_never_restored(tmp_path):
     data = max((tmp_path / "1" / "state").rglob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
     whole = data.read_bytes()
     damaged = 0
-    for place in np.linspace(0, len(whole) - 1, 12, dtype=int):
+    for position in np.linspace(0, len(whole) - 1, 12, dtype=int):
         flipped = bytearray(whole)
-        flipped[place] ^= 0x10
+        flipped[position] ^= 0x10
         data.write_bytes(flipped)
         try:
             assert_bitwise(checkpoints.restore(abstract), want)

@@ -125,13 +125,13 @@ def test_a_decoder_initializes_an_encoder_decoder_and_a_deeper_stack_repeats_lay
     model = {"architecture": "encoder_decoder", "num_layers": 5, "num_decoder_layers": 2}
     adapt = {"adapt": ("architecture", "depth")}
     _, params, report = begun(decoder, OLD, init_from=adapt, model=model, data={"objective": "span_corruption"})
-    place = [0, 1, 0, 1, 0]
+    layers = [0, 1, 0, 1, 0]
     for name, value in params.items():
         if "cross_attention" in name or name == "encoder/relative_bias/table":
             assert f"{name} new, random" in report
             continue
         source = name.replace("encoder/", "decoder/")
-        expected = old[source][place] if name.startswith("encoder/layers/") else old[source]
+        expected = old[source][layers] if name.startswith("encoder/layers/") else old[source]
         np.testing.assert_array_equal(value, expected, err_msg=name)
     assert "decoder/layers/attention/key/kernel copied" in report
     assert (

@@ -144,7 +144,7 @@ def test_all_tasks_of_a_job_use_the_same_port_and_other_jobs_another():
 
 
 def test_a_tpu_machine_reads_the_metadata_server():
-    said = {
+    attributes = {
         "worker-network-endpoints": "unknown:t:10.0.0.1,unknown:t:10.0.0.2",
         "agent-worker-number": "1",
         "tpu-env": "ZONE: 'x'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n",
@@ -154,7 +154,7 @@ def test_a_tpu_machine_reads_the_metadata_server():
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(said[self.path.rpartition("/")[2]].encode())
+            self.wfile.write(attributes[self.path.rpartition("/")[2]].encode())
 
         def log_message(self, *_):
             pass

@@ -109,8 +109,10 @@ def test_a_killed_process_makes_the_others_end_with_76(handed_on):
     assert "4 x cpu in 4 processes, tensor 2 x context 2" in four[0][1]
     assert f"after step {steps[-1]}" in four[0][1] and records[-1]["step"] > steps[-1]
     for process in (0, 1, 3):
-        said = re.search(r"t5like: process [013] on .*, in .* at step \d+, .*start all of them again", four[process][2])
-        assert said, four[process][2]
+        message = re.search(
+            r"t5like: process [013] on .*, in .* at step \d+, .*start all of them again", four[process][2]
+        )
+        assert message, four[process][2]
 
 
 @pytest.fixture
@@ -134,10 +136,10 @@ def test_two_and_four_processes_and_one_have_the_same_batches_losses_and_scores(
     assert load(workdir).step == step  # one process reads what two have saved, and verifies it
     metrics, batches = straight
     metrics = values(metrics)
-    for found, done in ((values(by_two), step), (values(by_four), step + 2)):
+    for actual, done in ((values(by_two), step), (values(by_four), step + 2)):
         wanted = {key: value for key, value in metrics.items() if key[0] <= done}
-        assert wanted.keys() <= found.keys() and (0, "eval/bits_per_byte") in wanted
-        assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
+        assert wanted.keys() <= actual.keys() and (0, "eval/bits_per_byte") in wanted
+        assert {key: actual[key] for key in wanted} == pytest.approx(wanted, rel=1e-4)
 
     # Held-out rows first, which do not fill the last batch; each process makes the rows that its devices hold.
     evaluated = (len(batches) - (step + 3)) // 2  # batches, at the beginning and at the end
@@ -152,8 +154,8 @@ def test_two_and_four_processes_and_one_have_the_same_batches_losses_and_scores(
         records = [read_records(workdir.parent / f"{name}-{process}")[: end - begin] for process in range(count)]
         for wanted, *of_each in zip(batches[begin:end], *records, strict=True):
             covered = {field: np.zeros(array.shape, int) for field, array in wanted.items()}
-            for made, parts in of_each:
-                assert made == rows
+            for num_rows, parts in of_each:
+                assert num_rows == rows
                 for field, index, data in parts:
                     assert data.dtype == wanted[field].dtype and data.tobytes() == wanted[field][index].tobytes()
                     covered[field][index] += 1
@@ -170,9 +172,9 @@ def test_a_storage_failure_of_process_0_ends_all_processes_with_its_reason(hande
     shutil.copytree(handed_on[0], workdir := tmp_path / "run")
     [step] = handed_on[2]
     arguments = [*arguments, f"--workdir={workdir}", "--config.mesh.fsdp=2", f"--config.train.num_steps={step + 1}"]
-    found = start_all(2, arguments, (0, step + 1, 0), tmp_path / "held")
-    assert [code for code, _, _ in found] == [4, 4], found
-    for _, _, err in found:
+    results = start_all(2, arguments, (0, step + 1, 0), tmp_path / "held")
+    assert [code for code, _, _ in results] == [4, 4], results
+    for _, _, err in results:
         reason = rf"t5like: process 0: .*/{step + 1} could not be written: .*File too large"
         assert re.match(reason, err.splitlines()[-1]), err
     assert Checkpoints(workdir / "checkpoints", keep=1).steps() == [step]

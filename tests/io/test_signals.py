@@ -147,8 +147,8 @@ def test_training_that_is_stopped_outside_its_loop_is_queued_again(number, code,
             arrange(patch)
             begin = time.monotonic()
             arguments = ["train", *flags, f"--workdir={tmp_path}/run", "--config.train.num_steps=2"]
-            found, _, err = command(*arguments)
-            assert found == code and err.splitlines()[-1].startswith("t5like: stopped"), (phase, err)
+            exit_code, _, err = command(*arguments)
+            assert exit_code == code and err.splitlines()[-1].startswith("t5like: stopped"), (phase, err)
             if phase == "compiling":
                 assert time.monotonic() - begin < 2  # nothing waits for the compiler
     if number == signal.SIGTERM:

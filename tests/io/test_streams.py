@@ -142,7 +142,7 @@ def test_prompts_on_standard_input_that_are_not_utf8_are_refused(command, traine
 
 def calls_without_an_encoding(path: Path) -> list[str]:
     """Calls that read or write text in the locale's encoding."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if not isinstance(node, ast.Call) or "encoding" in (given := {keyword.arg for keyword in node.keywords}):
             continue
@@ -158,8 +158,8 @@ def calls_without_an_encoding(path: Path) -> list[str]:
             "Popen": "text" in given,
         }
         if wrong.get(name):
-            found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
-    return found
+            calls.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    return calls
 
 
 def test_every_file_of_text_is_read_and_written_as_utf8(tmp_path):
