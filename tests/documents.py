@@ -1,8 +1,8 @@
 """What the documents name: commands, files, flags. `test_documents.py` checks each of them.
 
-Documents are the Markdown files, the docstrings of everything in Python, the Makefile and `.ci/run`. A command is a
-line of a fenced block (output is fenced as ```text), an indented line of a module's docstring, or a quoted
-span of a sentence that begins with one of `PROGRAMS`; a span may leave out what the sentence does not speak of.
+Documents are the Markdown files, the docstrings of everything in Python, the Makefile and `.ci/run`. A command is a line
+of a fenced block (output is fenced as ```text, Python as ```python), an indented line of a module's docstring, or a quoted
+span that begins with one of `PROGRAMS`; a span may leave out flags that its sentence does not need.
 """
 
 import ast
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-MARKDOWN = sorted([*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+MARKDOWN = sorted([*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOLDERS = ("benchmarks", "configs", "t5like", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PROGRAMS = ("t5like", "python", "make", "pip", "git", "cd")
+NOT_COMMANDS = ("text", "python")  # languages of fenced blocks
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)([^`]+)\1(?!`)")
 
@@ -47,7 +48,7 @@ def name_of(path: Path) -> str:
 def of_markdown(name: str, text: str) -> Iterator[Mention]:
     """The lines of fenced blocks, and quoted spans."""
     for block in FENCED.finditer(text):
-        if block[1] != "text":
+        if block[1] not in NOT_COMMANDS:
             yield from _lines(name, _number(text, block.start()) + 1, block[2])
     yield from _spans(name, 1, FENCED.sub(lambda block: "\n" * block[0].count("\n"), text))
 

@@ -50,12 +50,11 @@ def kind_of(words: list[str]) -> str:
 
 @functools.cache
 def documented() -> dict[str, list[str]]:
-    """The first command line of each kind. README comes first; `prepare` is quoted without its flags."""
+    """The first command line of each kind, those of README.md first."""
     lines = [(mention, words) for mention in mentions() for words in commands(mention) if words[0] == "t5like"]
-    first = {"prepare": ["prepare", "--config=configs/tiny.py"]}
-    for _, words in sorted(
-        (each for each in lines if each[0].whole), key=lambda each: not each[0].where.startswith("README")
-    ):
+    first = {}
+    readme_first = lambda each: not each[0].where.startswith("README.md")
+    for _, words in sorted((each for each in lines if each[0].whole), key=readme_first):
         first.setdefault(kind_of(words[1:]), words[1:])
     return first
 
@@ -65,6 +64,28 @@ def test_every_kind_of_command_is_one_that_a_test_runs():
     assert len(documented()) >= 12
     elsewhere = [how for how in SMALL.values() if isinstance(how, str)]
     assert all((ROOT / path).is_file() for path in elsewhere)
+
+
+# Scripts that documents name, and the test that starts each.
+SCRIPTS = {
+    "benchmarks/train_step.py": "tests/test_benchmarks.py",
+    "benchmarks/input_pipeline.py": "tests/test_benchmarks.py",
+    "benchmarks/token_store.py": "tests/test_benchmarks.py",
+    "benchmarks/peers.py": "tests/test_benchmarks.py",
+    "benchmarks/generate.py": "tests/test_benchmarks.py",
+    "run.py": "tests/interop/test_stablehlo.py",
+}
+
+
+def test_every_script_is_one_that_a_test_starts():
+    named = {words[0].removeprefix("/path/to/") for mention in mentions() for words in commands(mention)
+             if words[0].endswith(".py")}  # fmt: skip
+    named = {name if "/" in name or name == "run.py" else f"benchmarks/{name}" for name in named}
+    assert {name for name in named if not name.startswith("tests/")} <= set(SCRIPTS), (
+        "say in SCRIPTS which test starts it"
+    )
+    for script, test in SCRIPTS.items():
+        assert Path(script).stem in (ROOT / test).read_text("utf-8"), f"{test} does not start {script}"
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +126,19 @@ STEPS = ("--config.train.num_steps=1", "--config.train.eval_batches=1")
 
 
 def test_training_and_what_belongs_to_it(run, place):
-    assert "held-out loss" in run("train") and (place / "runs/mine/checkpoints/1").is_dir()
     assert "held out" in run("prepare")
+    assert "held-out loss" in run("train") and (place / "runs/mine/checkpoints/1").is_dir()
     assert json.loads(run("evaluate"))["eval/loss"] > 0
 
 
 def test_texts_and_exchange(run, place):
-    assert "(self):" in run("generate from a prompt")
+    assert "of the program" in run("generate from a prompt", workdir="RUN")
     run("generate from a file")
     answers = [json.loads(line) for line in (place / "OUT.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["ba de", "fi <extra_id_0> go"]
-    run("export hf")
-    assert (place / "DIR/config.json").is_file()
-    run("import hf", workdir="IMPORTED")
+    run("export hf", workdir="RUN")
+    assert (place / "exported/config.json").is_file()
+    run("import hf", input="exported", workdir="IMPORTED")
     assert (place / "IMPORTED/checkpoints/0").is_dir()
 
 

@@ -4,7 +4,6 @@ import ast
 import functools
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from t5like.config.schema import Config, default
 # What a sentence leaves out of a command.
 SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
 SAMPLES |= {"format": "hf", "prompt": "TEXT"}
+NOT_FIELDS = ("py", "model", "json", "txt")  # of files that have the name of a section: tokenizer.json
 NOT_FLAGS = ("--xla",)  # what begins so is XLA's
 
 
@@ -51,6 +51,8 @@ def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
         return
     if "NAME" in name:
         paths = sorted(ROOT.glob(name.replace("NAME", "*")))
+    elif re.fullmatch(r"(RUN|runs/\w+)/config\.json", name):  # of a run that the reader has
+        paths = ["tiny"]
     else:
         paths = [name if name in loader.presets() else ROOT / name]
     assert paths, f"{name} is no file"
@@ -160,6 +162,8 @@ def problem(words: list[str], whole: bool) -> str:
     try:
         if program.endswith(".py"):
             check_script(program, rest)
+        elif program.startswith("t5like."):
+            assert importlib.util.find_spec(program), f"there is no module {program}"
         elif program in CHECKS:
             CHECKS[program](rest, whole)
         else:
@@ -259,12 +263,19 @@ def test_every_flag_and_field_in_a_document_is_one_that_there_is():
                     loader.override(default().to_dict(), name.removeprefix("--config."), value)
             elif name.startswith("--") and name not in flags and f'"{name}"' not in scripts:
                 wrong += [f"{mention.where}: {word}"] * (not name.startswith(NOT_FLAGS))
-        if found := re.fullmatch(r"(\w+)\.(\w+)(=.*)?", mention.text):
-            section, name, value = found.groups()
-            if section in fields and ".md:" in mention.where and name not in ("py", "model"):
-                known = inspect.get_annotations(fields[section])
-                wrong += [f"{mention.where}: {mention.text}"] * (name not in known)
+        for name in re.split(r"=\S*\s?", mention.text) if ".md:" in mention.where else ():
+            section, *names = name.split(".")
+            if section in fields and names and names[-1] not in NOT_FIELDS and not is_field(fields[section], names):
+                wrong.append(f"{mention.where}: {mention.text}")
     assert not wrong, wrong
+
+
+def is_field(section: type, names: list[str]) -> bool:
+    """Whether a dotted name leads to a field; NAME.* is all of them, NAME.FIELD any."""
+    known = loader._types(section)
+    if names[0] in ("*", "FIELD", "AXIS"):
+        return True
+    return names[0] in known and (not names[1:] or is_field(known[names[0]], names[1:]))
 
 
 def test_every_extra_that_a_message_names_is_one_that_there_is():
@@ -275,6 +286,7 @@ def test_every_extra_that_a_message_names_is_one_that_there_is():
 
 def test_every_file_that_a_document_names_is_there(trained):
     made = {path.name for path in trained.iterdir()} | {"predictions", "evaluations", "init_from.txt", "profile"}
+    theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "train", "eval", "spiece.model", "my.jsonl"}  # the reader's
     wrong = []
     for path in MARKDOWN:
         text, name = path.read_text("utf-8"), documents.name_of(path)
@@ -282,7 +294,7 @@ def test_every_file_that_a_document_names_is_there(trained):
         quoted += [(name, link) for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
         for where, word in quoted:
             is_path = re.fullmatch(r"[\w.*-]+(/[\w.*-]*)*", word) and re.search(r"/|\.(py|md|txt|jsonl?|toml)$", word)
-            if not is_path or word.split("/")[0] in {*made, "RUN", "DIR", "runs", "train", "eval"}:
+            if not is_path or word.split("/")[0] in made | theirs:
                 continue
             candidate = word.replace("NAME", "*").rstrip("/")
             folders = ("t5like", "t5like/data", "configs", "benchmarks")
