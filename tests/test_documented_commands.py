@@ -78,7 +78,7 @@ SCRIPTS = {
 
 
 def test_every_script_is_one_that_a_test_starts():
-    named = {words[0].removeprefix("/path/to/") for mention in mentions() for words in commands(mention)
+    named = {words[0].removeprefix("/path/to/").removeprefix("REPOSITORY/") for mention in mentions() for words in commands(mention)
              if words[0].endswith(".py")}  # fmt: skip
     named = {name if "/" in name or name == "run.py" else f"benchmarks/{name}" for name in named}
     assert {name for name in named if not name.startswith("tests/")} <= set(SCRIPTS), (

@@ -1,7 +1,7 @@
 """What XLA is asked for besides its defaults, by chip, each with its reason.
 
 `step` hands these to `jax.jit`, so the trainer and `t5like plan` compile the same program. What each brings is in
-benchmarks/RESULTS.md ("What moved them"); libtpu 0.0.42, which jax 0.10.2 asks for, and 0.0.52 know all of them.
+benchmarks/RESULTS.md ("Effect of each change"); libtpu 0.0.42, which jax 0.10.2 asks for, and 0.0.52 know all of them.
 """
 
 import contextlib
