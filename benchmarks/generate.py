@@ -165,11 +165,11 @@ def compare(name: str, rows: int, way: str, options: argparse.Namespace) -> list
         return [
             {
                 **case,
-                "peer": peer.name,
+                "program": peer.name,
                 "tokens/s": 1e3 * rows * NEW / statistics.median(times[peer.name]),
                 "ms a token": statistics.median(times[peer.name]) / NEW,
                 "floor ms": floor,
-                "transformers' time / ours": statistics.median(1 / ratio for ratio in ratios),
+                "transformers' time / t5like's": statistics.median(1 / ratio for ratio in ratios),
                 "first s": peer.start["first_s"],
                 "peak MB": peer.stop()["peak_rss_mb"],
                 **peer.machine,

@@ -170,7 +170,7 @@ def result(name: str, peer: Peer, ours: Peer, options: argparse.Namespace) -> di
     flops = ours.start["flops_per_step"]
     return {
         "shape": name,
-        "peer": peer.name,
+        "program": peer.name,
         "dtype": options.dtype,
         "optimizer": options.optimizer,
         "rounds": options.rounds,
@@ -191,7 +191,7 @@ def row(r: dict) -> dict:
     """The columns of the table."""
     return {
         "shape": r["shape"],
-        "peer": r["peer"],
+        "program": r["program"],
         "parameters": r["params"],
         "tokens/s": r["tokens_per_second"],
         "step ms": r["step_ms"],
@@ -199,8 +199,8 @@ def row(r: dict) -> dict:
         "CPU ms": r["cpu_ms"],
         "GFLOP/s": r["gflops"],
         "of matmul rate": r["matmul_gflops"] and r["gflops"] / r["matmul_gflops"],
-        "t5like time / peer": r["t5like_time_ratio"],
-        "CPU time / peer": r["t5like_cpu_ratio"],
+        "t5like time / program": r["t5like_time_ratio"],
+        "CPU time / program": r["t5like_cpu_ratio"],
         "start to first step s": r["start_to_first_step_s"],
         "compile s": r["compile_s"],
         "peak MB": r["peak_rss_mb"],

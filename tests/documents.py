@@ -1,8 +1,8 @@
 """What the documents name: commands, files, flags. `test_documents.py` checks each of them.
 
-Documents are the Markdown files, the docstrings of everything in Python, the Makefile and `.ci/run`. A command is a line
-of a fenced block (output is fenced as ```text, Python as ```python), an indented line of a module's docstring, or a quoted
-span that begins with one of `PROGRAMS`; a span may leave out flags that its sentence does not need.
+Documents are the Markdown files, the docstrings of everything in Python, the Makefile and `.ci/run`. A command is a
+line of a fenced block (output is fenced as ```text, Python as ```python), an indented line of a module's docstring, or
+a quoted span that begins with one of `PROGRAMS`; a span may leave out flags that its sentence does not need.
 """
 
 import ast

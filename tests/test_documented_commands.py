@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -78,8 +79,8 @@ SCRIPTS = {
 
 
 def test_every_script_is_one_that_a_test_starts():
-    named = {words[0].removeprefix("/path/to/").removeprefix("REPOSITORY/") for mention in mentions() for words in commands(mention)
-             if words[0].endswith(".py")}  # fmt: skip
+    programs = {words[0] for mention in mentions() for words in commands(mention) if words[0].endswith(".py")}
+    named = {re.sub("^(/path/to|REPOSITORY)/", "", program) for program in programs}
     named = {name if "/" in name or name == "run.py" else f"benchmarks/{name}" for name in named}
     assert {name for name in named if not name.startswith("tests/")} <= set(SCRIPTS), (
         "say in SCRIPTS which test starts it"
