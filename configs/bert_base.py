@@ -4,9 +4,10 @@
 
     t5like train --config=configs/bert_base.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
-Recipe: Devlin et al. 2019, section A.2, but for three things: all steps read 512 tokens (BERT's first 90 % read 128),
-the tokenizer is SentencePiece's instead of WordPiece, and dropout is where it is in all our models.
-Hardware: one accelerator with 40 GB, or several. Time and expected loss: not yet run by us.
+Recipe: Devlin et al. 2019, section A.2, with three differences: all rows have 512 tokens (BERT trains on 128 tokens in
+the first 90 % of the steps), the tokenizer is SentencePiece instead of WordPiece, and dropout is applied at the same
+points as in the other models of t5like.
+Hardware: one accelerator with 40 GB, or several. Time and expected loss: not measured.
 """
 
 import ml_collections

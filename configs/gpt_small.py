@@ -1,10 +1,10 @@
-"""GPT-2 small's shape, 124 million parameters (124,439,808 with 50,257 rows), a causal model of 1,024-token rows.
+"""GPT-2 small: decoder-only, 124 million parameters (124,439,808 with 50,257 rows), rows of 1,024 tokens.
 
     t5like train --config=configs/gpt_small.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
-Recipe: Radford et al. 2019 for the model; AdamW, cosine, half a million tokens a step as in nanoGPT's reproduction.
-Hardware: one accelerator with 16 GB or more, with train.microbatches raised until it fits. Time and expected loss: not
-yet run by us; nanoGPT reports 2.85 nats on OpenWebText after 600,000 steps.
+Recipe: Radford et al. 2019 for the model; AdamW, cosine, half a million tokens per step as in nanoGPT.
+Hardware: one accelerator with 16 GB or more, with train.microbatches large enough for its memory. Time and expected
+loss: not measured; nanoGPT reports 2.85 nats on OpenWebText after 600,000 steps.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
-"""A 1.1 billion parameter Llama (1,100,048,384: TinyLlama's shape), rows of 2,048 tokens; the recipe of `llama_7b`.
+"""TinyLlama: 1.1 billion parameters (1,100,048,384), rows of 2,048 tokens; hyperparameters of `llama_7b`.
 
     t5like train --config=configs/llama_1b.py --workdir=RUN --config.data.source='jsonl:my_texts/*.jsonl.zst'
 
-Hardware: 8 accelerators with 16 GB or more. Time and expected loss: not yet run.
+Hardware: 8 accelerators with 16 GB or more. Time and expected loss: not measured.
 """
 
 import llama_7b

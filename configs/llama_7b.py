@@ -1,9 +1,9 @@
-"""Llama 2 7B's shape, 6.7 billion parameters (6,738,415,616), a causal model of 4,096-token rows.
+"""Llama 2 7B: decoder-only, 6.7 billion parameters (6,738,415,616), rows of 4,096 tokens.
 
     t5like train --config=configs/llama_7b.py --workdir=RUN --config.data.source='jsonl:my_texts/*.jsonl.zst'
 
-Recipe: Touvron et al. 2023 (Llama 2), section 2.2: AdamW, cosine to a tenth, 4 million tokens a step, 2 trillion in
-all. Hardware: 256 TPU v5e or 64 H100 and up. Time and expected loss: not yet run.
+Recipe: Touvron et al. 2023 (Llama 2), section 2.2: AdamW, cosine schedule to a tenth, 4 million tokens per
+step, 2 trillion tokens in total. Hardware: 256 TPU v5e or 64 H100, or more. Time and expected loss: not measured.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
-"""T5 1.1 base, 248 million parameters (247,577,856 with 32,128 rows); the recipe of `t5_small`.
+"""T5 1.1 base, 248 million parameters (247,577,856 with 32,128 rows); hyperparameters of `t5_small`.
 
     t5like train --config=configs/t5_base.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
-Hardware: one accelerator with 40 GB, or several. Time and expected loss: not yet run by us.
+Hardware: one accelerator with 40 GB, or several. Time and expected loss: not measured.
 """
 
 import ml_collections

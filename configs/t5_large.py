@@ -1,8 +1,8 @@
-"""T5 1.1 large, 783 million parameters (783,150,080 with 32,128 rows); the recipe of `t5_small`.
+"""T5 1.1 large, 783 million parameters (783,150,080 with 32,128 rows); hyperparameters of `t5_small`.
 
     t5like train --config=configs/t5_large.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
-Hardware: 8 accelerators with 16 GB or more. Time and expected loss: not yet run by us.
+Hardware: 8 accelerators with 16 GB or more. Time and expected loss: not measured.
 """
 
 import ml_collections

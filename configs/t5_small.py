@@ -3,8 +3,8 @@
     t5like train --config=configs/t5_small.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
 Recipe: Raffel et al. 2020 and T5X's `t5_1_1` pretraining: Adafactor, inverse square root schedule, 2,048 rows of 512
-tokens, no dropout. Hardware: one accelerator with 16 GB or more; set data.batch_size to what it takes.
-Time and expected loss: not yet run by us. For base, nanoT5 (Nawrot 2023) reports 1.95 to 2.04 nats after 2^16 steps of
+tokens, no dropout. Hardware: one accelerator with 16 GB or more; adapt data.batch_size to its memory.
+Time and expected loss: not measured. For base, nanoT5 (Nawrot 2023) reports 1.95 to 2.04 nats after 2^16 steps of
 128 rows.
 """
 

@@ -1,8 +1,8 @@
-"""T5 1.1 xl, 2.8 billion parameters (2,849,757,184 with 32,128 rows); the recipe of `t5_small`.
+"""T5 1.1 xl, 2.8 billion parameters (2,849,757,184 with 32,128 rows); hyperparameters of `t5_small`.
 
     t5like train --config=configs/t5_xl.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
-Hardware: 32 TPU v5e or 16 H100, and up. Time and expected loss: not yet run by us.
+Hardware: 32 TPU v5e or 16 H100, or more. Time and expected loss: not measured.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
-"""T5 1.1 xxl, 11 billion parameters (11,135,332,352 with 32,128 rows); the recipe of `t5_small`.
+"""T5 1.1 xxl, 11 billion parameters (11,135,332,352 with 32,128 rows); hyperparameters of `t5_small`.
 
     t5like train --config=configs/t5_xxl.py --workdir=RUN --config.data.source='text:my_texts/*.txt'
 
-Hardware: 256 TPU v5e or 64 H100, and up. Time and expected loss: not yet run by us.
+Hardware: 256 TPU v5e or 64 H100, or more. Time and expected loss: not measured.
 """
 
 import ml_collections

@@ -2,14 +2,14 @@
 
     t5like train --config=configs/task_dialogue.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
 
-The task is `data.tasks.dialogue`: 3,791 conversations (of Python 3.11), made from docstrings and signatures of the
-standard library; each answer is learned after all turns before it. The model is `tiny`'s, so that a run of it is
-where to start from.
-Hardware: two CPU cores, 176 s in all. Held out: exact match 45.3 %, F1 49.9; untrained 0.0 and 0.0, the most frequent
+The task is `data.sources.python_tasks.dialogue`: 3,791 conversations, built from docstrings and signatures of the
+standard library of Python 3.11. The inputs of each example are all turns before the answer.
+Its model is that of `tiny`: train `tiny` first, and start from that run.
+Hardware: two CPU cores, 176 s. Held-out results: exact match 45.3 %, F1 49.9; untrained 0.0 and 0.0, the most frequent
 answer 17.2 and 17.2.
 
 With a network, on the first question and answer of WikiDialog's conversations (TFDS has no conversations with roles;
-your own, as JSON lines, go by --config.data.source=jsonl:GLOB --config.data.messages_field=messages):
+for your own, as JSON lines, use --config.data.source=jsonl:GLOB --config.data.messages_field=messages):
 
     --config.data.source=tfds:wiki_dialog/OQ:1.0.0 --config.data.messages_field=
     --config.data.inputs_template='user: {utterances/1}' --config.data.targets_template='{utterances/2}'

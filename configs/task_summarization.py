@@ -1,10 +1,11 @@
-"""Fine-tuning to say in one sentence what a Python function does.
+"""Fine-tuning to summarize a Python function in one sentence.
 
     t5like train --config=configs/task_summarization.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
 
-The task is `data.tasks.summarization`: 4,507 functions of the standard library (of Python 3.11), with the first
-sentence of the docstring that their authors wrote. The model is `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, 176 s in all. Held out: ROUGE-L 21.4; untrained 1.2, the first words of the input 17.1.
+The task is `data.sources.python_tasks.summarization`: 4,507 functions of the standard library of Python 3.11. The
+target is the first sentence of the docstring.
+Its model is that of `tiny`: train `tiny` first, and start from that run.
+Hardware: two CPU cores, 176 s. Held-out results: ROUGE-L 21.4; untrained 1.2, the first words of the input 17.1.
 
 With a network, on news (CNN / Daily Mail):
 

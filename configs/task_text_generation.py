@@ -2,11 +2,12 @@
 
     t5like train --config=configs/task_text_generation.py --workdir=RUN --config.init_from.checkpoint=runs/tiny
 
-The task is `data.tasks.text_generation`: 2,960 paragraphs of the standard library's docstrings and of the language
-reference (of Python 3.11). Many continuations are right and one is the reference: the held-out loss says more than
-the scores. The model is `tiny`'s, so that a run of it is where to start from.
-Hardware: two CPU cores, 131 s in all. Held out: perplexity 130, ROUGE-L 11.8; untrained 759 and 3.9. Repeating the
-input scores 15.9: at this size it learns the style of what follows, not what it says.
+The task is `data.sources.python_tasks.text_generation`: 2,960 paragraphs from docstrings of the standard library
+and from the language reference of Python 3.11. Many continuations are correct, but only one is the reference, so the
+held-out loss is more informative than the other metrics.
+Its model is that of `tiny`: train `tiny` first, and start from that run.
+Hardware: two CPU cores, 131 s. Held-out results: perplexity 130, ROUGE-L 11.8; untrained 759 and 3.9. Repeating the
+input scores 15.9: a model of this size learns the style of the continuation, not its content.
 
 With a network, on answers to open instructions (Dolly):
 

@@ -1,4 +1,4 @@
-"""A small T5 1.1 on the running Python's standard library: a few minutes on two CPU cores. What `make train` runs.
+"""A small T5 1.1 on the running Python's standard library: a few minutes on two CPU cores. `make train` runs it.
 
 t5like train --config=configs/tiny.py --workdir=runs/tiny
 """

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import re
 from pathlib import Path
 
 # Compiling is most of the suite's time, and most of that LLVM's: code for a few steps of a tiny model need not be fast.
@@ -205,6 +206,19 @@ def command(capfd, monkeypatch):
     def run(*arguments) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])
         return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Run a command line that must be refused: checks the form, gives (exit code, message)."""
+
+    def run(*arguments) -> tuple[int, str]:
+        code, _, err = command(*arguments)
+        *before, last = err.splitlines()
+        assert last.startswith("t5like: ") and not re.search("Traceback|WARNING|Error\\b", "\n".join(before)), err
+        return code, last.removeprefix("t5like: ")
 
     return run
 

@@ -1,6 +1,6 @@
-"""What each command does with its flags: it checks them, opens what it needs, and prints what came out.
+"""One function per command: check the flags, load the run, call the library, print the result.
 
-Heavy modules are imported by the command that needs them, so that `--help` and refusals are quick.
+Each function imports the heavy modules that it needs, so that `--help` and error messages are fast.
 """
 
 import argparse
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def versions() -> dict[str, str]:
-    """What all processes of a run must have alike besides its config."""
+    """The versions that all processes of a run must share, besides its config."""
     return {"versions": f"t5like {__version__}, jax {importlib.metadata.version('jax')}"}
 
 
 def load_config(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config":
-    """The config of the command line; without one that of the run in --workdir, which `train` goes on with."""
+    """The config of --config; without that flag, the config of the run in --workdir, which `train` continues."""
     if options.config is not None:
         return loader.load(options.config, overrides)
-    return loader.of_run(expand(options.workdir), overrides)
+    return loader.load_run(expand(options.workdir), overrides)
 
 
 def configs(_, __) -> None:
@@ -49,7 +49,7 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
     from t5like.train.loop import train
 
     workdir = expand(options.workdir).absolute()
-    with process_group(options.begin, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
+    with process_group(options.process, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
         train(config, workdir)
 
 
@@ -77,7 +77,7 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
 
 
 def heldout(options: argparse.Namespace, _) -> None:
-    """`t5like evaluate`: the result as JSON on standard output, for people a table on standard error."""
+    """`t5like evaluate`: print the result as JSON on standard output, and as a table on standard error."""
     from t5like.checkpoint import run_directory
 
     check_tasks_options(options)
@@ -88,7 +88,7 @@ def heldout(options: argparse.Namespace, _) -> None:
         from t5like.evaluation import heldout
 
         config = run_directory.config_of(workdir)
-        with process_group(options.begin, config, {**versions(), "--step": str(options.step)}, debug=options.debug):
+        with process_group(options.process, config, {**versions(), "--step": str(options.step)}, debug=options.debug):
             loaded = run_directory.load(workdir, options.step, all_devices=True)
             values, records = heldout.evaluate_run(loaded, workdir / "tokenizer.model")
             if not is_primary():
@@ -110,14 +110,16 @@ def heldout(options: argparse.Namespace, _) -> None:
 
 
 def check_tasks_options(options: argparse.Namespace) -> None:
-    """Refuse what could not be meant."""
+    """Refuse flags that belong to --tasks without it, and names of tasks that can't exist."""
     for name in ("tasks_dir", "limit", "num_fewshot"):
         if options.tasks is None and getattr(options, name) is not None:
             raise ConfigError(f"--{name} goes with --tasks; use --tasks=NAME")
     if options.tasks is not None and not all(options.tasks.split(",")):
         raise ConfigError(f"--tasks={options.tasks} must be names with commas between them; use --tasks=lambada_openai")
     if options.tasks_dir is not None and not options.tasks_dir.is_dir():
-        raise ConfigError(f"--tasks_dir={options.tasks_dir} is no directory; name one with the tasks' YAML files")
+        raise ConfigError(
+            f"--tasks_dir={options.tasks_dir} is not a directory; use the directory of the tasks' YAML files"
+        )
 
 
 def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictions: dict[str, list[Any]]) -> None:
@@ -130,9 +132,9 @@ def write_evaluation(workdir: Path, name: str, values: dict[str, Any], predictio
     try:
         path.parent.mkdir(exist_ok=True)
         replace_file(path, text.encode() + b"\n")
-        for each, records in predictions.items():
+        for task, records in predictions.items():
             if records:
-                write_predictions(workdir, each, records)
+                write_predictions(workdir, task, records)
     except OSError as error:
         raise CheckpointError(
             f"{path} can't be written: {error.strerror}; the metrics are on standard output"
@@ -153,7 +155,7 @@ def generate(options: argparse.Namespace, _) -> None:
     if options.prompt is not None and options.prompts_file:
         raise ConfigError("--prompt and --prompts_file can't both be given; use one")
     if options.output and not options.prompts_file:
-        raise ConfigError(f"--output={options.output} needs --prompts_file; without, answers are printed")
+        raise ConfigError(f"--output={options.output} needs --prompts_file; without it, predictions are printed")
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(DecodingOptions)}
     decoding = DecodingOptions(**{**fields, "stop": tuple(options.stop)})
     rows = prompts.read_prompts(options.prompts_file) if options.prompts_file else []
@@ -161,12 +163,12 @@ def generate(options: argparse.Namespace, _) -> None:
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     with jax.set_mesh(loaded.mesh):
         if options.prompts_file:
-            made_by = {"workdir": str(expand(options.workdir).absolute()), "step": loaded.step}
-            prompts.answer_file(generator, decoding, options.prompts_file, rows, options.output, made_by)
+            source = {"workdir": str(expand(options.workdir).absolute()), "step": loaded.step}
+            prompts.generate_file(generator, decoding, options.prompts_file, rows, options.output, source)
         elif options.prompt is not None:
-            prompts.show(generator, decoding, options.prompt)
+            prompts.print_prediction(generator, decoding, options.prompt)
         else:
-            prompts.converse(generator, decoding)
+            prompts.interactive(generator, decoding)
 
 
 def import_hf(options: argparse.Namespace, _) -> None:
@@ -229,11 +231,11 @@ def export_stablehlo(options: argparse.Namespace, _) -> None:
 
 def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like plan`."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here stays free
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves an accelerator of this machine to other programs
     if options.quick and (options.keep or options.search):
         flag = f"--keep={options.keep}" if options.keep else f"--search={options.search}"
         remedy = "leave it out" if options.keep else "use --search"
-        raise ConfigError(f"{flag} is for compiled programs, and --quick makes none; {remedy}")
+        raise ConfigError(f"{flag} needs compiled programs, and --quick compiles none; {remedy}")
     if options.fake_devices is not None:
         raise ConfigError(f"--fake_devices={options.fake_devices} does not go with plan; use --topology=cpu:8")
     config = load_config(options, overrides)
@@ -241,12 +243,12 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
 
     machine = topology.parse(options.topology, options.num_slices)
     paths = [path and expand(path).absolute() for path in (options.workdir, options.keep)]
-    wishes = planner.PlanOptions(options.quick, options.search, options.tokens, options.price, *paths)
-    made, errors = planner.make(
-        config, machine, wishes, lambda line: print(printable(line), file=sys.stderr, flush=True)
+    plan_options = planner.PlanOptions(options.quick, options.search, options.tokens, options.price, *paths)
+    result, errors = planner.make(
+        config, machine, plan_options, lambda line: print(printable(line), file=sys.stderr, flush=True)
     )
-    print(json.dumps(made, indent=1) if options.json else report.text(made))
-    if errors:  # the plan is printed all the same
+    print(json.dumps(result, indent=1) if options.json else report.text(result))
+    if errors:  # after the plan, which contains the other results
         raise errors[0]
 
 

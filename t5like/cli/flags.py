@@ -1,4 +1,4 @@
-"""The command line's grammar: every command and its flags. `main` reads a command line by it; `commands` runs it."""
+"""The commands and their flags, and how a command line is parsed. `cli.main` calls `parse`; `cli.commands` runs it."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from t5like.errors import ConfigError, shown
 from t5like.io.paths import expand, why_no_path
 
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
-# Of each command's formats the flags that it alone takes, with their defaults.
+# The flags that only one format of a command takes, with their defaults.
 FORMATS = {
     "import": {"hf": {}, "t5x": {"config": None}},
     "export": {
@@ -20,7 +20,7 @@ FORMATS = {
     },
 }
 
-# Flags of numbers: what they may be, and a value that works. Those of generate are checked by `decoding.Decoding`.
+# Range of each numeric flag, and a value that works. `inference.sampling.DecodingOptions` checks those of generate.
 RANGES = {
     "fake_devices": (Range(1, 1024), 8),
     "step": (Range(0, LARGEST), 0),
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     """Split a command line into options and config overrides, the pairs of ``--config.section.field=value``.
 
     Raises:
-        ConfigError: it is not understood.
+        ConfigError: a command, flag or value is unknown or out of range.
     """
     overrides, rest = [], []
     for argument in arguments:
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
         if value is not None and value not in limits:
             text = f"{value:g}" if isinstance(value, float) else shown(value)
             raise ConfigError(f"--{flag}={text} must be {limits}; use --{flag}={use}")
-    settle_format(options)
+    resolve_format(options)
     if overrides and not getattr(options, "config", None) and options.command != "train":
         raise ConfigError(
             f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
@@ -63,8 +63,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     return options, overrides
 
 
-def settle_format(options: argparse.Namespace) -> None:
-    """Refuse flags of another `--format`, and give those of this one their defaults."""
+def resolve_format(options: argparse.Namespace) -> None:
+    """Refuse flags of another `--format`, and set the flags of this one to their defaults."""
     for name, own in FORMATS.get(options.command, {}).items():
         for flag, default in own.items():
             if name == options.format:
@@ -75,9 +75,9 @@ def settle_format(options: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse whose refusals are ours: one line, exit code 2."""
+    """An `ArgumentParser` whose errors are a `ConfigError`: one line, exit code 2."""
 
-    shows_fields = False  # whether its help goes on with the config's fields
+    shows_fields = False  # whether its help ends with the fields of the config
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{field_help.text()}" if self.shows_fields else "")
@@ -86,12 +86,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def given_path(text: str) -> Path:
-    """The type of a flag that is a path."""
+def parse_path(text: str) -> Path:
+    """Convert the value of a flag that is a path."""
     if why := why_no_path(text):
         raise argparse.ArgumentTypeError(f"{text} {why}")
     path = expand(text)
-    return path.absolute() if str(path).startswith("~") else path  # ./~name, which must not be expanded later
+    return path.absolute() if str(path).startswith("~") else path  # of ./~name: later expansion must not change it
 
 
 def build_parser() -> Parser:
@@ -102,7 +102,7 @@ def build_parser() -> Parser:
 
     def command(name: str, text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--fake_devices", type=int, metavar="N", help="N CPU devices in this process")
+        sub.add_argument("--fake_devices", type=int, metavar="N", help="simulate N CPU devices in this process")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
@@ -111,99 +111,115 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--config",
         metavar="FILE",
-        help="a config: a preset (t5like configs lists them), a file like theirs, or a run's config.json; default: the "
-        "one of the run in --workdir; --config.SECTION.FIELD=VALUE changes a field",
+        help="a preset (t5like configs lists them), a Python config file, or a run's config.json; default: the config "
+        "of the run in --workdir; --config.SECTION.FIELD=VALUE sets a field",
     )
-    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN", help="the run directory")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN", help="the run directory")
 
-    start_flags(sub)
+    add_process_flags(sub)
 
     command("configs", "List the presets that --config takes by name.")
 
-    sub = command("prepare", "Make the tokenizer and the token store, without training.")
+    sub = command("prepare", "Build the tokenizer and the token store, without training.")
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument(
-        "--workdir", type=given_path, metavar="RUN", help="also put config and tokenizer into a run directory"
+        "--workdir", type=parse_path, metavar="RUN", help="also write config and tokenizer to a run directory"
     )
 
     sub = command("evaluate", "Print and write a run's held-out metrics, or those of public tasks, as JSON.")
-    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN")
-    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
     sub.add_argument(
-        "--tasks", metavar="NAME[,NAME]", help="of lm-evaluation-harness instead (pip install 't5like[harness]')"
+        "--tasks", metavar="NAME[,NAME]", help="tasks of lm-evaluation-harness (pip install 't5like[harness]')"
     )
     sub.add_argument(
-        "--tasks_dir", type=given_path, metavar="DIR", help="of YAML files with more tasks; paths in them start there"
+        "--tasks_dir",
+        type=parse_path,
+        metavar="DIR",
+        help="YAML files of more tasks; their relative paths start in DIR",
     )
-    sub.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
-    sub.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+    sub.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N examples of each task")
+    sub.add_argument("--num_fewshot", type=int, metavar="N", help="number of few-shot examples in each prompt")
 
-    start_flags(sub)
+    add_process_flags(sub)
 
-    sub = command("generate", "Continue prompts, or fill their <extra_id_N> gaps: one, a file's, or as they are typed.")
-    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN")
-    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
-    sub.add_argument("--prompt", metavar="TEXT", help="without it or a file, lines of standard input are prompts")
-    sub.add_argument("--prompts_file", type=given_path, metavar="F", help='JSON lines with the field "prompt"')
+    sub = command("generate", "Generate continuations of prompts, or fill their <extra_id_N> spans.")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
+    sub.add_argument(
+        "--prompt", metavar="TEXT", help="one prompt; without it and --prompts_file, each line of standard input is one"
+    )
+    sub.add_argument("--prompts_file", type=parse_path, metavar="F", help='JSON lines with the field "prompt"')
     sub.add_argument(
         "--output",
-        type=given_path,
+        type=parse_path,
         metavar="F",
-        help="the same rows with predictions; the same command again continues it",
+        help="write the rows with predictions here; the same command again continues an interrupted one",
     )
     for name, kind, default, text in (
-        ("max_new_tokens", int, 64, "at most so many tokens"),
-        ("temperature", float, 0.0, "of the sampling; 0: the likeliest token"),
-        ("top_k", int, 0, "sample the k likeliest tokens; 0: all"),
-        ("top_p", float, 1.0, "sample the likeliest tokens that together have this probability"),
-        ("min_p", float, 0.0, "sample tokens at least this fraction as likely as the likeliest"),
-        ("repetition_penalty", float, 1.0, "above 1: what was said becomes less likely"),
-        ("num_beams", int, 1, "of a beam search; 1: none"),
+        ("max_new_tokens", int, 64, "maximum number of generated tokens"),
+        ("temperature", float, 0.0, "softmax temperature; 0: greedy decoding"),
+        ("top_k", int, 0, "sample from the k most likely tokens; 0: all"),
+        ("top_p", float, 1.0, "sample from the most likely tokens whose probabilities sum to this"),
+        ("min_p", float, 0.0, "sample from tokens with at least this fraction of the highest probability"),
+        ("repetition_penalty", float, 1.0, "above 1: tokens that occurred already become less likely"),
+        ("num_beams", int, 1, "beams of beam search; 1: no beam search"),
         ("length_penalty", float, 1.0, "a beam's log-probability is divided by length ** this"),
-        ("num_returned", int, 1, "answers per prompt: the best beams, or samples"),
-        ("seed", int, 0, "of the sampling"),
+        ("num_returned", int, 1, "predictions per prompt: the best beams, or samples"),
+        ("seed", int, 0, "random seed of sampling"),
     ):
         sub.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X", help=text)
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given again")
+    sub.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop generating at this text; may be repeated"
+    )
 
-    sub = command("import", "Make a run of a model from elsewhere.")
+    sub = command("import", "Convert a checkpoint of another library to a run.")
     sub.add_argument(
         "--format",
         required=True,
         choices=FORMATS["import"],
         help="hf: a Hugging Face directory; t5x: a checkpoint of T5X, with --config for its model",
     )
-    sub.add_argument("--input", required=True, type=given_path, metavar="DIR")
-    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN", help="the run directory to make")
+    sub.add_argument("--input", required=True, type=parse_path, metavar="DIR")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN", help="the run directory to create")
     sub.add_argument(
-        "--config", metavar="FILE", help="t5x: the model, and tokenizer.path; --config.SECTION.FIELD=VALUE"
+        "--config", metavar="FILE", help="t5x: config with the model and tokenizer.path; --config.SECTION.FIELD=VALUE"
     )
 
-    sub = command("export", "Write a run's model for use elsewhere.")
+    sub = command("export", "Convert a run's model to the format of another library.")
     sub.add_argument(
         "--format",
         required=True,
         choices=FORMATS["export"],
         help="hf: a Hugging Face directory; stablehlo: programs for cpu, cuda and tpu",
     )
-    sub.add_argument("--workdir", required=True, type=given_path, metavar="RUN")
-    sub.add_argument("--output", required=True, type=given_path, metavar="DIR", help="absent, or an empty directory")
-    sub.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the latest")
-    sub.add_argument("--family", choices=HF_FAMILIES, help="hf: which model class; default: by the config")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: of the weights")
-    sub.add_argument("--max_shard_size", metavar="SIZE", help="hf: of a file of weights; such as 500MB; default: 5GB")
-    sub.add_argument("--max_new_tokens", type=int, metavar="N", help="stablehlo: that generate makes; default: 64")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument(
+        "--output", required=True, type=parse_path, metavar="DIR", help="a directory that is empty or does not exist"
+    )
+    sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
+    sub.add_argument("--family", choices=HF_FAMILIES, help="hf: model family; default: chosen from the config")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: dtype of the weights")
+    sub.add_argument(
+        "--max_shard_size", metavar="SIZE", help="hf: maximum size of a weight file, such as 500MB; default: 5GB"
+    )
+    sub.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="stablehlo: tokens that generate returns; default: 64"
+    )
     sub.add_argument(
         "--prompt_length", type=int, metavar="N", help="stablehlo: tokens that generate reads; default: as in training"
     )
     sub.add_argument(
-        "--temperature", type=float, metavar="X", help="stablehlo: of generate; 0, the default: the likeliest token"
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="stablehlo: temperature of generate; 0, the default: greedy decoding",
     )
 
-    sub = command("plan", "Say what a run needs on a machine that is not here: memory, time, network, cost.")
+    sub = command("plan", "Predict memory, time, network traffic and cost of a run on another machine.")
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x8, v6e:8x8, v4:4x4x8, cpu:8")
-    sub.add_argument("--num_slices", type=int, default=1, metavar="N", help="of that topology")
+    sub.add_argument("--num_slices", type=int, default=1, metavar="N", help="number of slices of that topology")
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
     sub.add_argument("--quick", action="store_true", help="estimate in seconds, without compiling")
     sub.add_argument(
@@ -212,17 +228,21 @@ def build_parser() -> Parser:
         nargs="?",
         const=0,
         metavar="N",
-        help="try meshes, remat policies and microbatches; compile the N fastest",
+        help="search meshes, remat policies and microbatches; compile the N fastest",
     )
-    sub.add_argument("--tokens", type=float, metavar="N", help="of the run, such as 2e12; default: train.num_steps")
-    sub.add_argument("--price", type=float, metavar="X", help="of a chip for an hour")
-    sub.add_argument("--workdir", type=given_path, metavar="RUN", help="check that this run directory can be written")
-    sub.add_argument("--keep", type=given_path, metavar="DIR", help="keep the compiled programs there")
+    sub.add_argument(
+        "--tokens", type=float, metavar="N", help="training tokens, such as 2e12; default: those of train.num_steps"
+    )
+    sub.add_argument("--price", type=float, metavar="X", help="price of one chip for one hour")
+    sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="check that this run directory can be written")
+    sub.add_argument("--keep", type=parse_path, metavar="DIR", help="keep the compiled programs there")
     return parser
 
 
-def start_flags(command: Parser) -> None:
-    """The flags of a process that no launcher tells its place, or another one than the user wants."""
-    command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, for several processes")
-    command.add_argument("--num_processes", metavar="N", help="of the run; 1: alone, whatever a launcher says")
-    command.add_argument("--process_id", metavar="I", help="this process, from 0")
+def add_process_flags(command: Parser) -> None:
+    """Add the flags for several processes without a launcher, or with other values than those of the launcher."""
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, to run several processes")
+    command.add_argument(
+        "--num_processes", metavar="N", help="number of processes of the run; 1: run alone, even under a launcher"
+    )
+    command.add_argument("--process_id", metavar="I", help="rank of this process, from 0")

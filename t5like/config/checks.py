@@ -1,6 +1,7 @@
-"""Which values a config may have, and which go together: all that can be refused without devices and without data.
+"""Checks of a config that need neither devices nor data: ranges, and combinations of fields.
 
-Called by `config_file.resolve`. A refusal names the field, its value, the rule, and a value that would work.
+`config.loader.resolve` calls `check`. Each message contains the field, its value, the rule, and a value that works.
+Ranges of single fields are annotations in `config.schema`; the functions here check several fields together.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, I
 from t5like.errors import ConfigError, shown
 from t5like.io.paths import check_path
 
-LEAST_RATE = 1e-9  # products of smaller ones may be 0
+LEAST_RATE = 1e-9  # the product of two smaller rates can underflow to 0
 
 
 @cache
 def ranges(cls: type) -> dict[str, tuple[Range, Any]]:
-    """The range of each field of numbers of a section, and its default, which lies in it."""
+    """Range and default of each numeric field of a section."""
     hints = get_type_hints(cls, include_extras=True)
     return {
         field.name: (limits, field.default)
@@ -29,16 +30,16 @@ def ranges(cls: type) -> dict[str, tuple[Range, Any]]:
 
 
 def check(config: Config) -> None:
-    """Refuse what no machine could run.
+    """Refuse a config that can't run on any machine.
 
     Raises:
-        ConfigError: with field, value, rule, and a value that would work.
+        ConfigError: with field, value, rule, and a value that works.
     """
     _ranges(config)
     check_path("data.cache_directory", config.data.cache_directory)
     if config.tokenizer.path:
         check_path("tokenizer.path", config.tokenizer.path)
-    for part in (
+    for check_part in (
         _tokenizer,
         _data,
         _objectives,
@@ -51,11 +52,11 @@ def check(config: Config) -> None:
         _train,
         _mesh,
     ):
-        part(config)
+        check_part(config)
 
 
 def _ranges(config: Config) -> None:
-    """Every number of the config against the range at its field."""
+    """Check every number against the range of its field."""
     for section, cls in sections():
         for name, (limits, default) in ranges(cls).items():
             value = get(config, f"{section}{name}")
@@ -73,12 +74,12 @@ def _tokenizer(config: Config) -> None:
         "tokenizer.extra_eos_ids",
         f"must be token ids, at least 0 and less than tokenizer.vocab_size={tokenizer.vocab_size}; empty: none",
     )
-    if tokenizer.path:  # a tokenizer from elsewhere has what it has
+    if tokenizer.path:  # its size is known only after loading
         _require(
             config,
             tokenizer.vocab_size > tokenizer.num_sentinels,
             "tokenizer.vocab_size",
-            f"must be more than tokenizer.num_sentinels={tokenizer.num_sentinels}; use what tokenizer.path has",
+            f"must be more than tokenizer.num_sentinels={tokenizer.num_sentinels}; use the size of tokenizer.path",
         )
         return
     smallest = 3 + 256 + tokenizer.num_sentinels
@@ -122,7 +123,7 @@ def _data(config: Config) -> None:
             config,
             not data.messages_field or getattr(data, field) == getattr(defaults, field),
             f"data.{field}",
-            "can't go with data.messages_field, whose messages are the text; use one of them",
+            "can't be combined with data.messages_field; use one of them",
         )
     _require(
         config,
@@ -160,7 +161,7 @@ def _objectives(config: Config) -> None:
         config,
         "supervised" not in data.objective or len(data.objective) == 1,
         "data.objective",
-        "can't mix supervised with objectives on running text; use supervised alone",
+        "can't combine supervised with other objectives; use supervised alone",
     )
     _require(
         config,
@@ -182,7 +183,7 @@ def _evaluate(config: Config) -> None:
         config,
         not evaluate.metrics or "supervised" in config.data.objective,
         "evaluate.metrics",
-        "need data.objective=supervised, whose examples have an answer; leave it empty",
+        "need data.objective=supervised, whose examples have targets; use an empty list",
     )
     _require(
         config,
@@ -194,7 +195,7 @@ def _evaluate(config: Config) -> None:
         config,
         not evaluate.answer_choices or len(set(evaluate.answer_choices)) == len(evaluate.answer_choices) > 1,
         "evaluate.answer_choices",
-        "must be at least two different answers, or empty; use yes,no",
+        "must be at least two different texts, or empty; use yes,no",
     )
     _require(
         config,
@@ -331,14 +332,14 @@ def _lengths(config: Config) -> None:
         "model.max_length",
         f"must be at least the longest row, {longest}, with learned positions; use {longest}",
     )
-    asked = config.row_length if model.architecture == "decoder" else data.targets_length
+    needed = config.row_length if model.architecture == "decoder" else data.targets_length
     if evaluate.metrics and evaluate.max_new_tokens and model.architecture == "decoder":
-        asked = data.inputs_length + evaluate.max_new_tokens
+        needed = data.inputs_length + evaluate.max_new_tokens
     _require(
         config,
-        not evaluate.metrics or asked <= model.longest_text,
+        not evaluate.metrics or needed <= model.longest_text,
         "model.max_length",
-        f"must be at least {asked} for the answers of evaluate.max_new_tokens, with learned positions; use {asked}",
+        f"must be at least {needed} for inputs_length + evaluate.max_new_tokens, with learned positions; use {needed}",
     )
 
 
@@ -369,11 +370,9 @@ def _train(config: Config) -> None:
 def _mesh(config: Config) -> None:
     axes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if axis != "slices"}
     for axis, size in axes.items():
-        _require(config, size != 0, f"mesh.{axis}", "must be at least 1, or -1 for what is left; use 1")
+        _require(config, size != 0, f"mesh.{axis}", "must be at least 1, or -1 for the remaining devices; use 1")
     if (free := [axis for axis, size in axes.items() if size == -1])[1:]:
-        raise ConfigError(
-            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take what is left; use mesh.{free[1]}=1"
-        )
+        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can be -1; use mesh.{free[1]}=1")
     data, slices = config.mesh.data, config.mesh.slices
     _require(
         config, data == -1 or data % slices == 0, "mesh.data", f"must be a multiple of mesh.slices={slices}; use -1"

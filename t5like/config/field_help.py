@@ -1,4 +1,4 @@
-"""The config's fields as text for `t5like train --help`: names, defaults, values and comments, read from `config`."""
+"""The help text of all config fields for `t5like train --help`, from the annotations and comments in `schema`."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,7 @@ WIDTH = 100  # characters of a line
 
 
 def text() -> str:
-    """All fields by section, each with its default, what it may be, and its comment."""
+    """All fields by section, each with its default, its allowed values, and its comment."""
     lines = ["fields of the config, with their defaults; --config.SECTION.FIELD=VALUE sets one:"]
     for prefix, cls in schema.sections():
         hints, ranges, help_of = get_type_hints(cls), checks.ranges(cls), comments(cls)
@@ -22,7 +22,7 @@ def text() -> str:
             if dataclasses.is_dataclass(hints[field.name]):
                 continue
             values = _values(hints[field.name]) or (f"{ranges[field.name][0]}" if field.name in ranges else "")
-            lines += ["", f"--config.{prefix}{field.name}={_written(field.default)}"]
+            lines += ["", f"--config.{prefix}{field.name}={_flag_value(field.default)}"]
             for part in (values, help_of.get(field.name, "")):
                 lines += textwrap.wrap(part, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines) + "\n"
@@ -31,19 +31,19 @@ def text() -> str:
 @cache
 def comments(cls: type) -> dict[str, str]:
     """The comment of each field of a section: the lines above it, then the end of its own line."""
-    found, above = {}, []
+    comment_of, above = {}, []
     for line in inspect.getsource(cls).splitlines():
         if line.startswith("    # "):
             above.append(line.removeprefix("    # "))
             continue
         if field := FIELD.fullmatch(line):
-            found[field[1]] = " ".join([*above, *filter(None, [field[2]])])
+            comment_of[field[1]] = " ".join([*above, *filter(None, [field[2]])])
         above = []
-    return found
+    return comment_of
 
 
 def _values(kind: Any) -> str:
-    """The choices of a field, or true and false; nothing for what may be any text or number."""
+    """The values of an enumerated or boolean field; empty for text and numbers."""
     if get_origin(kind) is tuple:
         inner = _values(get_args(kind)[0])
         return f"one or several, with commas: {inner}" if inner else ""
@@ -52,8 +52,8 @@ def _values(kind: Any) -> str:
     return "true | false" if kind is bool else ""
 
 
-def _written(default: Any) -> str:
-    """A default as the command line takes it."""
+def _flag_value(default: Any) -> str:
+    """A default in the form that the command line accepts."""
     if isinstance(default, tuple):
-        return ",".join(map(_written, default))
+        return ",".join(map(_flag_value, default))
     return str(default).lower() if isinstance(default, bool) else str(default)

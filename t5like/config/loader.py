@@ -1,8 +1,9 @@
-"""From a config file, a command line or JSON to a frozen `Config`, and back to JSON.
+"""Read a config file, a command line or JSON into a frozen `Config`, and write a `Config` as JSON.
 
-`load` runs a file of `configs/`, applies ``--config.section.field=value`` and gives a frozen `Config` to everything
-else. Wrong keys, types and combinations are refused here, before JAX starts (`rules`). What needs devices is checked in
-`mesh`, what needs an objective's arithmetic in `data.pipeline`. A config inside a checkpoint is JSON: data, no code.
+`load` runs a Python file such as those in `configs/`, applies ``--config.section.field=value`` and returns a frozen
+`Config`. Unknown names, wrong types and wrong combinations (`config.checks`) are refused before JAX starts. Checks that
+need devices are in `sharding.mesh`, those that need the lengths of an objective in `data.pipeline`. Runs and
+checkpoints contain their config as JSON: data, no code.
 """
 
 import ast
@@ -55,16 +56,16 @@ def load(path: str | Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> 
     return _overridden(values, overrides)
 
 
-def of_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
-    """The config of the run in a directory, changed by a command line.
+def load_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
+    """Read the config of the run in a directory, and apply overrides.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: the directory has no run.
         CheckpointError: its config.json is damaged.
     """
     path = workdir / "config.json"
     if not os.path.isfile(path):
-        raise ConfigError(f"--config is missing, and --workdir={workdir} holds no run that has one; use --config=tiny")
+        raise ConfigError(f"--config is missing, and --workdir={workdir} has no run with a config; use --config=tiny")
     try:
         values = dataclasses.asdict(from_json(path.read_bytes()))
     except (ConfigError, OSError) as error:
@@ -73,7 +74,7 @@ def of_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) -> C
 
 
 def presets() -> dict[str, Path]:
-    """The configs that come with the package, by name: of an installed one, or of a clone beside it."""
+    """Paths of the configs of the package by name: inside an installed package, or beside it in a clone."""
     package = Path(__file__).parents[1]
     folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.py")) if folder.name == "configs"}
@@ -100,15 +101,15 @@ def _saved(path: Path) -> dict:
 
 
 def _returned(path: Path) -> dict:
-    """What the get_config of a Python file returns."""
+    """Run a Python file and return the values of its `get_config`."""
     spec = importlib.util.spec_from_file_location("t5like_config_file", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py, or a run's config.json")
     module = importlib.util.module_from_spec(spec)
     search_path = list(sys.path)
-    sys.path.insert(0, str(path.resolve().parent))  # a config may import the one beside it that it varies
+    sys.path.insert(0, str(path.resolve().parent))  # a config may import another one of its folder
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results, such as JSON
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
             spec.loader.exec_module(module)
             config = module.get_config()
         if isinstance(config, ml_collections.ConfigDict):
@@ -119,7 +120,7 @@ def _returned(path: Path) -> dict:
         raise ConfigError(
             f"--config={path} ended the program by sys.exit({shown(error.code)}); define get_config() and return"
         ) from error
-    except Exception as error:  # whatever it is, it is the file's
+    except Exception as error:  # any error is one of the file
         if message := _renamed_in(error):
             raise ConfigError(f"--config={path}: {message}") from error
         reason = " ".join(str(error).split())[:LONGEST_VALUE]
@@ -130,13 +131,13 @@ def _returned(path: Path) -> dict:
 
 
 def _renamed_in(error: Exception) -> str | None:
-    """The message for an old field name that a ConfigDict refused, which names the field in quotes and no section."""
+    """The message for an old field name in an error of a ConfigDict, which quotes the field without its section."""
     quoted = re.search(r"[\"'](\w+)[\"']", str(error)) if isinstance(error, AttributeError | KeyError) else None
     return next((renamed(name) for name in RENAMED if quoted and name.rpartition(".")[2] == quoted[1]), None)
 
 
 def override(values: dict, name: str, text: str) -> None:
-    """Set ``section.field`` of a nested dict from a command line's text, typed by the schema."""
+    """Set ``section.field`` of a nested dict to the value of a flag, converted to the type of the field."""
     if message := renamed(name):
         raise ConfigError(message)
     section, cls = values, Config
@@ -147,24 +148,23 @@ def override(values: dict, name: str, text: str) -> None:
             raise ConfigError(_unknown(f"--config.{name}", parent, cls))
         if not dataclasses.is_dataclass(inner):
             raise ConfigError(
-                f"--config.{name}: {parent!r} is a field and has none of its own; "
-                f"use --config.{name.rpartition('.')[0]}=VALUE"
+                f"--config.{name}: {parent!r} is a field, not a section; use --config.{name.rpartition('.')[0]}=VALUE"
             )
         section, cls = section.setdefault(parent, {}), inner
-    wanted = _types(cls).get(leaf)
-    if wanted is None:
+    field_type = _types(cls).get(leaf)
+    if field_type is None:
         raise ConfigError(_unknown(f"--config.{name}", leaf, cls))
-    if dataclasses.is_dataclass(wanted):
-        raise ConfigError(f"--config.{name} is a section; set one of its fields: {', '.join(_types(wanted))}")
-    section[leaf] = _parse(name, text, wanted)
+    if dataclasses.is_dataclass(field_type):
+        raise ConfigError(f"--config.{name} is a section; set one of its fields: {', '.join(_types(field_type))}")
+    section[leaf] = _parse(name, text, field_type)
 
 
 def resolve(values: Mapping) -> Config:
-    """Make the frozen config from nested dicts. Absent fields take their default; `rules` refuses."""
+    """Build and check the frozen config from nested dicts; missing fields take their default."""
     config = _build(Config, values, "")
     if checkpoint := config.init_from.checkpoint:
         check_path("init_from.checkpoint", checkpoint)
-        # The run may be continued from another folder.
+        # The user may continue the run from another working directory.
         checkpoint = str(expand(checkpoint).absolute())
         config = dataclasses.replace(config, init_from=dataclasses.replace(config.init_from, checkpoint=checkpoint))
     if checkpoint and not config.tokenizer.path and "vocabulary" not in config.init_from.adapt:
@@ -175,12 +175,12 @@ def resolve(values: Mapping) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The resolved config as text, one field a line, for a run directory or a checkpoint."""
+    """The config as JSON, one field per line, for a run directory or a checkpoint."""
     return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=1)
 
 
 def from_json(text: str | bytes) -> Config:
-    """Read what `to_json` wrote; as strict as `resolve`."""
+    """Read JSON from `to_json`, of this format or an older one; checks as `resolve` does."""
     try:
         values = loads(text, finite=True)
     except InvalidJSON as error:
@@ -197,7 +197,7 @@ def from_json(text: str | bytes) -> Config:
     return resolve(upgrade(values, written))
 
 
-_BETWEEN_SOURCES = r",(?=\w{2,}:|python_stdlib|$)"  # where a kind follows; another comma is part of a path
+_SOURCE_SEPARATOR = r",(?=\w{2,}:|python_stdlib|$)"  # before a source type; another comma is part of a path
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -239,7 +239,7 @@ def _build(cls: type, values: Mapping, prefix: str):
     )
 
 
-def _wanted(kind: Any) -> str:
+def _describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
@@ -251,39 +251,39 @@ def _wanted(kind: Any) -> str:
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
-    """Check a value against its annotation; whole numbers pass for floats, one string for a list of them."""
+    """Check a value against its annotation; accepts an int for a float, and one value for a list."""
     if typing.get_origin(kind) is Literal:
         if isinstance(value, str) and value in typing.get_args(kind):
             return value
         near = difflib.get_close_matches(shown(value).strip("'"), typing.get_args(kind), n=1)
         raise ConfigError(
-            f"{name}={shown(value)} must be {_wanted(kind)}" + (f"; did you mean {near[0]!r}?" if near else "")
+            f"{name}={shown(value)} must be {_describe_type(kind)}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     if typing.get_origin(kind) is tuple:
         items = (value,) if isinstance(value, str | int | float) else value
         if isinstance(items, list | tuple):
             return tuple(_convert(name, item, typing.get_args(kind)[0]) for item in items)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # a whole number that no float can hold
+        with contextlib.suppress(OverflowError):  # an int beyond the range of floats
             if math.isfinite(value):
                 return float(value)
     elif type(value) is kind:
         if kind is str and not _is_text(value):
             raise ConfigError(f"{name}={shown(value)} must be UTF-8 text without NUL characters")
         return value
-    raise ConfigError(f"{name}={shown(value)} must be {_wanted(kind)}")
+    raise ConfigError(f"{name}={shown(value)} must be {_describe_type(kind)}")
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string can be saved, and be a path: bytes of a command line that are not UTF-8 come as surrogates."""
+    """Whether a string can be saved and be a path; bytes of a command line that are not UTF-8 become surrogates."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
-    """Read a command line's text as the annotated type."""
+    """Convert the text of a flag to the annotated type."""
     if typing.get_origin(kind) is tuple:
-        between = _BETWEEN_SOURCES if name == "data.source" else ","
-        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in re.split(between, text)) if text else ()
+        separator = _SOURCE_SEPARATOR if name == "data.source" else ","
+        return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in re.split(separator, text)) if text else ()
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -295,5 +295,5 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         if kind is float:
             return float(text)
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{name}={shown(text)} must be {_wanted(kind)}") from None
+        raise ConfigError(f"{name}={shown(text)} must be {_describe_type(kind)}") from None
     return text

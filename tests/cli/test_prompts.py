@@ -45,7 +45,7 @@ def test_a_file_is_answered_in_order_and_continued_where_it_was_cut(generate, pr
     output = tmp_path / "out.jsonl"
     flags = [f"--prompts_file={prompts_file}", f"--output={output}"]
     code, said, err = generate(*flags)
-    assert code == 0 and err == "prompt 4/4  left 0:00\n" and said == f"answers  {output}: 4 rows\n"
+    assert code == 0 and err == "prompt 4/4  left 0:00\n" and said == f"predictions  {output}: 4 rows\n"
     rows = rows_of(output)
     assert [row["id"] for row in rows] == [0, 1, 2, 3] and all(row["log_prob"] < 0 for row in rows)
     assert rows[0]["filled"].startswith("ba de") and "filled" not in rows[1]
@@ -55,13 +55,13 @@ def test_a_file_is_answered_in_order_and_continued_where_it_was_cut(generate, pr
     whole = output.read_bytes()
     output.write_bytes(whole[: whole.rindex(b'"id": 2') + 9])
     code, said, err = generate(*flags)
-    assert code == 0 and said == f"answers  {output}: 4 rows, 2 of them kept\n" and output.read_bytes() == whole
+    assert code == 0 and said == f"predictions  {output}: 4 rows, 2 of them kept\n" and output.read_bytes() == whole
 
     code, _, err = generate(*flags, "--num_beams=2")
-    assert code == 2 and err.startswith(f"t5like: --output={output} was begun with num_beams=1, which is now 2; use")
+    assert code == 2 and err.startswith(f"t5like: --output={output} was started with num_beams=1, which is now 2; use")
     prompts_file.write_text(prompts_file.read_text().replace('"de"', '"fi"'))
     code, _, err = generate(*flags)
-    assert code == 3 and err.startswith(f"t5like: --output={output}: line 2 answers another prompt than")
+    assert code == 3 and err.startswith(f"t5like: --output={output}:2 has another prompt than")
     assert output.read_bytes() == whole
 
     output.unlink()  # begun anew, with other settings
@@ -83,7 +83,7 @@ def answer(trained, two, capsys):
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
 
     def answer(output, seed=0, step=2):
-        prompts.answer_file(
+        prompts.generate_file(
             generator, DecodingOptions(8, seed=seed), two, prompts.read_prompts(two), output, {"step": step}
         )
         return capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_lines_of_an_output_never_change(answer, tmp_path):
         output.write_bytes(begun)
         out = answer(output)
         assert output.read_bytes() == whole, begun
-        assert out == f"answers  {output}: 2 rows" + f", {kept} of them kept" * (kept > 0) + "\n"
+        assert out == f"predictions  {output}: 2 rows" + f", {kept} of them kept" * (kept > 0) + "\n"
 
 
 def test_what_is_no_output_of_the_same_command_is_refused_and_stays(answer, two, tmp_path):
@@ -120,17 +120,17 @@ def test_what_is_no_output_of_the_same_command_is_refused_and_stays(answer, two,
 
     for content in (whole + b"notes", whole + b"{}", first + b"notes", b"notes", b"\n", first * 2):
         output.write_bytes(content)
-        refused(DataError, f"--output={output}: line ")
+        refused(DataError, f"--output={output}:")
     output.write_bytes(first)
-    refused(ConfigError, "was begun with seed=0, which is now 7", seed=7)
-    refused(ConfigError, "was begun with step=2, which is now 1", step=1)
+    refused(ConfigError, "was started with seed=0, which is now 7", seed=7)
+    refused(ConfigError, "was started with step=2, which is now 1", step=1)
     beside.write_text("notes")
-    refused(DataError, f"{beside} is not what t5like wrote there; remove it")
+    refused(DataError, f"{beside} is not a file of settings from t5like; remove it")
     beside.unlink()
-    refused(DataError, "has answers, but out.jsonl.settings.json, which says how they were made, is not there")
+    refused(DataError, "has predictions, but out.jsonl.settings.json with their settings does not exist")
     output.unlink()
     beside.write_text("notes")  # of somebody else
-    refused(DataError, f"{beside} is not what t5like wrote there; remove it")
+    refused(DataError, f"{beside} is not a file of settings from t5like; remove it")
     beside.write_bytes(settings)
     output.symlink_to(two)
     (directory / "also.jsonl.settings.json").hardlink_to(two)

@@ -1,4 +1,4 @@
-"""The schema: strict, typed, saved and read again; and every config that we ship."""
+"""Config: types, ranges, checks, flags, saving and loading; and every preset."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ from t5like.optim.schedules import learning_rate
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
-# ---- The configs we ship ----
+# ---- Presets ----
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_of_ours_loads_and_survives_being_saved(path):
+def test_each_preset_loads_and_is_equal_after_saving(path):
     config = loader.load(path)
     assert loader.from_json(loader.to_json(config)) == config
     batch = pipeline.spec(config)
@@ -36,7 +36,7 @@ def test_a_config_of_ours_loads_and_survives_being_saved(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_of_ours_says_its_command_hardware_and_time(path):
+def test_the_docstring_of_each_preset_has_its_command(path):
     text = path.read_text()
     assert f"t5like train --config=configs/{path.name} --workdir=" in text.split('"""')[1]
 
@@ -50,10 +50,10 @@ def test_t5_small_has_the_published_row_lengths():
     assert denoisers(config)[0].window.length == 568 and config.vocab_rows == 32_128
 
 
-# ---- Choices are implemented, all of them ----
+# ---- Enumerated fields ----
 
 
-def test_every_choice_of_the_schema_is_one_that_the_code_has():
+def test_every_value_of_an_enumerated_field_is_implemented():
     def choices(cls: type, field: str) -> set[str]:
         return set(get_args(get_type_hints(cls)[field]))
 
@@ -83,7 +83,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         ), name
 
 
-# ---- Strict ----
+# ---- Checks ----
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
         ),
         (
             {"data": {"objective": "supervised", "messages_field": "m", "targets_template": "{x}"}},
-            "data.targets_template='{x}' can't go with data.messages_field",
+            "data.targets_template='{x}' can't be combined with data.messages_field",
         ),
         (
             {"data": {"objective": "supervised"}, "evaluate": {"answer_choices": ("a", "b")}},
@@ -175,8 +175,8 @@ def test_every_choice_of_the_schema_is_one_that_the_code_has():
             {"data": {"phase_boundaries": (5, 5)}},
             "data.phase_boundaries=(5, 5) must be steps in ascending order; use 1000,2000",
         ),
-        ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can take what is left; use mesh.fsdp=1"),
-        ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for what is left"),
+        ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can be -1; use mesh.fsdp=1"),
+        ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for the remaining devices"),
         ({"mesh": {"data": -2}}, "mesh.data=-2 must be at least -1 and at most 1,048,576; use -1"),
         (
             {"data": {"phase_boundaries": (5, -1), "rates": ()}},
@@ -289,7 +289,7 @@ def test_a_broken_config_file_is_refused_in_one_line_with_its_name(text, message
     assert message in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
 
 
-def test_what_a_config_file_prints_is_no_result(tmp_path, capsys):
+def test_a_config_file_prints_to_standard_error(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("print('hello')\ndef get_config():\n    return {'seed': 3}\n")
     assert loader.load(tmp_path / "mine.py").seed == 3
     assert capsys.readouterr() == ("", "hello\n")
@@ -320,7 +320,7 @@ def test_what_a_config_file_prints_is_no_result(tmp_path, capsys):
         ("model.mlp", "relu", "relu"),
     ],
 )
-def test_a_flag_is_read_as_its_field_says(name, text, value):
+def test_a_flag_has_the_type_of_its_field(name, text, value):
     values = {}
     loader.override(values, name, text)
     read = functools.reduce(dict.get, name.split("."), values)
@@ -340,16 +340,16 @@ def test_a_flag_is_read_as_its_field_says(name, text, value):
         ("train.numsteps", "1", "--config.train.numsteps: there is no field 'numsteps'; did you mean 'num_steps'?"),
         ("tain.num_steps", "1", "--config.tain.num_steps: there is no field 'tain'; did you mean 'train'?"),
         ("train", "1", "--config.train is a section; set one of its fields: num_steps, "),
-        ("seed.x", "1", "--config.seed.x: 'seed' is a field and has none of its own; use --config.seed=VALUE"),
+        ("seed.x", "1", "--config.seed.x: 'seed' is a field, not a section; use --config.seed=VALUE"),
     ],
 )
-def test_a_flag_that_does_not_fit_is_refused(name, text, message):
+def test_a_flag_of_the_wrong_type_or_name_is_refused(name, text, message):
     with pytest.raises(ConfigError) as refusal:
         loader.override({}, name, text)
     assert str(refusal.value).startswith(message)
 
 
-def test_later_flags_win_over_earlier_ones_and_all_over_the_file():
+def test_later_flags_override_earlier_ones_and_the_file():
     config = loader.load(FILES[-1], [("train.num_steps", "5"), ("train.num_steps", "6")])
     assert config.train.num_steps == 6
 
@@ -357,7 +357,7 @@ def test_later_flags_win_over_earlier_ones_and_all_over_the_file():
 # ---- Saved ----
 
 
-def test_a_saved_config_has_every_field_and_is_read_as_strictly(tmp_path):
+def test_a_saved_config_has_every_field_and_is_checked(tmp_path):
     saved = json.loads(loader.to_json(Config(seed=3)))
     assert saved["seed"] == 3 and set(saved["model"]) == {field.name for field in dataclasses.fields(ModelConfig)}
     with pytest.raises(ConfigError, match="did you mean 'seed'"):

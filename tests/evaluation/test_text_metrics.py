@@ -267,7 +267,7 @@ def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
     with pytest.raises(ConfigError, match="evaluate.metrics=.* need data.objective=supervised"):
         loader.resolve({"evaluate": {"metrics": ["f1"]}})
     for choices in (["yes"], ["yes", "yes"]):
-        with pytest.raises(ConfigError, match="evaluate.answer_choices=.* at least two different answers, or empty"):
+        with pytest.raises(ConfigError, match="evaluate.answer_choices=.* at least two different texts, or empty"):
             loader.resolve({**supervised, "evaluate": {"answer_choices": choices}})
     with pytest.raises(ConfigError, match="evaluate.max_new_tokens=-1 must be at least 0"):
         loader.resolve({"evaluate": {"max_new_tokens": -1}})

@@ -248,7 +248,7 @@ def test_a_quick_plan_that_does_not_fit_names_settings_that_do(command):
         (["--topology=v5e:16x16", "--tokens=-1"], "--tokens=2e12"),
         (["--topology=v5e:4x4"], "data.batch_size"),
         (["--topology=cpu:4", "--num_slices=2", "--config.mesh.fsdp=8"], "use --config.mesh.data=2 --config.mesh.fsdp"),
-        (["--topology=cpu:4", "--keep=programs"], "--keep=programs is for compiled programs"),
+        (["--topology=cpu:4", "--keep=programs"], "--keep=programs needs compiled programs"),
         (["--topology=cpu:4", "--fake_devices=4"], "use --topology=cpu:8"),
     ],
 )

@@ -198,7 +198,7 @@ class JsonLines(LineFiles):
     """Each line that is not blank is one document, a JSON object."""
 
     def record(self, index: int) -> Record:
-        return _parse_json(*self._line(index))
+        return parse_json_line(*self._line(index))
 
 
 def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
@@ -210,12 +210,13 @@ def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
     try:
         with contextlib.closing(Cursor(str(expand(path)))) as cursor:
             while (raw := cursor.next()) is not None:
-                yield _parse_json(raw, f"{cursor.path}:{cursor.first_line}")
+                yield parse_json_line(raw, f"{cursor.path}:{cursor.first_line}")
     except DataError as error:
         raise DataError(f"{flag}={error}") from None
 
 
-def _parse_json(raw: bytes, where: str) -> Record:
+def parse_json_line(raw: bytes, where: str) -> Record:
+    """Parse one line as a JSON object; `where`, as in ``FILE:LINE``, starts the message of a `DataError`."""
     try:
         fields = loads(raw, unique=False)
     except InvalidJSON as error:

@@ -1,0 +1,93 @@
+"""A run directory or checkpoint that can't be used is refused in one line, and stays as it is."""
+
+import json
+import shutil
+import sys
+
+from conftest import contents
+
+
+def test_a_file_in_the_way_of_the_run_directory_is_refused(refused, flags, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below" / "run"):
+        code, said = refused("train", *flags, f"--workdir={workdir}")
+        assert code == 4 and said.startswith(f"--workdir={workdir} can't be ") and "use another --workdir" in said
+    assert contents(tmp_path) == {"file": b"in the way"}
+
+
+def test_a_directory_of_somebody_else_is_refused(refused, flags, tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    code, said = refused("train", *flags, f"--workdir={tmp_path}")
+    assert code == 2 and said == f"--workdir={tmp_path} is not empty and holds no run; use another --workdir"
+    assert contents(tmp_path) == {"thesis.tex": b"dear"}
+
+
+def test_the_directory_of_another_run_is_refused_by_field_and_both_values(refused, flags, trained):
+    before = contents(trained)
+    code, said = refused(
+        "train", *flags, f"--workdir={trained}", "--config.optimizer.learning_rate=0.5", "--config.train.num_steps=9"
+    )
+    assert (
+        code == 2
+        and said
+        == f"--workdir={trained} holds another run: optimizer.learning_rate: 0.01 -> 0.5; use another --workdir"
+    )
+    assert contents(trained) == before
+
+
+def test_public_tasks_without_their_package_say_how_to_get_it(refused, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # set for the process that asks
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delitem(sys.modules, "t5like.evaluation.lm_eval", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    code, said = refused("evaluate", "--workdir=/proc/nowhere", "--tasks=lambada_openai")
+    assert code == 2 and said.startswith("--tasks needs the package lm-eval")
+    assert said.endswith("pip install 't5like[harness]'")
+
+
+def test_a_damaged_config_of_a_run_is_refused(refused, flags, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    for arguments in (["train", *flags], ["evaluate"], ["generate", "--prompt=a"]):
+        code, said = refused(*arguments, f"--workdir={tmp_path}/run")
+        assert code == 4 and said.startswith(f"{tmp_path}/run/config.json can't be read: ")
+
+
+def test_a_directory_without_a_run_can_not_be_evaluated(refused, tmp_path):
+    for arguments in (["evaluate"], ["generate", "--prompt=a"]):
+        for workdir in (tmp_path, tmp_path / "nowhere"):
+            code, said = refused(*arguments, f"--workdir={workdir}")
+            assert code == 4 and said == f"--workdir={workdir} holds no run; train first, or check the path"
+    assert contents(tmp_path) == {}
+
+
+def test_a_step_without_a_checkpoint_is_refused(refused, trained):
+    for arguments in (["evaluate"], ["generate", "--prompt=a"]):
+        code, said = refused(*arguments, f"--workdir={trained}", "--step=7")
+        assert code == 4 and said == f"{trained}/checkpoints holds no complete checkpoint of step 7; there are 1, 2"
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_earlier_one_named(refused, command, flags, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints/2/state").rglob("d/*"):
+        path.write_bytes(bytes(byte ^ (index % 4096 == 2000) for index, byte in enumerate(path.read_bytes())))
+    before = contents(tmp_path)
+    for arguments in (["evaluate"], ["generate", "--prompt=a"], ["train", *flags, "--config.train.num_steps=4"]):
+        code, said = refused(*arguments, f"--workdir={tmp_path}/run")
+        assert code == 4 and said.startswith(f"{tmp_path}/run/checkpoints/2"), said
+    after = contents(tmp_path)
+    assert {name for name in before if before[name] != after.get(name)} <= {
+        "run/config.json"
+    }  # which has the new num_steps
+    assert command("evaluate", f"--workdir={tmp_path}/run", "--step=1")[0] == 0
+
+
+def test_metrics_that_can_not_be_written_are_still_printed(command, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "evaluations").write_text("in the way")
+    code, out, err = command("evaluate", f"--workdir={tmp_path}/run")
+    assert (
+        code == 4
+        and json.loads(out)["step"] == 2
+        and err.splitlines()[-1].startswith(f"t5like: {tmp_path}/run/evaluations/2.json can't be written")
+    )
