@@ -1,7 +1,7 @@
 """The commands and their flags, and how a command line is parsed. `cli.main` calls `parse`; `cli.commands` runs it."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from t5like import __version__
@@ -106,6 +106,21 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
+    for add_command in (
+        _add_train,
+        _add_configs,
+        _add_prepare,
+        _add_evaluate,
+        _add_generate,
+        _add_import,
+        _add_export,
+        _add_plan,
+    ):
+        add_command(command)
+    return parser
+
+
+def _add_train(command: Callable[[str, str], Parser]) -> None:
     sub = command("train", "Train a model; the same command again continues the run.")
     sub.shows_fields = True
     sub.add_argument(
@@ -115,17 +130,22 @@ def build_parser() -> Parser:
         "of the run in --workdir; --config.SECTION.FIELD=VALUE sets a field",
     )
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN", help="the run directory")
-
     add_process_flags(sub)
 
+
+def _add_configs(command: Callable[[str, str], Parser]) -> None:
     command("configs", "List the presets that --config takes by name.")
 
+
+def _add_prepare(command: Callable[[str, str], Parser]) -> None:
     sub = command("prepare", "Build the tokenizer and the token store, without training.")
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument(
         "--workdir", type=parse_path, metavar="RUN", help="also write config and tokenizer to a run directory"
     )
 
+
+def _add_evaluate(command: Callable[[str, str], Parser]) -> None:
     sub = command("evaluate", "Print and write a run's held-out metrics, or those of public tasks, as JSON.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
@@ -140,9 +160,10 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N examples of each task")
     sub.add_argument("--num_fewshot", type=int, metavar="N", help="number of few-shot examples in each prompt")
-
     add_process_flags(sub)
 
+
+def _add_generate(command: Callable[[str, str], Parser]) -> None:
     sub = command("generate", "Generate continuations of prompts, or fill their <extra_id_N> spans.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
@@ -173,6 +194,8 @@ def build_parser() -> Parser:
         "--stop", action="append", default=[], metavar="TEXT", help="stop generating at this text; may be repeated"
     )
 
+
+def _add_import(command: Callable[[str, str], Parser]) -> None:
     sub = command("import", "Convert a checkpoint of another library to a run.")
     sub.add_argument(
         "--format",
@@ -186,6 +209,8 @@ def build_parser() -> Parser:
         "--config", metavar="FILE", help="t5x: config with the model and tokenizer.path; --config.SECTION.FIELD=VALUE"
     )
 
+
+def _add_export(command: Callable[[str, str], Parser]) -> None:
     sub = command("export", "Convert a run's model to the format of another library.")
     sub.add_argument(
         "--format",
@@ -216,6 +241,8 @@ def build_parser() -> Parser:
         help="stablehlo: temperature of generate; 0, the default: greedy decoding",
     )
 
+
+def _add_plan(command: Callable[[str, str], Parser]) -> None:
     sub = command("plan", "Predict memory, time, network traffic and cost of a run on another machine.")
     sub.add_argument("--config", required=True, metavar="FILE")
     sub.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x8, v6e:8x8, v4:4x4x8, cpu:8")
@@ -236,7 +263,6 @@ def build_parser() -> Parser:
     sub.add_argument("--price", type=float, metavar="X", help="price of one chip for one hour")
     sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="check that this run directory can be written")
     sub.add_argument("--keep", type=parse_path, metavar="DIR", help="keep the compiled programs there")
-    return parser
 
 
 def add_process_flags(command: Parser) -> None:

@@ -41,7 +41,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_file_is_answered_in_order_and_continued_where_it_was_cut(generate, prompts_file, tmp_path):
+def test_predictions_for_a_file_are_in_order_and_continue_after_an_interruption(generate, prompts_file, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = [f"--prompts_file={prompts_file}", f"--output={output}"]
     code, said, err = generate(*flags)
@@ -104,7 +104,7 @@ def test_lines_of_an_output_never_change(answer, tmp_path):
         assert out == f"predictions  {output}: 2 rows" + f", {kept} of them kept" * (kept > 0) + "\n"
 
 
-def test_what_is_no_output_of_the_same_command_is_refused_and_stays(answer, two, tmp_path):
+def test_an_output_of_another_command_is_refused_and_unchanged(answer, two, tmp_path):
     directory = tmp_path / "outputs"
     directory.mkdir()
     output, beside = directory / "out.jsonl", directory / "out.jsonl.settings.json"
@@ -154,7 +154,7 @@ def test_what_is_no_output_of_the_same_command_is_refused_and_stays(answer, two,
         refused(error, complaint, Path(path))
 
 
-def test_beams_come_ordered_and_samples_repeat(generate, prompts_file, tmp_path):
+def test_beams_are_sorted_and_samples_are_reproducible(generate, prompts_file, tmp_path):
     code, out, _ = generate(f"--prompts_file={prompts_file}", "--num_beams=3", "--num_returned=3", "--length_penalty=0")
     assert code == 0
     for line in out.splitlines():
@@ -179,7 +179,7 @@ def test_beams_come_ordered_and_samples_repeat(generate, prompts_file, tmp_path)
         (None, "can't be read: No such file"),
     ],
 )
-def test_a_file_that_is_not_understood_is_refused_by_its_line(text, said, generate, tmp_path):
+def test_a_wrong_file_of_prompts_is_refused_with_its_line_number(text, said, generate, tmp_path):
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     if text is not None:
         path.write_text(text)
@@ -188,20 +188,20 @@ def test_a_file_that_is_not_understood_is_refused_by_its_line(text, said, genera
     assert out == "" and not output.exists()
 
 
-def test_lines_of_standard_input_are_answered_until_it_ends(generate, monkeypatch):
+def test_each_line_of_standard_input_gets_a_prediction(generate, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ba <extra_id_0> de\nde\n"))
     code, out, err = generate()
     assert code == 0 and err == "" and out.startswith("ba ") and out.splitlines()[0].endswith(" de")
     assert out == "".join(generate(f"--prompt={prompt}")[1] for prompt in ("ba <extra_id_0> de", "de"))
 
 
-def test_an_answer_ends_before_a_stop(generate):
+def test_a_prediction_ends_before_a_stop_text(generate):
     whole = generate("--prompt=de")[1].rstrip("\n")
     stop = whole[len(whole) // 2 :][:3]
     assert generate("--prompt=de", f"--stop={stop}")[1] == whole[: whole.index(stop)] + "\n"
 
 
-def test_every_mesh_says_what_one_device_says(trained):
+def test_every_mesh_gives_the_predictions_of_one_device(trained):
     loaded = run_directory.load(trained)
     texts = ["ba de <extra_id_0> go", "de", "ba de fi go hu ka le mi no pu ra se", "go", "ka le"]
     wanted = None
@@ -223,7 +223,7 @@ def test_every_mesh_says_what_one_device_says(trained):
         )
 
 
-def test_a_mesh_that_does_not_fit_becomes_rows_on_all_devices():
+def test_a_mesh_that_does_not_fit_is_replaced_by_one_of_all_devices():
     config = small(mesh={"data": 3, "fsdp": 1}, data={"batch_size": 6})
     assert run_directory.on_devices(config, 3).mesh == config.mesh
     assert run_directory.on_devices(config, 8, slices=4).mesh == MeshConfig(

@@ -150,7 +150,7 @@ def missing_tokenizer(tmp_path):
     ],
     ids=lambda problem: problem.__name__,
 )
-def test_data_that_do_not_suffice_are_refused(problem, refused, flags, tmp_path):
+def test_missing_or_insufficient_data_are_refused(problem, refused, flags, tmp_path):
     values, message = problem(tmp_path)
     values = {"data.cache_directory": tmp_path / "prepared", **values}
     code, said = refused(

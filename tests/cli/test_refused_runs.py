@@ -7,7 +7,7 @@ import sys
 from conftest import contents
 
 
-def test_a_file_in_the_way_of_the_run_directory_is_refused(refused, flags, tmp_path):
+def test_a_file_at_the_path_of_the_run_directory_is_refused(refused, flags, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below" / "run"):
         code, said = refused("train", *flags, f"--workdir={workdir}")
@@ -15,7 +15,7 @@ def test_a_file_in_the_way_of_the_run_directory_is_refused(refused, flags, tmp_p
     assert contents(tmp_path) == {"file": b"in the way"}
 
 
-def test_a_directory_of_somebody_else_is_refused(refused, flags, tmp_path):
+def test_a_directory_with_other_files_is_refused(refused, flags, tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
     code, said = refused("train", *flags, f"--workdir={tmp_path}")
     assert code == 2 and said == f"--workdir={tmp_path} is not empty and holds no run; use another --workdir"
@@ -35,7 +35,7 @@ def test_the_directory_of_another_run_is_refused_by_field_and_both_values(refuse
     assert contents(trained) == before
 
 
-def test_public_tasks_without_their_package_say_how_to_get_it(refused, monkeypatch):
+def test_a_missing_package_for_tasks_is_refused_with_the_command_that_installs_it(refused, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # set for the process that asks
         monkeypatch.setenv(name, "1")
     monkeypatch.delitem(sys.modules, "t5like.evaluation.lm_eval", raising=False)
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_earlier_one_named(refused, comm
     assert command("evaluate", f"--workdir={tmp_path}/run", "--step=1")[0] == 0
 
 
-def test_metrics_that_can_not_be_written_are_still_printed(command, trained, tmp_path):
+def test_metrics_that_can_not_be_written_are_printed(command, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "evaluations").write_text("in the way")
     code, out, err = command("evaluate", f"--workdir={tmp_path}/run")
