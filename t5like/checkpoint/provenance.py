@@ -23,6 +23,7 @@ import jax
 
 from t5like import __version__
 from t5like.checkpoint.run_directory import MUTABLE_FIELDS
+from t5like.config.formats import original_names
 from t5like.config.schema import Config, flatten
 from t5like.data.store.token_store import SPLITS, TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -58,11 +59,12 @@ def fingerprint(value: Any) -> str:
 def config_fingerprint(config: Config) -> str:
     """Return the fingerprint of the fields that change updates (not in `MUTABLE_FIELDS`) and are not the default.
 
-    A field that a later version adds therefore does not change the fingerprints of existing configs.
+    Neither a field that a later version adds nor a new name of a field changes the fingerprints of existing configs.
     """
     default = flatten(Config())
     changed = {name: value for name, value in flatten(config).items() if value != default[name]}
-    return fingerprint({name: value for name, value in changed.items() if not name.startswith(MUTABLE_FIELDS)})
+    fixed = {name: value for name, value in changed.items() if not name.startswith(MUTABLE_FIELDS)}
+    return fingerprint(original_names(fixed))
 
 
 def shard_checksums(store: TokenStore, splits: Sequence[str] = SPLITS) -> dict[str, str]:

@@ -43,6 +43,17 @@ def renamed(name: str) -> str | None:
     return f"{name} is now {RENAMED[name]}" + (f"; use {', '.join(values)}" if values else "")
 
 
+def original_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted name with renamed fields as in format 3, so that the fingerprint of a config stays the same."""
+    old_name = {new: old for old, new in RENAMED.items()}
+    original = {}
+    for name, value in values.items():
+        old = old_name.get(name, name)
+        old_value = {new: before for before, new in _VALUES.get(old, {}).items()}
+        original[old] = old_value[value] if old_value else value
+    return original
+
+
 def _from_1(values: dict) -> dict:
     """Format 1 (until commit e76e9e6) had fewer fields. The defaults of the later ones do what it did without them."""
     return values

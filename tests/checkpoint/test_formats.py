@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from t5like.checkpoint import run_directory
+from t5like.checkpoint import provenance, run_directory
 from t5like.config import formats, loader
 from t5like.config.schema import Config, flatten
 from t5like.errors import ConfigError
@@ -97,6 +97,12 @@ def test_a_run_of_an_older_format_has_its_config_in_the_names_of_today(number):
     assert json.loads(path.read_text())["format"] == number
     default, values = flatten(Config()), flatten(loader.load(path))
     assert {name: value for name, value in values.items() if value != default[name]} == FIELDS[number]
+
+
+@pytest.mark.parametrize("number, recorded", [(2, "d3c5fde132c6"), (3, "202ab69eb8e4")])
+def test_a_config_of_an_older_format_keeps_its_fingerprint(number, recorded):
+    config = loader.load(GOLDEN / f"format_{number}" / "run" / "config.json")
+    assert provenance.config_fingerprint(config) == recorded
 
 
 @pytest.mark.parametrize("number", [2, 3])
