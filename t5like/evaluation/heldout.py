@@ -1,7 +1,7 @@
-"""Held-out loss: the same loss as in training, over held-out rows, next to baselines computed from the same rows.
+"""Held-out loss: the training loss on held-out rows, and baselines computed from the same rows.
 
-`Evaluator` is used during training and by `t5like evaluate`; its numbers do not depend on devices or processes: each
-held-out row counts once, and rows that only fill the last batch weigh nothing.
+`Evaluator` is used during training and by `t5like evaluate`. Its values do not depend on the number of devices or
+processes: each held-out row counts once, and rows that pad the last batch have weight 0.
 """
 
 import dataclasses
@@ -38,21 +38,22 @@ class Evaluator:
     """Evaluates parameters on the first `train.eval_batches` held-out batches (all, if there are fewer)."""
 
     def __init__(self, config: Config, mesh: Mesh, heldout: Batches, tokenizer: Tokenizer, *, every: bool = False):
-        """`config` is settled on `mesh`; `every` names even the only source and objective, see `component_names`."""
+        """`config` is resolved for `mesh`; `every` also names a single source and objective, see `component_names`."""
         self.config, self.mesh, self.heldout, self.tokenizer = config, mesh, heldout, tokenizer
         self.num_batches = min(config.train.eval_batches, heldout.num_batches)
         self._rows = placement.local_rows(mesh, config.data.batch_size)
         self._step = steps.jit_eval_step(config, mesh)
-        self._zeros: Metrics | None = None  # what the sums begin with; the parameters' shapes tell
+        self._zeros: Metrics | None = None  # initial sums; their structure depends on the parameters' shapes
         self._names = pipeline.component_names(config, every=every)
 
     def __call__(self, params: Tree, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
-        """Means on held-out rows; `progress` hears how many batches are done.
+        """Means over held-out rows; `progress` is called with the number of batches done.
 
         Returns:
             ``eval/loss`` (nats per target token), ``eval/perplexity``, ``eval/bits_per_byte`` (of the targets' text:
-            sentinels and EOS have no bytes, but their nats count), ``eval/accuracy``, ``eval/tokens`` that they rest
-            on; ``eval/nsp_loss`` and ``eval/nsp_accuracy`` of pairs; and values by component (`metrics.by_component`).
+            sentinels and EOS have no bytes, but their nats count), ``eval/accuracy``, ``eval/tokens`` (number of
+            target tokens); ``eval/nsp_loss`` and ``eval/nsp_accuracy`` of pairs; and values by component
+            (`metrics.writers.by_component`).
         """
         size = self.config.data.batch_size
         if self._zeros is None:
@@ -62,11 +63,11 @@ class Evaluator:
             for index in range(self.num_batches):
                 rows = self.heldout.at(index, self._rows)
                 before, total = total, self._step(params, placement.to_global(rows, self.mesh, size), total)
-                jax.block_until_ready(before)  # so that no more than two batches wait on the device
+                jax.block_until_ready(before)  # at most two batches are queued on the device
                 progress(index + 1)
             total = jax.device_get(total)
         values = host_metrics(total)
-        found = {
+        metrics = {
             "eval/loss": values["loss"],
             "eval/perplexity": perplexity(values["loss"]),
             "eval/accuracy": values["accuracy"],
@@ -74,18 +75,18 @@ class Evaluator:
         }
         _, bytes_C = self._targets
         if size := bytes_C.sum():
-            found["eval/bits_per_byte"] = float(total["loss"].total) / math.log(2) / float(size)
-        found |= {f"eval/{name}": values[name] for name in ("nsp_loss", "nsp_accuracy") if name in values}
-        if "by_component" not in total:  # there is one component, which has all
+            metrics["eval/bits_per_byte"] = float(total["loss"].total) / math.log(2) / float(size)
+        metrics |= {f"eval/{name}": values[name] for name in ("nsp_loss", "nsp_accuracy") if name in values}
+        if "by_component" not in total:  # a single component, which has all rows
             one = Sum(np.ones(1), np.ones(1))
             total |= {"by_component": Sum(*(np.reshape(x, 1) for x in total["loss"])), "rows_by_component": one}
-        return found | by_component("eval", self._names, total, bytes_C)
+        return metrics | by_component("eval", self._names, total, bytes_C)
 
     def baselines(self) -> dict[str, float]:
-        """Nats per target token of predictors that read nothing, on the same rows.
+        """Nats per target token of predictors without any input, on the same rows.
 
-        ``baseline/uniform`` is ln of the vocabulary. ``baseline/unigram`` is the entropy of the held-out targets' own
-        frequencies: no constant prediction can do better on them, so whoever beats it has read the context.
+        ``baseline/uniform`` is ln of the vocabulary size. ``baseline/unigram`` is the entropy of the held-out targets'
+        own frequencies: no constant prediction has a lower loss on them, so a model with a lower loss uses context.
         """
         counts_V, _ = self._targets
         share = counts_V[counts_V > 0] / counts_V.sum()
@@ -96,9 +97,9 @@ class Evaluator:
 
     @cached_property
     def _targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the targets of the evaluated rows: how often each id occurs [V], UTF-8 bytes of each component's [C].
+        """Counts of each id in the targets of the evaluated rows [V], and UTF-8 bytes of each component's targets [C].
 
-        Counted by the process that writes it down.
+        Computed on the primary process, which writes the metrics.
         """
         counts_V, bytes_C = np.zeros(self.config.vocab_rows), np.zeros(len(pipeline.components(self.config)))
         if not processes.is_primary():
@@ -116,12 +117,12 @@ class Evaluator:
 def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str], list[dict[str, Any]]]:
     """Evaluate a run on all of its held-out text, with its own tokenizer.
 
-    What is done is shown on standard error, for people: a bar or, elsewhere, a line every few seconds.
+    Progress is shown on standard error: a bar on a terminal, else a line every few seconds.
 
     Returns:
-        values, baselines and the step; ``eval/left_out``, the number of held-out examples that no row can hold, if
-        there are any; where the config names `evaluate.metrics`, how they take texts apart (``eval/rule/METRIC``); and
-        the records of `Answers`.
+        values, baselines and the step; ``eval/left_out``, the number of held-out examples that are longer than a row,
+        if there are any; where the config names `evaluate.metrics`, how each metric normalizes and segments texts
+        (``eval/rule/METRIC``); and the records of `TaskEvaluator`.
     """
     config = dataclasses.replace(
         run.config,
@@ -134,22 +135,22 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str]
     heldout = pipeline.open_split(config, stores, "heldout")
     batches = Batches(config, Vocabulary.of(run.tokenizer), heldout, heldout=True)
     evaluator = Evaluator(config, run.mesh, batches, run.tokenizer, every=True)
-    shown = partial(Progress, primary=processes.is_primary())
-    with shown(evaluator.num_batches, unit="batch") as progress:
-        found = evaluator(run.params, progress.timed())
-    values = {"step": run.step, **found, **(evaluator.baselines() if processes.is_primary() else {})}
+    show = partial(Progress, primary=processes.is_primary())
+    with show(evaluator.num_batches, unit="batch") as progress:
+        metrics = evaluator(run.params, progress.timed())
+    values = {"step": run.step, **metrics, **(evaluator.baselines() if processes.is_primary() else {})}
     if left_out := sum(getattr(part, "too_long", 0) for part in heldout):
         values["eval/left_out"] = left_out
     if not config.evaluate.metrics:
         return values, []
-    answers = TaskEvaluator(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
-    with shown(answers.count, unit="answer") as progress:
-        found, records = answers(run.params, progress.timed())
-    return values | found | answers.describe() | answers.baselines(), records
+    tasks = TaskEvaluator(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
+    with show(tasks.count, unit="answer") as progress:
+        scores, records = tasks(run.params, progress.timed())
+    return values | scores | tasks.describe() | tasks.baselines(), records
 
 
 def table(values: Mapping[str, float | str]) -> str:
-    """What `evaluate_run` found, for people: a line for everything, each source, objective, denoiser and component."""
+    """The values of `evaluate_run` as text: a line for all rows, and one for each source, objective and component."""
     measures = ("loss", "perplexity", "bits_per_byte", "tokens")
     rows = {("all", ""): [values.get(f"eval/{measure}") for measure in measures]}
     for key in values:
@@ -164,8 +165,8 @@ def table(values: Mapping[str, float | str]) -> str:
     titles = ("loss", "perplexity", "bits/byte", "tokens")
     lines = [" " * (sum(width) + 2) + "".join(f"{title:>12}" for title in titles)]
     for (kind, name), numbers in rows.items():
-        shown = zip(numbers, ["{:.4f}"] * 3 + ["{:,.0f}"], strict=True)
-        cells = ["" if number is None else form.format(number) for number, form in shown]
+        formats = ["{:.4f}"] * 3 + ["{:,.0f}"]
+        cells = ["" if number is None else form.format(number) for number, form in zip(numbers, formats, strict=True)]
         lines.append(f"{kind:{width[0]}}  {name:{width[1]}}" + "".join(f"{cell:>12}" for cell in cells))
     for prefix, form in (("baseline/", "{:.4f}"), ("eval/score/", "{:.2f} %")):
         for key, value in values.items():

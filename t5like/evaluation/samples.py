@@ -1,6 +1,6 @@
-"""Samples that a run shows at its end: held-out passages, what the model was given, and what it makes of them.
+"""Samples that a run shows at its end: held-out passages as prompts, their targets, and the model's predictions.
 
-Called by `train`, which prints them and writes them to samples.txt.
+Called by `train.loop`, which prints them and writes them to samples.txt.
 """
 
 import jax
@@ -17,102 +17,108 @@ from t5like.inference.infilling import fill, spans
 from t5like.inference.prompt_format import Prompt
 from t5like.types import Batch
 
-SAMPLES = 3  # held-out passages shown at the end; at least one of each source
+SAMPLES = 3  # held-out passages; at least one of each source
 
 
 def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> str:
-    """Passages from all over the held-out text: what the model was given, what stood there, and what it says.
+    """Passages from all parts of the held-out text: the prompt, the target and the model's prediction.
 
-    Of several sources each has its share, and its name stands above its passages.
+    Each source has its share of the passages; with several sources the title of a passage names its source.
     """
     config, tokenizer = generator.config, generator.tokenizer
     titles, batches = [], []
-    for name, number in chosen_rows(heldout):
+    for source, number in sample_rows(heldout):
         index, row = divmod(number, config.data.batch_size)
         batches.append(jax.tree.map(lambda x, row=row: x[row : row + 1], heldout.at(index)))
-        titles.append(f"held-out passage {len(batches)}" + (f", {name}" if len(config.data.source) > 1 else ""))
+        titles.append(f"held-out passage {len(batches)}" + (f", {source}" if len(config.data.source) > 1 else ""))
     with jax.set_mesh(mesh):
         if config.model.architecture == "encoder":
-            said = [generator.predict_tokens(batch) for batch in batches]
-            return "\n".join(show_masked(tokenizer, *each) for each in zip(titles, batches, said, strict=True))
-        asked = [
-            (title, found) for title, batch in zip(titles, batches, strict=True) if (found := passage(batch)).answer
+            predictions = [generator.predict_tokens(batch) for batch in batches]
+            return "\n".join(show_masked(tokenizer, *each) for each in zip(titles, batches, predictions, strict=True))
+        examples = [
+            (title, example)
+            for title, batch in zip(titles, batches, strict=True)
+            if (example := first_example(batch)).target
         ]
-        if not asked:
+        if not examples:
             return ""
-        prompts, longest = [found.prompt for _, found in asked], max(len(found.answer) for _, found in asked)
+        prompts = [example.prompt for _, example in examples]
+        longest = max(len(example.target) for _, example in examples)
         ids_BL = generator.ids(prompts, max_new_tokens=min(longest, generator.max_new_tokens(prompts)))
     blocks = []
-    for (title, found), ids_L in zip(asked, ids_BL, strict=True):
-        given, truth = (tokenizer.decode(ids) for ids in (found.read, found.answer))
-        blocks.append(show(title, given, truth, *generator.texts([ids_L[: len(found.answer)]])))
+    for (title, example), ids_L in zip(examples, ids_BL, strict=True):
+        inputs, target = tokenizer.decode(example.inputs), tokenizer.decode(example.target)
+        [prediction] = generator.texts([ids_L[: len(example.target)]])
+        blocks.append(show(title, inputs, target, prediction))
     return "\n".join(blocks)
 
 
-def chosen_rows(heldout: Batches) -> list[tuple[str, int]]:
-    """The source's name and the number of each held-out row that is shown: of each source some, far apart."""
+def sample_rows(heldout: Batches) -> list[tuple[str, int]]:
+    """The held-out rows that are shown, as source name and row number: some of each source, evenly spaced."""
     rows_of = {
         name: rows
         for source, name in enumerate(source_names(heldout.config.data))
         if len(rows := heldout.heldout_rows(source))
     }
-    each = -(-SAMPLES // len(rows_of))
+    per_source = -(-SAMPLES // len(rows_of))
     return [
         (name, int(rows[number * len(rows) // count]))
         for name, rows in rows_of.items()
-        for count in [min(each, len(rows))]
+        for count in [min(per_source, len(rows))]
         for number in range(count)
     ]
 
 
-def passage(batch: Batch) -> EvalExample:
-    """What the first text of a batch's first row asks, and what should follow.
+def first_example(batch: Batch) -> EvalExample:
+    """The prompt and target of the first text in a batch's first row.
 
-    A text of which all is learned is asked to go on after three quarters.
+    If all tokens of a text are targets (causal LM), its first three quarters are the prompt.
     """
     batch = jax.tree.map(lambda x: x[0], batch)
-    learned_L = batch.weights_BL > 0
-    mine_L = np.ones(len(learned_L), bool)
+    is_target_L = batch.weights_BL > 0
+    in_text_L = np.ones(len(is_target_L), bool)
     if batch.decoder_segments_BL is not None:
-        mine_L = batch.decoder_segments_BL == batch.decoder_segments_BL[learned_L.argmax()]
-    learned_L = learned_L & mine_L
-    targets = batch.targets_BL[learned_L].tolist()
+        in_text_L = batch.decoder_segments_BL == batch.decoder_segments_BL[is_target_L.argmax()]
+    is_target_L = is_target_L & in_text_L
+    targets = batch.targets_BL[is_target_L].tolist()
     if batch.encoder_BS is not None:
-        read_S = np.ones(len(batch.encoder_BS), bool)
+        in_text_S = np.ones(len(batch.encoder_BS), bool)
         if batch.encoder_segments_BS is not None:
-            read_S = batch.encoder_segments_BS == batch.decoder_segments_BL[learned_L.argmax()]
-        read = batch.encoder_BS[read_S].tolist()
-        return EvalExample(Prompt(read), read, targets)
-    row, first = batch.decoder_BL[mine_L].tolist(), int(mine_L.argmax())
-    prefix = 0 if batch.prefix_BL is None else int(batch.prefix_BL[mine_L].sum())
-    begin = int(learned_L.argmax()) - first  # place of the first target that is learned
-    if not prefix and learned_L.sum() >= len(row) - 1:
+            in_text_S = batch.encoder_segments_BS == batch.decoder_segments_BL[is_target_L.argmax()]
+        inputs = batch.encoder_BS[in_text_S].tolist()
+        return EvalExample(Prompt(inputs), inputs, targets)
+    row, first = batch.decoder_BL[in_text_L].tolist(), int(in_text_L.argmax())
+    prefix = 0 if batch.prefix_BL is None else int(batch.prefix_BL[in_text_L].sum())
+    begin = int(is_target_L.argmax()) - first  # index in `row` of the first target
+    if not prefix and is_target_L.sum() >= len(row) - 1:
         cut = len(row) * 3 // 4
         return EvalExample(Prompt(row[:cut]), row[:cut], targets[cut - 1 - begin :])
-    stop = begin + int((~np.append(learned_L[first + begin :], False)).argmax())  # of the first stretch
-    answer = batch.targets_BL[mine_L][begin:stop].tolist()
-    read = [token for token in row[: begin + 1] if token != DECODER_START_ID]
-    return EvalExample(Prompt(row[: begin + 1], prefix), read, answer)
+    stop = begin + int((~np.append(is_target_L[first + begin :], False)).argmax())  # end of the first run of targets
+    target = batch.targets_BL[in_text_L][begin:stop].tolist()
+    inputs = [token for token in row[: begin + 1] if token != DECODER_START_ID]
+    return EvalExample(Prompt(row[: begin + 1], prefix), inputs, target)
 
 
-def show(title: str, given: str, truth: str, said: str) -> str:
-    """One passage as text; span corruption shows each gap with the truth and the model's filling."""
-    gaps = spans(truth)
-    if not gaps:
-        return f"---- {title} ----\n{given}\n  truth  {truth!r}\n  model  {said!r}\n"
-    filled = spans(said)
-    lines = [f"  {gap}  truth {text!r}  model {filled.get(gap, '')!r}" for gap, text in gaps.items()]
-    return f"---- {title} ----\n{given}\n" + "\n".join(lines) + f"\n  filled  {fill(given, said)!r}\n"
+def show(title: str, inputs: str, target: str, prediction: str) -> str:
+    """One passage as text; for span corruption, each sentinel with its target span and the predicted span."""
+    target_spans = spans(target)
+    if not target_spans:
+        return f"---- {title} ----\n{inputs}\n  truth  {target!r}\n  model  {prediction!r}\n"
+    predicted_spans = spans(prediction)
+    lines = [
+        f"  {name}  truth {text!r}  model {predicted_spans.get(name, '')!r}" for name, text in target_spans.items()
+    ]
+    return f"---- {title} ----\n{inputs}\n" + "\n".join(lines) + f"\n  filled  {fill(inputs, prediction)!r}\n"
 
 
-def show_masked(tokenizer: Tokenizer, title: str, batch: Batch, said_BS: np.ndarray) -> str:
-    """One passage of an encoder-only model: each masked token with the truth and the model's guess."""
-    ids, targets, said = batch.encoder_BS[0], batch.targets_BL[0], said_BS[0]
+def show_masked(tokenizer: Tokenizer, title: str, batch: Batch, predicted_BS: np.ndarray) -> str:
+    """One passage of an encoder-only model: each masked token with its target and the predicted token."""
+    ids, targets, predicted = batch.encoder_BS[0], batch.targets_BL[0], predicted_BS[0]
     if batch.encoder_segments_BS is not None:
         ids = ids[batch.encoder_segments_BS[0] > 0]
     lines = [
-        f"  masked  truth {tokenizer.decode([targets[place]])!r}  model {tokenizer.decode([said[place]])!r}\n"
-        for place in np.flatnonzero((batch.weights_BL[0] > 0)[: len(ids)])
-        if ids[place] == tokenizer.sentinel_ids[MASK]
+        f"  masked  truth {tokenizer.decode([targets[index]])!r}  model {tokenizer.decode([predicted[index]])!r}\n"
+        for index in np.flatnonzero((batch.weights_BL[0] > 0)[: len(ids)])
+        if ids[index] == tokenizer.sentinel_ids[MASK]
     ]
     return f"---- {title} ----\n{tokenizer.decode(ids)}\n" + "".join(lines)

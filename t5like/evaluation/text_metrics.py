@@ -1,30 +1,30 @@
-"""How good predicted texts are against references: the field's measures, each by the implementation that defines it.
+"""Metrics of predicted texts against references, each computed as by the implementation that defines it.
 
-Called by `answers`, on strings; nothing here knows models. All scores are in percent, 0 to 100, higher is better, over
-the whole set and not a mean of batches. The same text scores 100, whatever its script.
+Called by `task_eval` with strings; nothing here depends on models. All scores are in percent, 0 to 100, higher is
+better, over the whole set and not a mean over batches. A prediction equal to its reference scores 100 in any script.
 
     | name        | per example, then                                           | source                              |
     |-------------|-------------------------------------------------------------|-------------------------------------|
-    | exact_match | equal after normalisation; best reference; mean             | Rajpurkar et al. 2016, section 6.1  |
-    | f1          | overlap of words after it; best reference; mean             | the same                            |
-    | accuracy    | equal but for white space at the ends; any reference; mean  |                                     |
+    | exact_match | equal after normalization; best reference; mean             | Rajpurkar et al. 2016, section 6.1  |
+    | f1          | overlap of the words after it; best reference; mean         | the same                            |
+    | accuracy    | equal except white space at the ends; any reference; mean   |                                     |
     | bleu        | corpus BLEU, case:mixed, eff:no, smooth:exp                 | Post 2018, package sacrebleu        |
     | chrf        | corpus chrF2, 6 characters, no words (nc:6, nw:0, space:no) | Popovic 2015, package sacrebleu     |
     | rouge1      | F-measure of words; best reference; mean                    | Lin 2004, package rouge-score       |
-    | rouge2      | the same of pairs of words                                  | the same                            |
-    | rougeL      | the same of the longest common subsequence of the whole     | the same; not rougeLsum, which cuts |
-    |             | text                                                        | texts into lines                    |
+    | rouge2      | the same for pairs of words                                 | the same                            |
+    | rougeL      | the same for the longest common subsequence of the whole    | the same; not rougeLsum, which      |
+    |             | text                                                        | splits texts into lines             |
 
-What a word is depends on the language (`rules_for`), and `Rules.describe` says it in a line beside each score:
+The definition of a word depends on the language (`rules_for`); `Rules.describe` states it in a line for each score:
 
     | language          | exact_match, f1                   | rouge                                | bleu              |
     |-------------------|-----------------------------------|--------------------------------------|-------------------|
     | English           | SQuAD's, without articles         | a-z, 0-9; Porter stemmer, as rouge's | 13a               |
-    | any other         | MLQA's, no articles taken away    | Unicode words, no stemmer            | 13a               |
+    | any other         | MLQA's, articles kept             | Unicode words, no stemmer            | 13a               |
     | without spaces    | the same; a letter is a word      | the same; a letter is a word         | zh, ja-mecab,     |
     |                   |                                   |                                      | ko-mecab or char  |
 
-Scores mean little alone: `majority_baseline`, `copy_baseline` and `lead_baseline` are predictions without a model.
+Scores need a comparison: `majority_baseline`, `copy_baseline` and `lead_baseline` predict without a model.
 """
 
 import unicodedata
@@ -36,27 +36,26 @@ from typing import NamedTuple
 from t5like.errors import ConfigError
 from t5like.evaluation import segmentation
 
-References = Sequence[Sequence[str]]  # of each example, all that are right; at least one
-
+References = Sequence[Sequence[str]]  # per example, all correct texts; at least one
 
 UNSPACED = ("th", "lo", "km", "my", "bo", "dz")
-# sacrebleu's tokenizers by language, where it is not 13a: its own choice, and letters where there are no spaces.
+# sacrebleu's tokenizer by language, where it is not 13a: its default, and single letters where there are no spaces.
 TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab", **dict.fromkeys(UNSPACED, "char")}
 
 
 class Rules(NamedTuple):
-    """How texts of a language are measured.
+    """How texts of a language are normalized and segmented.
 
     Attributes:
-        english: whether the rules of SQuAD and of rouge_score's own tokenizer are used, which know English alone.
-        tokenizer: sacrebleu's, by its name, for BLEU.
+        english: whether the rules of SQuAD and of rouge_score's own tokenizer apply, which are for English only.
+        tokenizer: the name of sacrebleu's tokenizer for BLEU.
     """
 
     english: bool
     tokenizer: str
 
     def describe(self, name: str) -> str:
-        """A line for people that says how a measure of `METRICS` takes texts apart."""
+        """A readable line about how a metric of `METRICS` normalizes and segments texts."""
         words = "words by Unicode, letters where a script has no spaces"
         if name in ("exact_match", "f1"):
             normal = "lower case, no ASCII punctuation, no a, an, the (SQuAD)" if self.english else "case folded, NFC, "
@@ -72,12 +71,12 @@ class Rules(NamedTuple):
 
 
 def rules_for(references: References, language: str = "auto") -> Rules:
-    """The rules of a language, an ISO 639-1 code, or by the letters of the references.
+    """The rules of a language, given as an ISO 639-1 code, or detected from the letters of the references ("auto").
 
-    Letters that are ASCII but for 1 in 200, which names and quotations may have, count as English. A language that
-    has no others, such as Indonesian or Swahili, needs its code. Scripts without spaces go to BLEU letter by letter
-    (Han by sacrebleu's zh), Japanese too, so that the number does not depend on whether MeCab is installed; with the
-    code ja it has to be, as for ko.
+    Texts in which at most 1 letter in 200 is not ASCII (names, quotations) count as English. Other languages with only
+    ASCII letters, such as Indonesian or Swahili, need their code. For scripts without spaces, BLEU is computed on
+    single letters (for Han, by sacrebleu's zh). That includes detected Japanese, so that the score does not depend on
+    whether MeCab is installed. The codes ja and ko need MeCab.
     """
     if language != "auto":
         return Rules(language == "en", TOKENIZERS.get(language, "13a"))
@@ -90,17 +89,17 @@ def rules_for(references: References, language: str = "auto") -> Rules:
 def score(
     names: Sequence[str], predictions: Sequence[str], references: References, language: str = "auto"
 ) -> dict[str, float]:
-    """Each named measure of the predictions, in percent.
+    """Each named metric of the predictions, in percent.
 
     Args:
-        names: of `METRICS`.
+        names: keys of `METRICS`.
         predictions: one text per example.
-        references: of each example, one or several right texts.
+        references: per example, one or several correct texts.
         language: of the texts, see `rules_for`.
 
     Raises:
         ConfigError: a name is unknown, or its package is not installed.
-        ValueError: there is nothing to score, or the two don't go together.
+        ValueError: there are no predictions, or their number is not that of the references.
     """
     for name in names:
         if name not in METRICS:
@@ -113,24 +112,24 @@ def score(
     return {name: float(METRICS[name](predictions, references, rules)) for name in names}
 
 
-# ---- What needs no model ----
+# ---- Baselines without a model ----
 
 
 def majority_baseline(train_targets: Sequence[str]) -> str:
-    """The most frequent target, the first of equals by the alphabet: what to answer to everything."""
+    """The most frequent target, as the prediction for every example; of equally frequent ones the first in order."""
     counts = Counter(train_targets)
     return min(counts, key=lambda target: (-counts[target], target))
 
 
 def copy_baseline(inputs: Sequence[str]) -> list[str]:
-    """The inputs as predictions: for translation and corrections, where much stays as it is."""
+    """The inputs as predictions: for translation and text correction, where much of the input is unchanged."""
     return list(inputs)
 
 
 def lead_baseline(inputs: Sequence[str], num_words: int) -> list[str]:
-    """The first words of each input as predictions: for summarization, where they are hard to beat on news.
+    """The first words of each input as predictions: for summarization, where this is a strong baseline on news.
 
-    A letter is a word in scripts without spaces.
+    In scripts without spaces a letter is a word.
     """
     return [segmentation.first_words(text, num_words) for text in inputs]
 
@@ -139,7 +138,7 @@ def lead_baseline(inputs: Sequence[str], num_words: int) -> list[str]:
 
 
 def normalize(text: str, *, english: bool) -> str:
-    """What of a text counts for exact_match and f1."""
+    """A text normalized for exact_match and f1."""
     return segmentation.without_articles(text) if english else segmentation.without_punctuation(text)
 
 
@@ -148,10 +147,10 @@ def _exact_match(prediction: str, reference: str, rules: Rules) -> float:
 
 
 def _f1(prediction: str, reference: str, rules: Rules) -> float:
-    """2 x common words / all words. Where one of them has no words, they must both have none (SQuAD 2.0)."""
+    """2 x common words / all words. If one text has no words, the score is 1 if both are equal, else 0 (SQuAD 2.0)."""
     both = [normalize(text, english=rules.english) for text in (prediction, reference)]
     predicted, right = (Counter(text.split() if rules.english else segmentation.words(text)) for text in both)
-    if not predicted or not right:  # nothing, or punctuation alone
+    if not predicted or not right:  # empty, or only punctuation
         return float(both[0] == both[1])
     return 2 * (predicted & right).total() / (predicted.total() + right.total())
 
@@ -161,16 +160,16 @@ def _accuracy(prediction: str, reference: str, _: Rules) -> float:
     return float(prediction == reference)
 
 
-def _of_pairs(measure: Callable[[str, str, Rules], float]) -> "Measure":
-    """A measure of a set from one of a prediction and a reference."""
+def _of_pairs(metric: Callable[[str, str, Rules], float]) -> "CorpusMetric":
+    """A metric of a set, from a metric of one prediction and one reference."""
     return lambda predictions, references, rules: _best(
-        lambda text, each: measure(text, each, rules), predictions, references
+        lambda text, each: metric(text, each, rules), predictions, references
     )
 
 
-def _best(measure: Callable[[str, str], float], predictions: Sequence[str], references: References) -> float:
-    """The mean over examples of the best over references, in percent."""
-    best = (max(measure(text, each) for each in right) for text, right in zip(predictions, references, strict=True))
+def _best(metric: Callable[[str, str], float], predictions: Sequence[str], references: References) -> float:
+    """The mean over examples of the best value over references, in percent."""
+    best = (max(metric(text, each) for each in right) for text, right in zip(predictions, references, strict=True))
     return 100 * sum(best) / len(predictions)
 
 
@@ -183,21 +182,21 @@ def _sacrebleu(kind: str, predictions: Sequence[str], references: References, **
     except ImportError:
         raise _missing(kind.lower(), "sacrebleu") from None
     try:
-        measure = getattr(metrics, kind)(**options)
-    except RuntimeError:  # its tokenizers of Japanese and Korean call MeCab
+        metric = getattr(metrics, kind)(**options)
+    except RuntimeError:  # its tokenizers for Japanese and Korean need MeCab
         name = options["tokenize"]
         raise ConfigError(
             f"evaluate.metrics='bleu' needs MeCab for {name}; pip install 'sacrebleu[{name[:2]}]', or use "
             "evaluate.language=auto"
         ) from None
-    # It wants the first reference of every example, then the second; None where an example has fewer.
+    # sacrebleu expects the first reference of every example, then the second, ...; None where an example has fewer.
     most = max(map(len, references))
-    streams = [[right[place] if place < len(right) else None for right in references] for place in range(most)]
-    return measure.corpus_score(list(predictions), streams).score
+    streams = [[right[index] if index < len(right) else None for right in references] for index in range(most)]
+    return metric.corpus_score(list(predictions), streams).score
 
 
 class _Words:
-    """What rouge_score asks of a tokenizer."""
+    """The tokenizer interface of rouge_score."""
 
     tokenize = staticmethod(segmentation.words)
 
@@ -215,8 +214,8 @@ def _missing(name: str, package: str) -> ConfigError:
     return ConfigError(f"evaluate.metrics={name!r} needs the package {package}; pip install 't5like[eval]'")
 
 
-Measure = Callable[[Sequence[str], References, Rules], float]
-METRICS: dict[str, Measure] = {
+CorpusMetric = Callable[[Sequence[str], References, Rules], float]
+METRICS: dict[str, CorpusMetric] = {
     "exact_match": _of_pairs(_exact_match),
     "f1": _of_pairs(_f1),
     "accuracy": _of_pairs(_accuracy),

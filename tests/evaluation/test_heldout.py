@@ -1,4 +1,4 @@
-"""Held-out loss: every row once, the same on any devices and in any batches, next to baselines in closed form."""
+"""Held-out loss: each row once, independent of devices and batch sizes; baselines compared with closed forms."""
 
 import math
 import re
@@ -16,11 +16,11 @@ from t5like.optim import step
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 
-EVERYTHING = 10**6
+ALL_BATCHES = 10**6
 
 
-def evaluator_of(texts, *, devices=1, eval_batches=EVERYTHING, sources=("a",), mesh=(), every=False, **data):
-    """An evaluator of held-out text, and a function that makes the same random parameters on its mesh."""
+def evaluator_of(texts, *, devices=1, eval_batches=ALL_BATCHES, sources=("a",), mesh=(), every=False, **data):
+    """An evaluator of held-out text, and random parameters on its mesh, the same on every mesh."""
     config = small(
         model={"num_layers": 1},
         tokenizer={"vocab_size": 400, "num_sentinels": 20},
@@ -68,19 +68,19 @@ def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte
     zero = step.zero_metrics(config, params, evaluator.heldout.at(0))
     for index in range(evaluator.num_batches):
         batch = evaluator.heldout.at(index)
-        for component in range(4):  # the loss of its rows alone, and their targets' text
-            mine = batch._replace(weights_BL=batch.weights_BL * (batch.component_B1 == component))
+        for component in range(4):  # the loss of only its rows, and their targets' text
+            rows = batch._replace(weights_BL=batch.weights_BL * (batch.component_B1 == component))
             with jax.set_mesh(evaluator.mesh):
-                on_device = placement.to_global(mine, evaluator.mesh, config.data.batch_size)
+                on_device = placement.to_global(rows, evaluator.mesh, config.data.batch_size)
                 nats_C[component] += evaluator._step(params, on_device, zero)["loss"].total
-            for targets, weights in zip(mine.targets_BL, mine.weights_BL, strict=True):
+            for targets, weights in zip(rows.targets_BL, rows.weights_BL, strict=True):
                 text = re.sub("<extra_id_[0-9]+>", "", evaluator.tokenizer.decode(targets[weights > 0]))
                 bytes_C[component] += len(text.encode())
-            tokens_C[component] += mine.weights_BL.sum()
+            tokens_C[component] += rows.weights_BL.sum()
     source, objective = ("b", "prefix_lm")
     names = {f"source/{source}": [2, 3], f"objective/{objective}": [1, 3], f"component/{source}/{objective}": [3]}
-    for name, mine in names.items():
-        nats, tokens, size = nats_C[mine].sum(), tokens_C[mine].sum(), bytes_C[mine].sum()
+    for name, components in names.items():
+        nats, tokens, size = (values_C[components].sum() for values_C in (nats_C, tokens_C, bytes_C))
         assert values[f"eval/loss/{name}"] == pytest.approx(nats / tokens, rel=1e-5)
         assert values[f"eval/perplexity/{name}"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
         assert values[f"eval/bits_per_byte/{name}"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
@@ -88,10 +88,10 @@ def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte
     assert values["eval/bits_per_byte"] == pytest.approx(nats_C.sum() / math.log(2) / bytes_C.sum(), rel=1e-5)
 
 
-def test_a_model_that_says_nothing_has_the_uniform_loss(texts):
+def test_a_model_with_constant_logits_has_the_uniform_loss(texts):
     evaluator, params = evaluator_of(texts)
-    silent = {**params, "head": np.zeros_like(params["head"])}
-    assert evaluator(silent)["eval/loss"] == pytest.approx(math.log(400), rel=1e-6)
+    constant = {**params, "head": np.zeros_like(params["head"])}
+    assert evaluator(constant)["eval/loss"] == pytest.approx(math.log(400), rel=1e-6)
     assert evaluator.baselines()["baseline/uniform"] == pytest.approx(math.log(400))
 
 
@@ -105,7 +105,7 @@ def test_the_unigram_baseline_is_the_entropy_of_the_heldout_targets(texts):
     assert evaluator.baselines()["baseline/unigram"] == pytest.approx(-(share * np.log(share)).sum())
 
 
-def test_no_more_batches_are_evaluated_than_asked_for(texts):
+def test_at_most_eval_batches_are_evaluated(texts):
     evaluator, params = evaluator_of(texts, eval_batches=1)
     weights = evaluator.heldout.at(0).weights_BL
     assert evaluator.num_batches == 1 and evaluator(params)["eval/tokens"] == weights.sum()
@@ -118,7 +118,7 @@ def test_all_sources_are_evaluated(texts):
     assert both == evaluator.heldout.num_heldout * per_row and (evaluator.heldout.num_rows > 0).all()
 
 
-def test_the_only_source_and_objective_are_named_where_people_look_for_them(texts):
+def test_a_single_source_and_objective_have_their_own_values_on_request(texts):
     evaluator, params = evaluator_of(texts, every=True)
     values = evaluator(params)
     for name in ("source/a", "objective/span_corruption"):

@@ -1,4 +1,4 @@
-"""Answers to held-out examples: what is asked, what is chosen against the whole forward pass, what is written."""
+"""Task evaluation: log-likelihoods compared with the full forward pass; scores and files of whole runs."""
 
 import json
 import re
@@ -25,16 +25,16 @@ def model_of(architecture):
     return config, params
 
 
-@pytest.mark.parametrize("architecture, ends", [("encoder_decoder", (1, 44, 45)), ("decoder", (1,))])
-def test_the_nats_of_an_answer_and_any_end_are_those_of_the_unpadded_row_alone(architecture, ends):
+@pytest.mark.parametrize("architecture, eos_ids", [("encoder_decoder", (1, 44, 45)), ("decoder", (1,))])
+def test_the_nats_of_a_target_and_any_eos_id_are_those_of_the_unpadded_row(architecture, eos_ids):
     config, params = model_of(architecture)
-    asked, answers = [[5, 6, 7, 8, 1], [9, 10, 1]], [[20, 21, 1], [30, 1]]
+    inputs, answers = [[5, 6, 7, 8, 1], [9, 10, 1]], [[20, 21, 1], [30, 1]]
     if architecture == "decoder":
-        prompts = [Prompt([*ids, 0], len(ids)) for ids in asked]
+        prompts = [Prompt([*ids, 0], len(ids)) for ids in inputs]
     else:
-        prompts = [Prompt(ids) for ids in asked]
+        prompts = [Prompt(ids) for ids in inputs]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    found = score_targets(config, params, scoring_batch(config, pairs, 9, 4), ends)
+    found = score_targets(config, params, scoring_batch(config, pairs, 9, 4), eos_ids)
     logits_of = jax.jit(lambda batch: Transformer(config).apply({"params": params}, batch))
     for (prompt, answer), nats, greedy in zip(pairs, *found, strict=True):
         ids, ones = np.array(prompt.ids)[None], np.ones((1, len(answer)), np.float32)
@@ -46,9 +46,9 @@ def test_the_nats_of_an_answer_and_any_end_are_those_of_the_unpadded_row_alone(a
             batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
         logits = logits_of(batch)[0, -len(answer) :]
         p = np.asarray(jax.nn.softmax(logits))
-        wanted = -np.log(p[np.arange(len(answer) - 1), answer[:-1]]).sum() - np.log(p[-1, list(ends)].sum())
-        likeliest = [1 if token in ends else token for token in logits.argmax(-1).tolist()]
-        assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (likeliest == answer)
+        wanted = -np.log(p[np.arange(len(answer) - 1), answer[:-1]]).sum() - np.log(p[-1, list(eos_ids)].sum())
+        most_likely = [1 if token in eos_ids else token for token in logits.argmax(-1).tolist()]
+        assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (most_likely == answer)
 
 
 # ---- Through the command line ----
@@ -69,7 +69,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def supervised(command, flags, tasks, tmp_path):
-    """Run `t5like train` on them; gives the run directory, the metrics and what was said."""
+    """Run `t5like train` on them; returns the run directory, the metrics and the output."""
 
     def run(name: str, **values):
         values = {
@@ -89,7 +89,7 @@ def supervised(command, flags, tasks, tmp_path):
 @pytest.mark.parametrize("architecture, choices", [("encoder_decoder", ""), ("decoder", "yes,no")])
 def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, supervised, command):
     settings = {"evaluate.answer_choices": choices} if choices else {}
-    workdir, records, said = supervised(
+    workdir, records, output = supervised(
         "run", **{"train.num_steps": 60, "model.architecture": architecture, **settings}
     )
     majority = records[0]["baseline/majority/accuracy"]
@@ -105,21 +105,21 @@ def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, 
     rule = json.loads(out)["eval/rule/f1"]
     assert (
         "SQuAD" in rule
-        and f"metric     f1: {rule}" in said
+        and f"metric     f1: {rule}" in output
         and re.search(rf"eval/score/f1 .*\({re.escape(rule)}\)", err)
     )
     code, out, err = command("generate", f"--workdir={workdir}", "--prompt=beta 1000", "--max_new_tokens=4")
     assert code == 0 and out.strip() == "yes", err
 
 
-def test_a_run_begins_with_the_weights_of_another_but_for_those_that_are_named_new(supervised):
+def test_a_run_starts_with_the_weights_of_another_except_those_that_are_reinitialized(supervised):
     unscored = {"evaluate.metrics": ""}
     first, records, _ = supervised("first", **unscored, **{"train.num_steps": 20, "optimizer.ema_decay": 0.5})
     untrained, learned = (record["eval/loss"] for record in records if "eval/loss" in record)
     begin = {**unscored, "init_from.checkpoint": first, "train.num_steps": 1}
-    _, again, said = supervised("second", **begin)
+    _, again, output = supervised("second", **begin)
     assert again[1]["eval/loss"] == pytest.approx(learned, rel=1e-6)
-    assert f"from step 20 of {first}" in said
+    assert f"from step 20 of {first}" in output
     workdir, renewed, _ = supervised("third", **begin, **{"init_from.reinitialize": "head,decoder/.*"})
     assert renewed[1]["eval/loss"] > learned + 0.5 and abs(renewed[1]["eval/loss"] - untrained) < 1
     report = (workdir / "init_from.txt").read_text()

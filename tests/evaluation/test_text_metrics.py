@@ -1,4 +1,4 @@
-"""Measures of predicted texts, against values worked out by hand from their papers, in any script."""
+"""Metrics of predicted texts compared with values computed by hand from their papers, in any script."""
 
 import math
 import sys
@@ -36,13 +36,13 @@ def one(name, prediction, *references):
         ("a  CAT,\tan owl & the  dog.", "cat owl dog"),
         ("theater another", "theater another"),  # articles only as words
         ("The U.S.A.'s  end", "usas end"),
-        ("«Élan» — Straße", "«élan» — straße"),  # only ASCII punctuation goes
-        ("state-of-the-art", "stateoftheart"),  # punctuation goes first, so no article is left
-        ("the", "the"),  # unlike SQuAD's: an answer is not the same as none
+        ("«Élan» — Straße", "«élan» — straße"),  # only ASCII punctuation is removed
+        ("state-of-the-art", "stateoftheart"),  # punctuation is removed first, so that there is no article
+        ("the", "the"),  # unlike in SQuAD: differs from an empty answer
         ("?", "?"),
     ],
 )
-def test_normalisation_of_english_is_that_of_squad(text, normal):
+def test_normalization_of_english_is_that_of_squad(text, normal):
     assert normalize(text, english=True) == normal
 
 
@@ -51,14 +51,14 @@ def test_normalisation_of_english_is_that_of_squad(text, normal):
     [
         ("«Ça va?» — A l’école", "ça va a lécole"),  # punctuation of any script; no articles
         ("STRASSE Straße", "strasse strasse"),
-        ("e\u0301te\u0301", "été"),  # canonical equivalents are the same
-        ("10² ① ﬁ", "10² ① ﬁ".casefold()),  # compatible characters are not
-        ("می\u200cخواهم", "میخواهم"),  # joiners are not seen
+        ("e\u0301te\u0301", "été"),  # canonically equivalent
+        ("10² ① ﬁ", "10² ① ﬁ".casefold()),  # compatibility equivalents differ
+        ("می\u200cخواهم", "میخواهم"),  # joiners are ignored
         ("ሰላም፡ነው።", "ሰላም ነው"),
         ("。", "。"),
     ],
 )
-def test_normalisation_of_other_languages_takes_punctuation_and_case_alone(text, normal):
+def test_normalization_of_other_languages_removes_only_punctuation_and_case(text, normal):
     assert normalize(text, english=False) == normal
 
 
@@ -76,13 +76,13 @@ def test_f1_counts_a_repeated_word_as_often_as_both_have_it():
     "prediction, reference, value",
     [("", "", 100), ("", "A", 0), ("the", "A", 0), ("A", "A", 100), ("?", "!", 0), ("", "。", 0), ("", "x", 0)],
 )
-def test_without_words_both_must_have_none(prediction, reference, value):
+def test_texts_without_words_score_only_if_equal(prediction, reference, value):
     for language in ("auto", "en", "ru", "zh"):
         found = score(["f1", "exact_match"], [prediction], [[reference]], language)
         assert found == {"f1": value, "exact_match": value}
 
 
-def test_accuracy_minds_case_and_punctuation_but_not_outer_spaces():
+def test_accuracy_depends_on_case_and_punctuation_but_not_on_outer_spaces():
     assert one("accuracy", " yes\n", "yes") == 100
     assert one("accuracy", "Yes", "yes") == one("accuracy", "yes.", "yes") == 0
 
@@ -98,15 +98,15 @@ def test_scores_are_means_over_examples_in_any_order():
 def test_bleu_is_the_geometric_mean_of_precisions_times_the_brevity_penalty():
     # 5 of 6 words, 4 of 5, 3 of 4 and 2 of 3 runs are right, and nothing is short.
     assert one("bleu", "a b c d e x", "a b c d e f") == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
-    # All right, 5 words of 7.
+    # All are right; 5 words of 7.
     assert one("bleu", "a b c d e", "a b c d e f g") == pytest.approx(100 * math.exp(1 - 7 / 5))
     assert one("bleu", "", "a b c d") == 0
-    # Right and all runs are added over the corpus, then divided: it is no mean over texts.
+    # Counts are summed over the corpus and then divided: not a mean over texts.
     both = score(["bleu"], ["a b c d e f", "q r s t"], [["a b c d e f"], ["q r x t"]])["bleu"]
     assert both == pytest.approx(100 * (9 / 10 * 6 / 8 * 4 / 6 * 3 / 4) ** 0.25)
 
 
-def test_bleu_takes_several_references_of_different_number():
+def test_bleu_accepts_a_different_number_of_references_per_example():
     values = score(["bleu"], ["a b c d", "e f g h"], [["x y z w", "a b c d"], ["e f g h"]])
     assert values["bleu"] == pytest.approx(100)
 
@@ -131,7 +131,7 @@ def test_rouge_l_takes_the_whole_text_as_one_sequence():
     assert one("rougeL", "c d\na b", "a b\nc d") == pytest.approx(50)  # rougeLsum would give 100
 
 
-# Article 1 of the Universal Declaration of Human Rights, its beginning; sacrebleu's tokenizer that `auto` takes.
+# Article 1 of the Universal Declaration of Human Rights, its beginning; sacrebleu's tokenizer that `auto` selects.
 LANGUAGES = {
     "en": ("All human beings are born free and equal in dignity and rights.", "13a"),
     "de": ("Alle Menschen sind frei und gleich an Würde und Rechten geboren.", "13a"),
@@ -185,7 +185,7 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\
 
 
 class ByRegex:
-    """Words by the package regex, which knows scripts and categories: an opinion of its own."""
+    """Words by the package regex, which has its own data of scripts and categories: an independent reference."""
 
     def tokenize(self, text):
         text = regex.sub(r"\p{Cf}", "", unicodedata.normalize("NFC", text).casefold())
@@ -197,7 +197,7 @@ class ByRegex:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_same_text_scores_100_in_every_script_and_another_less(language):
+def test_the_same_text_scores_100_in_every_script_and_another_text_less(language):
     text, tokenizer = LANGUAGES[language]
     names = list(METRICS)
     for asked in ("auto", *({language} - {"ja", "ko"})):
@@ -222,7 +222,7 @@ def test_words_keep_their_marks_and_letters_without_spaces_stand_alone():
     assert words("L'État a_b €5 👍🏽") == ["l", "état", "a", "b", "€", "5", "👍🏽"]
 
 
-def test_a_code_says_what_letters_can_not_and_the_rule_is_told(monkeypatch):
+def test_a_language_code_overrides_detection_and_the_rule_is_described(monkeypatch):
     indonesian, rule = "buku a", lambda name, *asked: rules_for([[LANGUAGES["ja"][0]]], *asked).describe(name)
     assert one("exact_match", "buku", indonesian) == 100  # as in English
     assert score(["exact_match"], ["buku"], [[indonesian]], "id")["exact_match"] == 0
@@ -241,13 +241,13 @@ def test_a_majority_does_not_depend_on_order():
     assert majority_baseline(["b", "a", "b", "a", "c"]) == majority_baseline(["a", "c", "a", "b", "b"]) == "a"
 
 
-def test_baselines_read_only_the_input():
+def test_baselines_depend_only_on_the_input():
     assert lead_baseline(["one  two\nthree four", ""], 3) == ["one two three", ""]
     assert lead_baseline(["東京は、日本の 首都。"], 5) == ["東京は、日本"] and num_words("東京は、日本の 首都。") == 8
     assert copy_baseline(("x y",)) == ["x y"]
 
 
-def test_a_name_or_package_that_is_not_there_is_refused(monkeypatch):
+def test_an_unknown_metric_and_a_missing_package_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="evaluate.metrics='rogue1' must be one of exact_match, .* rougeL"):
         score(["rogue1"], ["x"], [["x"]])
     for name in ("sacrebleu", "rouge_score", "rouge_score.rouge_scorer"):
@@ -257,7 +257,7 @@ def test_a_name_or_package_that_is_not_there_is_refused(monkeypatch):
             score([name], ["x"], [["x"]])
 
 
-def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
+def test_the_schema_lists_every_metric_and_refuses_objectives_without_answers():
     assert get_args(Metric) == tuple(METRICS)
     supervised = {"data": {"objective": "supervised"}}
     config = loader.resolve({**supervised, "evaluate": {"metrics": list(METRICS), "answer_choices": ["yes", "no"]}})
@@ -274,6 +274,6 @@ def test_the_schema_knows_every_measure_and_refuses_what_has_no_answer():
 
 
 @pytest.mark.parametrize("predictions, references", [([], []), (["x"], []), (["x"], [[]]), (["x"], ["x"])])
-def test_what_does_not_go_together_is_refused(predictions, references):
+def test_predictions_and_references_that_do_not_match_are_refused(predictions, references):
     with pytest.raises(ValueError, match="references"):
         score(list(METRICS)[:1], predictions, references)

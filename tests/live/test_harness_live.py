@@ -1,4 +1,4 @@
-"""lm-eval itself on our checkpoints, offline; and next to its own model class on the same weights.
+"""lm-eval on checkpoints of t5like, offline, and compared with its own model class on the same weights.
 
 Needs the extra `parity`; not part of `make test`: `python -m pytest tests/live/test_harness_live.py`
 """
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from t5like.checkpoint import run_directory
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.evaluation.lm_eval import T5LikeLM, decoding
+from t5like.evaluation.lm_eval import T5LikeLM, generation_options
 from t5like.interop.huggingface import tokenizer_files
 from t5like.interop.huggingface.convert import import_run
 
@@ -26,16 +26,16 @@ OBJECTIVES = {"decoder": "causal_lm", "encoder": "mlm"}
 
 @pytest.fixture(scope="module")
 def workdirs(trained, flags, tmp_path_factory):
-    """A run of each shape."""
+    """A run of each architecture."""
     from t5like.cli.main import main
 
-    found = {"encoder_decoder": trained}
+    runs = {"encoder_decoder": trained}
     for shape, objective in OBJECTIVES.items():
-        found[shape] = tmp_path_factory.mktemp(shape) / "run"
-        more = {"model.architecture": shape, "data.objective": objective, "train.num_steps": 1}
-        settings = [f"--config.{name}={value}" for name, value in more.items()]
-        assert main(["train", *flags, f"--workdir={found[shape]}", *settings]) == 0
-    return found
+        runs[shape] = tmp_path_factory.mktemp(shape) / "run"
+        fields = {"model.architecture": shape, "data.objective": objective, "train.num_steps": 1}
+        settings = [f"--config.{name}={value}" for name, value in fields.items()]
+        assert main(["train", *flags, f"--workdir={runs[shape]}", *settings]) == 0
+    return runs
 
 
 @pytest.mark.parametrize("shape", ["encoder_decoder", "decoder", "encoder"])
@@ -50,14 +50,16 @@ def test_tasks_run_on_a_checkpoint_of_any_shape(shape, workdirs, command):
     values = json.loads(out)
     assert values == json.loads((workdir / "evaluations" / f"{values['step']}.{'+'.join(tasks)}.json").read_text())
     assert set(values["results"]) == set(tasks) and values["contexts"]["cut"] > 0  # rows of 32 tokens are short
-    assert f"{values['contexts']['cut']} of {values['contexts']['asked']} contexts were cut" in err
+    assert f"{values['contexts']['cut']} of {values['contexts']['asked']} contexts were truncated" in err
     lines = (workdir / "predictions" / f"{values['step']}.t5like_choice.jsonl").read_text().splitlines()
-    said = [json.loads(line) for line in lines]
-    right = [record["acc"] for record in said]
-    assert len(said) == len(DOCS) and np.mean(right) == pytest.approx(values["results"]["t5like_choice"]["acc,none"])
+    predictions = [json.loads(line) for line in lines]
+    right = [record["acc"] for record in predictions]
+    assert len(predictions) == len(DOCS) and np.mean(right) == pytest.approx(
+        values["results"]["t5like_choice"]["acc,none"]
+    )
 
 
-def test_the_choice_is_the_one_that_we_find_likeliest(workdirs, command):
+def test_the_choice_is_the_most_likely_one(workdirs, command):
     args = (f"--workdir={workdirs['decoder']}", "--tasks=t5like_choice", f"--tasks_dir={TASKS}", "--limit=6")
     code, out, err = command("evaluate", *args)
     assert code == 0, err
@@ -83,49 +85,49 @@ def test_the_choice_is_the_one_that_we_find_likeliest(workdirs, command):
         (["--tasks=t5like_say", f"--tasks_dir={TASKS}"], 2, "model.architecture=encoder can't generate text"),
     ],
 )
-def test_what_can_not_be_run_is_refused_in_one_line(arguments, code, message, workdirs, command):
+def test_tasks_that_can_not_run_are_refused_in_one_line(arguments, code, message, workdirs, command):
     found, out, err = command("evaluate", f"--workdir={workdirs['encoder']}", *arguments)
     lines = [line for line in err.splitlines() if line.startswith("t5like: ")]
     assert found == code and len(lines) == 1 and message in lines[0] and out == ""
     assert "Traceback" not in err
 
 
-def test_what_a_task_asks_of_generation_is_known_or_refused():
-    assert decoding({"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}) == {
+def test_generation_kwargs_are_supported_or_refused():
+    assert generation_options({"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}) == {
         "stop": ["\n"], "max_new_tokens": 5, "temperature": 0.0,
     }  # fmt: skip
-    for asked, temperature in (
+    for kwargs, temperature in (
         ({"do_sample": True, "temperature": 0.0}, 0.0),
         ({"do_sample": True}, 1.0),
         ({"temperature": 0.7}, 0.7),
         ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, 0.0),
         ({}, 0.0),
     ):
-        assert decoding(asked)["temperature"] == temperature
+        assert generation_options(kwargs)["temperature"] == temperature
     with pytest.raises(Exception, match=r"generation_kwargs\.num_beams=4"):
-        decoding({"num_beams": 4})
+        generation_options({"num_beams": 4})
 
 
-# ---- Next to lm-eval's own model class ----
+# ---- Compared with lm-eval's own model class ----
 
 
-class Peer(HFLM):
-    """lm-eval's model of Hugging Face's classes, with our token ids."""
+class Reference(HFLM):
+    """lm-eval's model around a Hugging Face class, with the token ids of t5like."""
 
-    ours: Tokenizer
+    t5like_tokenizer: Tokenizer
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **_):
-        ids = self.ours.encode(string)
-        # An encoder's text ends in EOS, as T5's own tokenizer has it.
-        return [*ids, self.ours.eos_id] if self.backend == "seq2seq" and add_special_tokens is None else ids
+        ids = self.t5like_tokenizer.encode(string)
+        # An encoder's text ends with EOS, as in T5's own tokenizer.
+        return [*ids, self.t5like_tokenizer.eos_id] if self.backend == "seq2seq" and add_special_tokens is None else ids
 
     @property
     def prefix_token_id(self):
-        return self.ours.eos_id
+        return self.t5like_tokenizer.eos_id
 
 
-def peers(family: str, tokenizer: Tokenizer, directory: Path) -> tuple[Peer, T5LikeLM]:
-    """Random weights in Hugging Face's class and, imported, in ours."""
+def models(family: str, tokenizer: Tokenizer, directory: Path) -> tuple[Reference, T5LikeLM]:
+    """Random weights in a Hugging Face class, and the same weights imported into t5like."""
     torch.manual_seed(0)
     if family == "llama":
         hf = LlamaForCausalLM(LlamaConfig(
@@ -135,31 +137,31 @@ def peers(family: str, tokenizer: Tokenizer, directory: Path) -> tuple[Peer, T5L
     else:
         hf = T5ForConditionalGeneration(T5Config(
             num_layers=2, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-            dropout_rate=0.0, decoder_start_token_id=0, **{**PEER_T5, "initializer_factor": FACTOR},
+            dropout_rate=0.0, decoder_start_token_id=0, **{**REFERENCE_T5, "initializer_factor": FACTOR},
         ))  # fmt: skip
     hf.save_pretrained(directory / "hf")
     tokenizer_files.write(tokenizer, directory / "hf", family=family.split("_")[0], max_length=44)
     list(import_run(directory / "hf", directory / "run"))
-    ours = T5LikeLM(run_directory.load(directory / "run"))
-    theirs = Peer(
+    t5like = T5LikeLM(run_directory.load(directory / "run"))
+    reference = Reference(
         pretrained=hf.eval(), backend="causal" if family == "llama" else "seq2seq", tokenizer=stand_in(),
-        batch_size=4, max_length=ours.scorer.length, device="cpu",
+        batch_size=4, max_length=t5like.scorer.length, device="cpu",
     )  # fmt: skip
-    theirs.ours = tokenizer
-    return theirs, ours
+    reference.t5like_tokenizer = tokenizer
+    return reference, t5like
 
 
-# Scale of T5's random weights. At 3 float32 itself fails: one of 36 is off by 1e-3 here and by 8e-5 in PyTorch, both
-# against PyTorch in float64; at 1 all agree with that to 6e-7.
+# Scale of T5's random weights. At 3 float32 is not precise enough: compared with PyTorch in float64, one of 36 is
+# off by 1e-3 in t5like and by 8e-5 in PyTorch; at 1 all agree to 6e-7.
 FACTOR = 1.0
-PEER_T5 = {
+REFERENCE_T5 = {
     "vocab_size": 400, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_heads": 4, "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
 }  # fmt: skip
 
 
 def stand_in():
-    """A tokenizer that HFLM holds, and `Peer` never asks."""
+    """A tokenizer that HFLM requires and `Reference` does not use."""
     from tokenizers import Tokenizer as Fast
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -169,20 +171,20 @@ def stand_in():
 
 
 @pytest.mark.parametrize("family", ["llama", "t5_1_1"])
-def test_likelihoods_are_those_of_lm_evals_own_model_class(family, trained, tmp_path):
+def test_log_likelihoods_equal_those_of_lm_evals_own_model_class(family, trained, tmp_path):
     tokenizer = Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
-    theirs, ours = peers(family, tokenizer, tmp_path)
+    reference, t5like = models(family, tokenizer, tmp_path)
     pairs = [(f"{doc['question']} ", choice) for doc in DOCS for choice in doc["choices"]]
-    pairs += [(f"{DOCS[0]['question']} " * 80, "ba de")]  # does not fit: is cut from the left
+    pairs += [(f"{DOCS[0]['question']} " * 80, "ba de")]  # too long: truncated from the left
     pairs += [("", "ba de")] if family == "llama" else []
     requests = [SimpleNamespace(args=pair) for pair in pairs]
-    want, got = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests)
+    want, got = reference.loglikelihood(requests, disable_tqdm=True), t5like.loglikelihood(requests)
     np.testing.assert_allclose([x[0] for x in got], [x[0] for x in want], rtol=2e-4)
-    assert [x[1] for x in got] == [x[1] for x in want] and ours.scorer.num_truncated >= 1
+    assert [x[1] for x in got] == [x[1] for x in want] and t5like.scorer.num_truncated >= 1
     if family == "llama":
         texts = [
             SimpleNamespace(args=(" ".join(doc["question"] for doc in DOCS[:3]),)),
             SimpleNamespace(args=("ba de",)),
         ]
-        want = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
-        np.testing.assert_allclose(ours.loglikelihood_rolling(texts), want, rtol=2e-4)
+        want = reference.loglikelihood_rolling(texts, disable_tqdm=True)
+        np.testing.assert_allclose(t5like.loglikelihood_rolling(texts), want, rtol=2e-4)
