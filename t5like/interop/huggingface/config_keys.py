@@ -1,44 +1,42 @@
-"""Single keys of a config.json, checked: what a file from elsewhere says is not trusted."""
+"""Checked access to single keys of a config.json: values of imported files are not trusted."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from t5like.errors import CheckpointError
 
-LARGEST = 1e38  # what float32 holds
+MAX_FLOAT = 1e38  # about the largest float32
 
 
-def must(hf: Mapping[str, Any], key: str, allowed: tuple, default: Any, because: str = "") -> Any:
-    """A value that must be one of a few; `because` names what else says so."""
-    value = hf.get(key, default)
+def one_of(hf_config: Mapping[str, Any], key: str, allowed: tuple, default: Any, because: str = "") -> Any:
+    """A value that must be one of `allowed`; `because` names the key that requires it."""
+    value = hf_config.get(key, default)
     if not any(value == one and type(value) is type(one) for one in allowed):
         names = " or ".join(str(one) for one in allowed if one is not None)
-        raise CheckpointError(
-            f"config.json: {key}={value!r} must be {names}" + (f" beside {because}" if because else "")
-        )
+        raise CheckpointError(f"config.json: {key}={value!r} must be {names}" + (f" with {because}" if because else ""))
     return value
 
 
-def whole(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number of at least 1, and no more than 32 bits hold."""
-    value = default if hf.get(key) is None else hf[key]
+def positive_int(hf_config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number from 1 to 2^31 - 1."""
+    value = default if hf_config.get(key) is None else hf_config[key]
     if type(value) is not int or not 1 <= value < 2**31:
         raise CheckpointError(f"config.json: {key}={_shown(value)} must be a whole number from 1 to 2,147,483,647")
     return value
 
 
-def number(hf: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
-    """A finite number, not negative; `where` is the key that it lies in."""
-    value = default if hf.get(key) is None else hf[key]
-    if type(value) not in (int, float) or not 0 <= value <= LARGEST:
+def nonnegative(hf_config: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
+    """A finite number, not negative; `where` is the key of the object that contains it."""
+    value = default if hf_config.get(key) is None else hf_config[key]
+    if type(value) not in (int, float) or not 0 <= value <= MAX_FLOAT:
         key = f"{where}{'.' * bool(where)}{key}"
         raise CheckpointError(
-            f"config.json: {key}={_shown(value)} must be a number, at least 0 and at most {LARGEST:g}"
+            f"config.json: {key}={_shown(value)} must be a number, at least 0 and at most {MAX_FLOAT:g}"
         )
     return float(value)
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value for a message, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"

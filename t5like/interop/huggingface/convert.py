@@ -28,13 +28,14 @@ from t5like.interop.huggingface import (
     card,
     eos_ids,
     families,
+    family_keys,
     logits_check,
     safetensors_files,
     tensor_check,
     tokenizer_files,
     weight_maps,
 )
-from t5like.interop.huggingface.config_keys import whole
+from t5like.interop.huggingface.config_keys import positive_int
 from t5like.interop.huggingface.weight_maps import Row
 from t5like.io.atomic import atomic_directory, check_free
 from t5like.optim import step as steps
@@ -112,7 +113,7 @@ def _new_config(
         )
     ids = tokenizer.vocab_size
     multiple = next(m for m in (128, 64, 32, 16, 8, 4, 2, 1, rows) if -(-ids // m) * m == rows)
-    longest = model.max_length if model.positions == "learned" else whole(hf, "max_position_embeddings", 2**30)
+    longest = model.max_length if model.positions == "learned" else positive_int(hf, "max_position_embeddings", 2**30)
     data = {
         "encoder_decoder": _denoising(tokenizer.num_sentinels),
         "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
@@ -207,7 +208,7 @@ def export_run(
     loaded = run_directory.load(workdir, step)
     imported = _record(workdir / KEPT)
     family = family or (imported.family if imported else families.default_family(loaded.config.model))
-    families.check(family, loaded.config)
+    families.check_exportable(family, loaded.config)
     imported = imported if imported and imported.family == family else None
     export = Export(loaded, family, imported, dtype)
     with atomic_directory(output) as made:
@@ -277,7 +278,7 @@ class Export:
             values, untied=not config.model.tied_embeddings, next_sentence_head=config.model.next_sentence_head
         )
         if config.model.dropout_rate != then.dropout_rate:
-            values |= families.dropout_keys(self.family, config.model.dropout_rate)
+            values |= family_keys.dropout_keys(self.family, config.model.dropout_rate)
         if not self.as_it_was:
             values |= {key: self.dtype for key in ("dtype", "torch_dtype") if key in values} or {"dtype": self.dtype}
         return values
@@ -304,7 +305,7 @@ def compare(directory: Path, export: Export) -> None:
         untied=not model.tied_embeddings,
         next_sentence_head=model.next_sentence_head,
     )
-    if family != export.family or families.numerics(read) != families.numerics(model):
+    if family != export.family or families.numeric_fields(read) != families.numeric_fields(model):
         raise CheckpointError(f"{directory / 'config.json'} does not say what it was to say; please report this")
     for tensor in export.wanted():
         there, value = safetensors_files.read(found[tensor.name]), export.value(tensor.name)

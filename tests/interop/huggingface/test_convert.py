@@ -230,7 +230,7 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, command, monkeyp
     before = contents(trained)
     export = ["export", "--format=hf", f"--workdir={trained}", f"--output={tmp_path}/out"]
     code, _, err = command(*export, "--family=llama")
-    assert code == 4 and "model.architecture=encoder_decoder can't be said by llama" in err
+    assert code == 4 and "model.architecture=encoder_decoder can't be represented by llama" in err
     code, _, err = command(*export, "--step=7")
     assert code == 4 and "no complete checkpoint of step 7" in err
     code, _, err = command(*export, "--max_shard_size=many")

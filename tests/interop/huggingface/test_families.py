@@ -69,13 +69,15 @@ def test_the_table_is_undone_bit_for_bit_and_names_every_parameter(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_config_that_is_written_describes_the_model_that_was_read(name):
     family, config = model_of(name)
-    families.check(family, dataclasses.replace(config, data=dataclasses.replace(config.data, objective=("causal_lm",))))
+    families.check_exportable(
+        family, dataclasses.replace(config, data=dataclasses.replace(config.data, objective=("causal_lm",)))
+    )
     hf = families.config_of(family, config, rows=61, eos=1, pad=0, dtype="float32")
     model = config.model
     again = families.model_of(
         json.loads(json.dumps(hf)), untied=not model.tied_embeddings, next_sentence_head=model.next_sentence_head
     )
-    assert again[0] == family and families.numerics(again[1]) == families.numerics(model)
+    assert again[0] == family and families.numeric_fields(again[1]) == families.numeric_fields(model)
     theirs = json.loads(str(GOLDEN[f"{name}.config"]))
     ours_only = {
         "bos_token_id",
@@ -100,7 +102,7 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
     [
         ("llama", {"model_type": "mamba"}, "model_type='mamba' is not one of t5,"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
-        ("llama", {"attention_bias": True}, "mlp_bias=False must be True beside attention_bias=True: both or neither"),
+        ("llama", {"attention_bias": True}, "mlp_bias=False must be True with attention_bias=True: both or neither"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic"}},
@@ -109,7 +111,7 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 must be 1.0"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama", {"rope_parameters": [1]}, "config.json is not as transformers writes it"),
+        ("llama", {"rope_parameters": [1]}, "config.json does not have the form that transformers writes"),
         ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers='2' must be a whole number"),
         ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 must be a number, at least 0"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True must be False"),
@@ -133,10 +135,18 @@ def test_a_config_that_no_model_of_ours_has_is_refused_with_key_and_value(name, 
 @pytest.mark.parametrize(
     "family, model, complaint",
     [
-        ("llama", {"architecture": "decoder"}, "model.positions=relative can't be said by llama, which needs rotary"),
+        (
+            "llama",
+            {"architecture": "decoder"},
+            "model.positions=relative can't be represented by llama, which requires rotary",
+        ),
         ("gpt2", {"architecture": "decoder", "positions": "rotary"}, "model.positions=rotary"),
         ("t5", {"positions": "rotary"}, "model.positions=rotary"),
-        ("t5", {"relative_bias": "per_layer"}, "model.relative_bias=per_layer can't be said by t5, which needs shared"),
+        (
+            "t5",
+            {"relative_bias": "per_layer"},
+            "model.relative_bias=per_layer can't be represented by t5, which requires shared",
+        ),
         ("t5", {"biases": True}, "model.biases=True"),
         ("t5", {"qk_norm": True}, "model.qk_norm=True"),
         ("mt5", {"tied_embeddings": True}, "model.logits_scale=auto"),
@@ -145,7 +155,7 @@ def test_a_config_that_no_model_of_ours_has_is_refused_with_key_and_value(name, 
 )
 def test_a_model_that_a_family_has_no_words_for_is_refused_naming_the_field(family, model, complaint):
     with pytest.raises(CheckpointError) as error:
-        families.check(family, small(model=model))
+        families.check_exportable(family, small(model=model))
     assert complaint in str(error.value)
 
 
@@ -153,17 +163,17 @@ def test_fields_that_a_model_does_not_use_need_no_words():
     model = model_of("qwen3")[1].model
     rotary = dataclasses.replace(model.rotary, original_length=2048, beta_fast=9.0)
     idle = {"num_decoder_layers": 7, "next_sentence_head": False, "rotary": rotary}
-    assert families.numerics(dataclasses.replace(model, **idle)) == families.numerics(model)
+    assert families.numeric_fields(dataclasses.replace(model, **idle)) == families.numeric_fields(model)
     t5 = model_of("t5_1_1")[1].model
-    assert families.numerics(dataclasses.replace(t5, num_decoder_layers=7)) != families.numerics(t5)
+    assert families.numeric_fields(dataclasses.replace(t5, num_decoder_layers=7)) != families.numeric_fields(t5)
 
 
 def test_a_decoder_that_reads_its_prompt_in_both_directions_is_refused():
     config = dataclasses.replace(
         model_of("llama")[1], data=small(model={"architecture": "decoder"}, data={"objective": "prefix_lm"}).data
     )
-    with pytest.raises(CheckpointError, match="data.objective=prefix_lm can't be said by llama"):
-        families.check("llama", config)
+    with pytest.raises(CheckpointError, match="data.objective=prefix_lm can't be represented by llama"):
+        families.check_exportable("llama", config)
 
 
 def test_files_of_version_4_say_the_same():
