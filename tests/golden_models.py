@@ -1,4 +1,4 @@
-"""The small Hugging Face models of `tests/golden`: their configs and weights, as ours."""
+"""The small Hugging Face models of `tests/golden`: their configs and weights, converted to t5like."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ def golden(name: str, part: str) -> dict[str, np.ndarray]:
 @cache
 def model_of(name: str) -> tuple[str, Config]:
     """The family of a golden and the config that its config.json describes, with 61 ids."""
-    theirs = golden(name, "weights")
-    head = theirs.get("lm_head.weight")
-    untied = head is not None and not np.array_equal(head, theirs.get("shared.weight"))
-    next_sentence_head = any(key.startswith("cls.seq_relationship") for key in theirs)
+    tensors = golden(name, "weights")
+    head = tensors.get("lm_head.weight")
+    untied = head is not None and not np.array_equal(head, tensors.get("shared.weight"))
+    next_sentence_head = any(key.startswith("cls.seq_relationship") for key in tensors)
     family, model = families.model_of(
         json.loads(str(GOLDEN[f"{name}.config"])), untied=untied, next_sentence_head=next_sentence_head
     )
@@ -37,17 +37,18 @@ def model_of(name: str) -> tuple[str, Config]:
 
 
 def params_of(name: str) -> dict:
-    """The golden weights under our names, by the family's table."""
+    """The golden weights as parameters of t5like, by the family's weight map."""
     family, config = model_of(name)
-    theirs = {
-        weight_maps.canonical(family, key, tied=config.model.tied_embeddings): x
+    tensors = {
+        weight_maps.canonical_name(family, key, tied=config.model.tied_embeddings): x
         for key, x in golden(name, "weights").items()
     }
-    ours: dict[str, list] = {}
-    for row in weight_maps.table(family, config.model):
-        for key, _ in row.places():
-            for mine, part in zip(row.ours, weight_maps.to_ours(row, theirs[key].astype(np.float32)), strict=True):
-                ours.setdefault(mine, []).append(part)
-        for mine in row.ours:
-            ours[mine] = np.stack(ours[mine]) if row.layers else ours[mine][0]
-    return tree.nested(ours)
+    params: dict[str, list] = {}
+    for entry in weight_maps.weight_map(family, config.model):
+        for key, _ in entry.names():
+            parts = weight_maps.from_huggingface(entry, tensors[key].astype(np.float32))
+            for param, part in zip(entry.params, parts, strict=True):
+                params.setdefault(param, []).append(part)
+        for param in entry.params:
+            params[param] = np.stack(params[param]) if entry.layers else params[param][0]
+    return tree.nested(params)

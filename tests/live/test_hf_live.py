@@ -89,7 +89,7 @@ def test_a_model_of_transformers_computes_the_same_here(name, tokenizer, tmp_pat
     list(import_run(tmp_path / "theirs", tmp_path / "run"))
     loaded = run_directory.load(tmp_path / "run")
     inputs = logits_check.example(loaded.config)
-    ours = logits_check.ours_on(loaded.config, loaded.params, inputs)
+    ours = logits_check.t5like_logits(loaded.config, loaded.params, inputs)
     given = {key: torch.from_numpy(value) for key, value in inputs.items()}
     real = inputs.get("decoder_attention_mask", inputs["attention_mask"]) > 0
     targets = np.roll(inputs.get("decoder_input_ids", inputs["input_ids"]), -1, axis=1)

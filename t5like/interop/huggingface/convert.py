@@ -1,9 +1,8 @@
-"""A Hugging Face model directory in, as a run directory with a checkpoint of step 0; a run out, as such a directory.
+"""Import of a Hugging Face model directory as a run with a checkpoint of step 0, and export of a run.
 
-Both build what they make beside its place and rename it when it is whole; an export reads its own files again first and
-compares every tensor, and, where transformers is installed, logits. What an import keeps of the directory (config.json
-and other small files, byte for byte, and which names and dtypes the tensors had) lies in `RUN/hf/` for the way back.
-Called by `main`.
+Both write a temporary directory and rename it when it is complete. An export first reads its files again and compares
+every tensor and, if transformers is installed, logits. An import keeps config.json and other small files, byte for
+byte, and the names and dtypes of the tensors in `RUN/hf/`, for a later export. Called by `cli.commands`.
 """
 
 import dataclasses
@@ -36,84 +35,91 @@ from t5like.interop.huggingface import (
     weight_maps,
 )
 from t5like.interop.huggingface.config_keys import positive_int
-from t5like.interop.huggingface.weight_maps import Row
+from t5like.interop.huggingface.weight_maps import TensorMap
 from t5like.io.atomic import atomic_directory, check_free
 from t5like.optim import step as steps
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
-KEPT = "hf"  # the folder in a run directory
-RECORD = "import.json"  # what an import knew, beside the kept files
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # kept, but for weights' indices
-LARGEST_SIDE_FILE = 64 * 2**20  # bytes
+KEPT = "hf"  # the folder of a run directory with the files that an import keeps
+RECORD = "import.json"  # the `ImportRecord`, in the same folder
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # files that are kept, except indices of weights
+MAX_SIDE_FILE = 64 * 2**20  # bytes
 
 
-# ---- In ----
+# ---- Import ----
 
 
 def import_run(source: Path, workdir: Path) -> Iterator[str]:
-    """Make a run directory of a model directory; yields lines that say what happened.
+    """Write a run directory from a model directory; yields lines that report the result.
 
     Raises:
         ConfigError: `workdir` is not empty.
-        CheckpointError: the directory holds something else than a model that ours can be, or is damaged.
+        CheckpointError: the directory has no supported model, or is damaged.
         DataError: its tokenizer can't be used.
     """
     if not source.is_dir():
         raise CheckpointError(f"--input={source} is not a directory; name one with config.json and model.safetensors")
     check_free(workdir, "--workdir")
-    hf = safetensors_files.read_json(source / "config.json")
-    found = safetensors_files.tensors(source)
-    untied = tensor_check.has_own_head(hf, found)
+    hf_config = safetensors_files.read_json(source / "config.json")
+    tensors = safetensors_files.tensors(source)
+    untied = tensor_check.has_own_head(hf_config, tensors)
     family, model = families.model_of(
-        hf, untied=untied, next_sentence_head=tensor_check.has_next_sentence_head(hf, found)
+        hf_config, untied=untied, next_sentence_head=tensor_check.has_next_sentence_head(hf_config, tensors)
     )
-    rows = hf.get("vocab_size")
-    tensor_check.check_sizes(model, rows, found)
+    rows = hf_config.get("vocab_size")
+    tensor_check.check_sizes(model, rows, tensors)
     tokenizer = tokenizer_files.read(source)
-    extra_eos, unknown_eos = eos_ids.extra_ids(source, hf, tokenizer)
-    config = _new_config(model, tokenizer, rows, hf, workdir, extra_eos)
-    names, left_out = tensor_check.canonical_names(family, model, found)
-    imported = tensor_check.Imported(
-        family, names, {name: found[files[0]].dtype for name, files in names.items()}, rows
+    extra_eos, unknown_eos = eos_ids.extra_ids(source, hf_config, tokenizer)
+    config = _new_config(model, tokenizer, rows, hf_config, workdir, extra_eos)
+    names, ignored = tensor_check.canonical_names(family, model, tensors)
+    record = tensor_check.ImportRecord(
+        family, names, {name: tensors[files[0]].dtype for name, files in names.items()}, rows
     )
 
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    settled = auto.resolve_auto(config, mesh)
-    shape = steps.abstract_state(settled, pipeline.spec(settled), mesh)
-    wanted = tree.flatten(shape.params)
-    rows_of_table = weight_maps.table(family, model)
-    tensor_check.check(rows_of_table, wanted, imported, found)
-    yield f"model      {tree.num_parameters(wanted):,} parameters, {family}, {config.model.architecture}"
+    resolved = auto.resolve_auto(config, mesh)
+    shape = steps.abstract_state(resolved, pipeline.spec(resolved), mesh)
+    abstract = tree.flatten(shape.params)
+    weight_map = weight_maps.weight_map(family, model)
+    tensor_check.check(weight_map, abstract, record, tensors)
+    yield f"model      {tree.num_parameters(abstract):,} parameters, {family}, {config.model.architecture}"
 
-    with atomic_directory(workdir) as made:
+    with atomic_directory(workdir) as directory:
         leaves = {}
-        for row in rows_of_table:
-            leaves |= _filled(row, wanted, imported, found)
-        params = jax.tree.unflatten(jax.tree.structure(shape.params), [leaves.pop(name) for name in wanted])
-        run_directory.write_imported(params, config, tokenizer, made)
-        _keep(source, made / KEPT, imported)
-    if left_out:
-        yield f"           left out, no weights: {shorten(left_out)}"
+        for entry in weight_map:
+            leaves |= _read_params(entry, abstract, record, tensors)
+        params = jax.tree.unflatten(jax.tree.structure(shape.params), [leaves.pop(name) for name in abstract])
+        run_directory.write_imported(params, config, tokenizer, directory)
+        _keep_files(source, directory / KEPT, record)
+    if ignored:
+        yield f"           ignored, not weights: {shorten(ignored)}"
     yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
     if extra_eos:
         yield f"           texts also end with {shorten(map(str, extra_eos))}, by {eos_ids.KEY}"
     if unknown_eos:
-        yield f"           no tokens, left out of {eos_ids.KEY}: {shorten(map(str, unknown_eos))}"
-    yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... speaks with it"
+        yield f"           not in the vocabulary, ignored in {eos_ids.KEY}: {shorten(map(str, unknown_eos))}"
+    yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... generates text"
 
 
 def _new_config(
-    model: ModelConfig, tokenizer: Tokenizer, rows: Any, hf: Mapping[str, Any], workdir: Path, extra_eos: list[int]
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    rows: Any,
+    hf_config: Mapping[str, Any],
+    workdir: Path,
+    extra_eos: list[int],
 ) -> Config:
-    """A config for the model, with data and optimizer to go on learning by."""
+    """A config for the model, with data and optimizer settings for further training."""
     if type(rows) is not int or rows < tokenizer.vocab_size:
         raise CheckpointError(
             f"config.json: vocab_size={rows!r} must be at least {tokenizer.vocab_size}, the tokenizer's ids"
         )
     ids = tokenizer.vocab_size
     multiple = next(m for m in (128, 64, 32, 16, 8, 4, 2, 1, rows) if -(-ids // m) * m == rows)
-    longest = model.max_length if model.positions == "learned" else positive_int(hf, "max_position_embeddings", 2**30)
+    longest = (
+        model.max_length if model.positions == "learned" else positive_int(hf_config, "max_position_embeddings", 2**30)
+    )
     data = {
         "encoder_decoder": _denoising(tokenizer.num_sentinels),
         "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
@@ -137,35 +143,39 @@ def _new_config(
     }
     try:
         return loader.resolve(values)
-    except ConfigError as error:  # of what their file says
-        raise CheckpointError(f"config.json describes no model that t5like can be: {error}") from None
+    except ConfigError as error:  # caused by values of config.json
+        raise CheckpointError(f"config.json describes a model that t5like does not support: {error}") from None
 
 
 def _denoising(sentinels: int) -> dict[str, Any]:
-    """Span corruption in rows that have a sentinel for each span, one in about 20 tokens."""
+    """Span corruption with row lengths that have enough sentinels, about one in 20 tokens."""
     if sentinels < 4:
         return {"objective": "prefix_lm"}
     return {"inputs_length": min(512, 16 * sentinels), "targets_length": min(114, 4 * sentinels)}
 
 
-def _filled(
-    row: Row, wanted: Mapping[str, Any], imported: tensor_check.Imported, found: Mapping[str, safetensors_files.Tensor]
+def _read_params(
+    entry: TensorMap,
+    abstract: Mapping[str, Any],
+    record: tensor_check.ImportRecord,
+    tensors: Mapping[str, safetensors_files.Tensor],
 ) -> dict[str, jax.Array]:
-    """The parameters of a row, in float32, each layer read into its place."""
-    arrays = [np.empty(wanted[name].shape, np.float32) for name in row.ours]
-    for theirs, y in row.places():
-        for array, part in zip(
-            arrays, weight_maps.to_ours(row, safetensors_files.read(found[imported.names[theirs][0]])), strict=True
-        ):
+    """The parameters of an entry of the weight map, in float32, read layer by layer."""
+    arrays = [np.empty(abstract[name].shape, np.float32) for name in entry.params]
+    for hf_name, y in entry.names():
+        tensor = safetensors_files.read(tensors[record.names[hf_name][0]])
+        for array, part in zip(arrays, weight_maps.from_huggingface(entry, tensor), strict=True):
             array[... if y is None else y] = part
-    return {name: jax.device_put(array, wanted[name].sharding) for name, array in zip(row.ours, arrays, strict=True)}
+    return {
+        name: jax.device_put(array, abstract[name].sharding) for name, array in zip(entry.params, arrays, strict=True)
+    }
 
 
-def _keep(source: Path, place: Path, imported: tensor_check.Imported) -> None:
-    """Copy the small files, so that an export has them again. Code that a file names is forgotten: it is never run."""
-    place.mkdir()
+def _keep_files(source: Path, target: Path, record: tensor_check.ImportRecord) -> None:
+    """Copy the small files for a later export. References to code (auto_map) are removed: t5like never runs it."""
+    target.mkdir()
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
-        small = path.is_file() and path.stat().st_size <= LARGEST_SIDE_FILE
+        small = path.is_file() and path.stat().st_size <= MAX_SIDE_FILE
         if not small or path.name.endswith(".index.json") or path.name == RECORD:
             continue
         content = path.read_bytes()
@@ -173,11 +183,11 @@ def _keep(source: Path, place: Path, imported: tensor_check.Imported) -> None:
             values = safetensors_files.read_json(path)
             values.pop("auto_map", None)
             content = json.dumps(values, indent=2).encode()
-        (place / path.name).write_bytes(content)
-    (place / RECORD).write_text(json.dumps(imported._asdict(), indent=1), encoding="utf-8")
+        (target / path.name).write_bytes(content)
+    (target / RECORD).write_text(json.dumps(record._asdict(), indent=1), encoding="utf-8")
 
 
-# ---- Out ----
+# ---- Export ----
 
 
 def export_run(
@@ -189,103 +199,105 @@ def export_run(
     dtype: str | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> Iterator[str]:
-    """Write a run as a model directory that transformers loads; yields lines that say what happened.
+    """Write a run as a model directory for transformers; yields lines that report the result.
 
     Args:
         workdir: the run.
         output: absent, or an empty directory.
         step: of the checkpoint; None: the latest.
-        family: None: what it was imported from, or the nearest one.
-        dtype: of the weights: float32, bfloat16 or float16. None: what an import had, where nothing was learned since;
-            else float32.
-        max_shard_size: bytes of weights in a file.
+        family: None: the family of the import, or the default family of the model.
+        dtype: of the weights: float32, bfloat16 or float16. None: the dtypes of the import if the run has not been
+            trained since; else float32.
+        max_shard_size: maximum bytes of weights in a file.
 
     Raises:
         ConfigError: `output` is not empty.
-        CheckpointError: the family can't express the model, or a comparison fails; nothing is left behind then.
+        CheckpointError: the family can't represent the model, or a comparison fails; then nothing is written.
     """
     check_free(output, "--output")
     loaded = run_directory.load(workdir, step)
-    imported = _record(workdir / KEPT)
-    family = family or (imported.family if imported else families.default_family(loaded.config.model))
+    record = _load_record(workdir / KEPT)
+    family = family or (record.family if record else families.default_family(loaded.config.model))
     families.check_exportable(family, loaded.config)
-    imported = imported if imported and imported.family == family else None
-    export = Export(loaded, family, imported, dtype)
-    with atomic_directory(output) as made:
-        files = safetensors_files.write(made, export.wanted(), export.value, max_shard_size=max_shard_size)
-        size = sum((made / file).stat().st_size for file in files)
+    record = record if record and record.family == family else None
+    export = Export(loaded, family, record, dtype)
+    with atomic_directory(output) as directory:
+        files = safetensors_files.write(directory, export.specs(), export.value, max_shard_size=max_shard_size)
+        size = sum((directory / file).stat().st_size for file in files)
         yield f"weights    {size:,} bytes in {len(files)} file{'s' * (len(files) > 1)}, {family}"
-        _write_json(made / "config.json", export.config_json(workdir / KEPT))
-        if differs := _write_others(export, made, workdir):
+        _write_json(directory / "config.json", export.config_json(workdir / KEPT))
+        if differs := _write_other_files(export, directory, workdir):
             yield f"tokenizer  {differs}"
-        compare(made, export)
-        yield f"compared   {len(export.wanted())} tensors, read again, equal step {loaded.step} bit for bit"
-        yield f"           {logits_check.compare(made, loaded.config, export.written_params())}"
+        compare(directory, export)
+        yield f"compared   {len(export.specs())} tensors, read again, equal step {loaded.step} bit for bit"
+        yield f"           {logits_check.compare(directory, loaded.config, export.written_params())}"
     yield f"exported   {output}"
 
 
 class Export:
-    """A run on its way out: which tensors there are, and what is in each."""
+    """The export of a run: its tensors and its config.json."""
 
     def __init__(
-        self, loaded: run_directory.Run, family: str, imported: tensor_check.Imported | None, dtype: str | None
+        self, loaded: run_directory.Run, family: str, record: tensor_check.ImportRecord | None, dtype: str | None
     ):
-        self.loaded, self.family, self.imported = loaded, family, imported
+        self.loaded, self.family, self.record = loaded, family, record
         self.leaves = tree.flatten(loaded.params)
-        self.table = weight_maps.table(family, loaded.config.model)
-        self.rows = imported.rows if imported else loaded.config.tokenizer.vocab_size
-        self.as_it_was = dtype is None and imported is not None and loaded.step == 0
+        self.rows = record.rows if record else loaded.config.tokenizer.vocab_size
+        self.keeps_dtypes = dtype is None and record is not None and loaded.step == 0
         self.dtype = dtype or "float32"
-        self._place = {name: (row, y) for row in self.table for name, y in row.places()}
-        files = imported.names if imported else {name: [name] for name in self._place}
-        self._canonical = {file: name for name in self._place for file in files[name]}
+        weight_map = weight_maps.weight_map(family, loaded.config.model)
+        self._entries = {name: (entry, y) for entry in weight_map for name, y in entry.names()}
+        file_names = record.names if record else {name: [name] for name in self._entries}
+        self._canonical = {file_name: name for name in self._entries for file_name in file_names[name]}
 
-    def wanted(self) -> list[safetensors_files.TensorSpec]:
-        """All tensors that are to be written."""
-        made = []
-        for file, name in self._canonical.items():
-            row, _ = self._place[name]
-            shape = weight_maps.shape_of(row, self.leaves)
-            shape = (self.rows, *shape[1:]) if row.vocabulary else shape
-            made.append(safetensors_files.TensorSpec(file, self._dtype_of(name), shape))
-        return made
+    def specs(self) -> list[safetensors_files.TensorSpec]:
+        """All tensors of the export."""
+        specs = []
+        for file_name, name in self._canonical.items():
+            entry, _ = self._entries[name]
+            shape = weight_maps.shape_of(entry, self.leaves)
+            shape = (self.rows, *shape[1:]) if entry.vocabulary else shape
+            specs.append(safetensors_files.TensorSpec(file_name, self._dtype_of(name), shape))
+        return specs
 
     def _dtype_of(self, name: str) -> str:
         names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-        return self.imported.dtypes[name] if self.as_it_was else names[self.dtype]
+        return self.record.dtypes[name] if self.keeps_dtypes else names[self.dtype]
 
-    def value(self, file: str) -> np.ndarray:
-        """A tensor as it is written. Vocabulary rows that are padding of ours alone are cut off: theirs has no mask."""
-        row, y = self._place[self._canonical[file]]
-        parts = [np.asarray(self.leaves[name]) for name in row.ours]
-        array = weight_maps.to_theirs(row, [part if y is None else part[y] for part in parts])
-        array = array[: self.rows] if row.vocabulary else array
+    def value(self, file_name: str) -> np.ndarray:
+        """A tensor of the export. Padding rows of the vocabulary are removed: transformers does not mask them."""
+        entry, y = self._entries[self._canonical[file_name]]
+        parts = [np.asarray(self.leaves[name]) for name in entry.params]
+        array = weight_maps.to_huggingface(entry, [part if y is None else part[y] for part in parts])
+        array = array[: self.rows] if entry.vocabulary else array
         with np.errstate(over="ignore"):
-            cast = array.astype(safetensors_files.DTYPES[self._dtype_of(self._canonical[file])])
+            cast = array.astype(safetensors_files.DTYPES[self._dtype_of(self._canonical[file_name])])
         if cast.dtype == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(array)):
-            raise CheckpointError(f"--dtype=float16 can't hold {file}: its largest is above 65,504; use bfloat16")
+            raise CheckpointError(
+                f"--dtype=float16 can't represent {file_name}: its largest value is above 65,504; use bfloat16"
+            )
         return cast
 
     def config_json(self, kept: Path) -> dict[str, Any]:
-        """config.json: the imported one with what has changed since, or a new one."""
+        """config.json: the imported one with later changes, or a new one."""
         config, tokenizer = self.loaded.config, self.loaded.tokenizer
-        if self.imported is None:
+        if self.record is None:
             ends = eos_ids.listed(config, tokenizer)
             pad = tokenizer.pad_id
             return families.config_of(self.family, config, rows=self.rows, eos=ends, pad=pad, dtype=self.dtype)
         values = safetensors_files.read_json(kept / "config.json")
-        _, then = families.model_of(
+        _, imported = families.model_of(
             values, untied=not config.model.tied_embeddings, next_sentence_head=config.model.next_sentence_head
         )
-        if config.model.dropout_rate != then.dropout_rate:
+        if config.model.dropout_rate != imported.dropout_rate:
             values |= family_keys.dropout_keys(self.family, config.model.dropout_rate)
-        if not self.as_it_was:
+        if not self.keeps_dtypes:
             values |= {key: self.dtype for key in ("dtype", "torch_dtype") if key in values} or {"dtype": self.dtype}
         return values
 
     def written_params(self) -> Any:
-        """The parameters as the files hold them, for a comparison of logits; those of the run are given up."""
-        if self.as_it_was or self.dtype == "float32":
+        """The parameters as written, for the comparison of logits. Consumes the parameters of the run."""
+        if self.keeps_dtypes or self.dtype == "float32":
             return self.loaded.params
         round_to = jnp.dtype(self.dtype)
         rounded = [self.leaves.pop(name).astype(round_to).astype(jnp.float32) for name in list(self.leaves)]
@@ -293,57 +305,56 @@ class Export:
 
 
 def compare(directory: Path, export: Export) -> None:
-    """Read a written directory as an import would, and refuse it if anything differs from the run.
+    """Read a written directory as an import does, and refuse it if anything differs from the run.
 
     Raises:
-        CheckpointError: it does; the disk or this program is at fault.
+        CheckpointError: there is a difference, caused by the disk or by an internal error.
     """
     model = export.loaded.config.model
-    found = safetensors_files.tensors(directory)
+    tensors = safetensors_files.tensors(directory)
     family, read = families.model_of(
         safetensors_files.read_json(directory / "config.json"),
         untied=not model.tied_embeddings,
         next_sentence_head=model.next_sentence_head,
     )
     if family != export.family or families.numeric_fields(read) != families.numeric_fields(model):
-        raise CheckpointError(f"{directory / 'config.json'} does not say what it was to say; please report this")
-    for tensor in export.wanted():
-        there, value = safetensors_files.read(found[tensor.name]), export.value(tensor.name)
-        if there.dtype != value.dtype or not np.array_equal(*(x.reshape(-1).view(np.uint8) for x in (there, value))):
-            raise CheckpointError(f"{tensor.name} was not written as it is; check the disk of {directory}")
+        raise CheckpointError(f"{directory / 'config.json'} does not describe the exported model; please report this")
+    for spec in export.specs():
+        written, value = safetensors_files.read(tensors[spec.name]), export.value(spec.name)
+        if written.dtype != value.dtype or not np.array_equal(
+            *(x.reshape(-1).view(np.uint8) for x in (written, value))
+        ):
+            raise CheckpointError(f"{spec.name} was not written correctly; check the disk of {directory}")
 
 
-def _write_others(export: Export, made: Path, workdir: Path) -> str | None:
-    """Tokenizer, generation settings and model card; says where AutoTokenizer may cut a text otherwise than we do."""
+def _write_other_files(export: Export, directory: Path, workdir: Path) -> str | None:
+    """Tokenizer, generation settings, model card. Returns a line if AutoTokenizer may encode some texts differently."""
     loaded, config = export.loaded, export.loaded.config
     kept, differs = workdir / KEPT, None
-    if export.imported:
+    if export.record:
         for path in kept.iterdir():
             if path.name not in (RECORD, "config.json"):
-                shutil.copyfile(path, made / path.name)
+                shutil.copyfile(path, directory / path.name)
     else:
         longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
-        differs = tokenizer_files.write(loaded.tokenizer, made, family=export.family, max_length=longest)
-    if config.model.has_decoder and not (made / eos_ids.GENERATION).exists():
+        differs = tokenizer_files.write(loaded.tokenizer, directory, family=export.family, max_length=longest)
+    if config.model.has_decoder and not (directory / eos_ids.GENERATION).exists():
         ends, pad = eos_ids.listed(config, loaded.tokenizer), loaded.tokenizer.pad_id
         start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
         settings = {eos_ids.KEY: ends, "pad_token_id": pad, **start, "max_new_tokens": card.new_tokens(config)}
-        _write_json(made / eos_ids.GENERATION, settings)
-    card.write(made, workdir, loaded, export.family)
+        _write_json(directory / eos_ids.GENERATION, settings)
+    card.write(directory, workdir, loaded, export.family)
     return differs
 
 
-def _record(kept: Path) -> tensor_check.Imported | None:
-    """What the import that made a run remembered, if one did."""
+def _load_record(kept: Path) -> tensor_check.ImportRecord | None:
+    """The record of the import that created a run, or None."""
     if not (kept / RECORD).is_file():
         return None
     try:
-        return tensor_check.Imported(**safetensors_files.read_json(kept / RECORD))
+        return tensor_check.ImportRecord(**safetensors_files.read_json(kept / RECORD))
     except TypeError:
-        raise CheckpointError(f"{kept / RECORD} is not as an import wrote it; move it away") from None
-
-
-# ---- Both ----
+        raise CheckpointError(f"{kept / RECORD} is not a record of an import; move it away") from None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The ids that end a text, as a Hugging Face directory lists them: `eos_token_id`, one id or several.
+"""The ids that end a text in a Hugging Face directory: `eos_token_id`, one id or several.
 
-`transformers.generate` reads generation_config.json where there is one, else config.json, and stops at any of the ids.
-Here the tokenizer's own end-of-sequence id always ends a text, and `tokenizer.extra_eos_ids` holds the others.
+`transformers.generate` reads generation_config.json if it exists, else config.json, and stops at any of the ids. In
+t5like the tokenizer's own end-of-sequence id always ends a text, and `tokenizer.extra_eos_ids` are the others.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ GENERATION = "generation_config.json"
 KEY = "eos_token_id"
 
 
-def extra_ids(directory: Path, hf: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids besides the tokenizer's own, and those of them that no token has: nothing can end with these.
+def extra_ids(directory: Path, hf_config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids besides the tokenizer's own, and separately those that are not in the vocabulary.
 
     Args:
-        hf: the directory's config.json.
+        hf_config: the directory's config.json.
 
     Raises:
         CheckpointError: the value is neither an id nor a list of ids.
     """
-    file, value = "config.json", hf.get(KEY)
+    file, value = "config.json", hf_config.get(KEY)
     if (directory / GENERATION).is_file():
         generation = read_json(directory / GENERATION)
         if generation.get(KEY) is not None:

@@ -43,8 +43,8 @@ def dropout_keys(family: str, rate: float) -> dict[str, float]:
 
 def t5_fields(hf_config: Mapping[str, Any], family: str, *, untied: bool) -> dict[str, Any]:
     """The keys of T5, mT5, UMT5 as model fields."""
-    # transformers 5 ties the weights whatever the file contains, except if there is a different head. Whether logits are
-    # scaled is a separate key there; version 4 uses tie_word_embeddings for both. mT5 never scales logits.
+    # transformers 5 ties the weights, whatever the file contains, except if there is a different head. A separate key
+    # there sets whether logits are scaled; version 4 uses tie_word_embeddings for both. mT5 never scales logits.
     scaled = hf_config.get("scale_decoder_outputs", hf_config.get("tie_word_embeddings") is not False)
     return {
         "num_layers": positive_int(hf_config, "num_layers"),

@@ -1,4 +1,4 @@
-"""Logits of an exported directory, computed by transformers in a process of its own (`hf.peer`), next to ours."""
+"""Compares the logits of an exported directory in transformers, in a separate process, with those of t5like."""
 
 import dataclasses
 import importlib.util
@@ -17,66 +17,66 @@ from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
 
 TOLERANCE = 1e-4  # in float32, absolute and relative to the largest logit
-ROWS, LENGTH = 2, 24  # of the texts that are compared; the second is shorter
+ROWS, LENGTH = 2, 24  # of the compared texts; the second text is shorter
 
 
 def compare(directory: Path, config: Config, params: Tree) -> str:
-    """Compare logits on random tokens, padding among them; a line that says how they agree, or why that is not known.
+    """Compare logits on random tokens with padding, and return a line with the result, or why there is none.
 
     Args:
-        directory: as exported.
-        config: settled; `params` are those that the files hold.
+        directory: the export.
+        config: resolved.
+        params: the parameters as written in the export.
 
     Raises:
-        CheckpointError: they differ, or transformers can't load the directory.
+        CheckpointError: the logits differ, or transformers can't load the directory.
     """
     absent = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
     if absent:
         return f"{absent[0]} is not installed: logits not compared"
     inputs = example(config)
-    with tempfile.TemporaryDirectory() as place:
-        given, made = Path(place) / "inputs.npz", Path(place) / "logits.npz"
-        np.savez(given, **inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs_file, logits_file = Path(folder) / "inputs.npz", Path(folder) / "logits.npz"
+        np.savez(inputs_file, **inputs)
         command = [
             sys.executable,
             "-m",
             "t5like.interop.huggingface.reference_logits",
-            kind_of(config.model),
+            task_of(config.model),
             str(directory),
-            str(given),
-            str(made),
+            str(inputs_file),
+            str(logits_file),
         ]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        ended = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
-        if ended.returncode:
-            last = (ended.stderr.strip() or "no message").splitlines()[-1]
-            raise CheckpointError(f"transformers can't run what was exported: {last}")
-        theirs = dict(np.load(made))
-    version = str(theirs.pop("version"))
-    ours = ours_on(config, params, inputs)
+        process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+        if process.returncode:
+            last = (process.stderr.strip() or "no message").splitlines()[-1]
+            raise CheckpointError(f"transformers can't run the export: {last}")
+        reference = dict(np.load(logits_file))
+    version = str(reference.pop("version"))
     largest = 0.0
-    for name, logits in ours.items():
-        real = inputs["decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"] > 0
-        there = theirs[name][..., : config.tokenizer.vocab_size] if name == "logits" else theirs[name]
-        here = logits[..., : config.tokenizer.vocab_size] if name == "logits" else logits
-        here, there = (x[real] if name == "logits" else x for x in (here, there))
-        difference = float(np.abs(here - there).max())
-        if not difference <= TOLERANCE * max(1.0, float(np.abs(here).max())):
+    for name, logits in t5like_logits(config, params, inputs).items():
+        is_token = inputs["decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"] > 0
+        pair = logits, reference[name]
+        if name == "logits":
+            pair = tuple(x[..., : config.tokenizer.vocab_size][is_token] for x in pair)
+        difference = float(np.abs(pair[0] - pair[1]).max())
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(pair[0]).max())):
             raise CheckpointError(f"{name} differ from transformers {version} by {difference:.1e}; please report this")
         largest = max(largest, difference)
     return f"logits equal those of transformers {version} (largest difference {largest:.0e})"
 
 
-def kind_of(model: ModelConfig) -> str:
-    """Which of transformers' AutoModelFor classes has the heads of our model, whatever `architectures` says."""
+def task_of(model: ModelConfig) -> str:
+    """The AutoModelFor class of transformers with the heads of the model; `architectures` may name another class."""
     if model.architecture == "encoder":
         return "PreTraining" if model.next_sentence_head else "MaskedLM"
     return "Seq2SeqLM" if model.architecture == "encoder_decoder" else "CausalLM"
 
 
 def example(config: Config) -> dict[str, np.ndarray]:
-    """Random tokens by transformers' names of arguments, the second row padded on the right."""
+    """Random tokens under transformers' argument names, the second row padded on the right."""
     rng, model = np.random.default_rng(0), config.model
     length = min(LENGTH, model.longest_text)
     draw = lambda length: rng.integers(0, config.tokenizer.vocab_size, (ROWS, length))
@@ -90,8 +90,8 @@ def example(config: Config) -> dict[str, np.ndarray]:
     return inputs
 
 
-def ours_on(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our logits on the same tokens, in float32."""
+def t5like_logits(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The logits of t5like on the same tokens, in float32."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     ids, segments = inputs["input_ids"].astype(np.int32), inputs["attention_mask"].astype(np.int32)
     ones = np.ones(ids.shape, np.float32)
@@ -108,9 +108,11 @@ def ours_on(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -> dict
     @jax.jit
     def run(params):
         apply = lambda **options: Transformer(config).apply({"params": params}, **options)
-        made = {"logits": apply(batch=batch)}
+        logits = {"logits": apply(batch=batch)}
         if config.model.architecture == "encoder" and config.model.next_sentence_head:
-            made["pair_logits"] = apply(batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch)))
-        return made
+            logits["pair_logits"] = apply(
+                batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch))
+            )
+        return logits
 
     return {name: np.asarray(value) for name, value in run(params).items()}

@@ -1,7 +1,7 @@
-"""One table per family: which of their tensors is which of our parameters, and the transform between them.
+"""The weight map of each family: which Hugging Face tensor is which t5like parameter, and the transform between them.
 
-A row reads both ways (`to_ours`, `to_theirs`), so that what was imported is exported bit for bit. Names are those that
-transformers writes (5.24, `save_pretrained`); what older versions write besides is in `canonical` and `LEFT_OUT`.
+The transform is invertible (`from_huggingface`, `to_huggingface`), so that imported tensors are exported bit for bit.
+Names are those of transformers 5.24 (`save_pretrained`); `canonical_name` and `IGNORED` handle those of older versions.
 """
 
 import re
@@ -13,8 +13,8 @@ import numpy as np
 from t5like.config.schema import ModelConfig
 
 ENCODER_DECODERS = ("t5", "mt5", "umt5")
-DECODERS = ("llama", "qwen3", "mistral")  # of Llama's kind; and gpt2
-LEFT_OUT = {  # tensors in files that are no weights: masks, positions, and a bias that T5 never reads
+DECODERS = ("llama", "qwen3", "mistral")  # with the tensors of Llama
+IGNORED = {  # tensors in files that are not weights: masks, positions, and a bias that T5 never uses
     "t5": r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     "llama": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     "gpt2": r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
@@ -22,65 +22,68 @@ LEFT_OUT = {  # tensors in files that are no weights: masks, positions, and a bi
 }
 
 
-class Row(NamedTuple):
-    """One tensor of theirs, or one in each layer, and what it is here.
+class TensorMap(NamedTuple):
+    """One Hugging Face tensor, or one per layer, and its parameters in t5like.
 
     Attributes:
-        theirs: its name; {} stands for the number of the layer.
-        ours: the parameter's name. Several: they lie behind each other in the last dim of theirs (GPT-2's c_attn).
-        transpose: theirs is [outputs, inputs], as in torch's Linear.
-        layers: how many; ours are stacked in front. 0: it is in no layer.
-        vocabulary: its first dim counts tokens.
+        hf_name: the tensor's name; {} stands for the number of the layer.
+        params: the parameter's name. Several: concatenated in the last dim of the tensor (GPT-2's c_attn).
+        transpose: the tensor is [outputs, inputs], as in torch's Linear.
+        layers: number of layers; the parameter is stacked over them, in its first dim. 0: not in a layer.
+        vocabulary: the tensor's first dim is the vocabulary.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
+    hf_name: str
+    params: tuple[str, ...]
     transpose: bool = False
     layers: int = 0
     vocabulary: bool = False
 
-    def places(self) -> Iterator[tuple[str, int | None]]:
-        """Each of their names, and the layer."""
-        yield from ((self.theirs.format(y), y) for y in range(self.layers)) if self.layers else ((self.theirs, None),)
+    def names(self) -> Iterator[tuple[str, int | None]]:
+        """The name of each tensor, and its layer."""
+        if not self.layers:
+            yield self.hf_name, None
+        for y in range(self.layers):
+            yield self.hf_name.format(y), y
 
 
-def shape_of(row: Row, ours: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a row's tensor, by those of our parameters."""
-    parts = [ours[name].shape[1:] if row.layers else ours[name].shape for name in row.ours]
+def shape_of(entry: TensorMap, params: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of an entry's tensor, from the shapes of its parameters."""
+    parts = [params[name].shape[1:] if entry.layers else params[name].shape for name in entry.params]
     joined = (*parts[0][:-1], sum(part[-1] for part in parts))
-    return joined[::-1] if row.transpose else joined
+    return joined[::-1] if entry.transpose else joined
 
 
-def to_ours(row: Row, theirs: np.ndarray) -> list[np.ndarray]:
-    """One tensor of theirs as the parts (of one layer) that it is here."""
-    return np.split(theirs.T if row.transpose else theirs, len(row.ours), axis=-1)
+def from_huggingface(entry: TensorMap, tensor: np.ndarray) -> list[np.ndarray]:
+    """One Hugging Face tensor as the parameters (of one layer) that it contains."""
+    return np.split(tensor.T if entry.transpose else tensor, len(entry.params), axis=-1)
 
 
-def to_theirs(row: Row, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """What `to_ours` undoes."""
+def to_huggingface(entry: TensorMap, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `from_huggingface`."""
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-    return joined.T if row.transpose else joined
+    return joined.T if entry.transpose else joined
 
 
-def table(family: str, model: ModelConfig) -> list[Row]:
-    """All rows of a family for a model that it can express."""
+def weight_map(family: str, model: ModelConfig) -> list[TensorMap]:
+    """The weight map of a family for a model that it can represent."""
     if family in ENCODER_DECODERS:
         return _t5(model)
     return {"gpt2": _gpt2, "bert": _bert}.get(family, _llama)(model)
 
 
-def canonical(family: str, name: str, *, tied: bool) -> str | None:
-    """The table's name for a tensor in a file; several may have the same, they are copies. None: it is no weight.
+def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
+    """The name in the weight map of a tensor in a file. Tensors with the same name are copies. None: not a weight.
 
     Args:
-        tied: the output head is the embedding, so a head in the file is a copy of it.
+        tied: the output head is the embedding, so that a head in the file is a copy of it.
     """
-    kind = "t5" if family in ENCODER_DECODERS else "llama" if family in DECODERS else family
-    if re.fullmatch(LEFT_OUT[kind], name):
+    layout = "t5" if family in ENCODER_DECODERS else "llama" if family in DECODERS else family
+    if re.fullmatch(IGNORED[layout], name):
         return None
-    if kind == "gpt2":  # OpenAI's release has no prefix
+    if layout == "gpt2":  # OpenAI's release has no prefix
         name = f"transformer.{name}" if re.match(r"(h|wte|wpe|ln_f)\.", name) else name
-    if kind == "bert":  # Google's release has TensorFlow's names of a norm's parameters
+    if layout == "bert":  # Google's release has TensorFlow's names of a norm's parameters
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return {
         "t5": {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
@@ -91,94 +94,96 @@ def canonical(family: str, name: str, *, tied: bool) -> str | None:
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
-    }[kind].get(name, name)
+    }[layout].get(name, name)
 
 
-def _dense(theirs: str, ours: str, layers: int, *, biases: bool) -> list[Row]:
-    """A Linear's weight and, where there are any, bias."""
-    return [Row(f"{theirs}.weight", (f"{ours}/kernel",), True, layers)] + (
-        [Row(f"{theirs}.bias", (f"{ours}/bias",), layers=layers)] if biases else []
+def _dense(hf_name: str, param: str, layers: int, *, biases: bool) -> list[TensorMap]:
+    """The weight of a Linear, and its bias if it has one."""
+    return [TensorMap(f"{hf_name}.weight", (f"{param}/kernel",), True, layers)] + (
+        [TensorMap(f"{hf_name}.bias", (f"{param}/bias",), layers=layers)] if biases else []
     )
 
 
-def _norm(theirs: str, ours: str, layers: int = 0, *, bias: bool = False) -> list[Row]:
-    return [Row(f"{theirs}.weight", (f"{ours}/scale",), layers=layers)] + (
-        [Row(f"{theirs}.bias", (f"{ours}/bias",), layers=layers)] if bias else []
+def _norm(hf_name: str, param: str, layers: int = 0, *, bias: bool = False) -> list[TensorMap]:
+    return [TensorMap(f"{hf_name}.weight", (f"{param}/scale",), layers=layers)] + (
+        [TensorMap(f"{hf_name}.bias", (f"{param}/bias",), layers=layers)] if bias else []
     )
 
 
-def _t5(model: ModelConfig) -> list[Row]:
-    rows = [Row("shared.weight", ("embedding",), vocabulary=True)]
+def _t5(model: ModelConfig) -> list[TensorMap]:
+    entries = [TensorMap("shared.weight", ("embedding",), vocabulary=True)]
     for side, layers in (("encoder", model.num_layers), ("decoder", model.decoder_layers)):
-        block, ours = f"{side}.block.{{}}.layer", f"{side}/layers"
+        block, layer = f"{side}.block.{{}}.layer", f"{side}/layers"
         attentions = [("0.SelfAttention", "attention")]
         attentions += [("1.EncDecAttention", "cross_attention")] if side == "decoder" else []
-        for theirs, name in attentions:
+        for hf_name, name in attentions:
             for part in ("query", "key", "value", "out"):
-                rows += _dense(f"{block}.{theirs}.{part[0]}", f"{ours}/{name}/{part}", layers, biases=False)
-            rows += _norm(f"{block}.{theirs[0]}.layer_norm", f"{ours}/{name}_norm", layers)
+                entries += _dense(f"{block}.{hf_name}.{part[0]}", f"{layer}/{name}/{part}", layers, biases=False)
+            entries += _norm(f"{block}.{hf_name[0]}.layer_norm", f"{layer}/{name}_norm", layers)
         bias = "layer.0.SelfAttention.relative_attention_bias.weight"
         if model.relative_bias == "per_layer":
-            rows.append(Row(f"{side}.block.{{}}.{bias}", (f"{ours}/relative_bias/table",), layers=layers))
+            entries.append(TensorMap(f"{side}.block.{{}}.{bias}", (f"{layer}/relative_bias/table",), layers=layers))
         else:
-            rows.append(Row(f"{side}.block.0.{bias}", (f"{side}/relative_bias/table",)))
+            entries.append(TensorMap(f"{side}.block.0.{bias}", (f"{side}/relative_bias/table",)))
         last = len(attentions)
-        wide = {"wi_0": "gate", "wi_1": "in"} if model.mlp.startswith("gated") else {"wi": "in"}
-        for theirs, name in {**wide, "wo": "out"}.items():
-            rows += _dense(f"{block}.{last}.DenseReluDense.{theirs}", f"{ours}/mlp/{name}", layers, biases=False)
-        rows += _norm(f"{block}.{last}.layer_norm", f"{ours}/mlp_norm", layers)
-        rows += _norm(f"{side}.final_layer_norm", f"{side}/final_norm")
-    return rows + ([] if model.tied_embeddings else [Row("lm_head.weight", ("head",), True, vocabulary=True)])
+        inputs = {"wi_0": "gate", "wi_1": "in"} if model.mlp.startswith("gated") else {"wi": "in"}
+        for hf_name, name in {**inputs, "wo": "out"}.items():
+            entries += _dense(f"{block}.{last}.DenseReluDense.{hf_name}", f"{layer}/mlp/{name}", layers, biases=False)
+        entries += _norm(f"{block}.{last}.layer_norm", f"{layer}/mlp_norm", layers)
+        entries += _norm(f"{side}.final_layer_norm", f"{side}/final_norm")
+    return entries + ([] if model.tied_embeddings else [TensorMap("lm_head.weight", ("head",), True, vocabulary=True)])
 
 
-def _llama(model: ModelConfig) -> list[Row]:
-    block, ours, layers = "model.layers.{}", "decoder/layers", model.num_layers
-    rows = [Row("model.embed_tokens.weight", ("embedding",), vocabulary=True)]
-    for theirs, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
-        rows += _dense(f"{block}.self_attn.{theirs}_proj", f"{ours}/attention/{name}", layers, biases=model.biases)
+def _llama(model: ModelConfig) -> list[TensorMap]:
+    block, layer, layers = "model.layers.{}", "decoder/layers", model.num_layers
+    entries = [TensorMap("model.embed_tokens.weight", ("embedding",), vocabulary=True)]
+    for hf_name, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
+        entries += _dense(f"{block}.self_attn.{hf_name}_proj", f"{layer}/attention/{name}", layers, biases=model.biases)
     if model.qk_norm:
-        rows += _norm(f"{block}.self_attn.q_norm", f"{ours}/attention/query_norm", layers)
-        rows += _norm(f"{block}.self_attn.k_norm", f"{ours}/attention/key_norm", layers)
-    for theirs, name in (("gate", "gate"), ("up", "in"), ("down", "out")):
-        rows += _dense(f"{block}.mlp.{theirs}_proj", f"{ours}/mlp/{name}", layers, biases=model.biases)
-    rows += _norm(f"{block}.input_layernorm", f"{ours}/attention_norm", layers)
-    rows += _norm(f"{block}.post_attention_layernorm", f"{ours}/mlp_norm", layers)
-    rows += _norm("model.norm", "decoder/final_norm")
-    return rows + ([] if model.tied_embeddings else [Row("lm_head.weight", ("head",), True, vocabulary=True)])
+        entries += _norm(f"{block}.self_attn.q_norm", f"{layer}/attention/query_norm", layers)
+        entries += _norm(f"{block}.self_attn.k_norm", f"{layer}/attention/key_norm", layers)
+    for hf_name, name in (("gate", "gate"), ("up", "in"), ("down", "out")):
+        entries += _dense(f"{block}.mlp.{hf_name}_proj", f"{layer}/mlp/{name}", layers, biases=model.biases)
+    entries += _norm(f"{block}.input_layernorm", f"{layer}/attention_norm", layers)
+    entries += _norm(f"{block}.post_attention_layernorm", f"{layer}/mlp_norm", layers)
+    entries += _norm("model.norm", "decoder/final_norm")
+    return entries + ([] if model.tied_embeddings else [TensorMap("lm_head.weight", ("head",), True, vocabulary=True)])
 
 
-def _gpt2(model: ModelConfig) -> list[Row]:
-    block, ours, layers = "transformer.h.{}", "decoder/layers", model.num_layers
-    rows = [
-        Row("transformer.wte.weight", ("embedding",), vocabulary=True),
-        Row("transformer.wpe.weight", ("positions",)),
+def _gpt2(model: ModelConfig) -> list[TensorMap]:
+    block, layer, layers = "transformer.h.{}", "decoder/layers", model.num_layers
+    entries = [
+        TensorMap("transformer.wte.weight", ("embedding",), vocabulary=True),
+        TensorMap("transformer.wpe.weight", ("positions",)),
     ]
-    joined = ("query", "key", "value")  # GPT-2's Conv1D is [inputs, outputs], as ours
-    for theirs, names in (
+    joined = ("query", "key", "value")  # GPT-2's Conv1D is [inputs, outputs], as in t5like
+    for hf_name, names in (
         ("attn.c_attn", [f"attention/{name}" for name in joined]),
         ("attn.c_proj", ["attention/out"]),
         ("mlp.c_fc", ["mlp/in"]),
         ("mlp.c_proj", ["mlp/out"]),
     ):
-        for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
-            rows.append(
-                Row(f"{block}.{theirs}.{kind}", tuple(f"{ours}/{name}/{leaf}" for name in names), layers=layers)
+        for suffix, leaf in (("weight", "kernel"), ("bias", "bias")):
+            entries.append(
+                TensorMap(
+                    f"{block}.{hf_name}.{suffix}", tuple(f"{layer}/{name}/{leaf}" for name in names), layers=layers
+                )
             )
-    rows += _norm(f"{block}.ln_1", f"{ours}/attention_norm", layers, bias=True)
-    rows += _norm(f"{block}.ln_2", f"{ours}/mlp_norm", layers, bias=True)
-    rows += _norm("transformer.ln_f", "decoder/final_norm", bias=True)
-    return rows + ([] if model.tied_embeddings else [Row("lm_head.weight", ("head",), True, vocabulary=True)])
+    entries += _norm(f"{block}.ln_1", f"{layer}/attention_norm", layers, bias=True)
+    entries += _norm(f"{block}.ln_2", f"{layer}/mlp_norm", layers, bias=True)
+    entries += _norm("transformer.ln_f", "decoder/final_norm", bias=True)
+    return entries + ([] if model.tied_embeddings else [TensorMap("lm_head.weight", ("head",), True, vocabulary=True)])
 
 
-def _bert(model: ModelConfig) -> list[Row]:
-    block, ours, layers = "bert.encoder.layer.{}", "encoder/layers", model.num_layers
-    rows = [
-        Row("bert.embeddings.word_embeddings.weight", ("embedding",), vocabulary=True),
-        Row("bert.embeddings.position_embeddings.weight", ("positions",)),
-        Row("bert.embeddings.token_type_embeddings.weight", ("token_types",)),
+def _bert(model: ModelConfig) -> list[TensorMap]:
+    block, layer, layers = "bert.encoder.layer.{}", "encoder/layers", model.num_layers
+    entries = [
+        TensorMap("bert.embeddings.word_embeddings.weight", ("embedding",), vocabulary=True),
+        TensorMap("bert.embeddings.position_embeddings.weight", ("positions",)),
+        TensorMap("bert.embeddings.token_type_embeddings.weight", ("token_types",)),
         *_norm("bert.embeddings.LayerNorm", "embedding_norm", bias=True),
     ]
-    for theirs, name in (
+    for hf_name, name in (
         ("attention.self.query", "attention/query"),
         ("attention.self.key", "attention/key"),
         ("attention.self.value", "attention/value"),
@@ -186,12 +191,12 @@ def _bert(model: ModelConfig) -> list[Row]:
         ("intermediate.dense", "mlp/in"),
         ("output.dense", "mlp/out"),
     ):
-        rows += _dense(f"{block}.{theirs}", f"{ours}/{name}", layers, biases=True)
-    rows += _norm(f"{block}.attention.output.LayerNorm", f"{ours}/attention_norm", layers, bias=True)
-    rows += _norm(f"{block}.output.LayerNorm", f"{ours}/mlp_norm", layers, bias=True)
+        entries += _dense(f"{block}.{hf_name}", f"{layer}/{name}", layers, biases=True)
+    entries += _norm(f"{block}.attention.output.LayerNorm", f"{layer}/attention_norm", layers, bias=True)
+    entries += _norm(f"{block}.output.LayerNorm", f"{layer}/mlp_norm", layers, bias=True)
     if model.next_sentence_head:
-        rows += _dense("bert.pooler.dense", "pairs/pooler", 0, biases=True)
-        rows += _dense("cls.seq_relationship", "pairs/classes", 0, biases=True)
-    rows += _dense("cls.predictions.transform.dense", "mlm/dense", 0, biases=True)
-    rows += _norm("cls.predictions.transform.LayerNorm", "mlm/norm", bias=True)
-    return [*rows, Row("cls.predictions.bias", ("head_bias",), vocabulary=True)]
+        entries += _dense("bert.pooler.dense", "pairs/pooler", 0, biases=True)
+        entries += _dense("cls.seq_relationship", "pairs/classes", 0, biases=True)
+    entries += _dense("cls.predictions.transform.dense", "mlm/dense", 0, biases=True)
+    entries += _norm("cls.predictions.transform.LayerNorm", "mlm/norm", bias=True)
+    return [*entries, TensorMap("cls.predictions.bias", ("head_bias",), vocabulary=True)]

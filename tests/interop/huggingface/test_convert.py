@@ -54,9 +54,9 @@ def model_directory(family: str, place: Path, tokenizer: Tokenizer, dtype: str =
     config = small(model={"vocab_multiple": 1, **MODELS[family]}, tokenizer=IDS)
     shape = jax.eval_shape(lambda: step.init_params(config, pipeline.spec(config), jax.random.key(0)))
     shapes = {name.removesuffix("/value"): leaf for name, leaf in tree.flatten(shape).items()}
-    table = weight_maps.table(family, config.model)
-    wanted = {name: weight_maps.shape_of(row, shapes) for row in table for name, _ in row.places()}
-    vocabulary = {row.theirs for row in table if row.vocabulary}
+    table = weight_maps.weight_map(family, config.model)
+    wanted = {name: weight_maps.shape_of(row, shapes) for row in table for name, _ in row.names()}
+    vocabulary = {row.hf_name for row in table if row.vocabulary}
     wanted = {name: (rows, *shape[1:]) if name in vocabulary else shape for name, shape in wanted.items()}
     rng = np.random.default_rng(0)
     random = {name: rng.normal(size=shape).astype(safetensors_files.DTYPES[dtype]) for name, shape in wanted.items()}
@@ -178,9 +178,9 @@ NORM = "transformer.ln_f.weight"
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({NORM: None}, f"the gpt2 weights lack: {NORM}"),
-        ({"score.weight": np.zeros(2, np.float32)}, "hold what the model of config.json has not: score.weight"),
-        ({NORM: np.zeros(31, np.float32)}, f"another shape than config.json says: {NORM} [31], not [32]"),
+        ({NORM: None}, f"the gpt2 weights lack {NORM}"),
+        ({"score.weight": np.zeros(2, np.float32)}, "have tensors that the model of config.json lacks: score.weight"),
+        ({NORM: np.zeros(31, np.float32)}, f"have shapes that differ from config.json: {NORM} [31], not [32]"),
         ({"lm_head.weight": np.zeros((400, 32), np.float16)}, "must be a copy of"),
     ],
 )
@@ -247,7 +247,7 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, command, monkeyp
 
     monkeypatch.setattr(safetensors_files, "_write_file", damaged)
     code, _, err = command(*export)
-    assert code == 4 and "was not written as it is" in err
+    assert code == 4 and "was not written correctly" in err
     assert not list(tmp_path.iterdir()) and contents(trained) == before
 
 
@@ -255,7 +255,7 @@ def test_float16_is_refused_where_it_would_overflow(trained, tmp_path):
     loaded = run_directory.load(trained)
     huge = {**loaded.params, "embedding": loaded.params["embedding"] * 1e6}
     export = convert.Export(loaded._replace(params=huge), "t5", None, "float16")
-    with pytest.raises(CheckpointError, match="--dtype=float16 can't hold shared.weight"):
+    with pytest.raises(CheckpointError, match="--dtype=float16 can't represent shared.weight"):
         export.value("shared.weight")
 
 
@@ -263,5 +263,5 @@ def test_a_tampered_record_is_refused(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "hf").mkdir()
     (tmp_path / "run" / "hf" / "import.json").write_text('{"family": "t5"}')
-    with pytest.raises(CheckpointError, match="not as an import wrote it"):
+    with pytest.raises(CheckpointError, match="is not a record of an import"):
         list(export_run(tmp_path / "run", tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Hugging Face families: the tables and configs against goldens of transformers, and what they refuse."""
+"""Hugging Face families: weight maps and configs compared with goldens of transformers; what they refuse."""
 
 import dataclasses
 import json
@@ -44,26 +44,27 @@ def run(config: Config, params, batch: Batch) -> tuple[jax.Array, jax.Array | No
 def test_logits_equal_those_of_transformers(name):
     _, config = model_of(name)
     batch = batch_of(name)
-    ours, pairs = run(config, jax.tree.map(jnp.asarray, params_of(name)), batch)
-    real = np.ones(ours.shape[:2], bool)
+    logits, pairs = run(config, jax.tree.map(jnp.asarray, params_of(name)), batch)
+    real = np.ones(logits.shape[:2], bool)
     if batch.decoder_BL is None or (batch.encoder_BS is None and batch.decoder_segments_BL is not None):
-        real = golden(name, "inputs")["attention_mask"] > 0  # theirs go on computing where there is padding
-    np.testing.assert_allclose(ours[real], GOLDEN[f"{name}.logits"][real], atol=1e-4, rtol=1e-4)
+        real = golden(name, "inputs")["attention_mask"] > 0  # transformers also computes logits of padding
+    np.testing.assert_allclose(logits[real], GOLDEN[f"{name}.logits"][real], atol=1e-4, rtol=1e-4)
     if pairs is not None:
         np.testing.assert_allclose(pairs, GOLDEN[f"{name}.pair_logits"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_table_is_undone_bit_for_bit_and_names_every_parameter(name):
+def test_a_weight_map_is_invertible_bit_for_bit_and_names_every_parameter(name):
     family, config = model_of(name)
-    ours = traverse_util.flatten_dict(params_of(name), sep="/")
-    rows = weight_maps.table(family, config.model)
-    assert sorted(mine for row in rows for mine in row.ours) == sorted(ours)
-    theirs = golden(name, "weights")
-    for row in rows:
-        for key, y in row.places():
-            again = weight_maps.to_theirs(row, [ours[mine] if y is None else ours[mine][y] for mine in row.ours])
-            np.testing.assert_array_equal(again, theirs[key].astype(np.float32), strict=True)
+    params = traverse_util.flatten_dict(params_of(name), sep="/")
+    weight_map = weight_maps.weight_map(family, config.model)
+    assert sorted(param for entry in weight_map for param in entry.params) == sorted(params)
+    tensors = golden(name, "weights")
+    for entry in weight_map:
+        for key, y in entry.names():
+            parts = [params[param] if y is None else params[param][y] for param in entry.params]
+            again = weight_maps.to_huggingface(entry, parts)
+            np.testing.assert_array_equal(again, tensors[key].astype(np.float32), strict=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,5 +215,5 @@ def test_other_names_and_copies_lead_to_the_table_and_what_is_no_weight_is_left_
         ("llama", "model.layers.1.self_attn.rotary_emb.inv_freq"): None,
         ("llama", "model.layers.1.self_attn.q_proj.weight"): "model.layers.1.self_attn.q_proj.weight",
     }
-    assert {key: weight_maps.canonical(*key, tied=True) for key in cases} == cases
-    assert weight_maps.canonical("t5", "lm_head.weight", tied=False) == "lm_head.weight"
+    assert {key: weight_maps.canonical_name(*key, tied=True) for key in cases} == cases
+    assert weight_maps.canonical_name("t5", "lm_head.weight", tied=False) == "lm_head.weight"

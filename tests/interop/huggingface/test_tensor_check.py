@@ -43,7 +43,9 @@ def test_an_import_without_any_one_of_its_tensors_is_refused_by_name(tokenizer, 
     assert not (tmp_path / "run").exists()
 
 
-HEADS = "lm_head.weight must be a copy of shared.weight, but they differ; if both are meant, set tie_word_embeddings to"
+HEADS = (
+    "lm_head.weight must be a copy of shared.weight, but they differ; if the model has both, set tie_word_embeddings to"
+)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ HEADS = "lm_head.weight must be a copy of shared.weight, but they differ; if bot
         ("t5", {}, None, False),
         ("t5", {"tie_word_embeddings": True}, "same", False),
         ("t5", {"tie_word_embeddings": False}, "other", True),
-        ("t5", {"tie_word_embeddings": False}, None, "the t5 weights lack lm_head.weight, but config.json says"),
+        ("t5", {"tie_word_embeddings": False}, None, "the t5 weights lack lm_head.weight, but config.json has"),
         ("t5", {}, "other", HEADS),
         ("mt5", {"tie_word_embeddings": True}, "other", HEADS),
         ("mt5", {"transformers_version": "4.57.1"}, "other", HEADS),
@@ -148,7 +150,7 @@ def test_all_ids_that_end_a_text_are_read_kept_and_listed_again(tokenizer, tmp_p
         assert read() == (known, unknown)
     lines = list(import_run(source, tmp_path / "run"))
     assert "           texts also end with 5, 0, by eos_token_id" in lines
-    assert "           no tokens, left out of eos_token_id: 400" in lines
+    assert "           not in the vocabulary, ignored in eos_token_id: 400" in lines
     config = run_directory.load(tmp_path / "run").config
     assert config.tokenizer.extra_eos_ids == (5, 0)
     list(export_run(tmp_path / "run", tmp_path / "out"))

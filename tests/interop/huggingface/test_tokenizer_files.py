@@ -96,7 +96,7 @@ def written(tokenizer: Tokenizer, directory, family: str) -> tokenizers.Tokenize
 @pytest.mark.parametrize(
     ("kind", "family"), [("unigram", "t5"), ("unigram", "bert"), ("bpe", "gpt2"), ("t5", "t5"), ("llama", "llama")]
 )
-def test_what_is_written_makes_the_same_ids_and_texts(made, tmp_path, kind, family):
+def test_written_files_give_the_same_ids_and_texts(made, tmp_path, kind, family):
     ours, theirs = made[kind], written(made[kind], tmp_path, family)
     assert theirs.get_vocab_size() == ours.vocab_size
     for line in mixed_lines(1000, runs=kind != "t5"):  # of those it may take others
@@ -119,7 +119,7 @@ def test_names_of_control_and_byte_pieces_are_text(made, tmp_path):
         assert ids == made["unigram"].encode(line) and theirs.decode(ids, skip_special_tokens=True) == line
 
 
-def test_a_text_ends_and_begins_as_its_family_wants(made, tmp_path):
+def test_special_tokens_of_the_family_are_added_to_a_text(made, tmp_path):
     def ids(kind: str, family: str, *texts: str) -> tuple[list[int], list[int]]:
         (tmp_path / family).mkdir()
         encoding = written(made[kind], tmp_path / family, family).encode(*texts)
@@ -139,18 +139,18 @@ def test_a_text_ends_and_begins_as_its_family_wants(made, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "family"), [("unigram", "t5"), ("bpe", "llama"), ("llama", "llama")])
-def test_what_was_written_is_read_as_it_was(made, tmp_path, kind, family):
+def test_a_written_tokenizer_is_read_unchanged(made, tmp_path, kind, family):
     written(made[kind], tmp_path, family)
     assert tokenizer_files.read(tmp_path).hash == made[kind].hash
 
 
-def test_where_other_ids_are_possible_is_said(made, tmp_path):
+def test_possible_differences_are_reported(made, tmp_path):
     said = {kind: tokenizer_files.write(each, tmp_path, family="t5", max_length=64) for kind, each in made.items()}
     assert said["unigram"] is said["bpe"] is said["llama"] is None
     assert "####" in said["t5"] and "combining marks" in said["t5"] and "\n" not in said["t5"]
 
 
-def test_sentinels_among_the_pieces_stay_where_they_are(tmp_path):
+def test_sentinels_among_the_pieces_keep_their_ids(tmp_path):
     names = [f"<extra_id_{number}>" for number in range(9, -1, -1)]
     inside = foreign(tmp_path / "inside", user_defined_symbols=names)
     theirs = written(inside, tmp_path, "mt5")
@@ -179,12 +179,12 @@ def directory_of(tokenizer: Tokenizer, path, **files) -> None:
         ({}, 0),
     ],
 )
-def test_the_number_of_sentinels_is_where_it_stands(made, tmp_path, files, number):
+def test_the_number_of_sentinels_is_read_from_the_files(made, tmp_path, files, number):
     directory_of(made["t5"], tmp_path, **files)
     assert tokenizer_files.read(tmp_path).num_sentinels == number
 
 
-def test_a_model_that_lacks_added_tokens_gives_way_to_the_tokenizer_json(made, tmp_path):
+def test_the_tokenizer_json_is_read_if_the_model_lacks_added_tokens(made, tmp_path):
     directory_of(made["llama"], tmp_path, added_tokens={"<|user|>": 600})
     with pytest.raises(DataError, match=r"lacks the added token '<\|user\|>'"):
         tokenizer_files.read(tmp_path)
@@ -207,7 +207,7 @@ def test_a_tokenizer_json_without_sentinels_gets_them(made, tmp_path):
     assert tokenizer_files.read(tmp_path).sentinel_ids.tolist() == [603, 602, 601, 600]
 
 
-def test_no_tokenizer_is_refused(tmp_path):
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\n")  # Llama 3's, of another kind
     with pytest.raises(DataError, match="no tokenizer that t5like reads"):
         tokenizer_files.read(tmp_path)
