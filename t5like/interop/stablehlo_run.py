@@ -1,8 +1,8 @@
-"""Run the exported model beside this script: jax and numpy, and for text sentencepiece, are all that it needs.
+"""Run the exported model in the directory of this script. Needs jax and numpy, and sentencepiece for text.
 
 python run.py --prompt="def <extra_id_0>(self):"
 python run.py --ids=17,4,1
-python run.py --ids=17,4,1 --logits=logits.npy     what `forward` says, instead of generating
+python run.py --ids=17,4,1 --logits=logits.npy     the logits of `forward`, instead of generating
 """
 
 import argparse
@@ -33,48 +33,47 @@ class Model:
         return np.asarray(program.call(self.weights, *arguments))
 
     def generate(self, ids: list[int], prefix: int = 0, seed: int = 0) -> list[int]:
-        """The ids that answer a prompt; of an encoder, the prompt's with its masks filled."""
+        """The ids generated for a prompt. An encoder returns the prompt's ids, with its masks replaced."""
         if self.architecture == "encoder":
-            row, real = self.padded(ids, "generate", "ids")
-            said = self.call("generate", row, real, *self.token_types("generate", row))[0]
+            row, is_token = self.padded(ids, "generate", "ids")
+            predicted = self.call("generate", row, is_token, *self.token_types("generate", row))[0]
             mask = self.sentinels["<extra_id_0>"]
-            return [int(said[i]) if token == mask else token for i, token in enumerate(ids)][1:-1]
+            return [int(predicted[i]) if token == mask else token for i, token in enumerate(ids)][1:-1]
         row, _ = self.padded(ids, "generate", "prompt", left=self.architecture == "decoder")
-        wanted = self.signature["programs"]["generate"]["arguments"]
+        arguments = self.signature["programs"]["generate"]["arguments"]
         values = {"lengths": np.int32([len(ids)]), "prefix": np.int32([prefix]), "seed": np.uint32(seed)}
-        said = self.call("generate", row, *(values[name] for name in wanted if name != "prompt"))[0].tolist()
-        return said[
-            : next(
-                (place for place, token in enumerate(said) if token in self.signature["tokenizer"]["eos_ids"]),
-                len(said),
-            )
-        ]
+        generated = self.call("generate", row, *(values[name] for name in arguments if name != "prompt"))[0].tolist()
+        eos_ids = self.signature["tokenizer"]["eos_ids"]
+        return generated[: next((i for i, token in enumerate(generated) if token in eos_ids), len(generated))]
 
     def forward(self, ids: list[int], prefix: int = 0) -> np.ndarray:
-        """Logits [L, V] at each id; of an encoder-decoder, which reads the ids, those of the first answered one."""
+        """Logits [L, V] at each id.
+
+        For an encoder-decoder the ids are the encoder's input, and the logits those of the first generated token.
+        """
         if self.architecture == "encoder_decoder":
-            read = self.padded(ids, "forward", "inputs")
+            inputs = self.padded(ids, "forward", "inputs")
             return self.call(
-                "forward", *read, *self.padded([self.signature["tokenizer"]["decoder_start_id"]], "forward", "ids")
+                "forward", *inputs, *self.padded([self.signature["tokenizer"]["decoder_start_id"]], "forward", "ids")
             )[0, :1]
-        row, real = self.padded(ids, "forward", "ids")
-        more = self.token_types("forward", row)
+        row, is_token = self.padded(ids, "forward", "ids")
+        others = self.token_types("forward", row)
         if self.architecture == "decoder":
-            more = [(np.arange(row.shape[1]) < prefix).astype(np.int32)[None]]
-        return self.call("forward", row, real, *more)[0, : len(ids)]
+            others = [(np.arange(row.shape[1]) < prefix).astype(np.int32)[None]]
+        return self.call("forward", row, is_token, *others)[0, : len(ids)]
 
     def token_types(self, name: str, row: np.ndarray) -> list[np.ndarray]:
-        """The argument of a model that reads pairs: all of it is the first text."""
+        """The token types of a model trained on pairs of texts: all tokens belong to the first text."""
         return [np.zeros_like(row)] if "token_types" in self.signature["programs"][name]["arguments"] else []
 
     def padded(self, ids: list[int], name: str, argument: str, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """One row of ids, as long as the argument, and one that says which of them are real."""
+        """One row of ids, padded to the argument's length, and a mask of the ids without padding."""
         length = int(self.signature["programs"][name]["arguments"][argument][1][1])
         if not 0 < len(ids) <= length:
-            raise SystemExit(f"run.py: {len(ids)} tokens, but the exported program reads 1 to {length}")
-        gap, ones = [0] * (length - len(ids)), [1] * len(ids)
-        row, real = (gap + ids, gap + ones) if left else (ids + gap, ones + gap)
-        return np.array([row], np.int32), np.array([real], np.int32)
+            raise SystemExit(f"run.py: {len(ids)} tokens, but the exported program accepts 1 to {length}")
+        padding, ones = [0] * (length - len(ids)), [1] * len(ids)
+        row, mask = (padding + ids, padding + ones) if left else (ids + padding, ones + padding)
+        return np.array([row], np.int32), np.array([mask], np.int32)
 
     def tokenizer(self):
         """The SentencePiece model."""
@@ -115,7 +114,7 @@ class Model:
                 continue
             part = model.decode(plain)
             if text and plain and model.id_to_piece(plain[0])[0] == "\u2581" and part[:1] != " ":
-                part = " " + part  # which some models leave out at the beginning of a text
+                part = " " + part  # some models omit it at the beginning of a text
             text, plain = text + part + names.get(token, ""), []
         return text
 
@@ -123,14 +122,16 @@ class Model:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser()
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt")
-    given.add_argument("--ids", help="token ids of a prompt, separated by commas, as the model reads them")
-    parser.add_argument("--prefix", type=int, default=0, help="with --ids: how many of them see each other")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt")
+    source.add_argument("--ids", help="token ids of a prompt in the model's format, separated by commas")
+    parser.add_argument(
+        "--prefix", type=int, default=0, help="with --ids: how many of them attend to each other in both directions"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of programs that sample")
     parser.add_argument("--logits", metavar="FILE", help="write forward's logits there instead of generating")
     options = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
     model = Model(Path(__file__).resolve().parent)
     if options.ids is None:
         ids, prefix = model.encode(options.prompt)
@@ -139,8 +140,8 @@ def main() -> None:
     if options.logits:
         np.save(options.logits, model.forward(ids, prefix))
         return
-    said = model.generate(ids, prefix, options.seed)
-    print(model.decode(said) if options.ids is None else ",".join(map(str, said)))
+    generated = model.generate(ids, prefix, options.seed)
+    print(model.decode(generated) if options.ids is None else ",".join(map(str, generated)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""StableHLO exports: what the programs say, that they run without t5like, that they are portable, what is refused."""
+"""StableHLO exports: results of the programs, running without t5like, portability, refusals."""
 
 import contextlib
 import dataclasses
@@ -53,8 +53,8 @@ def exported(ending, tmp_path_factory):
     return output
 
 
-def script(directory, *arguments, cwd) -> str:
-    """What run.py says in a process that can't import t5like: other folder, isolated, only what it needs at hand."""
+def run_script(directory, *arguments, cwd) -> str:
+    """The output of run.py in an isolated process in another folder that can't import t5like."""
     code = (
         "import sys, runpy; sys.modules['t5like'] = None; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -70,7 +70,7 @@ def script(directory, *arguments, cwd) -> str:
     return done.stdout
 
 
-def test_an_exported_forward_says_what_the_run_says_for_any_number_of_rows(exported, trained, rng):
+def test_an_exported_forward_equals_that_of_the_run_for_any_number_of_rows(exported, trained, rng):
     loaded = run_directory.load(trained)
     program = jax.export.deserialize(bytearray((exported / "forward.jax").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
@@ -78,11 +78,11 @@ def test_an_exported_forward_says_what_the_run_says_for_any_number_of_rows(expor
     for rows in (1, 3):
         inputs, ids = (rng.integers(3, 380, (rows, length)).astype(np.int32) for length in (32, 12))
         real = (np.arange(32) < rng.integers(5, 33, (rows, 1))).astype(np.int32)
-        there = program.call(weights, inputs, real, ids, np.ones_like(ids))
+        exported_logits = program.call(weights, inputs, real, ids, np.ones_like(ids))
         batch = Batch(ids, ids, np.ones(ids.shape), inputs, real, np.ones_like(ids))
-        ours = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
-        np.testing.assert_allclose(there[..., :400], ours[..., :400], rtol=1e-6, atol=1e-6)
-        assert (np.asarray(there)[..., 400:] < -1e8).all()
+        logits = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
+        np.testing.assert_allclose(exported_logits[..., :400], logits[..., :400], rtol=1e-6, atol=1e-6)
+        assert (np.asarray(exported_logits)[..., 400:] < -1e8).all()
 
 
 def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported, ending, trained, tmp_path):
@@ -92,26 +92,26 @@ def test_run_py_generates_as_t5like_does_where_t5like_is_not_installed(exported,
     before = run_directory.load(trained)
     [longer] = Generator(before.config, before.params, before.tokenizer)([PROMPT], max_new_tokens=8)
     assert longer.startswith(answer) and longer != answer
-    assert script(exported, f"--prompt={PROMPT}", cwd=tmp_path).rstrip("\n") == answer
+    assert run_script(exported, f"--prompt={PROMPT}", cwd=tmp_path).rstrip("\n") == answer
     signature = json.loads((exported / "signature.json").read_text())
     assert signature["tokenizer"]["eos_ids"] == [1, *loaded.config.tokenizer.extra_eos_ids]
     ids = generator.prompt(PROMPT).ids
     row, real = np.array([ids + [0] * (32 - len(ids))], np.int32), np.array([len(ids)], np.int32)
     program = jax.export.deserialize(bytearray((exported / "generate.jax").read_bytes()))
-    said = np.asarray(program.call(dict(np.load(exported / "weights.npz")), row, real))[0]
-    np.testing.assert_array_equal(said, generator.ids([generator.prompt(PROMPT)], max_new_tokens=8)[0])
-    script(exported, f"--ids={','.join(map(str, ids))}", f"--logits={tmp_path}/logits.npy", cwd=tmp_path)
+    generated = np.asarray(program.call(dict(np.load(exported / "weights.npz")), row, real))[0]
+    np.testing.assert_array_equal(generated, generator.ids([generator.prompt(PROMPT)], max_new_tokens=8)[0])
+    run_script(exported, f"--ids={','.join(map(str, ids))}", f"--logits={tmp_path}/logits.npy", cwd=tmp_path)
     row, zero = np.array([ids], np.int32), np.zeros((1, 1), np.int32)
     batch = Batch(zero, zero, np.ones((1, 1)), row)
-    ours = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours[0], rtol=1e-5, atol=1e-5)
+    logits = jax.jit(Transformer(loaded.config).apply)({"params": loaded.params}, batch)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
 @pytest.mark.parametrize(
     "objective", ["ul2", "ul2,prefix_lm", "span_corruption", "prefix_lm,causal_lm", "supervised", "messages"]
 )
-def test_run_py_makes_the_prompt_of_a_text_that_t5like_makes(objective, architecture, trained):
+def test_run_py_builds_the_same_prompt_as_t5like(objective, architecture, trained):
     tokenizer = Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
     data = {"inputs_length": 128, "targets_length": 128, "objective": tuple(objective.split(","))}
     if objective == "messages":
@@ -122,25 +122,25 @@ def test_run_py_makes_the_prompt_of_a_text_that_t5like_makes(objective, architec
     script.directory, script.architecture = trained, architecture
     script.signature = json.loads(json.dumps(stablehlo.text_signature(config, tokenizer)))
     script.sentinels = script.signature["tokenizer"]["sentinels"]
-    ours = Generator(config, None, tokenizer)
+    generator = Generator(config, None, tokenizer)
     for text in ("ba de", "", "ba <extra_id_0> de", "[S] ba de", "[R]ba <extra_id_0>", "[X] ", "[Y] ba", "a [S] b"):
-        assert script.encode(text) == ours.prompt(text), text
+        assert script.encode(text) == generator.prompt(text), text
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder", "encoder"])
-def test_programs_of_every_architecture_export_without_a_custom_call_to_run(architecture, rng):
+def test_programs_of_every_architecture_are_exported_without_custom_calls(architecture, rng):
     model = {"architecture": architecture, "num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 16}
     if architecture == "decoder":
         model |= {"positions": "rotary", "mlp": "gated_silu", "num_kv_heads": 1}
     config = portable(small(model=model), "auto")
-    made = programs(
+    exports = programs(
         config, [1], max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0
     )
     batch = Batch(*[None] * 3)._replace(**_rows(architecture))
     boxes = jax.eval_shape(lambda: steps.init_params(config, batch, jax.random.key(0)))
     shapes = tree.flatten(jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names")))
     params = {name: rng.standard_normal(leaf.shape, np.float32) / 4 for name, leaf in shapes.items()}
-    for program in made.values():
+    for program in exports.values():
         artifact = exported_program(program, shapes)
         assert not artifact.disabled_safety_checks
         calls = set(re.findall(r"custom_call @(\w+)", artifact.mlir_module()))
@@ -149,24 +149,24 @@ def test_programs_of_every_architecture_export_without_a_custom_call_to_run(arch
         assert "b" in str(artifact.in_avals) and config.model.dtype == "float32"
     if architecture == "encoder_decoder":
         return
-    arguments = [stablehlo.example(leaf) for leaf in made["forward"].arguments.values()]
+    arguments = [stablehlo.example(leaf) for leaf in exports["forward"].arguments.values()]
     ids = rng.integers(3, 400, arguments[0].shape).astype(np.int32)
-    forward = jax.export.deserialize(exported_program(made["forward"], shapes).serialize())
-    there = forward.call(params, ids, *arguments[1:])
+    forward = jax.export.deserialize(exported_program(exports["forward"], shapes).serialize())
+    exported_logits = forward.call(params, ids, *arguments[1:])
     one = np.ones_like(ids)
     batch = Batch(ids, ids, one, prefix_BL=one > 0) if architecture == "decoder" else Batch(None, ids, one, ids, one)
-    ours = jax.jit(Transformer(config).apply)({"params": tree.nested(params)}, batch)
-    np.testing.assert_allclose(there, ours, rtol=1e-5, atol=1e-6)
+    logits = jax.jit(Transformer(config).apply)({"params": tree.nested(params)}, batch)
+    np.testing.assert_allclose(exported_logits, logits, rtol=1e-5, atol=1e-6)
 
 
 def _rows(architecture: str) -> dict:
     ids = np.ones((1, 4), np.int32)
-    read = {"encoder_BS": ids} if architecture != "decoder" else {}
-    said = {"decoder_BL": ids} if architecture != "encoder" else {}
-    return {"targets_BL": ids, "weights_BL": ids, **read, **said}
+    encoder = {"encoder_BS": ids} if architecture != "decoder" else {}
+    decoder = {"decoder_BL": ids} if architecture != "encoder" else {}
+    return {"targets_BL": ids, "weights_BL": ids, **encoder, **decoder}
 
 
-def test_the_files_are_as_the_signature_says_and_a_damaged_one_is_noticed(exported, trained, tmp_path, monkeypatch):
+def test_the_signature_describes_the_files_and_a_damaged_file_is_refused(exported, trained, tmp_path, monkeypatch):
     signature = json.loads((exported / "signature.json").read_text())
     assert signature["programs"]["generate"]["arguments"]["prompt"] == ["int32", ["b", "32"]]
     assert (
@@ -177,12 +177,12 @@ def test_the_files_are_as_the_signature_says_and_a_damaged_one_is_noticed(export
     monkeypatch.setattr(
         stablehlo, "save_weights", lambda path, params: save(path, params | {"head": params["head"] * 2})
     )
-    with pytest.raises(CheckpointError, match="head was not written as it is"):
+    with pytest.raises(CheckpointError, match="head was not written correctly"):
         list(export_run(trained, tmp_path / "out", max_new_tokens=8))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_exports_and_refuses_a_taken_place(command, trained, exported):
+def test_the_command_refuses_an_existing_output(command, trained, exported):
     arguments = ["export", "--format=stablehlo", f"--workdir={trained}", f"--output={exported}"]
     code, _, err = command(*arguments)
     assert code == 2 and "is not an empty directory" in err

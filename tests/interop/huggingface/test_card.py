@@ -1,4 +1,4 @@
-"""Model cards: they state the run's own numbers, and a config that repeats it."""
+"""Model cards: the values of the run, and a config that repeats it."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def text(trained, loaded, tmp_path_factory):
     return (directory / "README.md").read_text()
 
 
-def test_a_card_states_the_runs_own_numbers(trained, loaded, text):
+def test_a_card_has_the_values_of_the_run(trained, loaded, text):
     last = {name: value for record in writers.read(trained) for name, value in record.items()}
     assert f"Measured at step {last['step']}" in text
     for name in ("eval/loss", "baseline/unigram", "baseline/uniform", "train/loss", "eval/bits_per_byte"):
@@ -46,7 +46,7 @@ def test_a_card_states_the_runs_own_numbers(trained, loaded, text):
 
 
 @pytest.mark.parametrize("positions, most", [({"positions": "learned", "max_length": 48}, 24), ({}, 64)])
-def test_readers_are_told_to_generate_no_more_than_there_are_positions_for(positions, most, loaded):
+def test_the_example_generates_at_most_as_many_tokens_as_there_are_positions(positions, most, loaded):
     config = small(model={"architecture": "decoder", **positions})
     assert card.new_tokens(config) == most and f"max_new_tokens={most})" in card._snippet(config, loaded)
 
@@ -60,8 +60,8 @@ def test_its_front_matter_has_the_fields_of_a_model_card(text):
 
 def test_its_config_repeats_the_run(trained, text, tmp_path):
     code = re.search(r"```python\n(from t5like.*?)```", text, re.DOTALL)[1]
-    (tmp_path / "made.py").write_text(code)
-    again, config = loader.load(tmp_path / "made.py"), run_directory.saved_config(trained)
+    (tmp_path / "config.py").write_text(code)
+    again, config = loader.load(tmp_path / "config.py"), run_directory.saved_config(trained)
     here = dataclasses.replace(
         again.data, cache_directory=config.data.cache_directory, num_workers=config.data.num_workers
     )
