@@ -42,16 +42,16 @@ def why_no_path(text: str) -> str:
         return "must be a path, not a URL; mount that storage and use /mnt/NAME"
     if not text.startswith(CACHE) and os.path.expanduser(text).startswith("~"):  # see `cache_directory`
         return f"names a home directory that is not known; use an absolute path, or ./{text}"
-    whole = os.fsencode(os.path.abspath(os.path.expanduser(text)))
+    encoded = os.fsencode(os.path.abspath(os.path.expanduser(text)))
     try:
-        whole.decode()
+        encoded.decode()
     except UnicodeDecodeError:
         return "must be UTF-8, because it is written into UTF-8 files; rename it, or use a link to it"
-    name = max(whole.split(b"/"), key=len)
+    name = max(encoded.split(b"/"), key=len)
     if len(name) > LONGEST_NAME:
         return f"has a name of {len(name)} bytes, and at most {LONGEST_NAME} are possible; use a shorter one"
-    if len(whole) > LONGEST_PATH:
-        return f"is a path of {len(whole)} bytes, and at most {LONGEST_PATH} are possible; use a shorter one"
+    if len(encoded) > LONGEST_PATH:
+        return f"is a path of {len(encoded)} bytes, and at most {LONGEST_PATH} are possible; use a shorter one"
     return ""
 
 
