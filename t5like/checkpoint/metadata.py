@@ -76,7 +76,7 @@ def from_dict(values: Any) -> Meta:
     if _sha256(body) != values.get("sha256"):
         raise CheckpointError("its checksum does not match")
     if wrong := _wrong_field(body):
-        raise CheckpointError(f"its checksum matches, but its field {wrong!r} is missing or has a wrong type")
+        raise CheckpointError(f"its checksum matches, but its field {wrong!r} is missing or not valid")
     try:
         config = from_json(body["config"])
     except ConfigError as error:

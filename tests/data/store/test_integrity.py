@@ -285,7 +285,7 @@ RUNS = [
     (metadata(lambda body: body.update(tokenizer_hash="0")), 3, "tokenizer.model is not the tokenizer of checkpoint 2"),
     (metadata(lambda body: body.update(config="{}")), 4, "its config does not fit: .*" + AWAY),
     *(
-        (metadata(change), 4, f"its checksum matches, but its field '{name}' is missing or is not .*" + AWAY)
+        (metadata(change), 4, f"its checksum matches, but its field '{name}' is missing or not valid" + AWAY)
         for name, change in {
             "step": lambda body: body.pop("step"),
             "run": lambda body: body.update(run="\x1b[31m\n"),
