@@ -15,7 +15,8 @@ import numpy as np
 
 from t5like.config.schema import Config
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
-from t5like.inference.sampling import DecodeOutput, DecodeStep, TracedOptions, beam_search, sample
+from t5like.inference.beam_search import beam_search
+from t5like.inference.sampling import DecodeOutput, DecodeStep, TracedOptions, sample
 from t5like.model.masks import causal_mask, segment_mask
 from t5like.model.stack import grow_cache, unstack_layers
 from t5like.model.transformer import Transformer

@@ -148,25 +148,8 @@ def programs(
         )
     memory.check_texts(config, prompt=width, new=max_new_tokens, texts=1)
     shapes = partial(_shapes, {"P": width, "S": max(inputs, 1), "L": data.targets_length, "R": config.row_length})
-    apply = lambda params, batch: Transformer(config).apply({"params": tree.nested(params)}, batch)
     if model.architecture == "encoder":
-        types = {"token_types": "S"} if model.token_types else {}
-
-        def batch_of(params, ids, segments, token_types=None):
-            return Batch(None, ids, segments, ids, segments, token_types_BS=token_types)
-
-        arguments = shapes(ids="S", segments="S", **types)
-        return {
-            "forward": Program(
-                lambda params, *args: apply(params, batch_of(params, *args)), arguments, "logits [b, S, V]"
-            ),
-            "generate": Program(
-                lambda params, *args: predict_tokens(config, tree.nested(params), batch_of(params, *args)),
-                arguments,
-                "most likely ids [b, S]",
-            ),
-        }
-
+        return _encoder_programs(config, shapes)
     decoder = model.architecture == "decoder"
 
     def generate_ids(params, prompt, lengths, *rest):
@@ -183,29 +166,55 @@ def programs(
             temperature=temperature,
         )
 
-    if decoder:
-        forward = Program(
-            lambda params, ids, segments, prefix: apply(
-                params, Batch(ids, ids, segments, decoder_segments_BL=segments, prefix_BL=prefix != 0)
-            ),
-            shapes(ids="R", segments="R", prefix="R"),
-            "logits [b, R, V]",
-        )
-    else:
-        forward = Program(
-            lambda params, inputs, input_segments, ids, segments: apply(
-                params, Batch(ids, ids, segments, inputs, input_segments, segments)
-            ),
-            shapes(inputs="S", input_segments="S", ids="L", segments="L"),
-            "logits [b, L, V]",
-        )
     arguments = shapes(prompt="P", lengths="", **({"prefix": ""} if decoder else {}))
     if temperature:
         arguments["seed"] = jax.ShapeDtypeStruct((), jnp.uint32)
     return {
-        "forward": forward,
+        "forward": _forward_program(config, shapes),
         "generate": Program(generate_ids, arguments, f"ids [b, {max_new_tokens}], 0 after the end"),
     }
+
+
+def _apply(config: Config, params: Mapping[str, Array], batch: Batch) -> Array:
+    return Transformer(config).apply({"params": tree.nested(params)}, batch)
+
+
+def _encoder_programs(config: Config, shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Program]:
+    """`forward` and `generate` of an encoder-only model."""
+
+    def batch_of(ids, segments, token_types=None):
+        return Batch(None, ids, segments, ids, segments, token_types_BS=token_types)
+
+    arguments = shapes(ids="S", segments="S", **({"token_types": "S"} if config.model.token_types else {}))
+    return {
+        "forward": Program(
+            lambda params, *args: _apply(config, params, batch_of(*args)), arguments, "logits [b, S, V]"
+        ),
+        "generate": Program(
+            lambda params, *args: predict_tokens(config, tree.nested(params), batch_of(*args)),
+            arguments,
+            "most likely ids [b, S]",
+        ),
+    }
+
+
+def _forward_program(config: Config, shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]) -> Program:
+    """`forward` of a model with a decoder."""
+    if config.model.architecture == "decoder":
+        return Program(
+            lambda params, ids, segments, prefix: _apply(
+                config, params, Batch(ids, ids, segments, decoder_segments_BL=segments, prefix_BL=prefix != 0)
+            ),
+            shapes(ids="R", segments="R", prefix="R"),
+            "logits [b, R, V]",
+        )
+    return Program(
+        lambda params, inputs, input_segments, ids, segments: _apply(
+            config, params, Batch(ids, ids, segments, inputs, input_segments, segments)
+        ),
+        shapes(inputs="S", input_segments="S", ids="L", segments="L"),
+        "logits [b, L, V]",
+    )
 
 
 def _shapes(sizes: Mapping[str, int], **names: str) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,4 +1,4 @@
-"""Decoding from the cache, token by token, against the whole forward pass; stopping, sampling, filling gaps."""
+"""Cached decoding compared with the full forward pass; stopping, sampling, infilling, prompts."""
 
 import dataclasses
 from functools import partial
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 def model_of(**sections):
-    """A settled config and random parameters; a large head, so that no two tokens are about equally likely."""
+    """A resolved config and random parameters; a large head, so that no two tokens are about equally likely."""
     config = small(**{**sections, "model": {"num_layers": 1, **sections.get("model", {})}})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, batch = auto.resolve_auto(config, mesh), random_batch(config)
@@ -45,7 +45,7 @@ def model_of(**sections):
 
 
 def prompts_of(config, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Random prompts as `generate` wants them, and one by one."""
+    """Random prompts as a padded batch for `generate`, and as separate rows."""
     rng = np.random.default_rng(5)
     rows = [rng.integers(3, 480, length).astype(np.int32) for length in lengths]
     left = config.model.architecture == "decoder"
@@ -74,7 +74,7 @@ def forward(config, params, batch):
     return Transformer(config).apply({"params": params}, batch)
 
 
-def whole_logits(config, params, prompt, answer):
+def full_logits(config, params, prompt, answer):
     """Logits [tokens of the answer, V] of one unpadded row in one forward pass, as in training."""
     if config.model.architecture == "encoder_decoder":
         decoder = np.array([0, *answer[:-1]], np.int32)
@@ -87,20 +87,20 @@ def whole_logits(config, params, prompt, answer):
 
 
 @pytest.mark.parametrize("shape", list(SHAPES)[:6])  # the others: with beams
-def test_greedy_decoding_takes_the_argmax_of_the_whole_forward_pass(shape):
+def test_greedy_decoding_takes_the_argmax_of_the_full_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
     answers, prompts = decode(config, params, [3, 16, 9], eos=[499])
     assert len(np.unique(answers)) > 5
     for prompt, answer in zip(prompts, answers, strict=True):
-        np.testing.assert_array_equal(whole_logits(config, params, prompt, answer).argmax(-1), answer)
+        np.testing.assert_array_equal(full_logits(config, params, prompt, answer).argmax(-1), answer)
 
 
 @pytest.mark.parametrize("shape", ["scanned encoder_decoder", "windowed decoder", "umt5 encoder_decoder"])
-def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
+def test_log_probabilities_of_beams_are_those_of_the_full_forward_pass(shape):
     config, params = model_of(**SHAPES[shape])
     lengths = [3, 16, 9]
     prompt_BP, prompts = prompts_of(config, lengths)
-    made = decode_texts(
+    output = decode_texts(
         config,
         params,
         prompt_BP,
@@ -112,27 +112,27 @@ def test_log_probabilities_of_beams_are_those_of_the_whole_forward_pass(shape):
         num_texts=3,
         use_beams=True,
     )
-    for prompt, ids_GL, log_p_GL, scores_G in zip(prompts, *map(np.asarray, made), strict=True):
+    for prompt, ids_GL, log_p_GL, scores_G in zip(prompts, *map(np.asarray, output), strict=True):
         assert len({tuple(ids) for ids in ids_GL.tolist()}) == 3 and (np.diff(scores_G) <= 0).all()
         for ids, log_p in zip(ids_GL, log_p_GL, strict=True):
-            wanted = jax.nn.log_softmax(whole_logits(config, params, prompt, ids))[np.arange(NEW), ids]
+            wanted = jax.nn.log_softmax(full_logits(config, params, prompt, ids))[np.arange(NEW), ids]
             np.testing.assert_allclose(log_p, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_one_token_alone_can_have_several_beams():
+def test_a_single_token_can_have_several_beams():
     config, params = model_of()
     prompt_BP, [prompt] = prompts_of(config, [9])
     numbers = TracedOptions(length_penalty=np.float32(1))
     settings = row_keys(0, np.arange(1)), np.array([499], np.int32), numbers
-    made = decode_texts(
+    output = decode_texts(
         config, params, prompt_BP, np.array([9]), *settings, max_new_tokens=1, num_texts=4, use_beams=True
     )
-    best = np.argsort(-np.asarray(whole_logits(config, params, prompt, [0])[0]))[:4]
-    np.testing.assert_array_equal(made.ids_BGL[0, :, 0], best)
+    best = np.argsort(-np.asarray(full_logits(config, params, prompt, [0])[0]))[:4]
+    np.testing.assert_array_equal(output.ids_BGL[0, :, 0], best)
 
 
 @pytest.mark.parametrize("shape", ["encoder_decoder", "rotary decoder"])
-def test_a_row_ends_with_any_of_the_ids_that_end_a_text_and_the_others_go_on(shape):
+def test_a_row_ends_with_any_eos_id_and_other_rows_continue(shape):
     config, params = model_of(**SHAPES[shape])
     free, _ = decode(config, params, [3, 16, 9], eos=[499, 498])
     ends = [int(free[0, 2]), int(free[1, 3])]
@@ -141,7 +141,7 @@ def test_a_row_ends_with_any_of_the_ids_that_end_a_text_and_the_others_go_on(sha
     np.testing.assert_array_equal(answers, [[*free[0, :3], 0, 0, 0], [*free[1, :4], 0, 0], free[2]])
 
 
-def test_sampling_depends_on_the_seed_alone():
+def test_sampling_depends_only_on_the_seed():
     config, params = model_of()
     once, again, other = (decode(config, params, [3, 16], seed=seed, temperature=1.0)[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(once, again)
@@ -165,7 +165,7 @@ def test_samples_are_distributed_as_the_softmax_at_the_temperature():
         eos_ids=[1],
         temperature=0.7,
     )[:, 0]
-    log_p = jax.nn.log_softmax(whole_logits(config, params, rows[0], [0])[0] / 0.7)
+    log_p = jax.nn.log_softmax(full_logits(config, params, rows[0], [0])[0] / 0.7)
     wanted = float(jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -50, log_p, 0)))
     assert abs(float(log_p[drawn].mean()) - wanted) < 4 * float(log_p[drawn].std()) / 4000**0.5
     assert len(np.unique(drawn)) > 20
@@ -179,7 +179,7 @@ def tokenizer(texts, tmp_path_factory):
     return Tokenizer.load(path, num_sentinels=20)
 
 
-def test_a_prompt_is_answered_the_same_alone_and_among_others(tokenizer):
+def test_the_text_of_a_prompt_does_not_depend_on_other_prompts(tokenizer):
     for shape in ("encoder_decoder", "relative decoder"):
         config, params = model_of(**SHAPES[shape], tokenizer={"vocab_size": 400, "num_sentinels": 20})
         generator = Generator(config, params, tokenizer)
@@ -189,7 +189,7 @@ def test_a_prompt_is_answered_the_same_alone_and_among_others(tokenizer):
         assert len(set(together)) > 1
 
 
-def test_extra_eos_ids_of_the_config_end_answers_which_leave_them_out(tokenizer):
+def test_extra_eos_ids_of_the_config_end_texts_and_are_not_part_of_them(tokenizer):
     config, params = model_of(tokenizer={"vocab_size": 400, "num_sentinels": 20})
     [answer] = Generator(config, params, tokenizer).answer([Prompt([5, 6, 1])], DecodingOptions(NEW))[0]
     end = answer.ids[3]
@@ -207,13 +207,13 @@ def test_extra_eos_ids_of_the_config_end_answers_which_leave_them_out(tokenizer)
 def test_a_text_longer_than_the_learned_positions_is_refused(tokenizer):
     config, params = model_of(model={"architecture": "decoder", "positions": "learned", "max_length": 48})
     generator = Generator(config, params, tokenizer)
-    prompt = Prompt([3] * 30)  # padded to 32: that counts nothing
+    prompt = Prompt([3] * 30)  # padded to 32, which does not count
     with pytest.raises(ConfigError, match=r"a text of 49 tokens does not fit model.max_length=48"):
         generator.ids([prompt], max_new_tokens=20)
-    assert generator.ids([prompt], max_new_tokens=19).shape == (1, 19)  # the last one is never read
+    assert generator.ids([prompt], max_new_tokens=19).shape == (1, 19)  # the last token is never an input
 
 
-def test_the_gaps_of_a_prompt_are_filled_with_the_spans_of_the_answer():
+def test_sentinels_of_a_prompt_are_replaced_by_the_spans_of_the_answer():
     answer = "<extra_id_0> b c<extra_id_1>\n<extra_id_0>again<extra_id_2>"
     assert spans(answer) == {"<extra_id_0>": " b c", "<extra_id_1>": "\n", "<extra_id_2>": ""}
     assert fill("a<extra_id_0> d<extra_id_1>e", answer) == "a b c d\ne"
@@ -230,7 +230,7 @@ def generator_of(tokenizer, architecture="encoder_decoder", **data):
     return Generator(config, None, tokenizer)
 
 
-def test_a_prompt_looks_as_the_objectives_showed_it(tokenizer):
+def test_prompts_have_the_format_of_the_objectives(tokenizer):
     ids, eos = tokenizer.encode("ba de"), tokenizer.eos_id
     mode = [int(tokenizer.sentinel_ids[-2])]
     cases = [
@@ -253,19 +253,19 @@ def test_a_prompt_looks_as_the_objectives_showed_it(tokenizer):
         assert generator.prompt("ba de") == wanted
 
 
-def test_a_prompt_that_an_encoder_can_not_read_is_refused(tokenizer):
+def test_a_prompt_is_refused_if_the_encoder_reads_no_text(tokenizer):
     generator = generator_of(tokenizer, objective="causal_lm", inputs_length=1)
     assert generator.prompt("") == Prompt([tokenizer.eos_id])
     with pytest.raises(ConfigError, match="--prompt: this encoder-decoder was trained on causal_lm alone"):
         generator.prompt("ba")
 
 
-def test_what_stands_behind_eos_is_not_text(tokenizer):
+def test_ids_after_eos_are_not_text(tokenizer):
     generator, ids = generator_of(tokenizer), tokenizer.encode("ba de")
     rows = np.array([[*ids, tokenizer.eos_id, 2, 7], [*ids, *[tokenizer.eos_id] * 3]])
     assert generator.texts(rows) == ["ba de", "ba de"]
 
 
-def test_text_stops_at_the_first_of_the_stop_texts():
+def test_a_text_is_truncated_at_the_first_stop_text():
     assert truncate_at_stop("a b\nQ: c", ["Q:", "\n", ""]) == "a b"
     assert truncate_at_stop("a b", ["c"]) == truncate_at_stop("a b", []) == "a b"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from golden_models import model_of, params_of
 
+from t5like.inference.beam_search import beam_search
 from t5like.inference.decoding import decode_texts, row_keys
-from t5like.inference.sampling import TracedOptions, beam_search, largest, log_p_of, penalize, sample, warp
+from t5like.inference.sampling import TracedOptions, largest, log_p_of, penalize, sample, warp
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "generate.npz")
 NEW = 12

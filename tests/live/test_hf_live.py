@@ -1,4 +1,4 @@
-"""Next to transformers itself: its models read here, our runs read there; logits, losses and what they say are equal.
+"""Imports from and exports to transformers: logits, losses and generated texts are equal.
 
 `make parity` installs torch and transformers and runs this; `make test` does not (goldens stand in for them).
 """
@@ -60,8 +60,8 @@ def tokenizer(trained):
     return run_directory.load(trained).tokenizer
 
 
-def theirs_of(name: str, place: Path, tokenizer) -> torch.nn.Module:
-    """A random model of transformers, saved by it, our tokenizer beside it."""
+def hf_model_of(name: str, place: Path, tokenizer) -> torch.nn.Module:
+    """A random model of transformers, saved with a tokenizer of t5like."""
     kind, settings, own_head = MODELS[name]
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(vocab_size=IDS, pad_token_id=0, **settings))
@@ -78,19 +78,19 @@ def theirs_of(name: str, place: Path, tokenizer) -> torch.nn.Module:
     return cls.from_pretrained(place).eval()
 
 
-def loss_of(ours: np.ndarray, targets: np.ndarray, real: np.ndarray) -> float:
-    total = losses.cross_entropy(ours, targets, real.astype(np.float32), vocab_size=IDS).metrics["loss"]
+def loss_of(logits: np.ndarray, targets: np.ndarray, real: np.ndarray) -> float:
+    total = losses.cross_entropy(logits, targets, real.astype(np.float32), vocab_size=IDS).metrics["loss"]
     return float(total.total / total.weight)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_transformers_computes_the_same_here(name, tokenizer, tmp_path):
-    model = theirs_of(name, tmp_path / "theirs", tokenizer)
-    list(import_run(tmp_path / "theirs", tmp_path / "run"))
+def test_an_imported_model_computes_the_same(name, tokenizer, tmp_path):
+    model = hf_model_of(name, tmp_path / "hf", tokenizer)
+    list(import_run(tmp_path / "hf", tmp_path / "run"))
     loaded = run_directory.load(tmp_path / "run")
     inputs = logits_check.example(loaded.config)
-    ours = logits_check.t5like_logits(loaded.config, loaded.params, inputs)
-    given = {key: torch.from_numpy(value) for key, value in inputs.items()}
+    logits = logits_check.t5like_logits(loaded.config, loaded.params, inputs)
+    tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
     real = inputs.get("decoder_attention_mask", inputs["attention_mask"]) > 0
     targets = np.roll(inputs.get("decoder_input_ids", inputs["input_ids"]), -1, axis=1)
     labels = np.where(real, targets, -100)
@@ -101,45 +101,49 @@ def test_a_model_of_transformers_computes_the_same_here(name, tokenizer, tmp_pat
         learned = real
     with torch.no_grad():
         pairs = {"next_sentence_label": torch.zeros(2, dtype=torch.long)} if name == "bert" else {}
-        made = model(**given, labels=torch.from_numpy(labels), **pairs)
-    there = made.prediction_logits if name == "bert" else made.logits
-    np.testing.assert_allclose(ours["logits"][real], there.numpy()[real], atol=1e-4)
-    loss = loss_of(ours["logits"], targets, learned)
+        output = model(**tensors, labels=torch.from_numpy(labels), **pairs)
+    hf_logits = output.prediction_logits if name == "bert" else output.logits
+    np.testing.assert_allclose(logits["logits"][real], hf_logits.numpy()[real], atol=1e-4)
+    loss = loss_of(logits["logits"], targets, learned)
     if name == "bert":
-        np.testing.assert_allclose(ours["pair_logits"], made.seq_relationship_logits.numpy(), atol=1e-4)
-        margin = ours["pair_logits"][:, 1] - ours["pair_logits"][:, 0]
+        np.testing.assert_allclose(logits["pair_logits"], output.seq_relationship_logits.numpy(), atol=1e-4)
+        margin = logits["pair_logits"][:, 1] - logits["pair_logits"][:, 0]
         loss += float(np.log1p(np.exp(margin)).mean())
-    assert loss == pytest.approx(float(made.loss), abs=1e-4)
+    assert loss == pytest.approx(float(output.loss), abs=1e-4)
     if name[:4] == "bert":
         return
     prompt = inputs["input_ids"][0]
-    said = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=8, do_sample=False, eos_token_id=1)[0]
-    said = said[1:] if model.config.is_encoder_decoder else said[len(prompt) :]
+    generated = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=8, do_sample=False, eos_token_id=1)[0]
+    generated = generated[1:] if model.config.is_encoder_decoder else generated[len(prompt) :]
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
-    here = generator.ids([Prompt(prompt.tolist())], max_new_tokens=8)[0]
-    assert here[: len(said)].tolist() == said.tolist() and not here[len(said) :].any()
+    ids = generator.ids([Prompt(prompt.tolist())], max_new_tokens=8)[0]
+    assert ids[: len(generated)].tolist() == generated.tolist() and not ids[len(generated) :].any()
 
 
 @pytest.mark.parametrize("name", ["t5_1_0", "llama"])
-def test_texts_end_at_any_of_several_ids_there_and_here(name, tokenizer, tmp_path):
-    model = theirs_of(name, tmp_path / "theirs", tokenizer)
+def test_texts_end_at_any_of_several_ids_in_both(name, tokenizer, tmp_path):
+    model = hf_model_of(name, tmp_path / "hf", tokenizer)
     prompt = np.random.default_rng(1).integers(3, IDS, (1, 9))
     skip = 1 if model.config.is_encoder_decoder else prompt.shape[1]
-    made = lambda **how: model.generate(torch.from_numpy(prompt), max_new_tokens=8, do_sample=False, **how)[:, skip:]
-    free = [beam.tolist() for beam in made(eos_token_id=None, num_beams=3, num_return_sequences=3)]
+    generate = lambda **how: model.generate(torch.from_numpy(prompt), max_new_tokens=8, do_sample=False, **how)[
+        :, skip:
+    ]
+    free = [beam.tolist() for beam in generate(eos_token_id=None, num_beams=3, num_return_sequences=3)]
     model.generation_config.eos_token_id = [1, free[0][2], free[1][4], free[2][5]]
-    model.save_pretrained(tmp_path / "theirs")
-    list(import_run(tmp_path / "theirs", tmp_path / "run"))
+    model.save_pretrained(tmp_path / "hf")
+    list(import_run(tmp_path / "hf", tmp_path / "run"))
     loaded = run_directory.load(tmp_path / "run")
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
     assert set(generator.eos_ids) == set(model.generation_config.eos_token_id)
     for beams in (1, 3):
         decoding = DecodingOptions(8, num_beams=beams, num_returned=beams)
-        here = [answer.ids for answer in generator.answer([Prompt(prompt[0].tolist())], decoding)[0]]
-        there = [text.tolist() for text in made(num_beams=beams, num_return_sequences=beams)]
-        assert any(len(ids) < 8 for ids in here)
-        assert [text[: len(ids)] for text, ids in zip(there, here, strict=True)] == here
-        assert all(set(text[len(ids) :]) <= {0, *generator.eos_ids} for text, ids in zip(there, here, strict=True))
+        beams_t5like = [answer.ids for answer in generator.answer([Prompt(prompt[0].tolist())], decoding)[0]]
+        beams_hf = [text.tolist() for text in generate(num_beams=beams, num_return_sequences=beams)]
+        assert any(len(ids) < 8 for ids in beams_t5like)
+        assert [text[: len(ids)] for text, ids in zip(beams_hf, beams_t5like, strict=True)] == beams_t5like
+        assert all(
+            set(text[len(ids) :]) <= {0, *generator.eos_ids} for text, ids in zip(beams_hf, beams_t5like, strict=True)
+        )
 
 
 RUNS = {
@@ -200,15 +204,15 @@ def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back
         auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(tmp_path / "out")
         ids = tokenizer.encode(prompt, return_tensors="pt")
-        said = model.generate(ids, max_new_tokens=12)[0]
-        said = said[1:] if family == "t5" else said[ids.shape[1] :]
-        text = tokenizer.decode([token for token in said.tolist() if token > 1])  # without </s> and padding
+        generated = model.generate(ids, max_new_tokens=12)[0]
+        generated = generated[1:] if family == "t5" else generated[ids.shape[1] :]
+        text = tokenizer.decode([token for token in generated.tolist() if token > 1])  # without </s> and padding
         assert text == generator([prompt], max_new_tokens=12)[0]
-    list(import_run(tmp_path / "out", tmp_path / "again"))  # and goes on from there
-    there = tree.flatten(run_directory.load(tmp_path / "again").params)
+    list(import_run(tmp_path / "out", tmp_path / "again"))  # and can be trained further
+    imported = tree.flatten(run_directory.load(tmp_path / "again").params)
     for name, leaf in tree.flatten(loaded.params).items():
         leaf = leaf[:IDS] if name in ("embedding", "head_bias") else leaf[:, :IDS] if name == "head" else leaf
-        np.testing.assert_array_equal(leaf, there[name], strict=True)
+        np.testing.assert_array_equal(leaf, imported[name], strict=True)
     if family == "t5":
         code, out, err = command(
             "train", *flags, *mesh, "--config.model.vocab_multiple=400", f"--workdir={tmp_path}/again"

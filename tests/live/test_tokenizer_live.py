@@ -34,33 +34,41 @@ def loaded_by_transformers(tokenizer: Tokenizer, directory: Path, family: str):
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def check(ours: Tokenizer, theirs, *, runs: bool) -> None:
-    assert len(theirs) == ours.vocab_size
+def check(t5like_tokenizer: Tokenizer, hf_tokenizer, *, runs: bool) -> None:
+    assert len(hf_tokenizer) == t5like_tokenizer.vocab_size
     for line in mixed_lines(1000, runs=runs):
-        ids = ours.encode(line)
-        assert theirs(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
-        assert theirs.decode(ids) == ours.decode(ids)
-        if ours.num_sentinels:
-            ids = ours.encode_with_sentinels(line)
-            assert theirs.encode(line, add_special_tokens=False) == ids
-            assert theirs.decode(ids) == ours.decode(ids, keep_special=True)
+        ids = t5like_tokenizer.encode(line)
+        assert hf_tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
+        assert hf_tokenizer.decode(ids) == t5like_tokenizer.decode(ids)
+        if t5like_tokenizer.num_sentinels:
+            ids = t5like_tokenizer.encode_with_sentinels(line)
+            assert hf_tokenizer.encode(line, add_special_tokens=False) == ids
+            assert hf_tokenizer.decode(ids) == t5like_tokenizer.decode(ids, keep_special=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_a_tokenizer_trained_here_is_the_same_there(made, tmp_path, kind, family):  # noqa: F811
-    ours, theirs = made[kind], loaded_by_transformers(made[kind], tmp_path, family)
-    check(ours, theirs, runs=True)
-    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
-    ends = {"t5": ([], [1]), "mt5": ([], [1]), "umt5": ([], [1]), "bert": ([int(ours.sentinel_ids[1])], [1])}
+def test_a_tokenizer_trained_by_t5like_is_the_same_in_transformers(made, tmp_path, kind, family):  # noqa: F811
+    t5like_tokenizer, hf_tokenizer = made[kind], loaded_by_transformers(made[kind], tmp_path, family)
+    check(t5like_tokenizer, hf_tokenizer, runs=True)
+    assert (hf_tokenizer.pad_token_id, hf_tokenizer.eos_token_id, hf_tokenizer.unk_token_id) == (0, 1, 2)
+    ends = {
+        "t5": ([], [1]),
+        "mt5": ([], [1]),
+        "umt5": ([], [1]),
+        "bert": ([int(t5like_tokenizer.sentinel_ids[1])], [1]),
+    }
     before, behind = ends.get(family, ([], []))
-    assert theirs.encode("a text") == [*before, *ours.encode("a text"), *behind]
+    assert hf_tokenizer.encode("a text") == [*before, *t5like_tokenizer.encode("a text"), *behind]
     if family == "bert":
-        assert theirs.mask_token_id == ours.sentinel_ids[0] and theirs("a", "b")["token_type_ids"][-1] == 1
+        assert (
+            hf_tokenizer.mask_token_id == t5like_tokenizer.sentinel_ids[0]
+            and hf_tokenizer("a", "b")["token_type_ids"][-1] == 1
+        )
 
 
 @pytest.mark.parametrize(("kind", "family"), [("t5", "t5"), ("llama", "llama"), ("llama", "mistral")])
-def test_a_sentencepiece_model_of_others_is_the_same_there(made, tmp_path, kind, family):  # noqa: F811
+def test_a_sentencepiece_model_from_elsewhere_is_the_same_in_transformers(made, tmp_path, kind, family):  # noqa: F811
     check(made[kind], loaded_by_transformers(made[kind], tmp_path, family), runs=kind != "t5")
 
 
@@ -79,22 +87,22 @@ def test_what_transformers_saved_is_read_and_written_back(tmp_path, kind, family
     PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(kind().to_str()), **names).save_pretrained(
         source
     )
-    ours = tokenizer_files.read(source)
-    theirs = loaded_by_transformers(ours, tmp_path / "out", family)
+    t5like_tokenizer = tokenizer_files.read(source)
+    hf_tokenizer = loaded_by_transformers(t5like_tokenizer, tmp_path / "out", family)
     for path in source.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-    assert ours.eos_id == (theirs.sep_token_id if family == "bert" else theirs.eos_token_id)
+    assert t5like_tokenizer.eos_id == (hf_tokenizer.sep_token_id if family == "bert" else hf_tokenizer.eos_token_id)
     for line in mixed_lines(300, runs=True):
-        ids = ours.encode(line)
-        assert theirs(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
-        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
+        ids = t5like_tokenizer.encode(line)
+        assert hf_tokenizer(line, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
+        assert hf_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == t5like_tokenizer.decode(ids)
 
 
-def test_sentencepiece_is_not_needed_there(made, tmp_path):  # noqa: F811
+def test_sentencepiece_is_not_needed_by_transformers(made, tmp_path):  # noqa: F811
     loaded_by_transformers(made["unigram"], tmp_path, "t5")
     code = (
         "import sys; sys.modules['sentencepiece'] = None; from transformers import AutoTokenizer; "
         f"print(AutoTokenizer.from_pretrained({str(tmp_path)!r}).encode('a text'))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(said) == [*made["unigram"].encode("a text"), 1]
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output) == [*made["unigram"].encode("a text"), 1]

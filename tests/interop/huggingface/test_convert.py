@@ -81,7 +81,7 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("family, dtype", [("llama", "BF16"), ("gpt2", "F16"), ("umt5", "F32"), ("bert", "BF16")])
-def test_import_then_export_gives_the_same_tensors_bit_for_bit_and_the_same_settings(
+def test_an_export_of_an_import_has_the_same_tensors_bit_for_bit_and_the_same_settings(
     family, dtype, tokenizer, tmp_path
 ):
     rows = 405 if family != "llama" else 400
@@ -100,7 +100,7 @@ def test_import_then_export_gives_the_same_tensors_bit_for_bit_and_the_same_sett
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_run_trained_here_goes_out_and_comes_back_equal_but_for_padding_rows(trained, tmp_path, command):
+def test_an_exported_and_reimported_run_is_equal_except_padding_rows(trained, tmp_path, command):
     code, out, err = command("export", "--format=hf", f"--workdir={trained}", f"--output={tmp_path}/out")
     assert code == 0, err
     assert "compared" in out and "exported" in out
@@ -119,7 +119,7 @@ def test_a_run_trained_here_goes_out_and_comes_back_equal_but_for_padding_rows(t
     assert settings == {"eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0, "max_new_tokens": 64}
 
 
-def test_training_may_begin_with_imported_weights_under_another_config_but_not_with_another_model(trained, tmp_path):
+def test_imported_weights_can_be_trained_with_another_config_but_not_with_another_model(trained, tmp_path):
     list(export_run(trained, tmp_path / "out"))
     list(import_run(tmp_path / "out", workdir := tmp_path / "run"))
     load = lambda **changes: loader.load(
@@ -184,7 +184,7 @@ NORM = "transformer.ln_f.weight"
         ({"lm_head.weight": np.zeros((400, 32), np.float16)}, "must be a copy of"),
     ],
 )
-def test_files_that_are_not_the_model_of_their_config_are_refused_and_leave_nothing(
+def test_files_that_do_not_match_their_config_are_refused_and_nothing_is_written(
     changes, complaint, tokenizer, tmp_path, command
 ):
     source = model_directory("gpt2", tmp_path / "in", tokenizer, "F16")
@@ -194,7 +194,7 @@ def test_files_that_are_not_the_model_of_their_config_are_refused_and_leave_noth
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-def test_a_place_that_is_taken_and_a_vocabulary_that_is_too_small_are_refused(tokenizer, tmp_path):
+def test_an_existing_workdir_and_a_too_small_vocabulary_are_refused(tokenizer, tmp_path):
     source = model_directory("gpt2", tmp_path / "in", tokenizer)
     with pytest.raises(ConfigError, match="is not an empty directory"):
         list(import_run(source, source))
@@ -210,7 +210,7 @@ def test_a_place_that_is_taken_and_a_vocabulary_that_is_too_small_are_refused(to
     "number, code, handler",
     [(signal.SIGTERM, 143, signal.SIG_IGN), (signal.SIGINT, 130, signal.default_int_handler)],
 )
-def test_an_export_that_is_stopped_leaves_nothing(number, code, handler, trained, tmp_path, command, monkeypatch):
+def test_a_stopped_export_leaves_no_files(number, code, handler, trained, tmp_path, command, monkeypatch):
     class Garbage:  # what is raised in its end is ignored
         def __del__(self):
             os.kill(os.getpid(), number)
@@ -226,7 +226,7 @@ def test_an_export_that_is_stopped_leaves_nothing(number, code, handler, trained
     assert found == code and err == "t5like: stopped\n" and not list(tmp_path.iterdir())
 
 
-def test_an_export_that_fails_leaves_nothing(trained, tmp_path, command, monkeypatch):
+def test_a_failed_export_leaves_no_files(trained, tmp_path, command, monkeypatch):
     before = contents(trained)
     export = ["export", "--format=hf", f"--workdir={trained}", f"--output={tmp_path}/out"]
     code, _, err = command(*export, "--family=llama")

@@ -126,7 +126,7 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
         ("t5_1_1", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj='gated-relu' must be relu or"),
     ],
 )
-def test_a_config_that_no_model_of_ours_has_is_refused_with_key_and_value(name, change, complaint):
+def test_an_unsupported_config_is_refused_with_key_and_value(name, change, complaint):
     hf = {**json.loads(str(GOLDEN[f"{name}.config"])), **change}
     with pytest.raises(CheckpointError, match="config.json") as error:
         families.model_of(hf, untied=False, next_sentence_head=True)
@@ -154,13 +154,13 @@ def test_a_config_that_no_model_of_ours_has_is_refused_with_key_and_value(name, 
         ("bert", {"architecture": "encoder"}, "model.positions=relative"),
     ],
 )
-def test_a_model_that_a_family_has_no_words_for_is_refused_naming_the_field(family, model, complaint):
+def test_a_model_that_a_family_can_not_represent_is_refused_with_the_field(family, model, complaint):
     with pytest.raises(CheckpointError) as error:
         families.check_exportable(family, small(model=model))
     assert complaint in str(error.value)
 
 
-def test_fields_that_a_model_does_not_use_need_no_words():
+def test_unused_fields_of_a_model_are_ignored():
     model = model_of("qwen3")[1].model
     rotary = dataclasses.replace(model.rotary, original_length=2048, beta_fast=9.0)
     idle = {"num_decoder_layers": 7, "next_sentence_head": False, "rotary": rotary}
@@ -169,7 +169,7 @@ def test_fields_that_a_model_does_not_use_need_no_words():
     assert families.numeric_fields(dataclasses.replace(t5, num_decoder_layers=7)) != families.numeric_fields(t5)
 
 
-def test_a_decoder_that_reads_its_prompt_in_both_directions_is_refused():
+def test_a_decoder_with_a_bidirectional_prompt_is_refused():
     config = dataclasses.replace(
         model_of("llama")[1], data=small(model={"architecture": "decoder"}, data={"objective": "prefix_lm"}).data
     )
@@ -177,7 +177,7 @@ def test_a_decoder_that_reads_its_prompt_in_both_directions_is_refused():
         families.check_exportable("llama", config)
 
 
-def test_files_of_version_4_say_the_same():
+def test_configs_of_transformers_4_describe_the_same_model():
     old = {key: value for key, value in LLAMA.items() if key not in ("rope_parameters", "dtype")}
     scaling = {
         "type": "yarn",
@@ -202,7 +202,7 @@ def test_files_of_version_4_say_the_same():
     assert scales == ["auto", "auto"]  # scaled where tied, and not where untied
 
 
-def test_other_names_and_copies_lead_to_the_table_and_what_is_no_weight_is_left_out():
+def test_other_names_and_copies_have_canonical_names_and_buffers_are_ignored():
     cases = {
         ("gpt2", "h.3.attn.c_attn.weight"): "transformer.h.3.attn.c_attn.weight",
         ("gpt2", "h.3.attn.bias"): None,

@@ -65,7 +65,7 @@ HEADS = (
         ("llama", {"tie_word_embeddings": False}, None, False),
     ],
 )
-def test_the_heads_of_a_t5_are_those_that_its_config_says(family, keys, head, outcome, tmp_path):
+def test_the_heads_of_a_t5_match_its_config(family, keys, head, outcome, tmp_path):
     values = {"shared.weight": np.ones((4, 2), np.float32)}
     if head:
         values["lm_head.weight"] = np.full((4, 2), 1 + (head == "other"), np.float32)
@@ -79,7 +79,7 @@ def test_the_heads_of_a_t5_are_those_that_its_config_says(family, keys, head, ou
             said()
 
 
-def test_a_bert_has_the_pair_head_that_its_class_has():
+def test_the_next_sentence_head_of_a_bert_matches_its_class():
     pretraining, masked = (
         {"model_type": "bert", "architectures": [f"BertFor{name}"]} for name in ("PreTraining", "MaskedLM")
     )
@@ -124,7 +124,7 @@ def directory_of(tokenizer, tmp_path_factory):
         ("llama", {"eos_token_id": True}, "eos_token_id=True must be a token id, at least 0, or a list of token ids"),
     ],
 )
-def test_a_config_of_another_size_than_the_files_is_refused_before_anything_is_made(
+def test_a_config_with_larger_sizes_than_the_files_is_refused_before_memory_is_allocated(
     family, changes, complaint, directory_of, tmp_path
 ):
     source = directory_of(family)
@@ -139,7 +139,7 @@ def test_a_config_of_another_size_than_the_files_is_refused_before_anything_is_m
     assert "\n" not in str(error.value) and len(str(error.value)) < 250 and not list(tmp_path.iterdir())
 
 
-def test_all_ids_that_end_a_text_are_read_kept_and_listed_again(tokenizer, tmp_path):
+def test_all_eos_ids_are_imported_and_exported(tokenizer, tmp_path):
     source = model_directory("llama", tmp_path / "in", tokenizer)
     hf = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**hf, "eos_token_id": [1, 9, 11]}))
