@@ -1,11 +1,11 @@
-"""SentencePiece models, as `tokenizer.Tokenizer` uses them: ids of texts, texts of ids, and what each id is.
+"""SentencePiece models: encoding, decoding, and the properties of each id.
 
-A model trained here keeps text exactly: identity normalization, no dummy prefix, extra white space kept, unknown
-characters spelled in bytes, newline a piece of its own. So ``decode(encode(text)) == text`` for every text. A model
-from elsewhere keeps what its own normalization keeps (T5's folds white space).
+A model trained here preserves text exactly: identity normalization, no dummy prefix, extra white space kept, unknown
+characters encoded as bytes, newline a separate piece. So ``decode(encode(text)) == text`` for every text. Other models
+preserve what their normalization preserves (T5's collapses white space).
 
-Sentinels lie above the model's pieces (T5: 32,000 pieces, 100 sentinels, <extra_id_0> = 32,099), or among them where
-the model has such pieces (mT5, UMT5).
+Sentinels are ids above the model's pieces (T5: 32,000 pieces, 100 sentinels, <extra_id_0> = 32,099), or pieces of the
+model if it has them (mT5, UMT5).
 """
 
 import itertools
@@ -17,16 +17,16 @@ import sentencepiece
 
 from t5like.errors import DataError
 
-SPACE = "\u2581"  # stands for a space inside SentencePiece, which would therefore decode a real U+2581 as a space
+SPACE = "\u2581"  # SentencePiece writes spaces as U+2581, and so would decode a real U+2581 as a space
 SENTINEL = re.compile(r"<extra_id_([0-9]+)>")
 
 
 class SentencePieceModel:
-    """A SentencePiece model with sentinels; attributes and methods as in `tokenizer.Tokenizer`.
+    """A SentencePiece model with sentinels; attributes and methods are those of `tokenizer.Tokenizer`.
 
     Attributes:
-        exact: whether U+2581 is spelled in bytes, so that it comes back. Not by models that put a space in front of a
-            text (Llama's): each part of a text that is cut at U+2581 would get one.
+        exact: whether U+2581 is encoded as bytes, so that it is decoded correctly. False for models that add a space
+            before a text (Llama's): every part of a text that is split at U+2581 would get a space.
     """
 
     def __init__(self, model_bytes: bytes, num_sentinels: int, origin: str) -> None:
@@ -46,7 +46,7 @@ class SentencePieceModel:
         self.eos_id, self.pad_id, self.unk_id = model.eos_id(), max(model.pad_id(), 0), model.unk_id()
         self.pads_with_a_token = model.pad_id() == 0
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
-        # With a dummy prefix, decoding strips the first space, which is wanted only at the very beginning of a text.
+        # With a dummy prefix, decoding strips the first space; that is correct only at the start of a text.
         spaced = next((token for token in range(pieces) if model.id_to_piece(token)[0] == SPACE), None)
         self._strips = spaced is not None and model.decode([spaced])[:1] != " "
         self._number_of_sentinel = {int(token): number for number, token in enumerate(self.sentinel_ids)}
@@ -54,10 +54,10 @@ class SentencePieceModel:
         space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.exact = all(map(model.is_byte, space_bytes)) and model.normalize("a") == "a"
         self._space_bytes = np.array(space_bytes, np.int32)
-        # Where text must be cut, so that no piece can span the place: at U+2581, and inside what looks like a sentinel.
-        cuts = [f"({SPACE})"] * self.exact + [r"(?<=<)(?=extra_id_[0-9]+>)"] * bool(inside)
-        self._cut = re.compile("|".join(cuts))
-        self._signs = [SPACE] * self.exact + ["<extra_id_"] * bool(inside)
+        # Text is split where no piece may span: at U+2581, and inside text that looks like a sentinel.
+        splits = [f"({SPACE})"] * self.exact + [r"(?<=<)(?=extra_id_[0-9]+>)"] * bool(inside)
+        self._split_pattern = re.compile("|".join(splits))
+        self._split_markers = [SPACE] * self.exact + ["<extra_id_"] * bool(inside)
 
     def ordinary_V(self) -> np.ndarray:
         ordinary_V = np.ones(self.vocab_size, bool)
@@ -84,14 +84,14 @@ class SentencePieceModel:
         return self._model.id_to_piece(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if not any(sign in text for text in texts for sign in self._signs):
+        if not any(marker in text for text in texts for marker in self._split_markers):
             return self._encode_plain(texts)
-        parts = [[part for part in self._cut.split(text) if part] or [""] for text in texts]
+        parts = [[part for part in self._split_pattern.split(text) if part] or [""] for text in texts]
         encoded = iter(self._encode_plain(list(itertools.chain.from_iterable(parts))))
         spelled = {SPACE: self._space_bytes} if self.exact else {}
         return [
             np.concatenate([spelled.get(part, ids) for part, ids in zip(row, encoded, strict=False)]) for row in parts
-        ]  # each row takes its own from `encoded`
+        ]  # `encoded` is consumed row by row
 
     def encode_with_sentinels(self, text: str) -> list[int]:
         ids = []
@@ -107,8 +107,8 @@ class SentencePieceModel:
                 continue
             if run:
                 text = self._model.decode(run)
-                lost = self._strips and bool(parts) and self._model.id_to_piece(run[0])[0] == SPACE
-                parts.append(" " * lost + text)
+                stripped = self._strips and bool(parts) and self._model.id_to_piece(run[0])[0] == SPACE
+                parts.append(" " * stripped + text)
                 run = []
             if token in self._number_of_sentinel:
                 parts.append(self.sentinel_names[self._number_of_sentinel[token]])
@@ -121,12 +121,12 @@ class SentencePieceModel:
 
 
 def sentinel_pieces(model: sentencepiece.SentencePieceProcessor) -> list[int]:
-    """Ids of the <extra_id_N> pieces inside a model, by N."""
-    found = {}
+    """Ids of the <extra_id_N> pieces of a model, ordered by N."""
+    id_by_number = {}
     for token in range(model.get_piece_size()):
         if match := SENTINEL.fullmatch(model.id_to_piece(token).removeprefix(SPACE)):
-            found[int(match[1])] = token
-    return [found[number] for number in sorted(found)]
+            id_by_number[int(match[1])] = token
+    return [id_by_number[number] for number in sorted(id_by_number)]
 
 
 def _check_special_ids(model: sentencepiece.SentencePieceProcessor, num_sentinels: int, origin: str) -> None:

@@ -1,12 +1,12 @@
-"""Text to token ids and back: SentencePiece models, trained or loaded, tokenizer.json files, and their sentinels.
+"""Text to token ids and back: SentencePiece models, trained here or loaded, tokenizer.json files, and sentinels.
 
-What reads and writes ids is in `sentencepiece_model` and `json_tokenizer`; here is what they have in common, and the
-training of a model that keeps text exactly: ``decode(encode(text)) == text``.
+`sentencepiece_model` and `huggingface_model` encode and decode; this module has their common interface, and trains
+models that preserve text exactly: ``decode(encode(text)) == text``.
 
 Sentinels follow T5 (Raffel et al. 2020, section 3.1.4; `T5Tokenizer` of transformers): ``<extra_id_0>`` has the highest
-id, and they count down. A tokenizer like BERT's has its own [MASK] and [CLS] in place of the first two and no others.
+id, and they count down. A tokenizer like BERT's has [MASK] and [CLS] as its only two sentinels.
 
-Called by `data.corpus` (bulk), `generate` and `inspect` (single texts) and `checkpoint` (`model_bytes`, `hash`).
+Called by `store.preparation` (batches of texts), `generate` (single texts) and `checkpoint` (`model_bytes`, `hash`).
 """
 
 import hashlib
@@ -31,15 +31,17 @@ from t5like.io.regular_files import read_regular
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2  # of trained models, as in T5
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-SCORE_GRID = 64  # scores of trained models are multiples of 1 / 64: sums are exact in float32 for 15,000 tokens or so
-_TRAINING_LINE = 16_384  # characters; longer lines are cut for training, SentencePiece would leave them out
+SCORE_GRID = (
+    64  # scores of trained models are multiples of 1 / 64, so sums of about 15,000 of them are exact in float32
+)
+_TRAINING_LINE = 16_384  # characters; longer lines are split for training, because SentencePiece would drop them
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -> None:
-    """Train a SentencePiece model on the texts and write it, whole or not at all.
+    """Train a SentencePiece model on the texts and write it atomically.
 
-    The same texts in the same order give the same file: the number of threads, which decides the order of
-    floating-point sums, is fixed whatever the machine has.
+    The same texts in the same order give the same file on every machine: the number of threads, which affects the order
+    of floating-point sums, is fixed.
 
     Raises:
         DataError: there is too little text for `config.vocab_size`, or too many different characters.
@@ -47,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
     model, failures = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_keeping_failures(_training_lines(texts), failures),
+            sentence_iterator=_record_failures(_training_lines(texts), failures),
             model_writer=model,
             vocab_size=config.vocab_size - config.num_sentinels,
             model_type=config.model_type,
@@ -77,10 +79,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
 def _exact_scores(model_bytes: bytes) -> bytes:
     """Round a unigram model's scores (log probabilities) so that their sums are exact in float32.
 
-    SentencePiece adds them up in float32, so that of two ways to cut a run like ``######`` that are equally likely,
-    rounding would choose; programs that use float64 (`tokenizers`) would choose another. Exact sums tie there and here.
-    Newline, a user-defined piece, is worth a tenth less, which is on no such grid: made an ordinary one, it is found
-    as surely.
+    SentencePiece sums them in float32. If two segmentations of a run like ``######`` are equally likely, rounding would
+    decide, and programs that use float64 (`tokenizers`) would decide differently; exact sums are a tie in both. Newline
+    is a user-defined piece with a score that is not a multiple; as a normal piece it is segmented as reliably.
     """
     proto = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
@@ -98,8 +99,8 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + _TRAINING_LINE]
 
 
-def _keeping_failures(texts: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
-    """The same texts. What they raise is kept as well: SentencePiece turns it into a RuntimeError of its own."""
+def _record_failures(texts: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
+    """Yield the texts, and record an exception of their iterator: SentencePiece replaces it by a RuntimeError."""
     try:
         yield from texts
     except BaseException as error:  # Ctrl-C among them
@@ -108,7 +109,7 @@ def _keeping_failures(texts: Iterator[str], failures: list[BaseException]) -> It
 
 
 def _training_failure(message: str, config: TokenizerConfig) -> str:
-    """SentencePiece's complaint, which holds the limit, in terms of our fields."""
+    """SentencePiece's error message, which contains the limit, in terms of config fields."""
     field = f"tokenizer.vocab_size={config.vocab_size}"
     if limit := re.search(r"Vocabulary size too high.*<= ([0-9]+)", message):
         largest = int(limit[1]) + config.num_sentinels
@@ -125,31 +126,31 @@ def _training_failure(message: str, config: TokenizerConfig) -> str:
 
 
 class Tokenizer:
-    """A SentencePiece model or a tokenizer.json, with sentinels. Pickles as its bytes: worker processes can have it.
+    """A SentencePiece model or a tokenizer.json, with sentinels. Pickles as its bytes, for worker processes.
 
     Attributes:
-        model_bytes: the model file; of a tokenizer.json with the files beside it, see `json_tokenizer.bundle`.
-        hash: sha256, in hex, of the model file and the number of sentinels: what token ids depend on.
+        model_bytes: the model file; of a tokenizer.json with the files beside it, see `huggingface_model.bundle`.
+        hash: hex sha256 of the model file and the number of sentinels, which determine the token ids.
         vocab_size: number of ids, sentinels included.
-        pad_id, eos_id, unk_id: special ids; BERT's [SEP] counts as end. A tokenizer without a pad id 0 (Llama, GPT-2)
-            pads with id 0 all the same: no objective for decoders looks at what is behind a row's end.
-        pads_with_a_token: whether `pad_id` is a token for that; else id 0 is one of text.
-        files: of a tokenizer.json: that file and those beside it, name to text; see `json_tokenizer`.
-        bos_id: what its own family puts in front of a text (Llama's <s>); None if there is no such thing.
-        sentinel_ids: int32, [0] is <extra_id_0>. Of BERT: [MASK] and [CLS], whose places these are in `masking`.
-        sentinel_names: how `decode` writes them.
+        pad_id, eos_id, unk_id: special ids; BERT's [SEP] is EOS. A tokenizer without pad id 0 (Llama, GPT-2) also
+            pads with id 0: no objective for decoders reads tokens after a row's end.
+        pads_with_a_token: whether `pad_id` is a padding token; otherwise id 0 is a token of text.
+        files: only for a tokenizer.json: that file and those beside it, name to text; see `huggingface_model`.
+        bos_id: the token that its model family prepends to a text (Llama's <s>), or None.
+        sentinel_ids: int32, [0] is <extra_id_0>. For BERT: [MASK] and [CLS], in the order that `masking` expects.
+        sentinel_names: their names in decoded text.
         ordinary_V: bool [vocab_size], True for ids of text: neither special nor a sentinel.
-        bytes_V: float64 [vocab_size], bytes of UTF-8 that an id stands for; 0 for special ids and sentinels.
-        byte_fallback_V: bool [vocab_size], True for ids that spell a byte of a character that has no piece.
-        begins_word_V: bool [vocab_size], True for pieces that begin with a space, or are white space themselves.
+        bytes_V: float64 [vocab_size], bytes of UTF-8 of an id; 0 for special ids and sentinels.
+        byte_fallback_V: bool [vocab_size], True for ids of single bytes, which encode characters without a piece.
+        begins_word_V: bool [vocab_size], True for pieces that begin with a space, or are white space.
     """
 
     def __init__(self, model_bytes: bytes, *, num_sentinels: int | None, origin: str = "tokenizer") -> None:
-        """Check a model and make it ready.
+        """Check and load a model.
 
         Args:
-            num_sentinels: None, for a tokenizer.json: as many as it has.
-            origin: what to call the model in messages.
+            num_sentinels: None, only for a tokenizer.json: as many as it has.
+            origin: the name of the model in messages.
 
         Raises:
             DataError: it is neither kind of model, or its special ids or sentinels are not as expected.
@@ -191,7 +192,7 @@ class Tokenizer:
 
     @property
     def exact(self) -> bool:
-        """Whether a SentencePiece model spells U+2581 in bytes: see `SentencePieceModel`."""
+        """Whether a SentencePiece model encodes U+2581 as bytes: see `SentencePieceModel`."""
         return not self.is_json and self._model.exact
 
     def __reduce__(self):
@@ -199,7 +200,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, *, num_sentinels: int | None) -> "Tokenizer":
-        """Read a SentencePiece model, or a tokenizer.json with what the files beside it say of special tokens.
+        """Read a SentencePiece model, or a tokenizer.json with the special tokens of the files beside it.
 
         Raises:
             DataError: see `__init__`; also when the file is missing or can't be read.
@@ -211,7 +212,7 @@ class Tokenizer:
         return cls(model_bytes, num_sentinels=num_sentinels, origin=f"tokenizer.path={path}")
 
     def check(self, config: TokenizerConfig) -> None:
-        """Refuse a config of another size: model shapes follow from the config alone."""
+        """Raise DataError if the config has another vocabulary size: model shapes follow from the config alone."""
         if self.vocab_size != config.vocab_size:
             raise DataError(
                 f"tokenizer.vocab_size={config.vocab_size}, but {self._origin} has {self.vocab_size} ids (sentinels "
@@ -219,23 +220,23 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without beginning or end. Nothing in it is special: ``</s>`` is four characters.
+        """Token ids of a text, without BOS or EOS. Text never becomes a special token: ``</s>`` is four characters.
 
         Raises:
-            DataError: the text has a lone surrogate, which is no character.
+            DataError: the text has a lone surrogate, which is not a character.
         """
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` many texts on one thread, at the model's own speed; int32 arrays, to be read only."""
+        """`encode` many texts on one thread; returns int32 arrays that must not be modified."""
         try:
             return self._model.encode_batch(texts)
-        except (TypeError, UnicodeEncodeError):  # what they say of a string that has no UTF-8 form
+        except (TypeError, UnicodeEncodeError):  # raised for a string without UTF-8 encoding
             refuse_surrogates(texts)
             raise
 
     def encode_with_sentinels(self, text: str) -> list[int]:
-        """Like `encode`, but ``<extra_id_N>`` in the text becomes that sentinel: for prompts. BERT's [MASK] too."""
+        """Like `encode`, but ``<extra_id_N>`` (or BERT's [MASK]) in the text becomes that sentinel; for prompts."""
         for number in SENTINEL.findall(text):
             if int(number) >= self.num_sentinels:
                 raise DataError(f"<extra_id_{number}> is not one of the tokenizer's {self.num_sentinels} sentinels")
@@ -243,7 +244,7 @@ class Tokenizer:
         return self._model.encode_with_sentinels(text)
 
     def decode(self, token_ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Text of token ids: sentinels by their names; pad and eos left out, or kept under their names."""
+        """Text of token ids, with the names of sentinels; pad and EOS are dropped, or kept by name."""
         return self._model.decode(token_ids, keep_special)
 
     def name(self, token: int) -> str:
@@ -253,12 +254,12 @@ class Tokenizer:
 
 
 def refuse_surrogates(texts: Sequence[str]) -> None:
-    """Raise DataError if a text has half a surrogate pair: no character, and nothing that UTF-8 can spell."""
+    """Raise DataError if a text has half a surrogate pair, which is not a character and has no UTF-8 encoding."""
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"text has the lone surrogate {text[error.start]!a}, which is no character") from None
+            raise DataError(f"text has the lone surrogate {text[error.start]!a}, which is not a character") from None
 
 
 def _rebuild(model_bytes: bytes, num_sentinels: int, origin: str) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The token ids that objectives write."""
+"""The token ids that objectives write into rows."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,18 +8,18 @@ if TYPE_CHECKING:
     from t5like.data.tokenizers.tokenizer import Tokenizer
 
 
-DECODER_START_ID = 0  # what a decoder reads first: the padding id, as in T5
+DECODER_START_ID = 0  # the first input of a decoder: the padding id, as in T5
 
 
 class Vocabulary(NamedTuple):
-    """The ids an objective writes.
+    """The token ids that objectives need.
 
     Attributes:
-        eos: ends inputs and targets, and stands between documents.
+        eos: ends inputs, targets and documents.
         sentinels: int32 [number]; [0] is <extra_id_0>. `masking` uses the first two as BERT's [MASK] and [CLS], UL2 the
             last three as mode tokens.
-        ordinary_V: bool, True for ids of text: they may be masked, and drawn in place of others. Only masking needs it.
-        begins_word_V: bool, True for pieces that begin a word. Only the masking of whole words needs it.
+        ordinary_V: bool, True for ids of text, which may be masked and may replace others. Only masking needs it.
+        begins_word_V: bool, True for pieces that begin a word. Only whole-word masking needs it.
     """
 
     eos: int

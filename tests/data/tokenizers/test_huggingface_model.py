@@ -210,7 +210,7 @@ def broken(content: dict) -> dict[str, bytes]:
     return {
         "can't be read by tokenizers": json.dumps(unknown).encode(),
         "no model with a vocab": b'{"version": "1.0"}',
-        "is no JSON, or is truncated": json.dumps(content).encode()[:5000],
+        "is not JSON, or is truncated": json.dumps(content).encode()[:5000],
         "not UTF-8": b'{"version": "\xff"}',
     }
 
