@@ -282,14 +282,14 @@ class Batches:
 
     def locate(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each training row: its component, its index among the component's rows, and its epoch's random offset."""
-        component_B, index_B = self._mix(row_B)
+        component_B, index_B = self._assign_components(row_B)
         count_B = self.num_rows[component_B].astype(np.uint64)
         epoch_B, index_B = index_B // count_B, index_B % count_B
         epoch_B = epoch_B * np.uint64(len(self.row_sources)) + component_B.astype(np.uint64)
         index_B = permute(index_B, count_B, self._random_bits(SHUFFLE, epoch_B))
         return component_B, index_B.astype(np.int64), self._random_bits(OFFSET, epoch_B)
 
-    def _mix(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _assign_components(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Component of each training row, and how many training rows of that component precede it in the run.
 
         Each block of 4096 rows contains the components in exact proportion, shuffled by a permutation of the block. The
@@ -312,7 +312,9 @@ class Batches:
             component_B[in_phase_B], index_B[in_phase_B] = component_N, before_N + in_block_N
         return component_B, index_B
 
-    def _make_rows(self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray):
+    def _make_rows(
+        self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray
+    ) -> Batch:
         """The batch of these rows, each from its component."""
         if len(self.row_sources) == 1:
             return self.row_sources[0].batch(index_B, offset_B, keys_B)

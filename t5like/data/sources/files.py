@@ -158,7 +158,7 @@ class TextFiles(FileSource):
 
 
 class Passages(FileSource):
-    """Files split after the first line end behind every 16 KiB; the passages of a file concatenate to the file.
+    """Files split at the first line end after every 16 KiB; the passages of a file concatenate to the file.
 
     If a line continues for another 48 KiB, it is split between two characters.
     """

@@ -38,17 +38,17 @@ def source_names(data: DataConfig) -> tuple[str, ...]:
 
 def _parts(spec: str) -> list[str]:
     """Candidates for parts of a source's name, the most informative last: its type, its folders, its file."""
-    kind, _, rest = spec.partition(":")
-    if kind in ("tfds", "task") or (kind == "hf" and re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", rest)):
+    source_type, _, rest = spec.partition(":")
+    if source_type in ("tfds", "task") or (source_type == "hf" and re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", rest)):
         words = rest.split("/")
-        owner = words[:1] if kind == "hf" and len(words) > 1 else []
+        owner = words[:1] if source_type == "hf" and len(words) > 1 else []
         words = [*owner, "-".join(word.partition(":")[0] for word in words[len(owner) :])]
     else:
         words = re.split(r"[/\\]", rest)
         if re.fullmatch(r"\*+\.[\w.]+", words[-1]):  # its folder is more informative than *.txt
             words = [words[-1], *words[:-1]]
     cleaned = [re.sub(r"[^\w.-]+", "_", re.sub(r"[*?\[\]{}]+", "", _ENDING.sub("", word))) for word in words]
-    return [kind, *(word for each in cleaned if (word := each.strip("._-")[-LONGEST:]))]
+    return [source_type, *(word for each in cleaned if (word := each.strip("._-")[-LONGEST:]))]
 
 
 def _distinguish(sources: Sequence[Sequence[str]]) -> list[str]:

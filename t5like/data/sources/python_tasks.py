@@ -175,8 +175,8 @@ def dialogue(library: Library) -> Iterator[_Example]:
     for function in library.functions:
         by_type = questions(function.arguments)
         if function.summary and len(function.heading + function.summary) <= 250 and len(by_type) > 1:
-            kind, first = _pick(by_type, function.key)
-            _, second = _pick({other: by_type[other] for other in by_type if other != kind}, function.key)
+            first_type, first = _pick(by_type, function.key)
+            _, second = _pick({name: by_type[name] for name in by_type if name != first_type}, function.key)
             turns = ((f"Here is {function.heading}. What does it do?", function.summary), first, second)
             messages = [
                 {"role": role, "content": content}
@@ -233,9 +233,9 @@ def questions(arguments: ast.arguments) -> dict[str, list[tuple[str, str]]]:
         "next": [(f"Which parameter comes after {name}?", after) for name, after in itertools.pairwise(names)],
         "required": [(f"Must {name} be given?", "no" if default else "yes") for name, default in free if any(defaults)],
         "default": [(f"What is the default of {name}?", value) for name, value in values if len(value) <= 30],
-        "star": [(f"What takes further {kind} arguments?", star.arg) for kind, star in stars if star],
+        "star": [(f"What takes further {argument_type} arguments?", star.arg) for argument_type, star in stars if star],
     }
-    return {kind: pairs for kind, pairs in by_type.items() if pairs}
+    return {name: pairs for name, pairs in by_type.items() if pairs}
 
 
 def sentences(text: str) -> list[str]:

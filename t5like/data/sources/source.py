@@ -70,11 +70,11 @@ class RecordSource(Source, Protocol):
 
 def canonical(spec: str) -> str:
     """A source's name without dependence on the working directory; it includes the version of the standard library."""
-    kind, _, rest = spec.partition(":")
-    if kind == "python_stdlib":
+    source_type, _, rest = spec.partition(":")
+    if source_type == "python_stdlib":
         return f"python_stdlib:{platform.python_version()}"
-    if kind in ("text", *RECORD_FILES) or (kind == "hf" and os.path.isdir(expand(rest))):
-        return f"{kind}:{os.path.abspath(expand(rest))}"
+    if source_type in ("text", *RECORD_FILES) or (source_type == "hf" and os.path.isdir(expand(rest))):
+        return f"{source_type}:{os.path.abspath(expand(rest))}"
     return spec
 
 
@@ -90,9 +90,9 @@ def open_source(spec: str, data: DataConfig, required: RequiredFields | None = N
         SourceMissing: the data don't exist.
         DataError: a file is empty or can't be read, a package is missing, or a data set has an unknown format.
     """
-    kind, _, rest = spec.partition(":")
+    source_type, _, rest = spec.partition(":")
     fields = required or RequiredFields((data.text_field,))
-    match kind:
+    match source_type:
         case "python_stdlib" if not rest:
             return _open_stdlib(spec, data, required or RequiredFields(("text",)))
         case "tfds" if rest:
@@ -105,8 +105,8 @@ def open_source(spec: str, data: DataConfig, required: RequiredFields | None = N
             )
         case "text" if rest:
             return _text_source(spec, _files(spec, rest), data.text_documents)
-        case _ if rest and kind in RECORD_FILES:
-            return RECORD_FILES[kind](spec, _files(spec, rest), fields)
+        case _ if rest and source_type in RECORD_FILES:
+            return RECORD_FILES[source_type](spec, _files(spec, rest), fields)
         case "hf" if rest:
             return HuggingFace(spec, rest, data.split, fields)
     raise ConfigError(f"data.source={spec!r} must be one of {SOURCE_TYPES}, such as text:my_texts/*.txt")

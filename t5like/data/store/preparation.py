@@ -62,7 +62,7 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
         progress: show progress on stderr.
 
     Raises:
-        ConfigError: a source has an unknown kind.
+        ConfigError: a source has an unknown type.
         DataError: data or tokenizer are missing, malformed, too small, or changed since they were prepared.
         CheckpointError: `data.cache_directory` can't be written.
     """
@@ -73,8 +73,8 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
         for source in opened:
             store = _finished_store(config.data, source, tokenizer)
             stores.append(store := store or _build_store(config.data, source, tokenizer, progress))
-            if source.gone:
-                notes.append(f"{source.gone}; using the existing token store {store.directory}")
+            if source.missing:
+                notes.append(f"{source.missing}; using the existing token store {store.directory}")
             if empty := store.manifest.get("empty"):
                 notes.append(f"data.source={source.spec}: {empty:,} examples have empty targets and are left out")
     except OSError as error:
@@ -108,7 +108,7 @@ class _Opened:
     spec: str
     documents: Documents | None = None
     fingerprint: str = ""
-    gone: SourceMissing | None = None
+    missing: SourceMissing | None = None
 
 
 def _open(spec: str, data: DataConfig) -> _Opened:
@@ -116,8 +116,8 @@ def _open(spec: str, data: DataConfig) -> _Opened:
         format = example_format(data)
         source = open_source(spec, data, format.required if format else None)
         return _Opened(spec, Documents(source, format), source.fingerprint())
-    except SourceMissing as gone:
-        return _Opened(spec, gone=gone)
+    except SourceMissing as error:
+        return _Opened(spec, missing=error)
 
 
 def _key(*parts: Any) -> str:
@@ -198,8 +198,8 @@ def _own_tokenizer_path(config: Config) -> Path:
 
 def _train(config: Config, opened: Sequence[_Opened], path: Path, progress: bool) -> None:
     for source in opened:
-        if source.gone:
-            raise source.gone
+        if source.missing:
+            raise source.missing
     thresholds = [_threshold(config.data, source, progress) for source in opened]
     with status("training a tokenizer", show=progress):
         train_tokenizer(_sample(config, [source.documents for source in opened], thresholds), config.tokenizer, path)
@@ -292,8 +292,8 @@ def _finished_store(data: DataConfig, source: _Opened, tokenizer: Tokenizer) -> 
 
 
 def _build_store(data: DataConfig, opened: _Opened, tokenizer: Tokenizer, progress: bool) -> TokenStore:
-    if opened.gone:
-        raise opened.gone
+    if opened.missing:
+        raise opened.missing
     documents, size = opened.documents, max(opened.documents.source.size_hint, 1)
     threshold = _threshold(data, opened, progress)  # reads documents, so it finds errors before anything is written
     directory = _store_directory(data, opened.spec, tokenizer)
