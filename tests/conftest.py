@@ -57,10 +57,10 @@ def small(**sections: dict) -> Config:
 
 def random_batch(config: Config, seed: int = 0) -> Batch:
     """A real objective's batch on random tokens, documents of about 9 tokens if the config minds borders."""
-    return made(config, denoisers(config)[0], seed)
+    return denoised_batch(config, denoisers(config)[0], seed)
 
 
-def made(config: Config, denoiser: Denoiser, seed: int = 0) -> Batch:
+def denoised_batch(config: Config, denoiser: Denoiser, seed: int = 0) -> Batch:
     """The rows of one denoiser, as `random_batch` makes them."""
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, denoiser.window.length)

@@ -18,8 +18,8 @@ from t5like.errors import ConfigError, DataError
 VOCABULARY = Vocabulary(1, np.arange(499, 479, -1, dtype=np.int32))
 
 
-class Places:
-    """An endless text whose token at place p is first + p, so that a batch shows where it was read; a document of 7."""
+class OffsetStream:
+    """A circular text of documents of 7 tokens, whose token at offset p is first + p, so that batches show offsets."""
 
     def __init__(self, num_tokens: int, first: int = 1000):
         self.num_tokens, self.num_documents, self.first = num_tokens, num_tokens // 7, first
@@ -50,7 +50,9 @@ def causal(num_tokens: int | tuple[int, ...] = 1000, *, heldout: bool = False, s
             **data,
         },
     )
-    return Batches(config, VOCABULARY, [Places(size, 100_000 * k) for k, size in enumerate(sizes)], heldout=heldout)
+    return Batches(
+        config, VOCABULARY, [OffsetStream(size, 100_000 * k) for k, size in enumerate(sizes)], heldout=heldout
+    )
 
 
 def first_tokens(batches: Batches, steps: range) -> np.ndarray:
@@ -66,13 +68,13 @@ def digest(batch) -> str:
 def corrupted(**data) -> Batches:
     """Span corruption of two mixed texts, document borders minded: the most that can differ between two batches."""
     config = small(data={"source": ("text:a", "text:b"), "rates": (1, 3), "cross_document_attention": False, **data})
-    return Batches(config, VOCABULARY, [Places(1000), Places(500, 5000)])
+    return Batches(config, VOCABULARY, [OffsetStream(1000), OffsetStream(500, 5000)])
 
 
 # ---- A pure function of the step ----
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before():
+def test_a_batch_does_not_depend_on_earlier_calls():
     once = {step: digest(corrupted().at(step)) for step in range(6)}
     batches = corrupted()
     assert {step: digest(batches.at(step)) for step in (5, 0, 3, 3, 1, 4, 2, 0)} == once
@@ -132,9 +134,9 @@ def test_epochs_differ_in_order_and_in_window_borders():
     assert (order[0] != order[1]).sum() > 60
 
 
-def test_seeds_differ_in_order_and_in_masked_places():
+def test_seeds_differ_in_order_and_in_masked_positions():
     assert (first_tokens(causal(seed=1), range(10)) != first_tokens(causal(seed=2), range(10))).mean() > 0.9
-    masks = [Batches(small(seed=seed), VOCABULARY, [Places(36)]).at(0).targets_BL for seed in (1, 2)]
+    masks = [Batches(small(seed=seed), VOCABULARY, [OffsetStream(36)]).at(0).targets_BL for seed in (1, 2)]
     assert (masks[0] != masks[1]).any(1).all()
 
 
@@ -164,16 +166,16 @@ def test_rates_hold_exactly_in_every_4096_rows(rates, counts):
 
 def test_permute_is_a_permutation_of_every_size():
     for size in range(1, 201):
-        place = np.arange(size, dtype=np.uint64)
+        index = np.arange(size, dtype=np.uint64)
         for key in (0, 2**64 - 1):
-            order = permute(place, np.full(size, size, np.uint64), np.full(size, key, np.uint64))
+            order = permute(index, np.full(size, size, np.uint64), np.full(size, key, np.uint64))
             assert sorted(order) == list(range(size)), (size, key)
 
 
 def test_permute_scatters_neighbours_and_differs_by_key():
-    place = np.arange(10_000, dtype=np.uint64)
+    index = np.arange(10_000, dtype=np.uint64)
     a, b = (
-        permute(place, np.full(10_000, 10_000, np.uint64), np.full(10_000, key, np.uint64)).astype(int)
+        permute(index, np.full(10_000, 10_000, np.uint64), np.full(10_000, key, np.uint64)).astype(int)
         for key in (1, 2)
     )
     assert (a == b).mean() < 0.01
@@ -191,23 +193,27 @@ def mixed(*objectives_, architecture="decoder", heldout=False, **data) -> Batche
         data={"objective": objectives_, "inputs_length": 64, "targets_length": 64, "batch_size": 512,
               "source": ("text:a", "text:b"), **data},
     )  # fmt: skip
-    streams = [Places(300, 3)] * 2 if architecture == "encoder" else [Places(30_000), Places(20_000, 50_000)]
+    streams = (
+        [OffsetStream(300, 3)] * 2
+        if architecture == "encoder"
+        else [OffsetStream(30_000), OffsetStream(20_000, 50_000)]
+    )
     return Batches(config, vocabulary_of(config), streams, heldout=heldout)
 
 
 def objectives_of(batches: Batches, steps: range) -> list[str]:
-    found = np.concatenate([batches.at(step).component_B1[:, 0] for step in steps])
-    return [batches.components[number].denoiser.objective for number in found]
+    components = np.concatenate([batches.at(step).component_B1[:, 0] for step in steps])
+    return [batches.components[number].denoiser.objective for number in components]
 
 
 def test_objectives_are_mixed_at_their_rates_on_every_source():
     batches = mixed("causal_lm", "ul2", rates=(3, 1), objective_rates=(1, 1))
-    found = np.bincount(np.concatenate([batches.at(step).component_B1[:, 0] for step in range(8)]), minlength=16)
+    counts = np.bincount(np.concatenate([batches.at(step).component_B1[:, 0] for step in range(8)]), minlength=16)
     expected = 4096 * np.outer([0.75, 0.25], [1 / 2, *[1 / 14] * 7]).reshape(-1)
-    assert len(batches.components) == 16 and (abs(found - expected) < 1).all()
+    assert len(batches.components) == 16 and (abs(counts - expected) < 1).all()
 
 
-def test_a_row_is_what_its_component_makes():
+def test_a_row_comes_from_its_component():
     batches = mixed("causal_lm", "span_corruption", mean_span_length=3.0)
     batch, (which, *_) = batches.at(2), batches.locate(np.arange(1024, 1536, dtype=np.uint64))
     assert (batch.component_B1[:, 0] == which).all()
@@ -223,7 +229,7 @@ def test_rates_change_at_the_given_step_and_not_before():
     assert set(objectives_of(batches, range(5, 9))) == {"prefix_lm"}
 
 
-def test_no_window_comes_twice_in_an_epoch_when_rates_change():
+def test_no_window_occurs_twice_in_an_epoch_when_rates_change():
     batches = mixed("causal_lm", "prefix_lm", objective_rates=(1, 1, 3, 1), phase_boundaries=(3,), batch_size=8,
                     rates=(1, 0, 1, 0))  # fmt: skip
     starts = [batches.at(s).decoder_BL[batches.at(s).component_B1[:, 0] == 0, 0] for s in range(14)]
@@ -231,7 +237,7 @@ def test_no_window_comes_twice_in_an_epoch_when_rates_change():
     assert len(starts) == len(set(starts)) > 60
 
 
-def test_a_mixture_is_the_same_whoever_makes_its_rows():
+def test_a_mixture_does_not_depend_on_the_process_that_makes_its_rows():
     batches = mixed("span_corruption", "ul2", "prefix_lm", objective_rates=(1, 2, 0, 0, 0, 1), phase_boundaries=(2,),
                     cross_document_attention=False, architecture="encoder_decoder", batch_size=64)  # fmt: skip
     for step in (1, 2):
@@ -256,7 +262,7 @@ def test_masked_pairs_can_be_mixed_with_plain_masking():
 # ---- Held-out rows ----
 
 
-def test_heldout_rows_are_each_once_and_padding_rows_weigh_nothing():
+def test_each_heldout_row_occurs_once_and_padding_rows_have_weight_0():
     batches = causal((1001, 101), heldout=True)  # 100 + 10 windows in 14 batches of 8
     assert batches.num_batches == 14
     every = [batches.at(step) for step in range(14)]
@@ -267,7 +273,7 @@ def test_heldout_rows_are_each_once_and_padding_rows_weigh_nothing():
         np.testing.assert_array_equal(starts[starts // 100_000 == source], wanted)
 
 
-def test_the_first_heldout_rows_hold_every_source_at_its_share():
+def test_the_first_heldout_rows_have_every_source_at_its_share():
     batches = causal((1001, 101), heldout=True)
     sources = np.concatenate([batches.at(step).decoder_BL[:, 0] // 100_000 for step in range(13)])
     for some in range(22, 104):
@@ -277,7 +283,7 @@ def test_the_first_heldout_rows_hold_every_source_at_its_share():
 def test_heldout_masks_are_not_those_of_training_rows():
     config = small()
     length = denoisers(config)[0].window.length
-    train, heldout = (Batches(config, VOCABULARY, [Places(length)], heldout=heldout) for heldout in (False, True))
+    train, heldout = (Batches(config, VOCABULARY, [OffsetStream(length)], heldout=heldout) for heldout in (False, True))
     masked = [np.isin(batches.at(0).encoder_BS[0], VOCABULARY.sentinels) for batches in (train, heldout)]
     assert (masked[0] != masked[1]).any()
 
@@ -312,7 +318,7 @@ def test_spec_has_the_shapes_and_dtypes_of_real_batches_without_data(objective, 
         return [None if x is None else (x.shape, x.dtype) for x in batch]
 
     for heldout in (False, True):
-        real = Batches(config, vocabulary_of(config), [Places(400, first=3)], heldout=heldout).at(0)
+        real = Batches(config, vocabulary_of(config), [OffsetStream(400, first=3)], heldout=heldout).at(0)
         assert describe(pipeline.spec(config)) == describe(real)
 
 
@@ -334,10 +340,10 @@ def test_pairs_of_one_document_are_refused():
     config = small(model={"architecture": "encoder"}, data={"objective": "mlm_nsp", "source": ("text:0",)})
     for heldout, split in ((False, "training"), (True, "held-out")):
         with pytest.raises(DataError, match=f"data.source=text:0 has one {split} document, but pairs need another"):
-            Batches(config, vocabulary_of(config), [Places(13)], heldout=heldout)
+            Batches(config, vocabulary_of(config), [OffsetStream(13)], heldout=heldout)
 
 
-def test_targets_or_sentinels_that_do_not_suffice_are_refused():
+def test_too_few_targets_or_sentinels_are_refused():
     with pytest.raises(ConfigError, match=r"data.targets_length=5 must be at least \d+ .* use \d+"):
         pipeline.spec(small(data={"targets_length": 5}))
     with pytest.raises(ConfigError, match="tokenizer.num_sentinels=1 must be at least 2"):

@@ -88,18 +88,18 @@ def test_sentinels_count_down_and_eos_ends_both_sides():
     batch = random_batch(small())
     for side in (batch.encoder_BS, np.where(batch.weights_BL > 0, batch.targets_BL, 0)):
         for row in side:
-            found = row[row > 479]
-            assert found.tolist() == SENTINELS[: len(found)].tolist()
+            sentinels_of_row = row[row > 479]
+            assert sentinels_of_row.tolist() == SENTINELS[: len(sentinels_of_row)].tolist()
             assert row[row != 0][-1] == 1 and (row == 1).sum() == 1
     assert (batch.decoder_BL[:, 0] == 0).all() and (batch.decoder_BL[:, 1:] == batch.targets_BL[:, :-1]).all()
 
 
-def test_padding_of_the_targets_weighs_nothing():
+def test_padding_of_the_targets_has_weight_0():
     batch = random_batch(small(data={"targets_length": 20}))
     assert ((batch.targets_BL == 0) == (batch.weights_BL == 0)).all() and (batch.weights_BL == 0).any()
 
 
-def test_segments_follow_their_tokens():
+def test_tokens_keep_their_segments():
     config = small(data={"cross_document_attention": False})
     length = denoisers(config)[0].window.length
     segments = (1 + np.arange(length) // 9)[None].astype(np.int32).repeat(4, 0)
@@ -133,18 +133,18 @@ def test_causal_lm_does_not_predict_across_a_border():
     assert (batch.weights_BL[:, :-1][ends] == 0).all() and (batch.weights_BL[:, :-1][~ends] == 1).all()
 
 
-def test_prefix_lm_splits_an_encoder_decoder_row_where_the_lengths_say():
+def test_prefix_lm_splits_an_encoder_decoder_row_at_inputs_length():
     batch = random_batch(small(data={"objective": "prefix_lm"}))
     assert batch.encoder_BS.shape == (8, 32) and batch.targets_BL.shape == (8, 12) and (batch.weights_BL == 1).all()
 
 
-def test_prefix_lm_of_a_decoder_sees_the_prefix_and_learns_the_rest():
+def test_prefix_lm_of_a_decoder_has_a_prefix_and_targets_after_it():
     batch = random_batch(small(model={"architecture": "decoder"}, data={"objective": "prefix_lm", "batch_size": 400}))
     prefix = batch.prefix_BL.sum(1)
-    assert prefix.min() >= 1 and prefix.max() <= 43 and len(set(prefix)) == 43  # every place occurs
-    place = np.arange(44)[None]
-    assert (batch.prefix_BL == (place < prefix[:, None])).all()
-    assert (batch.weights_BL == (place >= prefix[:, None] - 1)).all()
+    assert prefix.min() >= 1 and prefix.max() <= 43 and len(set(prefix)) == 43  # every length occurs
+    position = np.arange(44)[None]
+    assert (batch.prefix_BL == (position < prefix[:, None])).all()
+    assert (batch.weights_BL == (position >= prefix[:, None] - 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_prefix_lm_of_a_decoder_sees_the_prefix_and_learns_the_rest():
         ({"inputs_length": 2}, {}, "data.inputs_length=2"),
     ],
 )
-def test_what_does_not_fit_is_refused(data, tokenizer, message):
+def test_lengths_that_do_not_fit_are_refused(data, tokenizer, message):
     with pytest.raises(ConfigError, match=message):
         denoisers(small(data=data, tokenizer=tokenizer))
 
@@ -201,9 +201,9 @@ def test_ul2_rows_invert_and_begin_with_their_mode_token(architecture):
                 assert batch.decoder_BL[row][start] == 0 and batch.decoder_BL.shape[1] == 1024
             else:
                 read = batch.encoder_BS[row][batch.encoder_segments_BS[row] > 0]
-            said = batch.targets_BL[row][batch.weights_BL[row] > 0].tolist()
+            targets = batch.targets_BL[row][batch.weights_BL[row] > 0].tolist()
             assert read[0] == sentinels[{"R": -1, "S": -2, "X": -3}[way.name[0]]]
-            text = [*read[1:], *said] if way.name == "S" else merge(read[1:].tolist(), said, sentinels)
+            text = [*read[1:], *targets] if way.name == "S" else merge(read[1:].tolist(), targets, sentinels)
             assert text == tokens[row].tolist(), way.name
 
 
@@ -212,9 +212,9 @@ def test_over_a_million_tokens_the_masked_share_is_that_of_the_table():
         if way.name != "S":
             mask = noise_mask(keys(10**6 // way.window.length), way.spans)
             assert mask.mean() == pytest.approx(way.spans.noise / way.window.length, rel=1e-12)
-            if way.spans.spans > 20:  # away from the ends every place is masked about equally often
-                places = mask.mean(0)[way.window.length // 4 : -way.window.length // 4]
-                assert abs(places - mask.mean()).max() < 5 * (mask.mean() / len(mask)) ** 0.5, way.name
+            if way.spans.spans > 20:  # away from the ends every position is masked about equally often
+                rates = mask.mean(0)[way.window.length // 4 : -way.window.length // 4]
+                assert abs(rates - mask.mean()).max() < 5 * (mask.mean() / len(mask)) ** 0.5, way.name
 
 
 @pytest.mark.parametrize("data, tokenizer, message", [
@@ -229,7 +229,7 @@ def test_a_denoiser_that_does_not_fit_is_refused(data, tokenizer, message):
 # ---- One sequence for a decoder-only model ----
 
 
-def test_a_decoder_only_row_is_the_input_then_the_target():
+def test_a_decoder_only_row_is_the_inputs_then_the_targets():
     both = {name: random_batch(small(model={"architecture": name}, data={"objective": "span_corruption"}))
             for name in ("encoder_decoder", "decoder")}  # fmt: skip
     pair, row = both.values()
@@ -239,7 +239,7 @@ def test_a_decoder_only_row_is_the_input_then_the_target():
     assert (row.weights_BL[:, :32] == 0).all() and (row.prefix_BL == (np.arange(44) < 32)[None]).all()
 
 
-def test_causal_lm_of_an_encoder_decoder_reads_nothing_and_says_all():
+def test_causal_lm_of_an_encoder_decoder_has_no_inputs_and_all_tokens_as_targets():
     batch = random_batch(small(data={"objective": "causal_lm", "inputs_length": 1}))
     assert (batch.encoder_BS == 1).all() and batch.encoder_BS.shape == (8, 1)
     assert (batch.weights_BL == 1).all() and (batch.decoder_BL[:, 1:] == batch.targets_BL[:, :-1]).all()

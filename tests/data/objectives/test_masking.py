@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import made, small, vocabulary_of
+from conftest import denoised_batch, small, vocabulary_of
 
 from t5like.data.objectives import masking
 from t5like.data.objectives.denoisers import denoisers
@@ -37,7 +37,7 @@ def test_the_share_of_masked_tokens_is_exact_in_every_row():
     assert (batch.encoder_BS[:, 0] == CLS).all() and (batch.encoder_BS[:, -1] == 1).all()
 
 
-def test_targets_are_what_stood_there_and_the_rest_is_unchanged():
+def test_targets_are_the_original_tokens_and_the_rest_is_unchanged():
     of = text(64)
     batch = masked(CONFIG, of)
     inner, learned = batch.encoder_BS[:, 1:-1], batch.weights_BL[:, 1:-1] > 0
@@ -49,11 +49,11 @@ def test_of_a_million_tokens_80_10_10_percent_are_masked_random_and_kept():
     of = text(2000, 512)
     batch = masked(small(model={"architecture": "encoder"}, data={"inputs_length": 514}), of)
     learned = batch.weights_BL > 0
-    said, truth = batch.encoder_BS[learned], batch.targets_BL[learned]
+    inputs, truth = batch.encoder_BS[learned], batch.targets_BL[learned]
     chosen = round(0.15 * 512)
     assert learned.sum() == 2000 * chosen
-    assert (said == MASK).sum() == 2000 * round(0.8 * chosen)
-    drawn = said[(said != MASK) & (said != truth)]
+    assert (inputs == MASK).sum() == 2000 * round(0.8 * chosen)
+    drawn = inputs[(inputs != MASK) & (inputs != truth)]
     # one in 477 random tokens is the one that stood there; 5 standard deviations of a Poisson number
     expected = 2000 * round(0.1 * chosen) * (1 - 1 / len(ORDINARY))
     assert abs(len(drawn) - expected) < 5 * (2000 * round(0.1 * chosen) / len(ORDINARY)) ** 0.5
@@ -61,7 +61,7 @@ def test_of_a_million_tokens_80_10_10_percent_are_masked_random_and_kept():
     assert counts.min() > 0 and np.bincount(drawn, minlength=500)[~VOCABULARY.ordinary_V].sum() == 0
 
 
-def test_every_place_is_masked_equally_often():
+def test_every_position_is_masked_equally_often():
     learned = masked(CONFIG, text(20_000)).weights_BL[:, 1:-1].sum(0)
     expected = 20_000 * 10 / 64
     # chi-square with 63 degrees of freedom is below 103 with probability 0.999
@@ -83,7 +83,7 @@ def test_a_row_with_too_little_text_has_fewer_masks():
     assert (masked(CONFIG, of).weights_BL.sum(1) == 5).all()
 
 
-def test_whole_words_are_masked_whole_and_the_budget_is_never_exceeded():
+def test_words_are_masked_completely_and_the_budget_is_never_exceeded():
     config = small(model={"architecture": "encoder"}, data={"inputs_length": 66, "whole_word_masking": True})
     of = text(500)
     batch = masked(config, of)
@@ -102,14 +102,14 @@ def test_whole_words_are_masked_whole_and_the_budget_is_never_exceeded():
 
 
 class Documents:
-    """Documents of given sizes, EOS included, whose token at place p is 100 + its document's number."""
+    """Documents of given sizes, EOS included, whose token at offset p is 100 + its document's index."""
 
     def __init__(self, *sizes):
         self.ends, self.num_tokens = np.cumsum(sizes), sum(sizes)
 
     def windows(self, starts_N, length):
-        places = (starts_N[:, None] + np.arange(length)) % self.num_tokens
-        return (100 + np.searchsorted(self.ends, places, "right")).astype(np.int32)
+        offsets = (starts_N[:, None] + np.arange(length)) % self.num_tokens
+        return (100 + np.searchsorted(self.ends, offsets, "right")).astype(np.int32)
 
     def documents(self, places_N):
         index = np.searchsorted(self.ends, places_N % self.num_tokens, "right")
@@ -127,7 +127,7 @@ def test_half_of_the_second_texts_follow_in_the_same_document_and_no_other_does(
     second = np.where(of.segments_BT == 2, of.tokens_BT, 0)
     for row in range(len(first)):
         documents = [set(part[row][part[row] > 0].tolist()) for part in (first, second)]
-        assert all(len(found) == 1 for found in documents)
+        assert all(len(each) == 1 for each in documents)
         assert (documents[0] == documents[1]) == bool(of.follows_B[row])
     # 5 standard deviations of 2000 tosses
     assert abs(of.follows_B.mean() - 0.5) < 5 * 0.5 / 2000**0.5
@@ -143,7 +143,7 @@ def test_a_true_successor_begins_where_the_first_text_ends():
         assert (np.diff(tokens[segments > 0]) == 1).all()
 
 
-def test_length_says_nothing_of_whether_the_second_text_follows():
+def test_length_does_not_reveal_whether_the_second_text_follows():
     of = pairs(Documents(*[100] * 40), rows=4000)
     assert ((of.segments_BT > 0).all(1)).all()
     first = (of.segments_BT == 1).sum(1)
@@ -173,7 +173,7 @@ def test_a_pair_is_laid_out_as_bert_does():
 
 def test_a_row_depends_on_its_own_key_only():
     config = small(model={"architecture": "encoder", "token_types": 2}, data={"objective": "mlm_nsp", "batch_size": 6})
-    whole = made(config, denoisers(config)[0])
+    whole = denoised_batch(config, denoisers(config)[0])
     stream, starts, k = Documents(*[50] * 20), np.arange(0, 600, 100), keys(6)
     alone = masking.sentence_pairs(stream, starts[2:4], 29, k[2:4])
     together = masking.sentence_pairs(stream, starts, 29, k)
@@ -188,6 +188,6 @@ def test_a_row_depends_on_its_own_key_only():
         ({}, {"num_sentinels": 1}, "tokenizer.num_sentinels=1 must be at least 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(data, tokenizer, message):
+def test_lengths_that_do_not_fit_are_refused(data, tokenizer, message):
     with pytest.raises(ConfigError, match=message):
         denoisers(small(model={"architecture": "encoder"}, data=data, tokenizer=tokenizer))

@@ -93,7 +93,7 @@ def test_another_format_than_text_is_named(tmp_path, raw, message):
             assert re.search(message, line) and str(path) in line, (kind, documents)
 
 
-def test_compressed_and_columnar_files_are_no_text_files(tmp_path):
+def test_compressed_and_columnar_files_are_not_text_files(tmp_path):
     path = tmp_path / "a"
     for raw, name in ((gzip.compress(LINES.encode()), "gzip"), (zstandard.compress(LINES.encode()), "Zstandard")):
         path.write_bytes(raw)
@@ -157,14 +157,14 @@ def test_sources_prompts_and_tokenizers_are_regular_files(tmp_path):
         os.close(end)
 
 
-def test_a_tokenizer_file_is_not_read_beyond_what_tokenizers_are(tmp_path):
+def test_a_tokenizer_file_is_not_read_beyond_the_size_of_tokenizers(tmp_path):
     with open(tmp_path / "large", "wb") as file:
         file.truncate(2**40)
     with pytest.raises(DataError, match="tokenizer.path=.*/large is larger than 256 MiB"):
         Tokenizer.load(tmp_path / "large", num_sentinels=10)
 
 
-def test_blank_lines_are_passed_over_and_refused_by_the_gigabyte(tmp_path):
+def test_blank_lines_are_skipped_and_gigabytes_of_them_refused(tmp_path):
     rng = np.random.default_rng(0)
     runs = [b"\n \n\t\n"[: rng.integers(6)] + b"\r\n" * rng.choice([0, 1, 60, 70, 5000]) for _ in range(50)]
     raw = b"".join(blank + b'{"text": "%d"}\n' % number for number, blank in enumerate(runs))
@@ -197,7 +197,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize(("column", "message"), COLUMNS.values(), ids=COLUMNS)
-def test_a_column_that_is_no_text_is_refused(tmp_path, column, message):
+def test_a_column_that_is_not_text_is_refused(tmp_path, column, message):
     pq.write_table(pa.table({"text": column}), tmp_path / "a")
     assert re.search(message, refused(f"parquet:{tmp_path}/a"))
 
@@ -207,7 +207,7 @@ def test_a_column_that_is_no_text_is_refused(tmp_path, column, message):
     [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.dictionary("int32", "str")],
     ids=str,
 )
-def test_columns_of_every_kind_of_text_are_read(tmp_path, kind):
+def test_columns_of_every_text_type_are_read(tmp_path, kind):
     texts = ["one", "zwei é", ""] * 100
     pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), tmp_path / "a", row_group_size=170)
     opened = open_source(f"parquet:{tmp_path}/a", DataConfig())
@@ -261,7 +261,7 @@ def prepare(tmp_path, model):
     return prepared
 
 
-def test_half_of_a_surrogate_pair_is_refused_before_work_wherever_it_stands(tmp_path, prepare):
+def test_half_of_a_surrogate_pair_is_refused_before_work(tmp_path, prepare):
     for row in ('{"text": "a", "unused": "\\ud800"}', '{"text": "a", "\\udc00": 1}', '{"text": "\\ud800"}'):
         (tmp_path / "a").write_text(row + "\n" + LINES)
         with pytest.raises(DataError, match="a:1: not valid JSON .a string has half of a surrogate pair") as refusal:
@@ -293,7 +293,7 @@ def test_prompts_are_read_as_json_lines_are(tmp_path):
 @pytest.mark.parametrize(
     "failure", [DataError("a.jsonl:7: bad"), KeyboardInterrupt(15), OSError(5, "io"), KeyError("x")]
 )
-def test_what_a_source_raises_while_a_tokenizer_is_trained_is_raised_as_it_is(tmp_path, failure):
+def test_an_exception_of_a_source_in_tokenizer_training_is_raised_unchanged(tmp_path, failure):
     def texts():
         yield from TEXTS
         raise failure
@@ -319,7 +319,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
-def test_a_file_that_changes_while_it_is_read_makes_no_store(tmp_path, prepare, monkeypatch, kind, change, message):
+def test_a_file_that_changes_while_it_is_read_gives_no_store(tmp_path, prepare, monkeypatch, kind, change, message):
     path = tmp_path / "a"
     if kind == "parquet":
         pq.write_table(pa.table({"text": TEXTS}), path)
@@ -344,6 +344,6 @@ def test_a_file_that_changes_while_it_is_read_makes_no_store(tmp_path, prepare, 
     assert store.split("train").num_documents + store.split("heldout").num_documents >= len(TEXTS)
 
 
-def test_a_source_s_name_with_brackets_is_shown_as_it_is_while_it_is_read():
+def test_a_source_s_name_with_brackets_is_shown_unchanged():
     with status("reading jsonl:a[/b]"):
         pass

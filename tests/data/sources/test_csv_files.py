@@ -58,7 +58,7 @@ def test_rows_are_those_of_python_in_any_order(tmp_path, compress, line_end):
         assert copy[number] == rows[number]["text"] and copy.record(number).fields == rows[number]
 
 
-def test_a_record_stands_at_its_first_line(tmp_path):
+def test_the_location_of_a_record_is_its_first_line(tmp_path):
     (tmp_path / "a").write_text('text,n\n\n"a\nb\n\n",1\n"c",2\nd,3,4\n')
     opened = source(tmp_path / "a")
     assert [opened.record(number).where for number in range(2)] == [f"{tmp_path}/a:3", f"{tmp_path}/a:7"]

@@ -20,7 +20,7 @@ from t5like.data.sources.python_expressions import gloss
 from t5like.data.sources.python_tasks import LABELS, LARGEST, NAMES, Tasks, examples, library
 from t5like.evaluation.text_metrics import majority_baseline
 
-COPIES = ("question_answering", "dialogue")  # whose answers may be found in what is read
+COPIES = ("question_answering", "dialogue")  # targets may occur in the inputs
 FILES = Path(__file__).parents[3] / "configs"
 IMPORTABLE = ("textwrap", "json/decoder", "shutil", "difflib", "statistics", "logging/__init__", "fractions", "heapq")
 
@@ -30,14 +30,14 @@ def texts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_there_are_enough_examples_and_no_two_read_the_same(name):
+def test_there_are_enough_examples_and_all_inputs_differ(name):
     keys, features = zip(*examples(name), strict=True)
     assert 2000 <= len(keys) <= LARGEST and len(set(keys)) == len(keys)
     assert max(Counter(str(each.get("inputs", each.get("messages"))) for each in features).values()) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in COPIES])
-def test_no_target_can_be_read_in_its_input(name):
+def test_no_target_is_contained_in_its_inputs(name):
     for inputs, targets in texts(name):
         assert targets.strip() and targets not in inputs, inputs
 
@@ -55,13 +55,13 @@ def test_a_task_is_a_tfds_data_set_read_without_tensorflow(name, tmp_path):
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(None):
         builder.download_and_prepare()
-    found = [flat(record) for record in builder.as_data_source(split="train")]
-    assert sorted(found) == sorted(flat(example) for _, example in examples(name))
+    records = [flat(record) for record in builder.as_data_source(split="train")]
+    assert sorted(records) == sorted(flat(example) for _, example in examples(name))
     assert "tensorflow" not in sys.modules
 
 
 def flat(example):
-    """The texts of an example as it is made, or as it is read back: bytes, and a list for each part of a message."""
+    """The texts of an example, generated or read from TFDS: bytes, and a list for each part of a message."""
     if "inputs" in example:
         parts = [[example["inputs"]], [example["targets"]]]
     elif isinstance(messages := example["messages"], dict):
@@ -109,19 +109,19 @@ def real_function(key):
     file, line, name = key.split(":")
     if (module := file.removesuffix(".py")) not in IMPORTABLE:
         return None
-    found = importlib.import_module(module.removesuffix("/__init__").replace("/", "."))
+    value = importlib.import_module(module.removesuffix("/__init__").replace("/", "."))
     for part in name.split("."):
-        found = inspect.getattr_static(found, part, None)
-    found = getattr(found, "__func__", found)  # of class and static methods
-    is_it = inspect.isfunction(found) and 0 <= int(line) - found.__code__.co_firstlineno < 5
-    return found if is_it and not hasattr(found, "__wrapped__") else None
+        value = inspect.getattr_static(value, part, None)
+    value = getattr(value, "__func__", value)  # of class and static methods
+    is_it = inspect.isfunction(value) and 0 <= int(line) - value.__code__.co_firstlineno < 5
+    return value if is_it and not hasattr(value, "__wrapped__") else None
 
 
-def is_right(said, function, question):
+def is_right(answer, function, question):
     fact = answer(question, function)
     if not question.startswith("What is the default"):
-        return said == str(fact)
-    return eval(said, function.__globals__) == fact or repr(fact) == said  # noqa: S307
+        return answer == str(fact)
+    return eval(answer, function.__globals__) == fact or repr(fact) == answer  # noqa: S307
 
 
 def test_answers_are_true_of_the_real_functions():
@@ -134,7 +134,7 @@ def test_answers_are_true_of_the_real_functions():
     assert len(checked) >= 4 and checked.total() >= 60, checked
 
 
-def test_conversations_take_turns_and_their_facts_are_true():
+def test_roles_alternate_in_conversations_and_their_facts_are_true():
     checked = 0
     for key, example in examples("dialogue"):
         messages = example["messages"]
@@ -148,7 +148,7 @@ def test_conversations_take_turns_and_their_facts_are_true():
     assert checked >= 60
 
 
-def test_labels_are_many_none_is_named_and_the_majority_is_no_answer():
+def test_labels_are_many_and_not_named_and_none_has_a_majority():
     pairs = texts("classification")
     counts = Counter(label for _, label in pairs)
     assert set(counts) == set(LABELS) and min(counts.values()) >= 50
@@ -156,7 +156,7 @@ def test_labels_are_many_none_is_named_and_the_majority_is_no_answer():
     assert not any(label in text.lower() for text, label in pairs)
 
 
-def test_what_is_generated_follows_its_beginning_in_the_documentation():
+def test_targets_of_text_generation_follow_the_inputs_in_the_documentation():
     words = " ".join(" ".join(text.split()) for _, text in library().docstrings)
     from_docstrings = [example for key, example in examples("text_generation") if not key.startswith("topic/")]
     assert len(from_docstrings) > 1000
@@ -165,7 +165,7 @@ def test_what_is_generated_follows_its_beginning_in_the_documentation():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_task_has_a_config_that_asks_for_its_measures(name):
+def test_every_task_has_a_config_with_its_metrics(name):
     config = loader.load(FILES / f"task_{name}.py")
     assert config.data.source == (f"task:{name}",) and config.data.objective == ("supervised",)
     assert config.evaluate.metrics and loader.from_json(loader.to_json(config)) == config
@@ -199,7 +199,7 @@ class Reader:
 
     def many(self, read):
         number, _ = int(self.words.pop(0)), self.words.pop(0)
-        return [read() for place in range(number) if place == 0 or self.take("and")]
+        return [read() for position in range(number) if position == 0 or self.take("and")]
 
     def pair(self, middle):
         first = self.read()
@@ -254,7 +254,7 @@ class Reader:
         return f"{self.read()}.{word}" if word.isidentifier() and self.has("of") else word
 
 
-def test_every_reading_can_be_read_back():
+def test_every_reading_can_be_parsed_back():
     for code, reading in texts("translation"):
         reader = Reader(reading)
         assert ast.unparse(ast.parse(reader.read(), mode="eval")) == code and not reader.words, reading
@@ -272,5 +272,5 @@ def test_every_reading_can_be_read_back():
         ("'two words'", ""),
     ],
 )
-def test_a_reading_says_what_an_expression_does(code, reading):
+def test_readings_of_expressions(code, reading):
     assert gloss(ast.parse(code, mode="eval").body) == reading

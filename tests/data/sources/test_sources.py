@@ -59,7 +59,7 @@ def test_lines_of_text_files_are_documents(tmp_path):
     same_documents(source(f"text:{tmp_path}/?.txt", text_documents="line"), ["one", "  two ", "three", "four"])
 
 
-def test_passages_of_a_text_file_are_together_the_file(tmp_path):
+def test_passages_of_a_text_file_concatenate_to_the_file(tmp_path):
     text = "".join(f"line {i} é\n" * (i % 5) for i in range(9000)) + "é" * 100_000 + "\nend"
     (tmp_path / "a.txt").write_text(text, "utf-8")
     opened = source(f"text:{tmp_path}/a.txt", text_documents="passage")
@@ -79,7 +79,7 @@ def test_json_lines_are_read_plain_and_compressed(tmp_path, suffix):
     assert opened.size_hint == pytest.approx(sum(len(json.dumps(text)) for text in TEXTS), rel=0.1)
 
 
-def test_compression_is_told_by_content_and_not_by_name(tmp_path):
+def test_compression_is_detected_by_content_and_not_by_name(tmp_path):
     (tmp_path / "plain.jsonl.gz").write_text('{"text": "a"}\n')
     (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(b'{"text": "b"}\n'))
     same_documents(source(f"jsonl:{tmp_path}/*"), ["a", "b"])
@@ -251,7 +251,7 @@ def test_a_task_is_built_once_and_gives_records_with_names_for_labels(tmp_path, 
             open_source("task:two", data, RequiredFields(("inputs",)))
 
 
-def test_texts_without_fields_are_refused_where_fields_are_wanted(tmp_path):
+def test_texts_without_fields_are_refused_where_fields_are_required(tmp_path):
     with pytest.raises(ConfigError, match="text:a has no fields, which data.objective=supervised needs; use jsonl"):
         open_source("text:a", DataConfig(), RequiredFields(("inputs",)))
 
@@ -304,7 +304,7 @@ def test_missing_empty_and_unreadable_files_are_refused(tmp_path):
         source(f"text:{tmp_path}/*.md")
 
 
-def test_invalid_utf_8_in_a_text_file_is_named_with_its_place(tmp_path):
+def test_invalid_utf_8_in_a_text_file_is_named_with_its_offset(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match="a.txt: invalid UTF-8 at byte 3"):
         source(f"text:{tmp_path}/a.txt", text_documents="file")[0]
@@ -333,7 +333,7 @@ def test_bad_parquet_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["texts/*.txt", "txt:a", "text:", "python_stdlib:3.9", ""])
-def test_unknown_kinds_of_source_are_refused_with_the_list(spec):
+def test_unknown_types_of_source_are_refused_with_the_list(spec):
     with pytest.raises(ConfigError, match="must be one of python_stdlib, tfds:NAME, text:GLOB"):
         source(spec)
 
@@ -341,7 +341,7 @@ def test_unknown_kinds_of_source_are_refused_with_the_list(spec):
 # ---- Fingerprints ----
 
 
-def test_fingerprints_follow_names_sizes_and_contents_but_not_the_place(tmp_path):
+def test_fingerprints_depend_on_names_sizes_and_contents_but_not_on_the_directory(tmp_path):
     def fingerprint(directory, name, raw):
         (tmp_path / directory).mkdir(exist_ok=True)
         (tmp_path / directory / name).write_bytes(raw)
@@ -351,14 +351,16 @@ def test_fingerprints_follow_names_sizes_and_contents_but_not_the_place(tmp_path
     first = fingerprint("x", "a.txt", large)
     assert fingerprint("y", "a.txt", large) == first
     changed = {fingerprint("z", "b.txt", b"a"), fingerprint("z", "b.txt", b"b"), fingerprint("z", "c.txt", b"b"), first}
-    for place in (0, 2**20, 2**21 - 1):  # at the ends, where edits are most likely; and inside a sampled block
-        large[place // 4096 * 4096 : place // 4096 * 4096 + 2**15] = b"b" * len(large[place // 4096 * 4096 :][: 2**15])
+    for offset in (0, 2**20, 2**21 - 1):  # at the ends, where edits are most likely; and inside a sampled block
+        large[offset // 4096 * 4096 : offset // 4096 * 4096 + 2**15] = b"b" * len(
+            large[offset // 4096 * 4096 :][: 2**15]
+        )
         changed.add(fingerprint("x", "a.txt", large))
     changed.add(fingerprint("x", "a.txt", large + b"b"))
     assert len(changed) == 8
 
 
-def test_names_mean_the_same_from_every_directory(tmp_path, monkeypatch):
+def test_names_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert canonical("text:a/*.txt") == f"text:{tmp_path}/a/*.txt" and canonical("tfds:a/b:1.0.0") == "tfds:a/b:1.0.0"
     assert canonical("jsonl:~/a") == f"jsonl:{os.path.expanduser('~')}/a"

@@ -29,7 +29,7 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-def test_fields_stand_where_their_names_are():
+def test_fields_replace_their_names():
     form = templates("q: {question} {{{score}}} {good}", "{answers/text/1} {n}{n}")
     inputs, targets = form.parts(Record(SQUAD, "here"))
     assert inputs == Part("q: Who? {3.5} true", is_target=False)
@@ -38,7 +38,7 @@ def test_fields_stand_where_their_names_are():
     assert inputs_text((inputs, targets)) == inputs.text
 
 
-def test_values_are_not_templates_again():
+def test_values_are_not_expanded_as_templates():
     assert templates().parts(Record({**SQUAD, "question": "{n} {{"}, "here"))[0].text == "{n} {{"
 
 
@@ -69,7 +69,7 @@ def test_an_example_with_empty_targets_has_no_parts():
         ("none", "a.jsonl:3: 'none' is a NoneType, not a text or number; remove the example"),
     ],
 )
-def test_a_field_that_is_no_text_is_refused_with_its_place(field, message):
+def test_a_field_that_is_not_text_is_refused_with_its_location(field, message):
     with pytest.raises(DataError) as refused:
         templates(targets=f"{{{field}}}").parts(Record({**SQUAD, "none": None}, "a.jsonl:3"))
     assert message in str(refused.value) and "\n" not in str(refused.value)
@@ -88,7 +88,7 @@ def test_a_template_without_a_field_is_refused():
         templates(targets="yes {{}}")
 
 
-def test_running_text_has_no_form():
+def test_running_text_has_no_example_format():
     assert example_format(DataConfig()) is None
     assert isinstance(example_format(DataConfig(objective=("supervised",))), Templates)
     assert isinstance(example_format(DataConfig(objective=("supervised",), messages_field="talk")), Chat)
@@ -106,7 +106,7 @@ TALK = [
 ]
 
 
-def test_what_the_assistant_says_is_learned():
+def test_assistant_turns_are_targets():
     parts = chat(TALK)
     assert [part.text for part in parts] == ["system: Be brief.", "user: 2 + 2?", "4", "user: 3?", "6", "user: Thanks"]
     assert [part.text for part in parts if part.is_target] == ["4", "6"]
@@ -117,7 +117,7 @@ def test_a_prompt_has_the_text_that_was_trained_on():
     assert render_prompt(TALK[:4]) == [part.text for part in chat(TALK)[:4]]
 
 
-def test_a_greeting_is_read_and_not_learned():
+def test_a_greeting_is_not_a_target():
     assert [part.is_target for part in chat([message("assistant", "Hi"), *TALK[1:3]])] == [False, False, True]
 
 
@@ -145,7 +145,7 @@ def test_a_conversation_with_an_empty_answer_has_no_parts():
         ([message("assistant", "Hi")], "has no assistant message after another message"),
     ],
 )
-def test_what_is_no_conversation_is_refused_with_its_place(messages, rule):
+def test_what_is_not_a_conversation_is_refused_with_its_location(messages, rule):
     with pytest.raises(DataError) as refused:
         chat(messages)
     assert str(refused.value).startswith("a.jsonl:1: 'talk'") and rule in str(refused.value)

@@ -95,7 +95,7 @@ DAMAGED_FILES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "line"), DAMAGED_FILES)
-def test_a_damaged_file_of_a_store_is_named_and_made_again_without_the_manifest(own, name, damage, line):
+def test_a_damaged_file_of_a_store_is_named_and_rewritten_without_the_manifest(own, name, damage, line):
     store = store_of(own)
     whole, path = contents(store), store / "pieces" / name
     raw = path.read_bytes()
@@ -161,7 +161,7 @@ def test_a_damaged_count_of_tokens_is_counted_again(own):
         np.testing.assert_array_equal(stream.token_counts(400), counts)
 
 
-def test_a_tokenizer_that_was_trained_here_is_verified_too(own):
+def test_a_tokenizer_that_was_trained_here_is_verified(own):
     directory = next(Path(own.data.cache_directory).glob("tokenizers/*/trained_on.json")).parent
     record, model = directory / "trained_on.json", directory / "tokenizer.model"
     text, raw = record.read_text(), model.read_bytes()
@@ -193,9 +193,7 @@ def test_large_stores_are_verified_in_the_background_and_processes_share_the_wor
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_no_checkpoint_is_saved_of_a_run_that_learns_from_damaged_tokens(
-    command, flags, own, tmp_path, monkeypatch, at_once
-):
+def test_no_checkpoint_is_saved_of_a_run_on_damaged_tokens(command, flags, own, tmp_path, monkeypatch, at_once):
     if not at_once:
         monkeypatch.setitem(Verification.__init__.__kwdefaults__, "large", 0)
         saving, verify, wait = threading.Event(), StoredFile.verify, Verification.wait
@@ -328,7 +326,7 @@ def test_a_run_directory_that_was_tampered_with_is_refused(command, trained, fla
         assert contents(run) == before
 
 
-def test_names_that_are_no_steps_are_not_checkpoints(trained, tmp_path):
+def test_names_that_are_not_steps_are_not_checkpoints(trained, tmp_path):
     directory = tmp_path / "checkpoints"
     shutil.copytree(trained / "checkpoints", directory)
     for name in ("007", "\u0663", "\u00b2", "9" * 30, "-3", "1e3"):
@@ -358,7 +356,7 @@ def test_a_run_without_an_id_takes_its_newest_checkpoints_or_gets_one(trained, t
     assert new != known and [checkpoints.meta(step).run for step in (1, 4)] == ["", new.strip()]
 
 
-def test_what_a_failed_read_orphans_is_not_reported(trained, capsys):
+def test_orphans_of_a_failed_read_are_not_reported(trained, capsys):
     Checkpoints(trained / "checkpoints", keep=1)
 
     async def orphan() -> None:

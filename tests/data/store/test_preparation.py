@@ -108,15 +108,17 @@ def test_every_document_is_in_one_split_with_its_text(own):
     train, heldout = (documents(store, prepared.tokenizer, split) for split in ("train", "heldout"))
     texts = lines(6000)
     assert set(train) | set(heldout) == set(texts) and len(train) + len(heldout) == 6000
-    places = {text: place for place, text in enumerate(texts)}
+    positions = {text: position for position, text in enumerate(texts)}
     for documents_of_split in (train, heldout):
-        assert [places[text] for text in documents_of_split] == sorted(places[text] for text in documents_of_split)
+        assert [positions[text] for text in documents_of_split] == sorted(
+            positions[text] for text in documents_of_split
+        )
     assert 500 < len(heldout) < 700  # a tenth
     assert len(store.manifest["pieces"]) == 5 and store.manifest["dtype"] == "<u2"
     assert store.manifest["tokenizer"] == prepared.tokenizer.hash
 
 
-def test_held_out_documents_stay_so_in_another_order_and_among_more(own, tmp_path):
+def test_documents_stay_held_out_in_another_order_and_among_more_documents(own, tmp_path):
     first = prepare(own, progress=False)
     held = set(documents(first.stores[0], first.tokenizer, "heldout"))
     texts = lines(6000)[::-1] + lines(2000, seed=1)
@@ -126,7 +128,7 @@ def test_held_out_documents_stay_so_in_another_order_and_among_more(own, tmp_pat
     assert held_again & set(lines(6000)) == held < held_again
 
 
-def test_a_trained_tokenizer_sees_training_documents_only_and_is_kept(own, tmp_path):
+def test_a_tokenizer_is_trained_only_on_training_documents_and_kept(own, tmp_path):
     config = dataclasses.replace(own, tokenizer=dataclasses.replace(own.tokenizer, path=""))
     prepared = prepare(config, progress=False)
     train = documents(prepared.stores[0], prepared.tokenizer, "train")
@@ -156,7 +158,7 @@ def test_workers_write_the_same_bytes_as_one_process(own, tmp_path):
     assert contents(alone.directory) == contents(together.directory)
 
 
-def test_a_second_prepare_touches_nothing(own):
+def test_a_second_prepare_changes_nothing(own):
     store = ready(own)
     before = {path: path.stat().st_mtime_ns for path in store.directory.rglob("*")}
     began = time.monotonic()
@@ -184,15 +186,15 @@ def prepare_elsewhere(config, tmp_path, *, shards: int | None = None) -> subproc
 
 
 def processes_of_group(group: int) -> list[str]:
-    found = []
+    processes = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it has just ended
         if int(fields[2]) == group and fields[0] != "Z":
-            found.append(stat.parent.name)
-    return found
+            processes.append(stat.parent.name)
+    return processes
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, work
     assert not list(directory.glob("stores/*/manifest.json")) and 5 <= len(done) < len(whole.manifest["pieces"])
     store = ready(longer)
     assert contents(store.directory) == contents(whole.directory)
-    assert {path: path.stat().st_mtime_ns for path in done} == done  # nothing was made twice
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # nothing was written twice
 
 
 def test_two_processes_at_once_make_one_good_store(longer, tmp_path):
@@ -266,7 +268,7 @@ def test_shards_of_older_data_are_written_again(own, tmp_path):
 # ---- Damage and change ----
 
 
-def test_a_flipped_bit_is_found_and_a_short_file_at_once(own):
+def test_a_flipped_bit_is_detected_on_reading_and_a_short_file_on_opening(own):
     store = ready(own)
     path = store.directory / "pieces" / "00003.train.tokens"
     raw = bytearray(path.read_bytes())
@@ -284,7 +286,7 @@ def test_a_flipped_bit_is_found_and_a_short_file_at_once(own):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_changed_source_is_refused_with_both_ways_out(own, tmp_path, trained):
+def test_a_changed_source_is_refused_with_both_fixes(own, tmp_path, trained):
     if trained:
         own = dataclasses.replace(own, tokenizer=dataclasses.replace(own.tokenizer, path=""))
     before = ready(own)
@@ -301,7 +303,7 @@ def test_a_changed_source_is_refused_with_both_ways_out(own, tmp_path, trained):
     assert ready(own).split("train").num_documents + ready(own).split("heldout").num_documents == 6001
 
 
-def test_a_store_serves_when_its_source_is_gone(own, tmp_path):
+def test_a_store_works_without_its_source(own, tmp_path):
     own = dataclasses.replace(own, tokenizer=dataclasses.replace(own.tokenizer, path=""))
     before = prepare(own, progress=False)
     (tmp_path / "a.jsonl").unlink()
@@ -314,7 +316,7 @@ def test_a_store_serves_when_its_source_is_gone(own, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_data_end_prepare_with_one_line_and_no_store(own, tmp_path, workers):
+def test_bad_data_stop_prepare_with_one_line_and_no_store(own, tmp_path, workers):
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "half a pair \\ud800"}\n')
     with pytest.raises(DataError, match="a.jsonl:6001: not valid JSON .a string has half of a surrogate") as refused:
@@ -387,5 +389,5 @@ def test_windows_and_segments_equal_a_plain_concatenation(store, split):
             ended = np.concatenate([[0], np.cumsum(expected == tokenizer.eos_id)[:-1]])
             np.testing.assert_array_equal(segment, 1 + ended)
     counts = np.bincount(whole, minlength=360)
-    for opened in (store, TokenStore.open(store.directory)):  # counted, and found counted
+    for opened in (store, TokenStore.open(store.directory)):  # counted, and cached
         np.testing.assert_array_equal(opened.split(split).token_counts(360), counts)

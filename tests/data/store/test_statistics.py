@@ -1,4 +1,4 @@
-"""What is told of a source's text: counts against the texts themselves, and short names."""
+"""Statistics of a source's text, compared with counts of the texts, and short names of sources."""
 
 import json
 from types import SimpleNamespace
@@ -33,16 +33,16 @@ def test_a_store_counts_documents_bytes_duplicates_and_what_the_vocabulary_lacks
     prepared = preparation.prepare(config, progress=False)
     manifest, [store] = prepared.stores[0].manifest, prepared.stores
     tokenizer = Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
-    found = {name: sum(manifest["splits"][split][name] for split in SPLITS) for name in COUNTS}
+    counts = {name: sum(manifest["splits"][split][name] for split in SPLITS) for name in COUNTS}
     tokens = [tokenizer.name(token) for text in TEXTS for token in tokenizer.encode(text)]
-    assert found == {
+    assert counts == {
         "documents": len(TEXTS),
         "tokens": len(tokens) + len(TEXTS),
         "bytes": sum(len(text.encode()) for text in TEXTS),
         "unknown": 0,
         "byte_fallback": sum(token.startswith("<0x") for token in tokens),
     }
-    assert found["byte_fallback"] >= 6 and manifest["duplicates"] == 2
+    assert counts["byte_fallback"] >= 6 and manifest["duplicates"] == 2
     texts = [tokenizer.decode(store.split("train").windows([0], store.split("train").num_tokens)[0], keep_special=True)]
     assert manifest["splits"]["train"]["bytes"] == len("".join(texts).replace("</s>", "").encode())
 
@@ -58,7 +58,7 @@ def test_a_store_counts_documents_bytes_duplicates_and_what_the_vocabulary_lacks
     assert again["splits"]["train"] == manifest["splits"]["train"]
 
 
-def test_lines_stand_in_columns_and_show_what_an_older_store_knows(tmp_path):
+def test_lines_are_aligned_and_omit_what_an_older_store_lacks(tmp_path):
     split = {"documents": 7441, "tokens": 3577142, "bytes": 14308568, "unknown": 3, "byte_fallback": 35768}
     new = {"splits": {"train": split, "heldout": {"documents": 1, "tokens": 52}}, "duplicates": 12}
     plain = {"documents": 5, "tokens": 9}
@@ -72,7 +72,7 @@ def test_lines_stand_in_columns_and_show_what_an_older_store_knows(tmp_path):
     ]
 
 
-def test_unknown_tokens_are_counted_where_a_model_has_no_bytes():
+def test_unknown_tokens_are_counted_for_models_without_byte_fallback():
     model = SimpleNamespace(unk_id=2, byte_fallback_V=np.zeros(9, bool))
     assert statistics.count_tokens(model, np.array([3, 2, 2, 1])) == {"unknown": 2, "byte_fallback": 0}
 
@@ -93,11 +93,11 @@ def test_unknown_tokens_are_counted_where_a_model_has_no_bytes():
         (["text:[/]/?"], "text"),
     ],
 )
-def test_sources_are_named_by_what_tells_them_apart(sources, names):
+def test_sources_are_named_by_what_distinguishes_them(sources, names):
     assert source_names(small(data={"source": sources}).data) == tuple(names.split())
 
 
-def test_given_names_are_taken_and_others_refused():
+def test_valid_source_names_are_used_and_others_refused():
     sources = {"source": ["text:a.txt", "text:b.txt"]}
     assert source_names(small(data={**sources, "source_names": ["x", "y.1"]}).data) == ("x", "y.1")
     for names in (["x"], ["x", "x"], ["x", "a/b"], ["x", ""]):

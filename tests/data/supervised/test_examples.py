@@ -1,4 +1,4 @@
-"""Stores of supervised examples, and the units that are made of them, against the records they come from."""
+"""Stores of supervised examples, and their units for packing, compared with the records."""
 
 import json
 import shutil
@@ -112,7 +112,7 @@ def test_one_store_serves_both_architectures(own, tmp_path):
     assert ready(own()).stores[0].directory != ready(own(inputs_template="x {inputs}")).stores[0].directory
 
 
-def test_a_conversation_is_a_unit_for_each_answer_of_an_encoder_decoder(own, tmp_path):
+def test_a_conversation_gives_an_encoder_decoder_a_unit_per_assistant_turn(own, tmp_path):
     rows = conversations(60)
     write(tmp_path / "a.jsonl", rows)
     config = own(messages_field="talk")
@@ -129,7 +129,7 @@ def test_a_conversation_is_a_unit_for_each_answer_of_an_encoder_decoder(own, tmp
     assert sorted(units(config, prepared, "train") + units(config, prepared, "heldout")) == sorted(expected)
 
 
-def test_a_conversation_is_one_unit_of_a_decoder_up_to_its_last_answer(own, tmp_path):
+def test_a_conversation_gives_a_decoder_one_unit_up_to_the_last_assistant_turn(own, tmp_path):
     rows = conversations(60)
     write(tmp_path / "a.jsonl", rows)
     config = own("decoder", messages_field="talk")
@@ -145,7 +145,7 @@ def test_a_conversation_is_one_unit_of_a_decoder_up_to_its_last_answer(own, tmp_
     )
 
 
-def test_a_trained_tokenizer_sees_inputs_and_targets_of_training_examples(own, tmp_path):
+def test_a_tokenizer_is_trained_on_inputs_and_targets_of_training_examples(own, tmp_path):
     write(
         tmp_path / "a.jsonl",
         [{"inputs": f"{i} " + "q" * (i % 9), "targets": "żółw " * (i % 7 + 1)} for i in range(900)],
@@ -161,7 +161,7 @@ def test_a_trained_tokenizer_sees_inputs_and_targets_of_training_examples(own, t
 # ---- Interruptions and changes ----
 
 
-def test_workers_and_an_interrupted_store_end_as_one_process_alone(own, tmp_path):
+def test_workers_and_an_interrupted_store_give_the_result_of_one_process(own, tmp_path):
     write(tmp_path / "a.jsonl", questions(8000))
     alone = ready(own()).stores[0].directory
     whole = contents(alone)
@@ -221,20 +221,20 @@ def test_examples_with_empty_targets_are_left_out_and_counted(own, tmp_path):
     for row in rows[3:13]:
         row["targets"] = ""
     write(tmp_path / "a.jsonl", rows)
-    for _ in range(2):  # made, and found made
+    for _ in range(2):  # prepared, and loaded
         prepared = ready(own())
         assert prepared.notes == (
             f"data.source=jsonl:{tmp_path}/a.jsonl: 10 examples have empty targets and are left out",
         )
-    found = units(own(), prepared, "train") + units(own(), prepared, "heldout")
-    assert sorted(found) == sorted((row["inputs"] + "|", row["targets"] + "|") for row in rows if row["targets"])
+    pairs = units(own(), prepared, "train") + units(own(), prepared, "heldout")
+    assert sorted(pairs) == sorted((row["inputs"] + "|", row["targets"] + "|") for row in rows if row["targets"])
     write(tmp_path / "a.jsonl", [{**row, "targets": ""} for row in rows])
     with pytest.raises(DataError, match="has 0 different inputs with targets, and one has to be held out"):
         ready(own(cache_directory=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
-def test_examples_that_no_row_can_hold_are_left_out_and_counted(own, tmp_path, architecture):
+def test_examples_that_do_not_fit_in_a_row_are_left_out_and_counted(own, tmp_path, architecture):
     write(tmp_path / "a.jsonl", questions(300))
     whole = own(architecture)
     prepared = ready(whole)
@@ -248,9 +248,9 @@ def test_examples_that_no_row_can_hold_are_left_out_and_counted(own, tmp_path, a
     assert 0 < len(examples) == fits.sum() and examples.too_long == (~fits).sum() > 0
     np.testing.assert_array_equal(examples.begin_N, everything.begin_N[fits])
     np.testing.assert_array_equal(examples.targets_M2[examples.first_N], np.stack([examples.cut_N, examples.end_N], 1))
-    said = f"data.source=jsonl:a: {(~fits).sum()} of {len(fits)} training examples are longer than data.inputs_length"
+    note = f"data.source=jsonl:a: {(~fits).sum()} of {len(fits)} training examples are longer than data.inputs_length"
     assert (
-        examples.note.startswith(said)
+        examples.note.startswith(note)
         and f"{max(inputs + targets) if architecture == 'decoder' else max(inputs)}" in examples.note
     )
     with pytest.raises(

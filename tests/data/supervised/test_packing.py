@@ -41,7 +41,7 @@ def test_short_examples_fill_their_rows(total):
     assert pack(lengths_NC, (512,), seed=0).efficiency > 0.95
 
 
-def test_the_seed_alone_decides_who_shares_a_row():
+def test_only_the_seed_decides_which_examples_share_a_row():
     lengths_NC = np.random.default_rng(0).integers(1, 50, (1000, 1))
     rows = lambda seed: pack(lengths_NC, (100,), seed).order_N.tolist()
     assert rows(1) == rows(1) != rows(2)
@@ -119,16 +119,16 @@ def texts(ids, segments, chosen=True):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_holds_its_examples_one_by_one(setting, shape):
-    """Every example's tokens, read in plain Python from the store, stand in one row, in the form that is promised."""
+def test_a_row_contains_its_examples_in_order(setting, shape):
+    """Every example's tokens, read from the store in plain Python, are in one row with the documented layout."""
     config, rows = setting(shape)
     examples = rows.examples
     whole = examples.stream.windows(np.zeros(1, np.int64), examples.stream.num_tokens)[0].tolist()
-    places = {}
+    units = {}
     for n, (begin, cut, end) in enumerate(zip(examples.begin_N, examples.cut_N, examples.end_N, strict=True)):
         learned = [any(start <= place < stop for start, stop in examples.targets_M2) for place in range(begin, end)]
-        places[n] = (whole[begin:cut], whole[cut:end], learned)
-    found = []
+        units[n] = (whole[begin:cut], whole[cut:end], learned)
+    pairs = []
     batch = rows.batch(np.arange(rows.count))
     for r in range(rows.count):
         segments = batch.decoder_segments_BL[r]
@@ -137,24 +137,30 @@ def test_a_row_holds_its_examples_one_by_one(setting, shape):
             marks = batch.decoder_segments_BL if name == "decoder" else batch.encoder_segments_BS
             positions = batch.decoder_positions_BL if name == "decoder" else batch.encoder_positions_BS
             assert all(part == list(range(len(part))) for part in texts(positions[r], marks[r]))
-        said, read, weights = (texts(x[r], segments) for x in (batch.targets_BL, batch.decoder_BL, batch.weights_BL))
+        targets_of_row, decoder_inputs, weights = (
+            texts(x[r], segments) for x in (batch.targets_BL, batch.decoder_BL, batch.weights_BL)
+        )
         assert not batch.weights_BL[r][segments == 0].any()
         if batch.encoder_BS is not None:
             inputs = texts(batch.encoder_BS[r], batch.encoder_segments_BS[r])
-            assert read == [[0, *part[:-1]] for part in said] and all(all(part) for part in weights)
-            found += zip(inputs, said, strict=True)
+            assert decoder_inputs == [[0, *part[:-1]] for part in targets_of_row] and all(all(part) for part in weights)
+            pairs += zip(inputs, targets_of_row, strict=True)
         else:
-            prefix = [[]] * len(said) if "chat" in shape else texts(batch.decoder_BL[r], segments, batch.prefix_BL[r])
-            found += [(p, s[len(p) :]) for p, s in zip(prefix, said, strict=True)]
-            assert read == [[*p, 0, *s[len(p) : -1]] for p, s in zip(prefix, said, strict=True)]
-            learned = {tuple(i + t): flags for i, t, flags in places.values()}
-            assert [list(map(bool, part)) for part in weights] == [learned[tuple(part)] for part in said]
-    assert sorted(found) == sorted((inputs, targets) for inputs, targets, _ in places.values())
+            prefix = (
+                [[]] * len(targets_of_row)
+                if "chat" in shape
+                else texts(batch.decoder_BL[r], segments, batch.prefix_BL[r])
+            )
+            pairs += [(p, s[len(p) :]) for p, s in zip(prefix, targets_of_row, strict=True)]
+            assert decoder_inputs == [[*p, 0, *s[len(p) : -1]] for p, s in zip(prefix, targets_of_row, strict=True)]
+            learned = {tuple(i + t): flags for i, t, flags in units.values()}
+            assert [list(map(bool, part)) for part in weights] == [learned[tuple(part)] for part in targets_of_row]
+    assert sorted(pairs) == sorted((inputs, targets) for inputs, targets, _ in units.values())
     assert rows.count < len(examples) and 0.5 < rows.efficiency <= 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_are_the_same_in_any_company(setting, shape):
+def test_rows_do_not_depend_on_the_other_rows_of_a_batch(setting, shape):
     """So any process makes its own rows of a batch, in any order, and its fields are those of a blank batch."""
     config, rows = setting(shape)
     numbers = np.random.default_rng(0).integers(0, rows.count, 12)

@@ -66,7 +66,7 @@ def test_special_ids_and_sentinels_are_those_of_t5(tokenizer):
     assert tokenizer.encode_with_sentinels("a<extra_id_1>b") == [*tokenizer.encode("a"), 498, *tokenizer.encode("b")]
 
 
-def test_t5_style_models_get_their_sentinels_above(path):
+def test_t5_style_models_get_sentinels_above_their_pieces(path):
     assert Tokenizer.load(path, num_sentinels=100).sentinel_ids[0] == 480 + 99  # 32,000 pieces + 100: 32,099
 
 
@@ -81,7 +81,7 @@ def test_bpe_is_exact_too(tmp_path):
     assert tokenizer.decode(tokenizer.encode(TEXTS[3])) == TEXTS[3] and tokenizer.vocab_size == 400
 
 
-def test_the_hash_follows_model_and_sentinels(path, tokenizer, tmp_path):
+def test_the_hash_depends_on_model_and_sentinels(path, tokenizer, tmp_path):
     assert Tokenizer.load(path, num_sentinels=20).hash == tokenizer.hash != Tokenizer.load(path, num_sentinels=21).hash
 
 
@@ -90,7 +90,7 @@ def test_lone_surrogates_are_refused(tokenizer):
         tokenizer.encode("a\ud800")
 
 
-def test_a_vocabulary_too_large_for_the_text_is_refused_with_one_that_works(tmp_path):
+def test_a_vocabulary_too_large_for_the_text_is_refused_with_a_size_that_works(tmp_path):
     with pytest.raises(
         DataError, match="tokenizer.vocab_size=30000 is too large.*use tokenizer.vocab_size="
     ) as refused:
@@ -101,13 +101,13 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_with_one_that_works(tmp_
     assert Tokenizer.load(tmp_path / "m", num_sentinels=100).vocab_size == works
 
 
-def test_another_vocabulary_size_than_the_config_says_is_refused(tokenizer):
+def test_a_vocabulary_size_other_than_the_config_s_is_refused(tokenizer):
     with pytest.raises(DataError, match="tokenizer.vocab_size=600.*500"):
         tokenizer.check(TokenizerConfig(vocab_size=600, num_sentinels=20))
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>login</html>", None])
-def test_what_is_no_model_is_refused(tmp_path, path, content):
+def test_files_that_are_not_models_are_refused(tmp_path, path, content):
     file = tmp_path / "bad.model"
     file.write_bytes(path.read_bytes()[:2000] if content is None else content)
     with pytest.raises(DataError, match="bad.model"):
@@ -129,13 +129,13 @@ def foreign(tmp_path, **options):
     return path.with_suffix(".model")
 
 
-def test_sentinels_inside_a_model_are_found_and_checked(tmp_path):
+def test_sentinel_pieces_of_a_model_are_detected_and_checked(tmp_path):
     pieces = [f"<extra_id_{i}>" for i in range(9, -1, -1)]
     inside = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "user_defined_symbols": pieces}
     tokenizer_path = foreign(tmp_path, **inside)
     try:
         tokenizer = Tokenizer.load(tokenizer_path, num_sentinels=10)
-    except DataError as error:  # they need not be the highest ids: then that is what is said
+    except DataError as error:  # if they are not the highest ids, the message says so
         assert "extra_id" in str(error)
     else:
         assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.sentinel_ids[:1].tolist()) == "<extra_id_0>"
@@ -143,7 +143,7 @@ def test_sentinels_inside_a_model_are_found_and_checked(tmp_path):
         Tokenizer.load(tokenizer_path, num_sentinels=11)
 
 
-def test_a_model_without_a_pad_id_serves_decoders_only(tmp_path):
+def test_a_model_without_a_pad_id_works_only_for_decoders(tmp_path):
     path = foreign(tmp_path)  # SentencePiece's defaults, as Llama's: unk 0, bos 1, eos 2, no pad
     assert Tokenizer.load(path, num_sentinels=0).eos_id == 2
     with pytest.raises(DataError, match="pad"):
