@@ -44,7 +44,7 @@ def checks(config: Config, workdir: Path | None) -> list[Check]:
 
 def _data(config: Config) -> list[Check]:
     try:
-        tokenizer, stores = preparation.find(config)
+        tokenizer, stores = preparation.find_prepared(config)
     except UserError as error:
         return [Check("tokenizer", "wrong", str(error), error)]
     make = "t5like prepare makes it"

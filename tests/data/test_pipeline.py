@@ -31,8 +31,8 @@ class OffsetStream:
         documents = (starts_N[:, None] + np.arange(length)) // 7
         return (documents - documents[:, :1] + 1).astype(np.int32)
 
-    def documents(self, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        begin_N = places_N // 7 * 7
+    def documents(self, offsets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        begin_N = offsets_N // 7 * 7
         return begin_N, np.minimum(begin_N + 7, self.num_tokens) - 1
 
 

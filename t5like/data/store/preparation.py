@@ -30,15 +30,13 @@ from t5like.data.sources.templates import example_format
 from t5like.data.store import statistics
 from t5like.data.store.manifest import SPLITS, add_checksum, sum_counts, token_dtype
 from t5like.data.store.shards import Documents, ShardJob, finished_shard, hashes_path, split_draws, write_shards
-from t5like.data.store.token_store import FORMAT, SHARDS_FOLDER, Stream, TokenStore, file_digest, repair_advice
+from t5like.data.store.token_store import FORMAT, SHARDS_FOLDER, TokenStore, file_digest, repair_advice
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError, printable
 from t5like.io.atomic import remove_stale_temporaries, replace_file
 from t5like.io.paths import cache_directory, expand
 from t5like.io.strict_json import loads
 from t5like.metrics.progress import Progress, status
-
-__all__ = ["Prepared", "Stream", "TokenStore", "prepare"]
 
 NUM_SHARDS = 64  # of a store, as long as the size of a shard is within these limits
 SMALLEST_SHARD, LARGEST_SHARD = 2**18, 2**28  # bytes of text
@@ -83,7 +81,7 @@ def prepare(config: Config, *, progress: bool = True) -> Prepared:
     return Prepared(tokenizer, tokenizer_path, tuple(stores), tuple(notes))
 
 
-def find(config: Config) -> tuple[Tokenizer | None, tuple[TokenStore | None, ...]]:
+def find_prepared(config: Config) -> tuple[Tokenizer | None, tuple[TokenStore | None, ...]]:
     """The existing tokenizer and token stores of a config, None for those that `prepare` would have to make.
 
     Opens no source, so it does not detect that data have changed.

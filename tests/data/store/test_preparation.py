@@ -16,7 +16,8 @@ import pytest
 
 from t5like.config import loader
 from t5like.config.schema import TokenizerConfig
-from t5like.data.store.preparation import TokenStore, prepare
+from t5like.data.store.preparation import prepare
+from t5like.data.store.token_store import TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError
 
