@@ -1,1 +1,1 @@
-"""Documents by number: text, JSON lines, CSV, Parquet, TFDS and Hugging Face data sets."""
+"""Documents by index: text, JSON lines, CSV, Parquet, TFDS and Hugging Face data sets."""

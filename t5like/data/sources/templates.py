@@ -49,7 +49,7 @@ def render_prompt(messages: Sequence[Mapping[str, str]]) -> list[str]:
 class Templates:
     """``data.inputs_template`` and ``data.targets_template``: text with fields in braces, ``{{`` and ``}}`` for braces.
 
-    A field inside others is addressed by slashes, an element of a list by its number from 0: ``{answers/text/0}``.
+    A field inside others is addressed by slashes, an element of a list by its index: ``{answers/text/0}``.
     Numbers are written as Python does, true and false in lower case.
     """
 

@@ -1,1 +1,1 @@
-"""Supervised examples: from token ids of prompts and answers to packed batches."""
+"""Supervised examples: from token ids of inputs and targets to packed rows."""

@@ -75,7 +75,7 @@ class Examples:
         self.too_long, self.note = int((~fits_N).sum()), ""
         if not self.too_long:
             return
-        what = f"{split} answers" if data.messages_field and len(longest) == 2 else f"{split} examples"
+        what = f"{split} assistant turns" if data.messages_field and len(longest) == 2 else f"{split} examples"
         if len(longest) == 2:
             limit = f"data.inputs_length={data.inputs_length} or data.targets_length={data.targets_length}"
             maximum = f"longest inputs {longest[0]:,}, targets {longest[1]:,}"

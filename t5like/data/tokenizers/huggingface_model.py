@@ -210,7 +210,7 @@ class JsonModel:
             named = "no pad token" if pad is None else f"pad id {pad}"
             raise DataError(
                 f"{self._origin} has {named}, but with sentinels that must be id 0; use another tokenizer, or "
-                "tokenizer.num_sentinels=0 for a decoder that learns causal_lm or prefix_lm"
+                "tokenizer.num_sentinels=0 for a decoder with causal_lm or prefix_lm"
             )
         self.pad_id, self.unk_id, self.pads_with_a_token = 0, roles.get("unk"), pad == 0
         self._skipped = {self.eos_id} | ({pad} if pad is not None else set())
