@@ -3,6 +3,8 @@
 Examples in a row do not attend to each other: each has its own segment, and positions from 0. The rows depend only on
 the examples, the lengths and the seed. Called by `pipeline`, which shuffles the rows of every epoch. Packing follows T5
 (Raffel et al. 2020, section 3.1.2); the masks of decoder-only inputs follow Wang et al. 2022, section 2.
+
+Shapes: B rows of a batch, E examples in them, T their tokens, M their targets.
 """
 
 from typing import NamedTuple
@@ -35,6 +37,7 @@ def pack(lengths_NC: np.ndarray, capacity_C: tuple[int, ...], seed: int) -> Pack
 
     Examples are shuffled by the seed and distributed over lanes. Each lane puts its next example into the first of its
     open rows that has room. One step of the loop handles all lanes, so a million examples take about a second.
+    Shapes: N examples, G lanes, K open rows of a lane, C capacities.
 
     Args:
         lengths_NC: int64, at most the capacity.
@@ -52,13 +55,13 @@ def pack(lengths_NC: np.ndarray, capacity_C: tuple[int, ...], seed: int) -> Pack
         lane_G, length_GC = np.arange(len(example_G)), lengths_NC[example_G]
         fits_GK = (free_GKC[: len(example_G)] >= length_GC[:, None]).all(axis=2)
         slot_G = fits_GK.argmax(axis=1)
-        full_G = np.flatnonzero(~fits_GK[lane_G, slot_G])
-        if len(full_G):
-            slot_G[full_G] = fullest = (free_GKC[full_G] / capacity_C).sum(axis=2).argmin(axis=1)
-            free_GKC[full_G, fullest], row_GK[full_G, fullest] = capacity_C, -1
-        new = np.flatnonzero(row_GK[lane_G, slot_G] < 0)
-        row_GK[new, slot_G[new]] = opened_G[new] * lanes + new
-        opened_G[new] += 1
+        full_lanes = np.flatnonzero(~fits_GK[lane_G, slot_G])
+        if len(full_lanes):
+            slot_G[full_lanes] = fullest = (free_GKC[full_lanes] / capacity_C).sum(axis=2).argmin(axis=1)
+            free_GKC[full_lanes, fullest], row_GK[full_lanes, fullest] = capacity_C, -1
+        new_lanes = np.flatnonzero(row_GK[lane_G, slot_G] < 0)
+        row_GK[new_lanes, slot_G[new_lanes]] = opened_G[new_lanes] * lanes + new_lanes
+        opened_G[new_lanes] += 1
         free_GKC[lane_G, slot_G] -= length_GC
         row_N[example_G] = row_GK[lane_G, slot_G]
     return _packing(row_N, lengths_NC, capacity_C)
@@ -169,8 +172,8 @@ def _write_decoder(
     """Write the decoder's part of each unit, the tokens [begin, end), into the batch at its row and offset."""
     length_E = examples.end_N[unit_E] - begin_E
     prefix_E = examples.cut_N[unit_E] - begin_E  # tokens before START
-    corner_E = row_E * batch.targets_BL.shape[1] + offset_E  # first position in the flattened rows
-    position_T = concatenate_ranges(corner_E, length_E)
+    first_E = row_E * batch.targets_BL.shape[1] + offset_E  # first position in the flattened rows
+    position_T = concatenate_ranges(first_E, length_E)
     batch.targets_BL.flat[position_T] = tokens_T = examples.stream.gather(begin_E, length_E)
     batch.decoder_segments_BL.flat[position_T] = np.repeat(segment_E, length_E)
     batch.decoder_positions_BL.flat[position_T] = concatenate_ranges(np.zeros_like(length_E), length_E)
@@ -180,8 +183,8 @@ def _write_decoder(
     decoder_T[shifted_T], decoder_T[start_E] = tokens_T[shifted_T - 1], DECODER_START_ID
     batch.decoder_BL.flat[position_T] = decoder_T
     if batch.prefix_BL is not None:
-        batch.prefix_BL.flat[concatenate_ranges(corner_E, prefix_E)] = True
+        batch.prefix_BL.flat[concatenate_ranges(first_E, prefix_E)] = True
     count_E = examples.count_N[unit_E]
     targets_M2 = examples.targets_M2[concatenate_ranges(examples.first_N[unit_E], count_E)]
-    position_M = targets_M2[:, 0] + np.repeat(corner_E - begin_E, count_E)
+    position_M = targets_M2[:, 0] + np.repeat(first_E - begin_E, count_E)
     batch.weights_BL.flat[concatenate_ranges(position_M, targets_M2[:, 1] - targets_M2[:, 0])] = 1
