@@ -26,6 +26,11 @@ def shorten(items: Iterable[str], *, shown: int = 5, separator: str = ", ") -> s
     return separator.join(items[:shown]) + others
 
 
+def one_line(error: Exception, *, longest: int = 300) -> str:
+    """The message of a library's exception on one line, for the end of a message; it may be empty."""
+    return " ".join(str(error).split())[:longest]
+
+
 class UserError(Exception):
     """A failure that the user can fix; its message is one line."""
 

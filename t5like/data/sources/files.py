@@ -228,8 +228,3 @@ def check_fields(where: str, fields: Iterable[str], required: RequiredFields) ->
         if name not in fields:
             names = ", ".join(map(repr, fields)) or "(none)"
             raise DataError(f"{where}: there is no field {name!r}; {required.fix} one of {names}")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception on one line, for the end of a message."""
-    return " ".join(str(error).split())[:300]

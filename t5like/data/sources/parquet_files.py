@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from t5like.data.sources.encoding import decode_utf8
-from t5like.data.sources.files import FileSource, Record, RequiredFields, check_fields, one_line
-from t5like.errors import DataError
+from t5like.data.sources.files import FileSource, Record, RequiredFields, check_fields
+from t5like.errors import DataError, one_line
 from t5like.io.regular_files import open_regular
 
 _ROWS = 128  # rows in memory at a time: a row group of a few kilobytes may decompress to gigabytes

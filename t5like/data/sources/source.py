@@ -29,12 +29,11 @@ from t5like.data.sources.files import (
     check_fields,
     fingerprint_files,
     matching_files,
-    one_line,
     record_text,
 )
 from t5like.data.sources.lines import JsonLines, Lines, TabSeparated
 from t5like.data.sources.parquet_files import ParquetFiles
-from t5like.errors import ConfigError, DataError
+from t5like.errors import ConfigError, DataError, one_line
 from t5like.io.paths import cache_directory, expand
 
 SOURCE_TYPES = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, csv:GLOB, tsv:GLOB, hf:NAME, task:NAME"

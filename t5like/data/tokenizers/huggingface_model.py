@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from t5like.data.tokenizers.sentencepiece_model import SENTINEL, SPACE
-from t5like.errors import DataError
+from t5like.errors import DataError, one_line
 from t5like.io.regular_files import read_regular
 from t5like.io.strict_json import InvalidJSON, loads
 
@@ -268,9 +268,8 @@ class JsonModel:
         try:
             tokenizer = library.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library has no exception type for it
-            message = " ".join(str(error).split())
             raise DataError(
-                f"{self._origin} can't be read by tokenizers {library.__version__}: {message[:300]}"
+                f"{self._origin} can't be read by tokenizers {library.__version__}: {one_line(error)}"
             ) from None
         for entry in content["added_tokens"]:
             if (token := tokenizer.token_to_id(entry["content"])) != entry["id"]:
