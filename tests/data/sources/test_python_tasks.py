@@ -117,11 +117,11 @@ def real_function(key):
     return value if is_it and not hasattr(value, "__wrapped__") else None
 
 
-def is_right(answer, function, question):
+def is_right(target, function, question):
     fact = answer(question, function)
     if not question.startswith("What is the default"):
-        return answer == str(fact)
-    return eval(answer, function.__globals__) == fact or repr(fact) == answer  # noqa: S307
+        return target == str(fact)
+    return eval(target, function.__globals__) == fact or repr(fact) == target  # noqa: S307
 
 
 def test_answers_are_true_of_the_real_functions():
