@@ -244,7 +244,7 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     machine = topology.parse(options.topology, options.num_slices)
     paths = [path and expand(path).absolute() for path in (options.workdir, options.keep)]
     plan_options = planner.PlanOptions(options.quick, options.search, options.tokens, options.price, *paths)
-    result, errors = planner.make(
+    result, errors = planner.make_plan(
         config, machine, plan_options, lambda line: print(printable(line), file=sys.stderr, flush=True)
     )
     print(json.dumps(result, indent=1) if options.json else report.text(result))

@@ -1,1 +1,1 @@
-"""What a run will need and how fast it will be, from its config and a topology's name alone: `t5like plan`."""
+"""`t5like plan`: memory, step time and cost of a run, predicted from its config and the name of a topology."""

@@ -28,8 +28,8 @@ from t5like.plan import topology as topologies
 from t5like.plan.topology import Topology
 from t5like.sharding import auto, placement, xla_options
 
-# TPU_SKIP_MDS_QUERY: don't ask Google's metadata server. ALLOW_MULTIPLE_LIBTPU_LOAD: two steps compile side by side.
-# The accelerator's type and host only silence lines about their absence.
+# TPU_SKIP_MDS_QUERY: no request to Google's metadata server. ALLOW_MULTIPLE_LIBTPU_LOAD: two steps compile in parallel.
+# The accelerator's type and host only silence warnings that they are missing.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -45,25 +45,25 @@ ENVIRONMENT = {
 class Program(NamedTuple):
     """One compiled step; bytes are per device."""
 
-    text: str  # the scheduled HLO; empty if it does not fit, or can't be read here
-    lowered: str  # SHA-256 of the StableHLO that was compiled
+    text: str  # the scheduled HLO; empty if it does not fit, or jaxlib can't parse it
+    lowered: str  # SHA-256 of the StableHLO
     arguments: int  # state and batch, with the padding of their layouts
     outputs: int
-    aliased: int  # of the outputs, in the place of an argument (donation)
+    aliased: int  # of the outputs: in the buffers of donated arguments
     temporary: int
-    peak: int  # arguments and the most that is alive beside them
+    peak: int  # arguments and the maximum of live temporaries
     seconds: float  # of lowering and compiling
-    out_of_memory: str = ""  # what the compiler said
-    needed: int = 0  # bytes, if it said so
-    cpu_seconds: float = 0.0  # of the whole process that compiled it
-    resident: int = 0  # bytes of it at most
+    out_of_memory: str = ""  # the compiler's message
+    needed: int = 0  # bytes, if the message gives them
+    cpu_seconds: float = 0.0  # of the process that compiled it
+    resident: int = 0  # maximum resident bytes of that process
 
 
 def check_installed(topology: Topology) -> None:
-    """Refuse a machine whose compiler is not here.
+    """Refuse a topology whose compiler is not installed.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: with the package to install.
     """
     module, extra = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda"), "cpu": ("jax", "")}[
         topology.chip.platform
@@ -75,8 +75,10 @@ def check_installed(topology: Topology) -> None:
         )
 
 
-def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | None = None) -> dict[str, Program]:
-    """Compile the steps of these names, `train` or `eval`, side by side; with `keep` their files stay in that folder.
+def compile_steps(
+    config: Config, topology: Topology, names: Sequence[str], keep: Path | None = None
+) -> dict[str, Program]:
+    """Compile the steps of these names, `train` or `eval`, in parallel; their files are written to `keep` if given.
 
     Raises:
         UserError: the compiler refused the program for another reason than memory.
@@ -87,7 +89,7 @@ def run(config: Config, topology: Topology, names: Sequence[str], keep: Path | N
         try:
             directory.mkdir(parents=True, exist_ok=True)
             replace_file(directory / "request.json", json.dumps(request))
-            for name in names:  # another program's, from before
+            for name in names:  # files of an earlier program
                 for kept in (f"{name}.json", f"{name}.hlo.gz"):
                     (directory / kept).unlink(missing_ok=True)
         except OSError as error:
@@ -121,24 +123,24 @@ def _collect(directory: Path, name: str, process: subprocess.Popen) -> Program:
         lines = (directory / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().split("\n")
         last = next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "no message")
         raise UserError(f"the {name} step could not be compiled (exit code {code}): {last[:400]}")
-    answer = json.loads(path.read_text(encoding="utf-8"))
-    if "refused" in answer:
-        raise ConfigError(answer["refused"])
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "refused" in result:
+        raise ConfigError(result["refused"])
     return read(directory, name)
 
 
 def read(directory: Path, name: str) -> Program:
-    """What `run` kept in a folder."""
-    answer = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    """Read what `compile_steps` wrote to a folder."""
+    result = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
     packed = directory / f"{name}.hlo.gz"
-    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **answer)
+    return Program(text=gzip.decompress(packed.read_bytes()).decode() if packed.exists() else "", **result)
 
 
-# ---- In the process that compiles ----
+# ---- In the compiling process ----
 
 
 def lower(config: Config, topology: Topology, name: str):
-    """The step as `train` (or its evaluation) would lower it on these devices."""
+    """The step as `train`, or its evaluation, lowers it on these devices."""
     import jax
 
     from t5like.data import pipeline
@@ -159,14 +161,14 @@ def lower(config: Config, topology: Topology, name: str):
         return step.jit_eval_step(config, mesh).lower(abstract.params, shapes, zeros)
 
 
-def compiled(config: Config, topology: Topology, name: str) -> Program:
+def compile_step(config: Config, topology: Topology, name: str) -> Program:
     """Lower and compile one step in this process."""
     begin = time.monotonic()
     lowered = lower(config, topology, name)
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     try:
         with xla_options.refusals():
-            program, text = scheduled(lowered, topology.chip.platform)
+            program, text = _compile_with_text(lowered, topology.chip.platform)
     except Exception as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
@@ -185,26 +187,26 @@ def compiled(config: Config, topology: Topology, name: str) -> Program:
     )
 
 
-def scheduled(lowered, platform: str):
-    """Compile: the program, and its text, which is empty where nothing can read it."""
+def _compile_with_text(lowered, platform: str):
+    """Compile; returns the program and its text, which is empty if it can't be parsed."""
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
-        written = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
-        program = lowered.compile(compiler_options=written)
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
+        program = lowered.compile(compiler_options=options)
         return program, _text(program, Path(dump))
 
 
 def _text(program, dump: Path) -> str:
-    """The scheduled program; where jaxlib can't read it, as the compiler itself wrote it; nothing if it did not.
+    """The scheduled program from jaxlib, or from the compiler's dump if jaxlib can't parse it; empty if there is none.
 
-    jaxlib 0.10.2 refuses what libtpu 0.0.52 makes of look-ups in embeddings on chips with sparse cores, v5p among them
-    ("async-update instruction should have 1 operands"): the compiler is newer than the reader.
+    jaxlib 0.10.2 can't parse embedding look-ups of libtpu 0.0.52 on chips with sparse cores, such as v5p ("async-update
+    instruction should have 1 operands"): the compiler is newer than the parser.
     """
     from jax.errors import JaxRuntimeError
 
     try:
         return program.as_text()
     except JaxRuntimeError as error:
-        print(f"the program can't be read: {error}", file=sys.stderr)
+        print(f"the program can't be parsed: {error}", file=sys.stderr)
         stages = sorted(dump.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
         return stages[-1].read_text(encoding="utf-8") if stages else ""
 
@@ -213,14 +215,14 @@ def out_of_memory(message: str, digest: str, seconds: float) -> Program:
     """A program that does not fit, from the compiler's message: ``HLO temporaries (64.00G) exceeds available HBM``.
 
     Raises:
-        ConfigError: what does not fit is a kernel, in the core's own memory, whatever the batch and the mesh.
+        ConfigError: a kernel does not fit in the core's own memory (VMEM), which no batch size and no mesh changes.
     """
     if "memory space vmem" in message:
         raise ConfigError(
             "model.kernels=tpu: the attention kernel for rows of this length does not fit in the core's own memory "
             "(the compiler: Ran out of memory in memory space vmem); use --config.model.kernels=plain, or shorter rows"
         )
-    sizes = [_bytes(*found) for found in re.findall(r"\(([0-9.]+)([KMGT])\)", message)]
+    sizes = [_bytes(*size) for size in re.findall(r"\(([0-9.]+)([KMGT])\)", message)]
     line = " ".join(message.split())
     return Program("", digest, 0, 0, 0, 0, 0, seconds, line[:600], max(sizes, default=0))
 
@@ -230,23 +232,23 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def main(directory: Path, name: str) -> None:
-    """Do what `request.json` asks."""
+    """Compile the step of `request.json` and write the result."""
     request = json.loads((directory / "request.json").read_text(encoding="utf-8"))
     kind, shape, num_slices, chip = request["topology"]
     topology = Topology(kind, tuple(shape), num_slices, topologies.Chip(*chip))
     try:
-        program = compiled(loader.from_json(request["config"]), topology, name)
+        program = compile_step(loader.from_json(request["config"]), topology, name)
     except UserError as error:
-        answer = {"refused": str(error)}
+        result = {"refused": str(error)}
     else:
-        answer = program._replace(text="")._asdict()
-        del answer["text"]
+        result = program._asdict()
+        del result["text"]
         if program.text:
             replace_file(directory / f"{name}.hlo.gz", gzip.compress(program.text.encode(), 5))
     used = resource.getrusage(resource.RUSAGE_SELF)
     resident = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
-    answer |= {"cpu_seconds": used.ru_utime + used.ru_stime, "resident": resident}
-    replace_file(directory / f"{name}.json", json.dumps(answer))
+    result |= {"cpu_seconds": used.ru_utime + used.ru_stime, "resident": resident}
+    replace_file(directory / f"{name}.json", json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How much memory and time a step takes: from shapes alone (`quick`), and from a compiled program (`predict`).
+"""Memory and time of a step: from shapes alone (`quick_estimate`), and from a compiled program (`predict`).
 
-**Compiled.** Serial time = cycles of all fusions / clock + exposed collectives + custom calls. The prediction is that
-over `PESSIMISM`. It was calibrated on three steps whose real time MaxText publishes (src/maxtext/configs/tpu/{v5e,v5p}/
-README.md; published with an older compiler and tuned flags), compiled with libtpu 0.0.52 and read in the same way:
+**Compiled.** Serial time = cycles of all fusions / clock + exposed collectives + custom calls. The prediction is the
+serial time over `SERIAL_TO_REAL_RATIO`. The ratio was calibrated on three steps whose real time MaxText publishes
+(src/maxtext/configs/tpu/{v5e,v5p}/README.md, with an older compiler and tuned flags), compiled with libtpu 0.0.52 and
+analyzed in the same way:
 
     | step                        | published | cycles only | serial       | predicted    |
     |-----------------------------|-----------|-------------|--------------|--------------|
@@ -10,13 +11,13 @@ README.md; published with an older compiler and tuned flags), compiled with libt
     | 32B, v5e-256, 4 rows a chip | 11.89 s   | 14.28 (1.20)| 15.53 (1.31) | 12.94 (+9 %) |
     | 32B, v5p-128, 6 rows a chip | 7.18 s    | 8.40 (1.17) | 9.41 (1.31)  | 7.84 (+9 %)  |
 
-One number for all, the middle of 1.10 and 1.31: nothing is fitted per model or chip. It was chosen on these three. The
-middle of two of them misses the third by -16, +8 and +9 %. So take it for +-15 %, and differences between two plans of
-one model on one machine for better than that. A step that waits mostly for its network is outside of what was compared.
+The ratio is one number for all models and chips, the middle of 1.10 and 1.31, chosen on these three steps. The middle
+of two of them misses the third by -16, +8 and +9 %. So the uncertainty is +-15 %; the difference between two plans of
+one model on one machine is more accurate. The calibration has no step that is bound by its network.
 
-**Quick.** Matrix products at a fixed share of the peak, softmax at the memory's speed, collectives that nothing hides.
-The share is the middle of 0.77, 0.88 and 0.96, with which the products that those three steps run (1,454, 1,939 and
-2,862 TFLOP a chip), and their exposed collectives, take the published time: -11, +2 and +9 % of it.
+**Quick.** Matmuls at a fixed share of the peak, softmax at the memory's bandwidth, exposed collectives. The share is
+the middle of 0.77, 0.88 and 0.96: with these, the matmuls of the three steps (1,454, 1,939 and 2,862 TFLOP per chip)
+and their exposed collectives take the published time. With the middle the error is -11, +2 and +9 %.
 """
 
 import math
@@ -40,12 +41,12 @@ from t5like.types import Batch, TrainState
 
 SERIAL_TO_REAL_RATIO = 1.2  # serial time over real time
 UNCERTAINTY = 0.15  # of a predicted step time
-MATMUL_SHARE = 0.87  # of the peak that a step's products reach
-WAITED = {"v5e": 0.1, "v5p": 0.1, "v6e": 0.1}  # of the time that gradients take to be reduced, where it is hidden
-# Weights that are split over three axes of a torus are gathered, three times a step, by all-reduces of zeros with each
-# device's part in its place; that takes as long as reading and writing them so often (7B and T5 XXL on v5p:8x8x8).
-ZEROS = 7
-CUSTOM_SHARE = 0.5  # of the peak, in a kernel whose cycles the compiler does not give
+MATMUL_SHARE = 0.87  # of the peak that a step's matmuls reach
+EXPOSED_REDUCTION_SHARE = {"v5e": 0.1, "v5p": 0.1, "v6e": 0.1}  # of the gradients' reduction, on chips that overlap it
+# libtpu gathers weights that are split over three axes of a torus, three times a step, by all-reduces of zero-padded
+# shards. Measured as so many passes over the gathered weights in memory (7B and T5 XXL on v5p:8x8x8).
+ALL_REDUCE_GATHER_PASSES = 7
+CUSTOM_CALL_SHARE = 0.5  # of the peak, in a kernel for which the compiler gives no cycles
 
 
 class Leaf(NamedTuple):
@@ -54,13 +55,13 @@ class Leaf(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
-    split: str  # how it is split: its PartitionSpec, in words
-    bytes: int  # of all of it
+    split: str  # its PartitionSpec as text
+    bytes: int  # of the global array
     bytes_per_device: int  # without the padding of its layout
 
 
 class PersistentMemory(NamedTuple):
-    """What a device holds all the time, bytes, and every array of it."""
+    """Bytes per device of the arrays that live across steps, and these arrays."""
 
     parameters: int
     optimizer: int
@@ -74,49 +75,51 @@ class PersistentMemory(NamedTuple):
         return self.parameters + self.optimizer + self.average + self.batch
 
 
-class Quick(NamedTuple):
+class QuickEstimate(NamedTuple):
     """The analytic estimate, per device."""
 
-    activations: int  # bytes: what the backward pass reads, one layer's work, gradients, gathered weights, logits
-    total: int  # bytes, with what is held
-    flops: float  # of the products that are run, recomputation included
-    seconds: float | None  # a step; None where the chip's speed is not known
+    activations: int  # bytes: saved for the backward pass, one layer's temporaries, gradients, gathered weights, logits
+    total: int  # bytes, persistent memory included
+    flops: float  # of all matmuls, recomputation included
+    seconds: float | None  # per step; None where the chip's speed is not known
 
 
 class Prediction(NamedTuple):
     """The time of one compiled step, seconds; None where the compiler gives no cycles."""
 
     compute: float  # cycles / clock
-    exposed: float  # collectives that nothing hides
-    overlapped: float  # collectives behind other work: no part of the time
+    exposed: float  # collectives that no other work hides
+    overlapped: float  # collectives that other work hides: not part of the time
     custom: float  # kernels without cycles
     serial: float
     seconds: float
 
 
-class Shapes(NamedTuple):
-    """State and batch as shapes, with the axes that each dim goes over: the same for every mesh."""
+class AbstractInputs(NamedTuple):
+    """State and batch as shapes, with the mesh axes of each dim, which are the same for every mesh size."""
 
     config: Config
     state: TrainState
     batch: Batch
 
 
-def shapes(config: Config) -> Shapes:
-    """Trace the initial state once; the config is settled."""
+def abstract_inputs(config: Config) -> AbstractInputs:
+    """Trace the initial state; the config is resolved."""
     batch = pipeline.spec(config)
-    return Shapes(config, step.abstract_state(config, batch, _abstract_mesh(dict.fromkeys(meshes.AXES, 1))), batch)
+    return AbstractInputs(
+        config, step.abstract_state(config, batch, _abstract_mesh(dict.fromkeys(meshes.AXES, 1))), batch
+    )
 
 
 def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def persistent_memory(shapes: Shapes, sizes: dict[str, int]) -> PersistentMemory:
-    """Arrays that live across steps on a mesh of these sizes (`mesh.axis_sizes`): their parts and bytes."""
+def persistent_memory(inputs: AbstractInputs, sizes: dict[str, int]) -> PersistentMemory:
+    """The arrays that live across steps on a mesh of these sizes (`mesh.axis_sizes`), and their bytes per device."""
     mesh = _abstract_mesh(sizes)
-    rows = placement.batch_shardings(shapes.batch, mesh)
-    state = shapes.state
+    rows = placement.batch_shardings(inputs.batch, mesh)
+    state = inputs.state
     parts = [
         [
             _leaf(f"{kind}/{name}", leaf, NamedSharding(mesh, leaf.sharding.spec))
@@ -124,18 +127,18 @@ def persistent_memory(shapes: Shapes, sizes: dict[str, int]) -> PersistentMemory
         ]
         for kind, value in (("params", state.params), ("optimizer", state.opt_state), ("average", state.ema or {}))
     ]
-    names = tree.flatten(shapes.batch)
+    names = tree.flatten(inputs.batch)
     parts.append([_leaf(f"batch/{name}", names[name], split) for name, split in tree.flatten(rows).items()])
     sums = [sum(leaf.bytes_per_device for leaf in part) for part in parts]
     return PersistentMemory(*sums, tuple(leaf for part in parts for leaf in part))
 
 
 def _leaf(name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Leaf:
-    """One array, and the words for its split: the axes that have more than one device."""
+    """Describe one array; its split names the axes that have more than one device."""
     mesh = sharding.mesh.shape
     axes = [[axis] if isinstance(axis, str) else list(axis or ()) for axis in sharding.spec]
     words = ["+".join(axis for axis in each if mesh[axis] > 1) or "-" for each in axes]
-    split = ", ".join(words) if any(word != "-" for word in words) else "whole"
+    split = ", ".join(words) if any(word != "-" for word in words) else "replicated"
     local, size = sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
     return Leaf(name, leaf.shape, str(leaf.dtype), split, math.prod(leaf.shape) * size, math.prod(local) * size)
 
@@ -143,8 +146,8 @@ def _leaf(name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Lea
 # ---- From shapes alone ----
 
 
-def _written(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> list[int]:
-    """Keys of each attention of a layer whose scores don't stay in the core, in training."""
+def _materialized_keys(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> list[int]:
+    """Key lengths of the attentions of a layer whose scores are materialized to main memory in training."""
     model, rows = config.model, config.data.batch_size // config.train.microbatches
     biased = [model.positions == "relative", False]  # the first is self-attention
     kernel = partial(fused, model.kernels, model.head_dim, model.dtype, rows, stack.queries)
@@ -152,8 +155,8 @@ def _written(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> 
         return [n for n, bias in zip(stack.keys, biased, strict=False) if not kernel(n, None, biased=bias)]
 
 
-def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
-    """Estimate memory and time without compiling; the config is settled."""
+def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) -> QuickEstimate:
+    """Estimate memory and time without compiling; the config is resolved."""
     sizes = meshes.axis_sizes(config, topology.num_devices)
     model, chip, tensor = config.model, topology.chip, sizes["tensor"]
     width = 2 if model.dtype == "bfloat16" else 4
@@ -163,22 +166,24 @@ def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
     saved = working = scores = 0.0
     for stack in flops.stack_shapes(config):
         tokens = rows * stack.queries // sizes["context"]
-        written = sum(_written(config, sizes, stack))
-        attention = 4 * rows * model.num_heads * stack.queries * written / tensor / sizes["context"]
+        materialized = sum(_materialized_keys(config, sizes, stack))
+        attention = 4 * rows * model.num_heads * stack.queries * materialized / tensor / sizes["context"]
         scores += stack.layers * attention
-        products = tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
-        layer = products * width + (1 + width / 4) * attention + 4 * tokens * model.model_dim * width
-        own = len(stack.keys) * (queries + keys)
-        kept = {
+        matmul_outputs = (
+            tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
+        )
+        layer = matmul_outputs * width + (1 + width / 4) * attention + 4 * tokens * model.model_dim * width
+        queries_and_keys = len(stack.keys) * (queries + keys)
+        saved_per_layer = {
             "full": tokens * model.model_dim * width,
-            "qk": tokens * model.model_dim * width + tokens * own / tensor * width,
-            "dots": tokens * model.model_dim * width + products * width,
+            "qk": tokens * model.model_dim * width + tokens * queries_and_keys / tensor * width,
+            "dots": tokens * model.model_dim * width + matmul_outputs * width,
             "none": layer,
         }[model.remat]
-        saved += stack.layers * kept
+        saved += stack.layers * saved_per_layer
         if model.positions == "relative":  # a stack's bias, and its gradient in float32
             saved += model.num_heads * stack.queries * stack.keys[0] * (width + 4) / tensor / sizes["context"]
-        # In the backward pass a layer's values are alive, and the gradient of its scores.
+        # The backward pass keeps one layer's values and the gradient of its scores.
         working = max(working, layer + attention)
     targets = config.data.inputs_length if model.architecture == "encoder" else flops.stack_shapes(config)[-1].queries
     chunk = min(config.train.loss_chunk or targets, targets)
@@ -196,22 +201,22 @@ def quick(config: Config, topology: Topology, state: PersistentMemory) -> Quick:
     total_flops = needed + recomputed
     seconds = None
     if chip.peak:
-        softmax = config.train.microbatches * scores * 8 / chip.memory_bandwidth  # written and read in four passes
+        softmax = config.train.microbatches * scores * 8 / chip.memory_bandwidth  # four passes that read and write
         seconds = total_flops / (MATMUL_SHARE * chip.peak) + softmax
         seconds += _quick_network(config, topology, sizes, weights, width)
-    return Quick(activations, state.total + activations, total_flops, seconds)
+    return QuickEstimate(activations, state.total + activations, total_flops, seconds)
 
 
 def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], weights: float, width: int) -> float:
-    """Seconds of collectives that nothing hides: the gradients' reduction, and activations over `tensor`."""
+    """Seconds of exposed collectives: the reduction of gradients, and activations over `tensor`."""
     chip, microbatches = topology.chip, config.train.microbatches
     group = sizes["data"] // topology.num_slices * sizes["fsdp"]
     seconds = 0.0
-    if group > 1:  # libtpu reduces gradients over several torus axes whole, in the type they are computed in
-        share = WAITED.get(topology.kind, 1.0)
+    if group > 1:  # libtpu reduces whole gradients over several torus axes, in the dtype of computation
+        share = EXPOSED_REDUCTION_SHARE.get(topology.kind, 1.0)
         seconds += share * microbatches * 2 * weights / (chip.ici * torus_axes(topology, group))
-    if flat_fsdp(topology, sizes["fsdp"]):
-        seconds += microbatches * 3 * weights * ZEROS / chip.memory_bandwidth
+    if two_axis_fsdp(topology, sizes["fsdp"]):
+        seconds += microbatches * 3 * weights * ALL_REDUCE_GATHER_PASSES / chip.memory_bandwidth
     if topology.num_slices > 1:
         seconds += 2 * weights * 4 / width / sizes["fsdp"] / chip.dcn
     if sizes["tensor"] > 1:
@@ -229,8 +234,8 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
 # ---- From a compiled program ----
 
 
-def _spanned(topology: Topology, group: int) -> list[int]:
-    """Sides of the torus axes that a group of so many devices lies along, the fewest that hold it."""
+def _sides_of_group(topology: Topology, group: int) -> list[int]:
+    """Sides of the fewest torus axes that together have so many devices."""
     sides = sorted(topology.shape, reverse=True)
     for count in range(1, len(sides) + 1):
         if math.prod(sides[:count]) >= group:
@@ -238,18 +243,18 @@ def _spanned(topology: Topology, group: int) -> list[int]:
     return sides[:count]
 
 
-def flat_fsdp(topology: Topology, fsdp: int) -> int:
-    """Of an fsdp that lies along three axes of a torus, the largest along two, which is faster (`ZEROS`); else 0."""
-    sides = _spanned(topology, fsdp)
+def two_axis_fsdp(topology: Topology, fsdp: int) -> int:
+    """If `fsdp` needs three torus axes: the largest fsdp that needs two, which is faster; else 0."""
+    sides = _sides_of_group(topology, fsdp)
     return math.prod(sides[:2]) if topology.chip.platform == "tpu" and len(sides) > 2 else 0
 
 
 def torus_axes(topology: Topology, group: int) -> float:
-    """Torus axes' worth of bandwidth that a group of so many devices has.
+    """Bandwidth of a group of so many devices, in units of one torus axis that is a ring.
 
-    An axis that is no ring has half of it: what goes round a ring in both directions has to go along a line and back.
+    An axis that is not a ring has half the bandwidth: data must travel along the line and back.
     """
-    return sum(1.0 if side % topology.chip.wrap == 0 else 0.5 for side in _spanned(topology, group))
+    return sum(1.0 if side % topology.chip.wrap == 0 else 0.5 for side in _sides_of_group(topology, group))
 
 
 def wire_seconds(collective: Collective, topology: Topology) -> float:
@@ -257,7 +262,7 @@ def wire_seconds(collective: Collective, topology: Topology) -> float:
     ring = topology.chip.ici * torus_axes(topology, collective.group or topology.num_devices)
     if collective.kind == "all-reduce":
         return 2 * collective.bytes / ring
-    if collective.kind in ("all-to-all", "ragged-all-to-all"):  # on average a quarter of the way round
+    if collective.kind in ("all-to-all", "ragged-all-to-all"):  # on average a quarter of the ring
         return collective.bytes / 4 / ring
     if collective.kind == "collective-permute":
         return collective.bytes / (topology.chip.ici / 2)
@@ -265,7 +270,7 @@ def wire_seconds(collective: Collective, topology: Topology) -> float:
 
 
 def exposed_seconds(collective: Collective, topology: Topology) -> float:
-    """What a step waits for a collective: all its runs, less what is scheduled beside them."""
+    """Seconds per step that a collective is exposed: all its runs, less the concurrent work."""
     wire = collective.runs * wire_seconds(collective, topology)
     return max(0.0, wire - collective.hiding / topology.chip.clock) if collective.asynchronous else wire
 
@@ -279,19 +284,19 @@ def predict(analysis: Analysis, topology: Topology) -> Prediction | None:
     wire = sum(each.runs * wire_seconds(each, topology) for each in analysis.collectives)
     exposed = sum(exposed_seconds(each, topology) for each in analysis.collectives)
     between = analysis.slices_bytes / chip.dcn if chip.dcn else 0.0
-    exposed += max(0.0, between - compute)  # sent in the backward pass, behind its other work
+    exposed += max(0.0, between - compute)  # sent during the backward pass, concurrently with its other work
     custom = sum(item.flops * item.runs for item in analysis.work if item.category == "custom" and not item.cycles)
-    custom /= CUSTOM_SHARE * chip.peak
+    custom /= CUSTOM_CALL_SHARE * chip.peak
     serial = compute + exposed + custom
     overlapped = wire + between - exposed
     return Prediction(compute, exposed, overlapped, custom, serial, serial / SERIAL_TO_REAL_RATIO)
 
 
 def mfu(config: Config, topology: Topology, seconds: float) -> float:
-    """Model FLOPs a second over what all chips could do, 0 to 1."""
+    """Model FLOPs per second over the peak of all chips, 0 to 1."""
     return flops.model_flops(config) / seconds / (topology.num_devices * topology.chip.peak)
 
 
 def tokens_per_step(config: Config) -> int:
-    """Places for tokens that a step reads and learns."""
+    """Token positions of a step: inputs and targets, padding included."""
     return config.data.batch_size * sum(stack.queries for stack in flops.stack_shapes(config))

@@ -1,4 +1,7 @@
-"""Makes a plan: all that the report shows, as one JSON object. Bytes and FLOPs are per device, times in seconds."""
+"""Makes the plan of a run as one JSON object, which `report` formats. Bytes and FLOPs are per device, times in seconds.
+
+Called by `t5like plan`.
+"""
 
 import dataclasses
 from collections import defaultdict
@@ -16,79 +19,78 @@ from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
 Plan = dict[str, Any]
-COMPILED = 2  # settings at most that are compiled when those of the config do not fit: minutes each, of a big model
+MAX_COMPILED = 2  # alternative settings that are compiled if the config does not fit: minutes each for a large model
 
 
 class PlanOptions(NamedTuple):
-    """What the command line asks for."""
+    """Options of the command line."""
 
     quick: bool = False
-    search: int | None = None  # how many of the best choices are compiled; None: no search
+    search: int | None = None  # how many of the best candidates are compiled; None: no search
     tokens: float | None = None  # of the whole run
     price: float | None = None  # of a chip for an hour
     workdir: Path | None = None
-    keep: Path | None = None  # where the compiled programs stay
+    keep: Path | None = None  # folder for the compiled programs
 
 
 def for_slices(config: Config, topology: Topology) -> Config:
-    """The config with `mesh.slices` set, and `data` over them where it was 1, as training on slices needs it."""
+    """The config with `mesh.slices` of the topology; `mesh.data` becomes the number of slices if it was 1."""
     slices, data = topology.num_slices, config.mesh.data
     mesh = dataclasses.replace(config.mesh, slices=slices, data=slices if data == 1 else data)
     return dataclasses.replace(config, mesh=mesh)
 
 
-def make(
-    config: Config, topology: Topology, wishes: PlanOptions, say: Callable[[str], None]
+def make_plan(
+    config: Config, topology: Topology, options: PlanOptions, log: Callable[[str], None]
 ) -> tuple[Plan, list[UserError]]:
-    """Plan a run; also what `train` would stop with.
+    """Plan a run; also return the errors that `train` would raise.
 
     Raises:
-        UserError: the config does not go with the topology, or the step can't be compiled at all.
+        UserError: the config does not fit the topology, or the step can't be compiled.
     """
-    if not wishes.quick:
+    if not options.quick:
         compiler.check_installed(topology)
-    asked = config
+    unresolved = config
     config = auto.resolve_auto_for(for_slices(config, topology), topology.chip.platform)
     sizes = meshes.axis_sizes(config, topology.num_devices)
-    shapes = estimate.shapes(config)
-    held = estimate.persistent_memory(shapes, sizes)
-    quick = estimate.quick(config, topology, held)
-    checks = [*preflight.checks(asked, wishes.workdir), *_slow(topology, sizes)]
+    persistent = estimate.persistent_memory(estimate.abstract_inputs(config), sizes)
+    quick = estimate.quick_estimate(config, topology, persistent)
+    checks = [*preflight.run_checks(unresolved, options.workdir), *_slow_mesh_checks(topology, sizes)]
     plan: Plan = {
         "topology": _topology(topology),
         "mesh": sizes,
-        "settings": list(search.settings(asked, config))
-        + ([f"mesh.slices={config.mesh.slices}"] if asked.mesh.slices != config.mesh.slices else []),
-        "model": {"parameters": _count(held), "dtype": config.model.dtype, "remat": config.model.remat},
+        "settings": list(search.settings(unresolved, config))
+        + ([f"mesh.slices={config.mesh.slices}"] if unresolved.mesh.slices != config.mesh.slices else []),
+        "model": {"parameters": _num_parameters(persistent), "dtype": config.model.dtype, "remat": config.model.remat},
         "model_flops": flops.model_flops(config) / topology.num_devices,
-        "held": held._replace(leaves=())._asdict() | {"total": held.total},
+        "held": persistent._replace(leaves=())._asdict() | {"total": persistent.total},
         "quick": _quick(config, topology, quick),
-        "arrays": [leaf._asdict() for leaf in held.leaves],
+        "arrays": [leaf._asdict() for leaf in persistent.leaves],
         "checks": [{"name": check.name, "state": check.state, "text": check.text} for check in checks],
     }
     del plan["held"]["leaves"]
-    if wishes.quick and not plan["quick"]["fits"]:
-        plan["nearest"] = _nearest(config, topology, 1.0, 0, (), say)
-    if not wishes.quick:
-        say(f"compiling the train and eval steps for {topology.name}; a big model takes minutes on any machine")
-        programs = compiler.run(config, topology, ("train", "eval"), wishes.keep)
+    if options.quick and not plan["quick"]["fits"]:
+        plan["nearest"] = _nearest(config, topology, 1.0, 0, (), log)
+    if not options.quick:
+        log(f"compiling the train and eval steps for {topology.name}; a large model takes minutes on any machine")
+        programs = compiler.compile_steps(config, topology, ("train", "eval"), options.keep)
         for name, program in programs.items():
-            plan[name] = of_program(config, topology, program, held.total, is_train=name == "train")
+            plan[name] = describe_program(config, topology, program, persistent.total, is_train=name == "train")
         if short := [plan[name]["memory"] for name in programs if not plan[name]["fits"]]:
             needed = max(memory.get("total") or memory["needed"] for memory in short)
             steps = ("train",) if plan["eval"]["fits"] else ("train", "eval")
-            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), COMPILED, steps, say)
-    if wishes.search is not None:
-        plan["search"] = _search(config, topology, 0 if wishes.quick else wishes.search, say)
-    plan["run"] = _run(config, topology, plan, wishes)
+            plan["nearest"] = _nearest(config, topology, max(1.0, needed / quick.total), MAX_COMPILED, steps, log)
+    if options.search is not None:
+        plan["search"] = _search(config, topology, 0 if options.quick else options.search, log)
+    plan["run"] = _run(config, topology, plan, options)
     return plan, [check.error for check in checks if check.error]
 
 
-def _slow(topology: Topology, sizes: dict[str, int]) -> list[preflight.Check]:
-    if not (flat := estimate.flat_fsdp(topology, sizes["fsdp"])):
+def _slow_mesh_checks(topology: Topology, sizes: dict[str, int]) -> list[preflight.Check]:
+    if not (flat := estimate.two_axis_fsdp(topology, sizes["fsdp"])):
         return []
     use = f"--config.mesh.fsdp={flat} --config.mesh.data=-1"
-    text = f"fsdp={sizes['fsdp']} lies along three axes of the torus, where libtpu gathers slowly; try {use}, along two"
+    text = f"fsdp={sizes['fsdp']} needs three axes of the torus, where libtpu's all-gathers are slow; use {use}"
     return [preflight.Check("mesh", "slow", text)]
 
 
@@ -103,26 +105,28 @@ def _topology(topology: Topology) -> Plan:
     }
 
 
-def _count(held: estimate.PersistentMemory) -> int:
-    return sum(leaf.bytes // 4 for leaf in held.leaves if leaf.name.startswith("params/"))  # all of them float32
+def _num_parameters(persistent: estimate.PersistentMemory) -> int:
+    return sum(leaf.bytes // 4 for leaf in persistent.leaves if leaf.name.startswith("params/"))  # all of them float32
 
 
-def _quick(config: Config, topology: Topology, quick: estimate.Quick) -> Plan:
+def _quick(config: Config, topology: Topology, quick: estimate.QuickEstimate) -> Plan:
     plan = quick._asdict() | {"fits": search.fits(quick.total, topology.chip.memory)}
     return plan | ({"mfu": estimate.mfu(config, topology, quick.seconds)} if quick.seconds else {})
 
 
-def of_program(config: Config, topology: Topology, program: compiler.Program, held: int, *, is_train: bool) -> Plan:
-    """What a compiled step says of itself; held: bytes that are there beside its temporaries."""
+def describe_program(
+    config: Config, topology: Topology, program: compiler.Program, persistent: int, *, is_train: bool
+) -> Plan:
+    """Memory, work and predicted time of a compiled step; persistent: bytes of state and batch."""
     if program.out_of_memory:
-        needed = program.needed + (held if "temporaries" in program.out_of_memory else 0)
+        needed = program.needed + (persistent if "temporaries" in program.out_of_memory else 0)
         return {
             "fits": False,
             "memory": {"needed": max(needed, topology.chip.memory or 0)},
             "message": program.out_of_memory,
             **_cost(program),
         }
-    # What is reserved: arguments, results that take no argument's place, and temporaries with the gaps between them.
+    # Reserved are arguments, outputs that are not aliased to arguments, and temporaries with the gaps between them.
     total = program.arguments + program.outputs - program.aliased + program.temporary
     plan: Plan = {
         "fits": topology.chip.memory is None or total <= topology.chip.memory,
@@ -160,7 +164,7 @@ def of_program(config: Config, topology: Topology, program: compiler.Program, he
 
 
 def _cost(program: compiler.Program) -> Plan:
-    """What compiling took on this machine."""
+    """Cost of compiling on this machine."""
     return {
         "compile_seconds": program.seconds,
         "compile_cpu_seconds": program.cpu_seconds,
@@ -169,7 +173,7 @@ def _cost(program: compiler.Program) -> Plan:
 
 
 def _collectives(analysis: hlo_cost.Analysis, topology: Topology) -> list[Plan]:
-    """By kind, place, form and group: runs and bytes of a step, and what is waited for."""
+    """Runs, bytes and exposed time per step, by kind of collective, in loops or not, asynchronous or not, and group."""
     rows: dict[tuple, Plan] = {}
     for each in analysis.collectives:
         key = (each.kind, each.in_loop, each.asynchronous, each.group)
@@ -188,39 +192,39 @@ def _collectives(analysis: hlo_cost.Analysis, topology: Topology) -> list[Plan]:
 
 
 def _slowest(analysis: hlo_cost.Analysis) -> list[Plan]:
-    """The parts of the model that take most cycles, by where in the source they come from."""
-    found: dict[tuple[str, str], Plan] = defaultdict(lambda: {"cycles": 0.0, "flops": 0.0, "runs": 0})
+    """The 20 source locations of the model that take most cycles."""
+    by_source: dict[tuple[str, str], Plan] = defaultdict(lambda: {"cycles": 0.0, "flops": 0.0, "runs": 0})
     for item in analysis.work:
-        row = found[item.category, item.source]
+        row = by_source[item.category, item.source]
         row["cycles"] += item.cycles * item.runs
         row["flops"] += item.flops * item.runs
         row["runs"] += item.runs
-    rows = [{"category": category, "source": source, **row} for (category, source), row in found.items()]
+    rows = [{"category": category, "source": source, **row} for (category, source), row in by_source.items()]
     return sorted(rows, key=lambda row: (-row["cycles"], -row["flops"]))[:20]
 
 
-def _choice(choice: search.Candidate) -> Plan:
+def _candidate_row(candidate: search.Candidate) -> Plan:
     return {
-        "settings": list(choice.settings),
-        "memory": choice.memory,
-        "flops": choice.flops,
-        "seconds": choice.seconds,
+        "settings": list(candidate.settings),
+        "memory": candidate.memory,
+        "flops": candidate.flops,
+        "seconds": candidate.seconds,
     }
 
 
-def _compile_choice(
-    choice: search.Candidate, topology: Topology, say: Callable[[str], None], names: tuple[str, ...]
+def _compile_candidate(
+    candidate: search.Candidate, topology: Topology, log: Callable[[str], None], names: tuple[str, ...]
 ) -> Plan:
-    """A choice with what the compiler says of its train step; it fits if all the named steps do."""
-    row = _choice(choice)
-    say(f"compiling the {' and '.join(names)} step with {' '.join(choice.settings) or 'the settings as they are'}")
+    """A candidate with memory and time of its compiled train step; it fits if all the named steps fit."""
+    row = _candidate_row(candidate)
+    log(f"compiling the {' and '.join(names)} step with {' '.join(candidate.settings) or 'the settings as they are'}")
     try:
-        programs = compiler.run(choice.config, topology, names)
-    except UserError as error:  # the compiler refuses these settings: others may do
-        say(str(error))
+        programs = compiler.compile_steps(candidate.config, topology, names)
+    except UserError as error:  # the compiler refuses these settings; others may work
+        log(str(error))
         return row | {"compiled": {"memory": {"needed": 0}, "flops": None, "time": None, "fits": False}}
     compiled = {
-        name: of_program(choice.config, topology, program, choice.held, is_train=name == "train")
+        name: describe_program(candidate.config, topology, program, candidate.persistent, is_train=name == "train")
         for name, program in programs.items()
     }
     row["compiled"] = {name: compiled["train"].get(name) for name in ("memory", "flops", "time")}
@@ -234,48 +238,51 @@ def _nearest(
     factor: float,
     number: int,
     steps: tuple[str, ...],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Plan]:
-    """Settings that fit: those that were compiled, the last of which does if any does, then others by the estimate.
+    """Settings that fit: first the compiled ones (only the last of them can fit), then others by their estimate.
 
     Args:
-        config: what did not fit; settled.
+        config: does not fit; resolved.
         topology: the machine.
-        factor: what the compiler needed over the estimate.
-        number: of settings at most that are compiled.
-        steps: those that are compiled of each.
-        say: shows progress.
+        factor: memory of the compiled program over its estimate.
+        number: maximum number of settings that are compiled.
+        steps: compiled for each of them.
+        log: prints progress.
     """
-    choices, rows, tried = search.list_candidates(config, topology), [], set()
-    left = lambda: [each for each in search.nearest(config, choices, topology, factor) if each.settings not in tried]
-    while len(rows) < number and (found := left()):
-        rows.append(_compile_choice(found[0], topology, say, steps))
-        tried.add(found[0].settings)
+    candidates, rows, tried = search.list_candidates(config, topology), [], set()
+
+    def untried() -> list[search.Candidate]:
+        return [each for each in search.nearest(config, candidates, topology, factor) if each.settings not in tried]
+
+    while len(rows) < number and (best := next(iter(untried()), None)):
+        rows.append(_compile_candidate(best, topology, log, steps))
+        tried.add(best.settings)
         compiled = rows[-1]["compiled"]
         if compiled["fits"]:
             break
-        # The estimate was too low once more: what this one needed decides on the next.
-        factor = max(factor, (compiled["memory"].get("total") or compiled["memory"]["needed"]) / found[0].memory)
-    return rows + [_choice(each) for each in left()]
+        # The estimate was too low again: correct it by the memory that this program needs.
+        factor = max(factor, (compiled["memory"].get("total") or compiled["memory"]["needed"]) / best.memory)
+    return rows + [_candidate_row(each) for each in untried()]
 
 
-def _search(config: Config, topology: Topology, number: int, say: Callable[[str], None]) -> list[Plan]:
-    front = search.pareto(search.list_candidates(config, topology), topology.chip.memory)
-    compiled = [_compile_choice(choice, topology, say, ("train", "eval")) for choice in front[:number]]
-    return compiled + [_choice(choice) for choice in front[number:]]
+def _search(config: Config, topology: Topology, number: int, log: Callable[[str], None]) -> list[Plan]:
+    front = search.pareto_front(search.list_candidates(config, topology), topology.chip.memory)
+    compiled = [_compile_candidate(candidate, topology, log, ("train", "eval")) for candidate in front[:number]]
+    return compiled + [_candidate_row(candidate) for candidate in front[number:]]
 
 
-def _run(config: Config, topology: Topology, plan: Plan, wishes: PlanOptions) -> Plan:
-    """The whole run: steps, days, chip-hours, cost. Evaluation and checkpoints are not in it."""
+def _run(config: Config, topology: Topology, plan: Plan, options: PlanOptions) -> Plan:
+    """Steps, days, chip-hours and cost of the run, without evaluation and checkpoints."""
     per_step = estimate.tokens_per_step(config)
-    steps = config.train.num_steps if wishes.tokens is None else -(-wishes.tokens // per_step)
+    steps = config.train.num_steps if options.tokens is None else -(-options.tokens // per_step)
     run: Plan = {"tokens_per_step": per_step, "steps": int(steps), "tokens": int(steps * per_step)}
-    run["num_steps"] = config.train.num_steps  # those that the learning rate is for
+    run["num_steps"] = config.train.num_steps  # of the learning-rate schedule
     seconds = plan.get("train", {}).get("time", {}).get("seconds")
-    if wishes.quick:
+    if options.quick:
         seconds = plan["quick"]["seconds"]
     if seconds is None:
         return run
     chip_hours = steps * seconds / 3600 * topology.num_devices
     run |= {"step_seconds": seconds, "days": steps * seconds / 86400, "chip_hours": chip_hours}
-    return run if wishes.price is None else run | {"cost": chip_hours * wishes.price}
+    return run if options.price is None else run | {"cost": chip_hours * options.price}

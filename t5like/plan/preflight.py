@@ -1,4 +1,7 @@
-"""What else can be checked before a launch, without opening data: tokenizer, token stores, schedule, run directory."""
+"""Checks before a launch that read no training data: tokenizer, token stores, schedule, run directory.
+
+Called by `planner`.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class Check(NamedTuple):
-    """One line of the list; `error` is what `train` would stop with."""
+    """One line of the list; `error` is what `train` would raise."""
 
     name: str
     state: str  # ok | missing | slow | wrong
@@ -25,21 +28,21 @@ class Check(NamedTuple):
     error: UserError | None = None
 
 
-def checks(config: Config, workdir: Path | None) -> list[Check]:
-    """Everything but the config itself, which has been read, and the batch, which the mesh has been asked about."""
+def run_checks(config: Config, workdir: Path | None) -> list[Check]:
+    """All checks; `config` is valid and its batch divides over the mesh, which the caller has checked."""
     if workdir is not None:
         config = with_run_tokenizer(config, workdir)
-    found = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
-    found += _data(config)
-    found.append(Check("learning rate", "ok", learning_rate(config)))
+    checks = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
+    checks += _data(config)
+    checks.append(Check("learning rate", "ok", learning_rate(config)))
     if workdir is None:
-        return found
+        return checks
     try:
         check_run_directory(config, workdir)
-        text = "goes on with the run in it" if (workdir / "config.json").exists() else "can be written"
-        return [*found, Check("run directory", "ok", f"{workdir} {text}")]
+        text = "contains a run, which continues" if (workdir / "config.json").exists() else "can be written"
+        return [*checks, Check("run directory", "ok", f"{workdir} {text}")]
     except UserError as error:
-        return [*found, Check("run directory", "wrong", str(error), error)]
+        return [*checks, Check("run directory", "wrong", str(error), error)]
 
 
 def _data(config: Config) -> list[Check]:
@@ -47,22 +50,22 @@ def _data(config: Config) -> list[Check]:
         tokenizer, stores = preparation.find_prepared(config)
     except UserError as error:
         return [Check("tokenizer", "wrong", str(error), error)]
-    make = "t5like prepare makes it"
+    remedy = "run t5like prepare"
     if tokenizer is None:
-        text = f"none for these sources in {config.data.cache_directory}; {make}"
-        return [Check("tokenizer", "missing", text), Check("data", "missing", f"no token store yet; {make}")]
-    found = [Check("tokenizer", "ok", f"{config.tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")]
+        text = f"none for these sources in {config.data.cache_directory}; {remedy}"
+        return [Check("tokenizer", "missing", text), Check("data", "missing", f"no token store yet; {remedy}")]
+    checks = [Check("tokenizer", "ok", f"{config.tokenizer.vocab_size:,} ids, {tokenizer.hash[:12]}")]
     for spec, store in zip(config.data.source, stores, strict=True):
         if store is None:
-            found.append(Check("data", "missing", f"{spec}: no token store for this tokenizer; {make}"))
+            checks.append(Check("data", "missing", f"{spec}: no token store for this tokenizer; {remedy}"))
         else:
             tokens = store.split("train").num_tokens
-            found.append(Check("data", "ok", f"{spec}: {tokens:,} tokens to train on, made with this tokenizer"))
-    return found
+            checks.append(Check("data", "ok", f"{spec}: {tokens:,} training tokens, written with this tokenizer"))
+    return checks
 
 
 def learning_rate(config: Config, width: int = 48) -> str:
-    """The schedule as a line of bars, from the first step to the last, and its highest and last value."""
+    """The schedule from the first to the last step as a line of bars, with its highest and last value."""
     steps = max(config.train.num_steps, 1)
     rates = np.asarray(jax.vmap(schedules.learning_rate(config))(jnp.arange(steps)))
     top = float(rates.max())

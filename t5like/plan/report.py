@@ -1,15 +1,15 @@
-"""A plan as text: what people read on a terminal, 100 columns wide."""
+"""A plan as text for a terminal of 100 columns."""
 
 from t5like.plan.planner import Plan
 from t5like.plan.topology import GPU_SHARE
 
 GIB = 2**30
 WIDTH = 60  # of the memory picture, columns
-SHOWN = 8  # rows of a table that could be longer
+MAX_ROWS = 8  # of a table
 
 
 def text(plan: Plan) -> str:
-    """The whole report."""
+    """Format a plan."""
     parts = [_head(plan), _memory(plan), _speed(plan), _collectives(plan), _eval(plan), _quick(plan), _run(plan)]
     parts += [_nearest(plan), _search(plan), _arrays(plan), _tensors(plan), _checks(plan)]
     return "\n\n".join(part for part in parts if part)
@@ -20,7 +20,7 @@ def _gib(size: float) -> str:
 
 
 def _table(title: str, header: tuple[str, ...], rows: list[tuple]) -> str:
-    """Columns as wide as they must be; the last one is text, the others numbers at the right."""
+    """A table with aligned columns; the last one is left-aligned text, the others are right-aligned numbers."""
     if not rows:
         return ""
     lines = [tuple(map(str, row)) for row in (header, *rows)]
@@ -44,13 +44,14 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     held, limit = plan["held"], plan["topology"]["memory"]
     train = plan.get("train")
-    of = f" of {_gib(limit)}" if limit else ""
-    of += f" ({GPU_SHARE} of a GPU, JAX's default share)" if plan["topology"]["platform"] == "gpu" else ""
+    available = f" of {_gib(limit)}" if limit else ""
+    available += f" ({GPU_SHARE} of a GPU, JAX's default share)" if plan["topology"]["platform"] == "gpu" else ""
     if train and not train["fits"] and "total" not in train["memory"]:
         needed = train["memory"]["needed"]
         return (
-            f"memory     OUT OF MEMORY: a device would need {_gib(needed)}{of}; of that {_gib(held['parameters'])} "
-            f"parameters, {_gib(held['optimizer'])} optimizer\n           the compiler: {train['message'][:300]}"
+            f"memory     OUT OF MEMORY: a device would need {_gib(needed)}{available}, of which "
+            f"{_gib(held['parameters'])} parameters, {_gib(held['optimizer'])} optimizer\n"
+            f"           the compiler: {train['message'][:300]}"
         )
     if train:
         rest = train["memory"]["total"] - train["memory"]["arguments"]
@@ -68,7 +69,7 @@ def _memory(plan: Plan) -> str:
     ]
     fits = (train or plan["quick"])["fits"]
     verdict = "" if fits else "   OUT OF MEMORY" if total > limit else "   TOO CLOSE for an estimate"
-    lines = [f"memory     {_gib(total)}{of} a device, {title}{verdict}"]
+    lines = [f"memory     {_gib(total)}{available} per device, {title}{verdict}"]
     scale = max(limit or 0, total, 1)
     bar = "".join(letter * round(WIDTH * size / scale) for _, size, letter in parts)
     lines.append(f"           [{bar.ljust(WIDTH, '.')}]")
@@ -81,10 +82,10 @@ def _speed(plan: Plan) -> str:
     if not train or "total" not in train["memory"]:
         return ""
     if "flops" not in train:
-        return "step       no time: jaxlib can't read this compiler's program, so that only its memory is known"
+        return "step       no time: jaxlib can't parse this compiler's program, so only its memory is known"
     model = plan["model_flops"]
     lines = [
-        f"work       {train['flops'] / 1e12:.4g} TFLOP of products a device and step, "
+        f"work       {train['flops'] / 1e12:.4g} TFLOP of matmuls per device and step, "
         f"{train['flops'] / model:.2f} x the model's {model / 1e12:.4g}"
     ]
     if time := train.get("time"):
@@ -92,8 +93,8 @@ def _speed(plan: Plan) -> str:
         lines += [
             f"step       {time['seconds']:.3f} s (+-{spread:.0f} %), MFU {100 * time['mfu']:.1f} %, "
             f"{time['tokens_per_second']:,.0f} tokens/s",
-            f"           computing {time['compute']:.3f} s, exposed collectives {time['exposed']:.3f} s, "
-            f"kernels {time['custom']:.3f} s; all of it one after another is 1.2 x a real step",
+            f"           compute {time['compute']:.3f} s, exposed collectives {time['exposed']:.3f} s, "
+            f"kernels {time['custom']:.3f} s; their sum is 1.2 x the predicted step",
         ]
         cycles = train["cycles"]
         shares = (
@@ -104,11 +105,11 @@ def _speed(plan: Plan) -> str:
         lines.append(f"           cycles: {', '.join(shares)}")
         rows = [
             (f"{100 * row['cycles'] / cycles['total']:.1f} %", f"{row['runs']:,}", row["category"], row["source"][-90:])
-            for row in train["slowest"][:SHOWN]
+            for row in train["slowest"][:MAX_ROWS]
         ]
         lines.append(_table("slowest    by cycles", ("share", "runs", "kind", "source"), rows))
     else:
-        lines.append("step       no time: this compiler gives no cycles")
+        lines.append("step       no time: this compiler estimates no cycles")
     return "\n".join(lines)
 
 
@@ -122,11 +123,11 @@ def _collectives(plan: Plan) -> str:
             f"{row['kind']}, {'in loops' if row['in_loop'] else 'once'}, "
             + ("overlapped" if row["asynchronous"] else "exposed"),
         )
-        for row in plan.get("train", {}).get("collectives", ())[: 2 * SHOWN]
+        for row in plan.get("train", {}).get("collectives", ())[: 2 * MAX_ROWS]
     ]
-    table = _table("collectives of a step", ("bytes", "runs", "waited", "among", "kind"), rows)
+    table = _table("collectives of a step", ("bytes", "runs", "exposed", "group", "kind"), rows)
     if between := plan.get("train", {}).get("slices_bytes"):
-        table += f"\n  {between / 1e9:.3f} GB a device to other slices"
+        table += f"\n  {between / 1e9:.3f} GB per device to other slices"
     return table
 
 
@@ -136,16 +137,16 @@ def _eval(plan: Plan) -> str:
         return ""
     if "total" not in step["memory"]:
         return f"evaluation OUT OF MEMORY: {step['message'][:200]}"
-    time = f", {step['time']['seconds']:.3f} s a batch" if "time" in step else ""
+    time = f", {step['time']['seconds']:.3f} s per batch" if "time" in step else ""
     verdict = "" if step["fits"] else "   OUT OF MEMORY"
-    return f"evaluation {_gib(step['memory']['total'])} a device{time}{verdict}"
+    return f"evaluation {_gib(step['memory']['total'])} per device{time}{verdict}"
 
 
 def _quick(plan: Plan) -> str:
     quick = plan["quick"]
-    seconds = "" if quick["seconds"] is None else f", {quick['seconds']:.3f} s a step, MFU {100 * quick['mfu']:.1f} %"
-    verdict = "" if quick["fits"] else ", which would not fit"
-    line = f"estimate   without compiling: {_gib(quick['total'])} a device{verdict}{seconds}"
+    seconds = "" if quick["seconds"] is None else f", {quick['seconds']:.3f} s per step, MFU {100 * quick['mfu']:.1f} %"
+    verdict = "" if quick["fits"] else ", which does not fit"
+    line = f"estimate   without compiling: {_gib(quick['total'])} per device{verdict}{seconds}"
     train = plan.get("train")
     if train and "total" in train["memory"]:
         line += f"\n           {quick['total'] / train['memory']['total'] - 1:+.0%} of the compiled memory"
@@ -160,26 +161,26 @@ def _run(plan: Plan) -> str:
     if "days" in run:
         line += f": {run['days']:,.2f} days, {run['chip_hours']:,.0f} chip-hours"
     else:
-        line += "; no days and no cost, because nothing tells a step's time on this topology"
-    line += f", {run['cost']:,.0f} at that price" if "cost" in run else ""
+        line += "; no days and no cost, because the step time on this topology is unknown"
+    line += f", cost {run['cost']:,.0f}" if "cost" in run else ""
     if run["steps"] != run["num_steps"]:
         line += f"\n           train.num_steps is {run['num_steps']:,}: add --config.train.num_steps={run['steps']}"
     return line
 
 
-def _choices(title: str, rows: list[Plan]) -> str:
+def _candidates(title: str, rows: list[Plan]) -> str:
     lines = []
     for row in rows:
         compiled = row.get("compiled")
         memory = compiled["memory"].get("total") if compiled else None
         seconds = (compiled.get("time") or {}).get("seconds") if compiled else None
-        said = "" if not compiled else f"{_gib(memory)}, fits" if compiled["fits"] else "does not fit"
+        verdict = "" if not compiled else f"{_gib(memory)}, fits" if compiled["fits"] else "does not fit"
         lines.append(
             (
                 _gib(row["memory"]),
                 f"{row['seconds']:.3f} s" if row["seconds"] else f"{row['flops'] / 1e12:.4g} TFLOP",
-                said + (f", {seconds:.3f} s" if seconds else ""),
-                " ".join("--config." + setting for setting in row["settings"]) or "as it is",
+                verdict + (f", {seconds:.3f} s" if seconds else ""),
+                " ".join("--config." + setting for setting in row["settings"]) or "as given",
             )
         )
     return _table(title, ("estimated", "step", "compiled", "settings"), lines)
@@ -188,7 +189,7 @@ def _choices(title: str, rows: list[Plan]) -> str:
 def _nearest(plan: Plan) -> str:
     if "nearest" not in plan:
         return ""
-    return _choices("nearest    settings that fit", plan["nearest"]) or (
+    return _candidates("nearest    settings that fit", plan["nearest"]) or (
         "nearest    no mesh, remat policy or number of microbatches fits; use more devices or a smaller data.batch_size"
     )
 
@@ -196,7 +197,9 @@ def _nearest(plan: Plan) -> str:
 def _search(plan: Plan) -> str:
     if "search" not in plan:
         return ""
-    return _choices("search     none of these is beaten in both memory and time", plan["search"]) or (
+    return _candidates(
+        "search     Pareto front: no other setting has less memory and a shorter step", plan["search"]
+    ) or (
         "search     no mesh, remat policy or number of microbatches fits; use more devices or a smaller data.batch_size"
     )
 
@@ -206,20 +209,18 @@ def _arrays(plan: Plan) -> str:
     arrays.sort(key=lambda row: -row["bytes_per_device"])
     rows = [
         (_gib(row["bytes_per_device"]), "x".join(map(str, row["shape"])) or "()", row["split"], row["name"])
-        for row in arrays[:SHOWN]
+        for row in arrays[:MAX_ROWS]
     ]
-    more = f"; {len(arrays) - SHOWN} more with --json" if len(arrays) > SHOWN else ""
-    return _table(
-        f"state      largest arrays, and how they are split{more}", ("a device", "shape", "split", "name"), rows
-    )
+    more = f"; {len(arrays) - MAX_ROWS} more with --json" if len(arrays) > MAX_ROWS else ""
+    return _table(f"state      largest arrays and their sharding{more}", ("per device", "shape", "split", "name"), rows)
 
 
 def _tensors(plan: Plan) -> str:
     rows = [
         (_gib(row["bytes"]), row["shape"], row["source"][-80:])
-        for row in plan.get("train", {}).get("tensors", ())[:SHOWN]
+        for row in plan.get("train", {}).get("tensors", ())[:MAX_ROWS]
     ]
-    return _table("tensors    largest values that the step computes", ("a device", "shape", "source"), rows)
+    return _table("tensors    largest values that the step computes", ("per device", "shape", "source"), rows)
 
 
 def _checks(plan: Plan) -> str:

@@ -1,11 +1,11 @@
-"""The machine that is planned for: its name, the facts of its chips, and JAX devices that need not be there.
+"""Topologies to plan for: their names, properties of their chips, and JAX devices that need not be attached.
 
     v5e:16x16  v6e:8x8      a slice of a TPU torus, by its sides
     v5p:8x8x8  v4:4x4x8
-    h100:8  a100:4x8  h200  GPUs of a host, or hosts x GPUs of each: memory and collectives, no time
-    cpu:8                   that many devices of this machine's processor: the same
+    h100:8  a100:4x8  h200  GPUs of a host, or hosts x GPUs per host: memory and collectives, no time
+    cpu:8                   that many CPU devices of this machine: the same
 
-Nothing here loads a compiler but `devices`, which only the process that compiles calls (`plan.compile`).
+Only `devices` loads a compiler; only the compiling process calls it (`plan.compile`).
 """
 
 import math
@@ -21,14 +21,14 @@ GIB = 2**30
 class Chip(NamedTuple):
     """One JAX device, which is a whole chip on every TPU below (v4 and v5p in megacore mode)."""
 
-    platform: str  # tpu | gpu | cpu, as JAX says
-    memory: int | None  # bytes that a program may use; None: not known
-    peak: float = 0.0  # FLOP/s, bf16; 0: unknown, so that no time is predicted
+    platform: str  # tpu | gpu | cpu, JAX's names
+    memory: int | None  # bytes available to a program; None: unknown
+    peak: float = 0.0  # FLOP/s, bf16; 0: unknown, no time is predicted
     flops_per_cycle: int = 1  # of its matrix units; peak / this is the clock
     ici: float = 0.0  # bytes/s along one torus axis, both directions together
     memory_bandwidth: float = 0.0  # bytes/s
-    dcn: float = 0.0  # bytes/s a chip between slices, each way
-    wrap: int = 1  # an axis closes to a ring if its side is a multiple of this
+    dcn: float = 0.0  # bytes/s per chip between slices, each direction
+    wrap: int = 1  # an axis is a ring if its side is a multiple of this
     largest: tuple[int, ...] = ()  # the longest sides of a slice
 
     @property
@@ -42,23 +42,31 @@ class Chip(NamedTuple):
 # of 256 x 256 (v6e), 2 FLOP a cell and cycle.
 # ici: 4.5e10 bytes/s a link and direction on v4 and v5e, 9e10 on v5p and v6e ("How to Scale Your Model", Austin et al.
 # 2025, chapter 2), twice that for both. Rings, same chapter: axes of 16 on v5e and v6e, multiples of 4 on v4 and v5p.
-# memory: what libtpu 0.0.52 says is available when a program needs more ("exceeds available HBM"), asked of each.
+# memory: libtpu 0.0.52's figure in its message for a program that needs more ("exceeds available HBM").
 CHIPS = {
     "v4": Chip("tpu", int(30.75 * GIB), 275e12, 8 * 2 * 128**2, 9e10, 1228e9, 6.25e9, 4, (16, 16, 16)),
     "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 4 * 2 * 128**2, 9e10, 819e9, 3.125e9, 16, (16, 16)),
     "v5p": Chip("tpu", int(95.73 * GIB), 459e12, 8 * 2 * 128**2, 1.8e11, 2765e9, 6.25e9, 4, (16, 16, 24)),
     "v6e": Chip("tpu", int(31.24 * GIB), 918e12, 2 * 2 * 256**2, 1.8e11, 1640e9, 12.5e9, 16, (16, 16)),
 }
-# XLA compiles for a GPU that it is told about: openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb. Here are the
-# fields in which these differ: name, cores, units, shared memory of a core and of a block, L2 bytes, GHz, memory bytes
+# XLA compiles for a GPU from its description: openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb. These are the
+# fields that differ: name, cores, units, shared memory of a core and of a block, L2 bytes, GHz, memory bytes
 # and bytes/s, compute capability.
 GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 2039040000000, 8),
     "h100": ("NVIDIA H100 80GB HBM3", 132, 128, 233472, 232448, 52428800, 1.98, 84942979072, 3352320000000, 9),
     "h200": ("NVIDIA H200 141GB HBM3e", 132, 128, 233472, 232448, 52428800, 1.98, 151397597184, 4800000000000, 9),
 }
-GPU_SHARE = 0.75  # of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # every slice of v5e and v6e; 1x1 libtpu can't describe
+GPU_SHARE = 0.75  # of a GPU's memory that JAX allocates by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
+FLAT = (
+    "2x2",
+    "2x4",
+    "4x4",
+    "4x8",
+    "8x8",
+    "8x16",
+    "16x16",
+)  # all slices of v5e and v6e but 1x1 (not in libtpu)
 EXAMPLES = "v5e:16x16, v6e:8x8, v5p:8x8x8, v4:4x4x8, h100:4x8 or cpu:8"
 
 
@@ -77,17 +85,17 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As on the command line, slices included."""
+        """The name on the command line, with the number of slices."""
         slices = f"{self.num_slices} x " if self.num_slices > 1 else ""
         shape = self.shape[1:] if self.kind in GPUS and self.shape[0] == 1 else self.shape
         return f"{slices}{self.kind}:{'x'.join(map(str, shape))}"
 
 
 def parse(text: str, num_slices: int = 1) -> Topology:
-    """Read `--topology`, one slice, of which there are `num_slices`.
+    """Parse `--topology`, which names one of `num_slices` slices.
 
     Raises:
-        ConfigError: there is no such machine.
+        ConfigError: there is no such topology.
     """
     kind, _, sides = text.strip().lower().partition(":")
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", sides) or kind not in ("cpu", *CHIPS, *GPUS):
@@ -126,7 +134,7 @@ def _machine_memory() -> int:
 
 
 def _gpu_target(kind: str) -> str:
-    """What XLA is told of a GPU, as a text of its protocol buffer."""
+    """XLA's description of a GPU as a text protocol buffer."""
     name, cores, units, core_shared, block_shared, l2, clock, memory, bandwidth, capability = GPUS[kind]
     return f"""gpu_device_info {{
       core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
@@ -143,7 +151,7 @@ def _gpu_target(kind: str) -> str:
 
 
 def devices(topology: Topology) -> list:
-    """JAX devices to compile for; those of `cpu` are this process's own, and must have been asked for (XLA_FLAGS).
+    """JAX devices to compile for; for `cpu` those of this process, whose number XLA_FLAGS must set.
 
     Raises:
         ConfigError: the compiler does not know the slice.
@@ -157,16 +165,16 @@ def devices(topology: Topology) -> list:
     sides = "x".join(map(str, topology.shape))
     name = f"{topology.kind}:{sides}"
     if topology.kind in GPUS:
-        how = {"target_config": _gpu_target(topology.kind), "topology": f"{topology.num_slices}x{sides}"}
+        options = {"target_config": _gpu_target(topology.kind), "topology": f"{topology.num_slices}x{sides}"}
     else:
-        how = {"num_slices": topology.num_slices}
-    if topology.kind == "v4":  # by default a chip of it is two devices; megacore makes it one, as on Cloud TPU
-        how |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+        options = {"num_slices": topology.num_slices}
+    if topology.kind == "v4":  # its chips are two devices by default, one with megacore, as on Cloud TPU
+        options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
     platform = "cuda" if topology.kind in GPUS else "tpu"
     try:
-        found = topologies.get_topology_desc(platform=platform, topology_name=name, **how).devices
-    except Exception as error:  # jaxlib's own kinds of errors, which name no cause of their own
+        described = topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices
+    except Exception as error:  # jaxlib raises several types without a common base
         reason = str(error).strip().split("\n")[0][:200]
         raise ConfigError(f"--topology={name} is not known to this compiler: {reason}; use {EXAMPLES}") from None
-    assert len(found) == topology.num_devices, (len(found), topology)
-    return list(found)
+    assert len(described) == topology.num_devices, (len(described), topology)
+    return list(described)

@@ -138,8 +138,8 @@ def main(arguments: list[str]) -> int:
     return bool(failed)
 
 
-def settled(case: Case) -> tuple[Config, Topology]:
-    """The config that is compiled, as `t5like plan` and `t5like train` settle it, and the machine."""
+def resolved(case: Case) -> tuple[Config, Topology]:
+    """The resolved config that is compiled, and the machine."""
     machine = topology.parse(case.topology, case.num_slices)
     config = loader.load(ROOT / "configs" / f"{case.config}.py", list(case.settings.items()))
     return auto.resolve_auto_for(planner.for_slices(config, machine), machine.chip.platform), machine
@@ -147,15 +147,17 @@ def settled(case: Case) -> tuple[Config, Topology]:
 
 def planned(case: Case, keep: Path | None) -> tuple[planner.Plan, float]:
     """The plan of a case's train step, and the model's FLOPs of a device and step."""
-    config, machine = settled(case)
+    config, machine = resolved(case)
     compiler.check_installed(machine)
-    held = estimate.persistent_memory(estimate.shapes(config), meshes.axis_sizes(config, machine.num_devices))
+    persistent = estimate.persistent_memory(
+        estimate.abstract_inputs(config), meshes.axis_sizes(config, machine.num_devices)
+    )
     directory = keep and keep.absolute() / case.name
     if directory and (directory / "train.json").exists():
         program = compiler.read(directory, "train")
     else:
-        [program] = compiler.run(config, machine, ("train",), directory).values()
-    plan = planner.of_program(config, machine, program, held.total, is_train=True)
+        [program] = compiler.compile_steps(config, machine, ("train",), directory).values()
+    plan = planner.describe_program(config, machine, program, persistent.total, is_train=True)
     return plan, flops.model_flops(config) / machine.num_devices
 
 
