@@ -3,8 +3,8 @@
 Called by `throughput` for the MFU of a run, and by `plan`.
 
 Sources: FLOPs and MFU as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020
-(arXiv:2001.08361, section 2.1): matrix products only, a training step is three forward passes, and recomputation
-(remat) counts as time, not as work.
+(arXiv:2001.08361, section 2.1): matmuls only, a training step is three forward passes, and recomputation
+(remat) does not count.
 """
 
 import functools
@@ -94,14 +94,14 @@ def model_flops(config: Config) -> int:
 
 # FLOP/s of one JAX device, bf16 without sparsity, by words of its device_kind (the longest entry that occurs counts).
 # TPU: cloud.google.com/tpu/docs, "peak compute per chip", halved where a JAX device is half a chip (v2, v3, 7x).
-# GPU: NVIDIA's data sheets, tensor core bf16; where they give the sparse figure only, half of it.
+# GPU: NVIDIA's data sheets, tensor core bf16; half of the figure if they give only that with sparsity.
 PEAK_FLOPS = {
     "TPU v2": 46e12 / 2,
     "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p calls itself so
+    "TPU v5": 459e12,  # JAX's name of v5p
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
@@ -122,10 +122,10 @@ PEAK_FLOPS = {
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """FLOP/s that the devices could do together, for the MFU; None if a kind is not in the table.
+    """Peak FLOP/s of the devices together, for the MFU; None if a device kind is not in the table.
 
-    On accelerators that is their bf16 peak, whatever the dtype of the run, so that MFUs compare. CPU devices share
-    one machine, however many they are: they count once, with the float32 rate that is measured on it.
+    Accelerators have their bf16 peak, whatever the dtype of the run, so that MFUs are comparable. All CPU devices
+    together count as one machine, with its measured float32 rate.
     """
     if all(device.platform == "cpu" for device in devices):
         return measure_matmul_rate()
@@ -134,15 +134,15 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def _peak(kind: str) -> float | None:
-    if re.search(r"\bMIG\b", kind):  # a slice of a GPU carries the name of the whole
+    if re.search(r"\bMIG\b", kind):  # a MIG slice has the name of the whole GPU
         return None
-    found = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", kind, re.IGNORECASE)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
+    names = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", kind, re.IGNORECASE)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 @functools.cache
 def measure_matmul_rate() -> float:
-    """FLOP/s of this machine's CPU in float32 matrix products, the best of a few; takes half a second, once."""
+    """FLOP/s of this machine's CPU in float32 matmuls, the best of several; takes half a second, once."""
     size = 2048
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices(backend="cpu")[0])
     product = jax.jit(lambda a: a @ a).lower(matrix).compile()

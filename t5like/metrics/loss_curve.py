@@ -1,4 +1,4 @@
-"""The picture of a run: loss.png, drawn of its metrics. Called by `train` when it is done."""
+"""Draws the loss curve of a run, loss.png, from its metrics. Called by `train` at the end."""
 
 import io
 import math
@@ -13,10 +13,10 @@ PICTURE = "loss.png"  # in a run directory
 
 
 def draw_loss_curve(workdir: Path) -> Path:
-    """Draw metrics.jsonl as loss.png beside it: training and held-out loss, and the baselines that it has.
+    """Draw metrics.jsonl as loss.png beside it: training and held-out loss, and the baselines in it.
 
-    Steps are on a logarithmic axis, as loss falls with their power; up to the first that was logged it is linear, so
-    that step 0 is there.
+    The step axis is logarithmic, because loss follows a power law; it is linear up to the first logged step, so that
+    step 0 is shown.
     """
     from matplotlib.figure import Figure  # not pyplot: that keeps global state and may look for a display
 

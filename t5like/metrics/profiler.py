@@ -6,13 +6,13 @@ import jax
 
 
 class Profiler:
-    """Records three steps of the run, from `first` on, for TensorBoard or Perfetto; never, if `first` is 0."""
+    """Records three steps from `first` on, for TensorBoard or Perfetto; records nothing if `first` is 0."""
 
     def __init__(self, directory: Path, first: int):
         self._directory, self._first, self._running = directory, first, False
 
     def before(self, step: int) -> None:
-        """Call before each step. The metrics are read a step late, so four steps on the three are surely done."""
+        """Call before each step. Metrics are read one step late, so after four steps the three are complete."""
         if self._first and step == self._first:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
@@ -20,7 +20,7 @@ class Profiler:
             self.stop()
 
     def stop(self) -> None:
-        """Write what was recorded."""
+        """Stop recording and write the trace."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

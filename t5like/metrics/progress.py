@@ -1,4 +1,4 @@
-"""How far long work is, on standard error: a bar on a terminal, plain whole lines elsewhere.
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere.
 
     step 120/600  loss 4.812  31,204 tokens/s  mfu 45.1 %  left 1:32
 
@@ -16,24 +16,24 @@ SECONDS = 5.0  # between plain lines
 
 
 class Progress:
-    """The state of work whose size is known. Close it by leaving its with statement."""
+    """Progress of work whose size is known; a context manager."""
 
     def __init__(
         self, num_steps: int, *, log_every: int | None = None, step: int = 0, primary: bool = True, unit: str = "step"
     ):
-        """Show nothing yet.
+        """Print nothing yet.
 
         Args:
-            num_steps: all there is to do.
+            num_steps: total number of steps.
             log_every: steps between plain lines; None: a line every `SECONDS`. The last step always has one.
-            step: what was done before.
-            primary: whether this process shows anything.
-            unit: what is counted.
+            step: number of steps already done.
+            primary: whether this process prints anything.
+            unit: name of a step.
         """
-        from rich import console, progress  # processes that tokenize do without it
+        from rich import console, progress  # imported here: processes that tokenize do not need it
 
         self._num_steps, self._log_every, self._unit = num_steps, log_every, unit
-        self._begun = self._printed = step
+        self._first_step = self._printed = step
         self._shown = time.monotonic()
         self._values: dict[str, float] = {}
         self._primary, self._bar = primary, None
@@ -46,7 +46,7 @@ class Progress:
                 refresh_per_second=4,
                 expand=True,
                 redirect_stdout=sys.stdout.isatty(),
-            )  # what is piped elsewhere must arrive there
+            )  # redirect_stdout only on a terminal: piped output must not go to the bar
             self._task = self._bar.add_task(f"{unit} {step}/{num_steps}", total=num_steps, completed=step)
 
     def __enter__(self) -> "Progress":
@@ -59,7 +59,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, values: dict[str, float], seconds_left: float | None = None) -> None:
-        """Show a completed step; what `values` lacks keeps its last value. May be called for every step."""
+        """Show a completed step; values that are missing keep their last value. May be called for every step."""
         if not self._primary:
             return
         self._values |= values
@@ -76,20 +76,20 @@ class Progress:
         return step // self._log_every > self._printed // self._log_every
 
     def timed(self) -> Callable[..., None]:
-        """A function to call with how much is done, from now on, and values as of `update`; it shows the time left."""
+        """A function to call with the number of completed steps and the values of `update`; it shows the time left."""
         begin = time.monotonic()
-        left = lambda done: (time.monotonic() - begin) / (done - self._begun) * (self._num_steps - done)
+        left = lambda done: (time.monotonic() - begin) / (done - self._first_step) * (self._num_steps - done)
         return lambda done, values=None: self.update(done, values or {}, left(done))
 
     def note(self, text: str) -> None:
-        """Print a line of its own, such as a held-out loss; a running bar moves out of its way."""
+        """Print a separate line, such as a held-out loss, above a running bar."""
         if self._primary:
             print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def status(text: str, *, show: bool = True) -> Iterator[None]:
-    """Show what is being done, where nothing can be counted. Names in it may be foreign, and may look like markup."""
+    """Show the current activity where no steps can be counted. Names in `text` may look like markup: it is escaped."""
     from rich import console, markup
 
     text = printable(text)
@@ -100,8 +100,8 @@ def status(text: str, *, show: bool = True) -> Iterator[None]:
         yield
 
 
-def _line(begin: str, values: dict[str, float], seconds_left: float | None) -> str:
-    parts = [begin]
+def _line(prefix: str, values: dict[str, float], seconds_left: float | None) -> str:
+    parts = [prefix]
     for name, form in (("train/loss", "loss {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
         if name in values:
             parts.append(form.format(values[name]))

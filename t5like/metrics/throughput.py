@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 class Throughput:
     """Times completed steps: tokens per second, seconds per step, MFU and the time left.
 
-    The first step compiles and is not counted. `tick` comes when a step's values have arrived on the host, so read what
-    is in flight before a `pause`.
+    The first step compiles and is not counted. Call `tick` when the values of a step have arrived on the host; read all
+    steps in flight before a `pause`.
     """
 
     def __init__(self, flops_per_step: float, peak: float | None, *, clock: Callable[[], float] = time.monotonic):
-        """Start with `model_flops` and `peak_flops` of the whole run, not of this process; clock: in seconds."""
+        """`flops_per_step` and `peak` are of the whole run, not of this process; clock: returns seconds."""
         self._flops_per_step, self._peak, self._clock = flops_per_step, peak, clock
-        self._first: float | None = None  # when the first step was done
-        self._steps = 0  # since then
+        self._first: float | None = None  # time of the first completed step
+        self._steps = 0  # since the first
         self._interval_steps = 0  # since the last `read`, as are the next three
         self._begin = self._tokens = self._paused = 0.0
 
     def tick(self, tokens: float) -> None:
-        """Count one completed step with so many tokens, padding not among them, over all processes."""
+        """Count one completed step; tokens: of all processes, without padding."""
         if self._first is None:
             self._first = self._begin = self._clock()
             return
@@ -31,7 +31,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Keep what happens inside (evaluation, checkpoints) out of the speed; it does count for the time left."""
+        """Exclude the block (evaluation, checkpoints) from the speed, but not from the time left."""
         start = self._clock()
         try:
             yield
@@ -53,5 +53,5 @@ class Throughput:
         return values
 
     def seconds_left(self, steps_left: int) -> float | None:
-        """How long the run will take, pauses included at their share so far; None before a step has been timed."""
+        """Remaining seconds of the run, with pauses at their share so far; None before a step has been timed."""
         return (self._clock() - self._first) / self._steps * steps_left if self._steps else None

@@ -21,17 +21,17 @@ from t5like.io.strict_json import loads
 from t5like.types import COMPONENT_METRICS, Metrics
 
 FILE = "metrics.jsonl"  # in a run directory
-LINE = b'{"step": '  # how each of its lines begins
+LINE = b'{"step": '  # prefix of each of its lines
 TENSORBOARD = "tensorboard"
 
 
-# ---- Work and speed ----
+# ---- Values ----
 
 
 def by_component(
     prefix: str, names: Sequence[Mapping[str, str]], sums: Metrics, bytes_C: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Loss, learned tokens and share of the rows, for each source, objective and denoiser that is named.
+    """Loss, target tokens and share of the rows for each source, objective and denoiser.
 
     Args:
         prefix: "train" or "eval".
@@ -41,27 +41,27 @@ def by_component(
 
     Returns:
         ``train/loss/objective/ul2``, ``train/tokens/denoiser/X3_50``, ``train/share/source/wiki``, ...; a loss
-        only where something was learned; bits per byte only where its targets are text.
+        only with target tokens; bits per byte only if its targets are text.
     """
     nats, rows = (sums[name] for name in COMPONENT_METRICS)
     values = {}
     for kind in names[0]:
         for name in dict.fromkeys(each[kind] for each in names):
-            mine = np.array([each[kind] == name for each in names])
-            if weight := float(nats.weight[mine].sum()):
-                total = float(nats.total[mine].sum())
+            selected = np.array([each[kind] == name for each in names])
+            if weight := float(nats.weight[selected].sum()):
+                total = float(nats.total[selected].sum())
                 values[f"{prefix}/loss/{kind}/{name}"] = total / weight
                 if bytes_C is not None:
                     values[f"{prefix}/perplexity/{kind}/{name}"] = perplexity(total / weight)
-                    if size := float(bytes_C[mine].sum()):
+                    if size := float(bytes_C[selected].sum()):
                         values[f"{prefix}/bits_per_byte/{kind}/{name}"] = total / math.log(2) / size
             values[f"{prefix}/tokens/{kind}/{name}"] = weight
-            values[f"{prefix}/share/{kind}/{name}"] = float(rows.total[mine].sum() / rows.total.sum())
+            values[f"{prefix}/share/{kind}/{name}"] = float(rows.total[selected].sum() / rows.total.sum())
     return values
 
 
 def perplexity(nats: float) -> float:
-    """exp of a loss, and a large number instead of an overflow."""
+    """exp of a loss; a large number instead of an overflow."""
     return math.exp(min(nats, 700.0))
 
 
@@ -69,10 +69,10 @@ def perplexity(nats: float) -> float:
 
 
 def read(workdir: Path) -> list[dict[str, float | None]]:
-    """The lines of a run's metrics.jsonl; no file is no lines. A line that was cut off while being written is left out.
+    """The records of a run's metrics.jsonl, without a last line that was cut off; none if there is no file.
 
     Raises:
-        DataError: another line is no JSON object with a step and numbers.
+        DataError: a line is no JSON object with a step and numbers.
         CheckpointError: the file can't be read.
     """
     path = workdir / FILE
@@ -93,7 +93,7 @@ def read(workdir: Path) -> list[dict[str, float | None]]:
 
 
 def _record(line: bytes) -> dict[str, float | None] | None:
-    """A line's values; None if it is not what `Writer` writes."""
+    """The values of a line; None if `Writer` can't have written it."""
     try:
         record = loads(line)
     except ValueError:
@@ -107,9 +107,9 @@ def _record(line: bytes) -> dict[str, float | None] | None:
 class Writer:
     """Writes values to metrics.jsonl and to TensorBoard events, in the run directory, from one process.
 
-    Each line is ``{"step": 20, "train/loss": 4.81}``. A value that is not finite is null there, which JSON can say and
-    NaN is not; TensorBoard gets it as it is. On resume both forget what came after the resumed step, and a value that
-    the file already has for that very step is not written again: each name occurs once per step.
+    Each line is ``{"step": 20, "train/loss": 4.81}``. A value that is not finite is null there, because JSON has no
+    NaN; TensorBoard gets the value itself. On resume both drop all later steps, and a value that the file already has
+    for the resumed step is not written again: each name occurs once per step.
     """
 
     def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
@@ -117,7 +117,7 @@ class Writer:
         self._file = self._events = None
         if not primary:
             return
-        import tensorboardX  # 0.2 s, and only here
+        import tensorboardX  # imported here: it takes 0.2 s
 
         kept = [record for record in read(workdir) if record["step"] <= step]
         self._known = {(step, name) for record in kept if record["step"] == step for name in record}
@@ -128,13 +128,13 @@ class Writer:
             workdir.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.read_bytes() != text.encode():
                 replace_file(path, text)
-            self._file = path.open("a", buffering=1, encoding="utf-8")  # each line goes out whole, at once
+            self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered
             self._events = tensorboardX.SummaryWriter(
                 str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
-            )  # names have whole seconds: a quick restart must not overwrite the last file
+            )  # file names have a resolution of a second: a quick restart must not overwrite the last file
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add one line. Steps must not go back."""
+        """Append one line. Steps must not decrease."""
         if self._file is None:
             return
         assert step >= self._step, f"step {step} after {self._step}"
@@ -148,7 +148,7 @@ class Writer:
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush both files; nothing can be written after it."""
+        """Close both files."""
         if self._file is not None:
             self._file.close()
             self._events.close()

@@ -1,7 +1,7 @@
-"""Losses on targets, as sums: (total, weight) is divided once, after microbatches, devices and hosts are added.
+"""Losses as sums (total, weight), which are divided once, after microbatches, devices and hosts are added.
 
-All in float32. `step` decides whether the logits exist whole (`cross_entropy`) or a chunk at a time (`in_chunks`);
-`nats` gives each token's own, for answers and choices.
+All in float32. `step` computes the logits of a batch at once (`cross_entropy`) or in chunks (`in_chunks`); `nats`
+returns the loss of each token, for log-likelihoods.
 Sources: z-loss is Mesh TensorFlow's, as T5 1.1 and PaLM (section 5) train with; label smoothing (Szegedy et al. 2016,
 section 7) is T5X's (`losses.compute_weighted_cross_entropy`); next-sentence prediction is BERT's (Devlin et al. 2019,
 section 3.1).
@@ -19,7 +19,7 @@ from t5like.types import Metrics, Sum
 
 
 class Loss(NamedTuple):
-    """What the optimizer descends, summed over target tokens, and what people read.
+    """The objective of the optimizer, summed over target tokens, and the metrics.
 
     Attributes:
         objective: float32 scalar: nats, z-loss and smoothing, weighted and summed.
@@ -47,13 +47,13 @@ def cross_entropy(
     Args:
         logits_BLV: any float; computed in float32. Masked vocabulary rows hold a very low value.
         targets_BL: ids below V.
-        weights_BL: float32, 0 for positions that don't count.
+        weights_BL: float32, 0 for positions that are no targets.
         vocab_size: how many of the V rows are real.
         z_loss: factor of log(Z)^2, which keeps the logits from drifting.
         label_smoothing: share of the target's probability that is spread evenly over the other real rows. The entropy
             of that distribution is subtracted, so that the least possible objective is 0. T5X's vocabulary counts all
             V rows; here those that are masked have no part in it.
-        component_B1: int32 below `num_components`, where each row comes from: the metrics get `by_component`. None: one
+        component_B1: int32 below `num_components`, the component of each row: the metrics get `by_component`. None: one
             component, no such metric.
         num_components: C.
     """
@@ -75,28 +75,28 @@ def cross_entropy(
 
 
 def sum_by_component(x_B1: jax.Array, component_B1: jax.Array, num_components: int) -> jax.Array:
-    """float32 [C]: the sum of the rows of each component. Not a product: that would round to bfloat16 on a TPU."""
+    """float32 [C]: the sum of the rows of each component. Not a matmul, which would round to bfloat16 on a TPU."""
     return jnp.where(component_B1 == jnp.arange(num_components)[None], x_B1.astype(jnp.float32), 0.0).sum(0)
 
 
 def next_sentence(logits_B2: jax.Array, follows_B1: jax.Array, *, row_weight: float) -> Loss:
     """Cross entropy of whether the second text of each pair follows the first.
 
-    BERT descends the mean over masked tokens plus the mean over pairs. Our objective is one sum, divided once by the
-    weight of `loss`, the number of masked tokens: a pair's nats count `row_weight` times, the masked tokens of a full
-    row. If all rows are full and count, that is BERT's sum of means; a short row's pair counts as much as a long one's.
-    And it stays a sum: over microbatches, devices and hosts it adds up to that of the whole batch.
+    BERT minimizes the mean over masked tokens plus the mean over pairs. The objective here is one sum, divided once by
+    the weight of `loss`, the number of masked tokens: a pair's nats are multiplied by `row_weight`, the masked tokens
+    of a full row. If all rows are full, that is BERT's sum of means; the pair of a short row has the same weight as
+    that of a long row. Sums of microbatches, devices and hosts add up to the sum of the global batch.
 
     Args:
         logits_B2: float32; column 0: it follows, 1: it does not (BERT's order).
-        follows_B1: int32 1: it follows, 0: it does not, -1: the row does not count.
+        follows_B1: int32 1: it follows, 0: it does not, -1: the row has no pair.
         row_weight: masked tokens that a full row is expected to have.
 
     Returns:
         the objective, and the metrics `nsp_loss` (nats per pair) and `nsp_accuracy`.
     """
     counts_B = (follows_B1[:, 0] >= 0).astype(jnp.float32)
-    margin_B = logits_B2[:, 0] - logits_B2[:, 1]  # in favour of following
+    margin_B = logits_B2[:, 0] - logits_B2[:, 1]  # logit of "follows"
     sign_B = jnp.where(follows_B1[:, 0] == 1, 1.0, -1.0)
     nats = (jax.nn.softplus(-sign_B * margin_B) * counts_B).sum()
     correct = ((sign_B * margin_B > 0) * counts_B).sum()
@@ -106,7 +106,7 @@ def next_sentence(logits_B2: jax.Array, follows_B1: jax.Array, *, row_weight: fl
 
 
 def nats(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
-    """float32 [B, L]: nats of each target, -log p: the numbers that `cross_entropy` weights and sums.
+    """float32 [B, L]: nats of each target, -log p, which `cross_entropy` weights and sums.
 
     Args:
         logits_BLV: any float; computed in float32.
@@ -125,9 +125,9 @@ def _log_z(logits_BLV, targets_BL):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _per_token(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size):
-    """Objective, nats, log Z and whether the target is the likeliest, each [B, L]; only the objective has a gradient.
+    """Objective, nats, log Z and whether the target is most likely, each [B, L]; only the objective has a gradient.
 
-    That is written by hand: one pass over the logits, where autodiff would scatter into a second array of their size.
+    The gradient is written by hand: one pass over the logits, where autodiff would scatter into a second array.
     """
     return _per_token_forward(logits_BLV, targets_BL, z_loss, label_smoothing, vocab_size)[0]
 
@@ -174,17 +174,17 @@ def in_chunks(
     weights_BL: jax.Array,
     chunk: int,
 ) -> Loss:
-    """Sum `loss` over chunks of the length, so that the float32 logits of the whole batch never exist.
+    """Sum `loss` over chunks of the length, so that the float32 logits of the whole batch are never in memory.
 
     Args:
-        loss: (hidden, targets, weights) of a chunk -> Loss; it applies the output head. Its logits are computed again
-            in the backward pass instead of being kept.
-        hidden_BLD: what the head reads.
+        loss: (hidden, targets, weights) of a chunk -> Loss; it applies the output head. Its logits are recomputed in
+            the backward pass.
+        hidden_BLD: inputs of the head.
         targets_BL: ids.
         weights_BL: float32.
         chunk: positions of each row per chunk; a last short chunk is padded with weight 0.
 
-    Under fsdp each chunk gathers the head again: it pays where the logits are the peak of memory, not otherwise.
+    With fsdp each chunk gathers the head again, so chunks pay only if the logits are the peak of memory.
     """
     rows, length = targets_BL.shape
     count = -(-length // chunk)

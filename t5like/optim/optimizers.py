@@ -28,14 +28,14 @@ from t5like.errors import ConfigError
 from t5like.optim.schedules import learning_rate
 from t5like.types import Array, LogicalAxes, Tree
 
-FACTOR_FROM = 128  # Adafactor: a matrix whose sides are both at least this long keeps row and column means only
+MIN_FACTORED_SIDE = 128  # Adafactor: a matrix with both sides at least this long keeps only row and column means
 STACKED_AXES = frozenset({"layers", "experts"})  # logical axes along which matrices or vectors are stacked; they lead
 TABLE_AXES = frozenset({"vocab", "positions", "token_types", "buckets", "classes"})  # rows or columns by index
-LEAST_RMS = 1e-3  # the parameter scale of a matrix that is (nearly) zero: epsilon_2 of Adafactor
+MIN_RMS = 1e-3  # the parameter scale of a matrix that is (nearly) zero: epsilon_2 of Adafactor
 
 
 def without_frozen_gradients(config: Config, params: Tree) -> Tree:
-    """The same values, through which no gradient reaches a frozen parameter: XLA leaves out what would compute it."""
+    """Stop the gradients of frozen parameters, so that XLA does not compute them."""
     return tree.map_named(
         lambda name, leaf: jax.lax.stop_gradient(leaf) if tree.matches(name, config.optimizer.frozen) else leaf, params
     )
@@ -45,24 +45,24 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
     """Make the complete update rule of a config; ``apply_updates`` adds what it returns.
 
     Weight decay is decoupled and follows the learning rate: an update takes ``rate * weight_decay * parameter`` away.
-    Frozen parameters get updates of exactly 0, have no state, and do not count in the norm that is clipped.
+    Frozen parameters get updates of exactly 0, have no state, and are not part of the clipped norm.
 
     Args:
         params: arrays or shapes; only names and shapes are read.
         axes: logical axes of every parameter by name (`step.parameter_axes`): which dims are matrix dims.
 
     Raises:
-        ConfigError: a pattern of `no_decay` or `frozen` matches no parameter, or nothing is left to train.
+        ConfigError: a pattern of `no_decay` or `frozen` matches no parameter, or all parameters are frozen.
     """
     optimizer = config.optimizer
     frozen = tree.mask(params, optimizer.frozen, field="optimizer.frozen")
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
-    tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # refused even while nothing decays
+    tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # checked even without weight decay
     chain = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     chain.append(_direction(optimizer, axes))
     if optimizer.weight_decay:
-        # a function, because the tree it sees lacks the frozen leaves
+        # a function, because its tree has no frozen leaves
         chain.append(
             optax.add_decayed_weights(
                 optimizer.weight_decay,
@@ -86,7 +86,8 @@ def _direction(optimizer: OptimizerConfig, axes: LogicalAxes) -> optax.GradientT
         case "lion":
             return optax.scale_by_lion(optimizer.b1, optimizer.b2)
         case "muon":
-            # Its authors keep it to the matrices of the hidden layers: embeddings, head, tables and vectors go by Adam.
+            # As its authors recommend, Muon updates the matrices of hidden layers; Adam updates embeddings, head,
+            # tables and vectors.
             return optax.partition(
                 {"muon": scale_by_muon(), "adam": adam},
                 lambda params: tree.map_named(
@@ -104,7 +105,7 @@ class Factors(NamedTuple):
 
 
 class AdafactorState(NamedTuple):
-    """The number of updates, and for each parameter `Factors`, or its whole second moment where it is not factored."""
+    """The number of updates, and for each parameter `Factors`, or its second moment if it is not factored."""
 
     count: Array
     moments: Tree
@@ -117,9 +118,9 @@ def scale_by_adafactor(axes: LogicalAxes) -> optax.GradientTransformation:
     """
 
     def init(params: Tree) -> AdafactorState:
-        return AdafactorState(jnp.zeros([], jnp.int32), tree.map_named(start, params))
+        return AdafactorState(jnp.zeros([], jnp.int32), tree.map_named(zeros, params))
 
-    def start(name: str, param: Array) -> Factors | Array:
+    def zeros(name: str, param: Array) -> Factors | Array:
         if not _is_factored(axes[name], param):
             return jnp.zeros(param.shape, jnp.float32)
         rows, columns = param.shape[:-1], (*param.shape[:-2], param.shape[-1])
@@ -149,7 +150,7 @@ def scale_by_adafactor(axes: LogicalAxes) -> optax.GradientTransformation:
 
 
 def scale_by_parameter_rms(axes: LogicalAxes) -> optax.GradientTransformation:
-    """Multiply each matrix's step by the parameter's RMS, so that it changes by a share of itself, as in Adafactor."""
+    """Multiply each matrix's step by the parameter's RMS, so that steps are relative to it, as in Adafactor."""
     return optax.stateless(
         lambda updates, params: tree.map_named(
             lambda name, step, param: step * _scale(axes[name], param), updates, params
@@ -158,9 +159,9 @@ def scale_by_parameter_rms(axes: LogicalAxes) -> optax.GradientTransformation:
 
 
 def scale_by_muon() -> optax.GradientTransformation:
-    """Muon for leaves ``[..., fan_in, fan_out]``: orthogonal steps, as large (RMS) as AdamW's usually are.
+    """Muon for leaves ``[..., fan_in, fan_out]``: orthogonal steps with the usual RMS of AdamW's.
 
-    That size, 0.2, lets Muon and the Adam of the other parameters share one learning rate and weight decay.
+    That RMS, 0.2, lets Muon and the Adam of the other parameters share one learning rate and weight decay.
     """
 
     def each_matrix(updates: Tree) -> Tree:
@@ -178,7 +179,7 @@ def _matrix_dims(axes: tuple[str | None, ...]) -> tuple[int, ...]:
 
 
 def _is_factored(axes: tuple[str | None, ...], leaf: Array) -> bool:
-    return len(_matrix_dims(axes)) == 2 and min(leaf.shape[-2:]) >= FACTOR_FROM
+    return len(_matrix_dims(axes)) == 2 and min(leaf.shape[-2:]) >= MIN_FACTORED_SIDE
 
 
 def _is_layer_kernel(axes: tuple[str | None, ...]) -> bool:
@@ -191,4 +192,4 @@ def _rms(axes: tuple[str | None, ...], leaf: Array) -> Array:
 
 
 def _scale(axes: tuple[str | None, ...], param: Array) -> Array:
-    return jnp.maximum(LEAST_RMS, _rms(axes, param))
+    return jnp.maximum(MIN_RMS, _rms(axes, param))

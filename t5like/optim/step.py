@@ -1,7 +1,7 @@
-"""The state and the one train step, as pure functions: loss, gradients over microbatches, update, evaluation.
+"""Train state, train step and evaluation step as pure functions: loss, gradients over microbatches, update.
 
 Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a new loss on the same batch is another
-`LossFn`. Nothing here does I/O or logs. `compile_train_step` compiles the step without data, `train` runs it.
+`LossFn`. This module does no I/O and no logging. `compile_train_step` compiles the step without data, `train` runs it.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +31,8 @@ LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # confi
 def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
     """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
 
-    Pairs add their loss (`losses.next_sentence`) where the batch has any. Where its rows come from several components,
-    there are metrics by component: nats and weights, and the number of rows that have a target.
+    Sentence pairs add `losses.next_sentence`. If the rows come from several components, there are metrics by component:
+    nats and weights, and the number of rows that have a target.
     """
     components = num_components(config)
     model = Transformer(config)
@@ -62,14 +62,14 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
         loss = loss._replace(metrics=loss.metrics | {"rows_by_component": Sum(rows, rows)})
     if batch.follows_B1 is not None:
         logits_B2 = model.apply({"params": params}, hidden_BLD, method="pair_logits")
-        masked = max(round(config.data.noise_density * config.data.inputs_length), 1)
-        pairs = losses.next_sentence(logits_B2, batch.follows_B1, row_weight=masked)
+        num_masked = max(round(config.data.noise_density * config.data.inputs_length), 1)
+        pairs = losses.next_sentence(logits_B2, batch.follows_B1, row_weight=num_masked)
         loss = losses.Loss(loss.objective + pairs.objective, loss.metrics | pairs.metrics)
     return loss
 
 
 def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
-    """Float32 parameters with their logical axes in boxes (`flax.linen.LogicallyPartitioned`)."""
+    """Random float32 parameters in boxes with their logical axes (`flax.linen.LogicallyPartitioned`)."""
     ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
     return Transformer(config).init(key, ids)["params"]
 
@@ -156,8 +156,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
 
-    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step counts on,
-    and the metric `skipped_updates` is 1. The gradient of frozen parameters is not computed, and no part of that norm.
+    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step is counted,
+    and the metric `skipped_updates` is 1. The gradient of frozen parameters is not computed and not part of that norm.
     """
     microbatches = config.train.microbatches
 
@@ -169,9 +169,7 @@ def make_train_step(
         return jax.grad(objective, has_aux=True)(params)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(
-            jax.random.key(config.seed), state.step
-        )  # of dropout; nothing random is kept in the state
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # of dropout; the state has no random key
         if microbatches == 1:
             grads, metrics = gradient(state.params, batch, key)
         else:
@@ -213,7 +211,7 @@ def make_train_step(
 
 
 def real_tokens(batch: Batch) -> jax.Array:
-    """How many tokens the model read: no padding, and a decoder behind an encoder counts its targets."""
+    """Number of input and target tokens without padding; the decoder of an encoder-decoder counts its targets."""
 
     def real(ids, segments):
         return jnp.full((), ids.size, jnp.float32) if segments is None else jnp.sum(segments != 0, dtype=jnp.float32)
@@ -223,15 +221,15 @@ def real_tokens(batch: Batch) -> jax.Array:
         return encoder
     if batch.encoder_BS is None and batch.decoder_segments_BL is not None:
         return real(batch.decoder_BL, batch.decoder_segments_BL)
-    learned_BL = batch.weights_BL > 0
-    learned_BL = learned_BL if batch.prefix_BL is None else learned_BL | batch.prefix_BL
-    return encoder + jnp.sum(learned_BL, dtype=jnp.float32)
+    targets_BL = batch.weights_BL > 0
+    tokens_BL = targets_BL if batch.prefix_BL is None else targets_BL | batch.prefix_BL
+    return encoder + jnp.sum(tokens_BL, dtype=jnp.float32)
 
 
 def split_microbatches(batch: Batch, count: int) -> Batch:
     """[B, ...] -> [count, B / count, ...]; part m holds rows m, m + count, ...
 
-    Rows are dealt out in turn, so that each part is spread over all devices that hold the batch, and none moves.
+    Rows are dealt round-robin, so that each part is split over all devices of the batch and no row moves.
     """
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
 
@@ -252,18 +250,18 @@ def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[
 
 
 def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
-    """The sums that an evaluation starts with: zeros of the shapes that the loss gives batches like this one.
+    """The initial sums of an evaluation: numpy zeros with the shapes of the loss's metrics on such a batch.
 
-    `params` and `batch` give shapes only, `config` is settled; nothing is computed, and the zeros are numpy's.
+    `params` and `batch` give shapes only, `config` is resolved; nothing is computed.
     """
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # wherever they live
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # without shardings
     metrics = lambda params, batch: loss_fn(config, params, batch, None).metrics
     shapes = jax.eval_shape(metrics, *jax.tree.map(shape, (params, batch)))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
-    """The jitted train step: state donated and split as `abstract_state` says, metrics whole on every device."""
+    """The jitted train step: state donated, with the shardings of `abstract_state`; metrics replicated."""
     mesh = _mesh_of(abstract)
     out = (_shardings(abstract), NamedSharding(mesh, PartitionSpec()))
     options = xla_options.of_training(config.train, mesh)
@@ -271,7 +269,7 @@ def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretr
 
 
 def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
-    """The jitted evaluation step; parameters and batch are taken as they are split."""
+    """The jitted evaluation step; parameters and batch keep the shardings of the arguments."""
     out = NamedSharding(mesh, PartitionSpec())
     options = xla_options.of_chip(config.train, mesh)
     return jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)

@@ -1,7 +1,8 @@
-"""What the machine's memory can't hold is refused before anything is made: by shapes alone, and by lower bounds.
+"""Memory checks before anything is allocated: lower bounds of the memory that a run needs, from shapes alone.
 
-Only what has to be there at one moment is counted: state and batch, the hidden values of one layer, the attention
-scores of one head. A run that passes may still be too large; `t5like plan` says what a step really needs.
+A lower bound counts arrays that must exist at the same time: state and batch, the hidden values of one layer, the
+attention scores of one head. A run that passes may still be too large; `t5like plan` predicts the memory of a step.
+Called by `train` and by generation.
 """
 
 import contextlib
@@ -22,18 +23,18 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def host() -> int | None:
-    """Bytes of memory that this process may use: the machine's, or its container's; None where it can't be known."""
-    known = []
+    """Bytes of memory that this process may use: the machine's, or its container's; None if unknown."""
+    sizes = []
     with contextlib.suppress(ValueError, OSError, AttributeError):
-        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in LIMITS:
         with contextlib.suppress(ValueError, OSError):  # no such file, or "max"
-            known.append(int(Path(path).read_text(encoding="utf-8")))
-    return min((size for size in known if size > 0), default=None)
+            sizes.append(int(Path(path).read_text(encoding="utf-8")))
+    return min((size for size in sizes if size > 0), default=None)
 
 
 def of_devices(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that this process's devices among these have together; None where it can't be known."""
+    """Total bytes of those of the devices that belong to this process; None if unknown."""
     devices = [device for device in devices if device.process_index == jax.process_index()]
     if all(device.platform == "cpu" for device in devices):
         return host()
@@ -42,17 +43,17 @@ def of_devices(devices: Sequence[jax.Device]) -> int | None:
 
 
 def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax.sharding.Mesh) -> None:
-    """Refuse a run that this process's devices can't hold.
+    """Refuse a run that does not fit on this process's devices.
 
     Args:
-        config: settled on the mesh.
+        config: resolved for the mesh.
         batch: shapes of a global batch.
         abstract: the state's shapes and shardings.
 
     Raises:
-        ConfigError: with the bytes that are needed and there, and the fields that decide.
+        ConfigError: with the needed and the available bytes, and the fields that determine them.
     """
-    if not (there := of_devices(mesh.devices.flatten())):
+    if not (available := of_devices(mesh.devices.flatten())):
         return
     local = len(mesh.local_devices)
     state = {
@@ -66,9 +67,9 @@ def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax
         "hidden values and scores of a microbatch": share * _hidden(config),
     }
     needed = {name: int(size) for name, size in (state | rows).items() if size}
-    if sum(needed.values()) <= there:
+    if sum(needed.values()) <= available:
         return
-    if sum(state.values()) > there:
+    if sum(state.values()) > available:
         count = tree.num_parameters(abstract.params)
         fields = {"model": ("num_layers", "model_dim", "mlp_dim", "num_heads", "head_dim")}
         fields |= {"tokenizer": ("vocab_size",)}
@@ -84,21 +85,21 @@ def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax
         f"{', '.join(values)}: {reason} needs at least {gigabytes(sum(needed.values()))} of memory ("
         + ", ".join(f"{name} {gigabytes(size)}" for name, size in needed.items() if size > sum(needed.values()) / 100)
         + f"), and {'this machine has' if mesh.devices.flat[0].platform == 'cpu' else 'its devices have'} "
-        f"{gigabytes(there)}; {remedy}; t5like plan says what a machine needs"
+        f"{gigabytes(available)}; {remedy}; t5like plan says what a machine needs"
     )
 
 
 def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
-    """Refuse to make texts whose keys and values can't be held beside each other, for one prompt alone.
+    """Refuse to generate texts whose key-value cache does not fit in memory, even for one prompt.
 
     Args:
-        config: settled.
-        prompt: its tokens.
-        new: tokens to make.
-        texts: made side by side: beams, or samples.
+        config: resolved.
+        prompt: its number of tokens.
+        new: tokens to generate per text.
+        texts: number generated in parallel: beams, or samples.
 
     Raises:
-        ConfigError: with the bytes that are needed and there.
+        ConfigError: with the needed and the available bytes.
     """
     model, width = config.model, _width(config)
     layers = model.decoder_layers
@@ -106,17 +107,17 @@ def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
     keys = 2 * layers * positions * model.kv_heads * model.head_dim * width
     logits = 4 * texts * config.vocab_rows
     scores = prompt**2 * width * (model.kernels != "tpu")
-    needed, there = keys + logits + scores, of_devices(jax.local_devices())
-    if there and needed > there:
+    needed, available = keys + logits + scores, of_devices(jax.local_devices())
+    if available and needed > available:
         raise ConfigError(
             f"a prompt of {prompt:,} tokens with {texts:,} texts of {new:,} tokens needs at least "
-            f"{gigabytes(needed)} of memory, and there are {gigabytes(there)}; "
+            f"{gigabytes(needed)} of memory, and there are {gigabytes(available)}; "
             "use a smaller --max_new_tokens, such as 64, or fewer texts"
         )
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as people read them."""
+    """Bytes as text in gigabytes."""
     return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.3g} GB"
 
 

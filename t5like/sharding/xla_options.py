@@ -1,7 +1,7 @@
-"""What XLA is asked for besides its defaults, by chip, each with its reason.
+"""XLA compiler options by chip, each with its reason.
 
-`step` hands these to `jax.jit`, so the trainer and `t5like plan` compile the same program. What each brings is in
-benchmarks/RESULTS.md ("Effect of each change"); libtpu 0.0.42, which jax 0.10.2 asks for, and 0.0.52 know all of them.
+`step` passes them to `jax.jit`, so that the trainer and `t5like plan` compile the same program. benchmarks/RESULTS.md
+("Effect of each change") has the measurements. libtpu 0.0.42, which jax 0.10.2 requires, and 0.0.52 accept all of them.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from t5like.errors import ConfigError
 
 Option = bool | int | str
 
-NONE = "none"  # of train.compiler_options: none of those below
+NONE = "none"  # value of train.compiler_options: none of those below
 
-# Gradients are reduced over all of fsdp in every layer's backward pass, weights gathered in both passes. With libtpu's
-# defaults a chip waits for the former, and on those with sparse cores for both.
-_SPARSE_CORES = {  # They move the data while the matrix units go on; the table knows six kinds of transfer.
+# Gradients are reduced over fsdp in the backward pass of every layer, weights are gathered in both passes. With
+# libtpu's defaults the reductions are exposed; on chips with sparse cores the gathers are exposed as well.
+_SPARSE_CORES = {  # Sparse cores transfer the data while the matrix units compute.
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
@@ -30,11 +30,11 @@ _SPARSE_CORES = {  # They move the data while the matrix units go on; the table 
 }
 OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
     "TPU v5 lite": {
-        # An all-reduce runs inside the product after it, as all-gathers do by default. No other chip can do that.
+        # An all-reduce runs inside the matmul after it, as all-gathers do by default. No other chip can do that.
         "xla_enable_async_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-        # By default one all-reduce waits for the gradients of several products, and then nothing is left to hide it.
-        # Those of norms are still joined: they are small, and each alone would cost a round of the network.
+        # By default one all-reduce waits for the gradients of several matmuls, and then no work is left to hide it.
+        # Gradients of norms are still combined: they are small, and each all-reduce has the latency of the network.
         "xla_jf_crs_combiner_threshold_in_bytes": 2**20,
     },
     "TPU v5": _SPARSE_CORES,  # v5p
@@ -43,19 +43,19 @@ OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
 
 
 def of_chip(config: TrainConfig, mesh: Mesh) -> dict[str, Option]:
-    """The options for the chips of a mesh; evaluation, which may run on other machines than training, has no more."""
+    """The options for the chips of a mesh; evaluation, which may run on other machines, uses only these."""
     return {} if NONE in config.compiler_options else OPTIONS.get(mesh.devices.flat[0].device_kind, {})
 
 
 def of_training(config: TrainConfig, mesh: Mesh) -> dict[str, Option]:
-    """The options of the train step: the chip's, and then the config's own, which win."""
-    own = dict(text.split("=", 1) for text in config.compiler_options if text != NONE)
+    """The options of the train step: the chip's, overridden by those of the config."""
+    configured = dict(text.split("=", 1) for text in config.compiler_options if text != NONE)
     booleans = {"true": True, "false": False}
-    return of_chip(config, mesh) | {name: booleans.get(value.lower(), value) for name, value in own.items()}
+    return of_chip(config, mesh) | {name: booleans.get(value.lower(), value) for name, value in configured.items()}
 
 
 def check(config: TrainConfig, mesh: Mesh) -> None:
-    """Compile an empty program with the config's own options, which takes no time.
+    """Compile a trivial program with the config's options.
 
     Raises:
         ConfigError: see `refusals`.
@@ -69,10 +69,10 @@ def check(config: TrainConfig, mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Within, where a program is compiled, an option that the compiler does not take is the user's error.
+    """Context of a compilation: an option that the compiler refuses becomes a `ConfigError`.
 
     Raises:
-        ConfigError: the compiler does not know an option, or not on this chip, or not its value.
+        ConfigError: the compiler refuses an option, its value, or the option on this chip.
     """
     try:
         yield
@@ -82,5 +82,5 @@ def refusals() -> Iterator[None]:
             raise
         raise ConfigError(
             f"train.compiler_options: the compiler refuses one ({message[:160]}); leave it out, or use "
-            f"--config.train.compiler_options={NONE} to do without those of compiler_options.py as well"
+            f"--config.train.compiler_options={NONE} to use no options of xla_options.py either"
         ) from None
