@@ -85,7 +85,7 @@ def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax
         f"{', '.join(values)}: {reason} needs at least {gigabytes(sum(needed.values()))} of memory ("
         + ", ".join(f"{name} {gigabytes(size)}" for name, size in needed.items() if size > sum(needed.values()) / 100)
         + f"), and {'this machine has' if mesh.devices.flat[0].platform == 'cpu' else 'its devices have'} "
-        f"{gigabytes(available)}; {remedy}; t5like plan says what a machine needs"
+        f"{gigabytes(available)}; {remedy}; t5like plan predicts the memory of a step"
     )
 
 

@@ -47,7 +47,7 @@ def test_devices_of_one_host_share_its_memory_and_parameters_that_are_split_coun
     monkeypatch.setattr(memory, "host", lambda: 4 * state_bytes)
     check(whole)
     check(split, devices=8)
-    with pytest.raises(ConfigError, match="use a smaller model, or more devices with mesh.fsdp; t5like plan says"):
+    with pytest.raises(ConfigError, match="use a smaller model, or more devices with mesh.fsdp; t5like plan predicts"):
         check(whole, devices=8)  # eight copies
 
 
