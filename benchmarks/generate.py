@@ -1,16 +1,16 @@
-"""Decoding in t5like and in PyTorch `transformers.generate`, side by side in one call.
+"""Decoding speed of t5like and of PyTorch `transformers.generate`, measured alternately in one run.
 
     python benchmarks/generate.py [--shapes=small,dec] [--rows=1,32] [--ways=greedy,beams] [--rounds=5]
                                   [--torch_python=PYTHON] [--peers=transformers]
 
 Models as in `peers.py` (T5 1.1 small; a Llama-like decoder of its size), random weights, float32, prompts of 64 tokens,
-64 new tokens without an end, greedy or by 4 beams. For each case every side gets a process of its own; after their
-warm-up they decode in turn, so that what else the machine does meets both, and the ratio is the median over rounds.
-`floor ms` is what one token costs at least: the bytes of the weights that a step reads, over the bandwidth at which
+64 new tokens without end of sequence, greedy or with 4 beams. For each case both libraries have a process of their own.
+After warm-up they decode alternately, so that other load on the machine affects both; the ratio is the median over
+rounds. `floor ms` is a lower bound per token: the bytes of the weights that a step reads, over the bandwidth at which
 this process sums an array of that size with all its cores.
 
-Prints a JSON line per case and side, and at the end, on standard error, a table in Markdown. This file is all sides: it
-imports JAX, or torch, where it serves one.
+Prints a JSON line per case and library, and finally a Markdown table on standard error. This file runs both libraries:
+each process imports only JAX or only torch.
 """
 
 import argparse
@@ -139,12 +139,12 @@ def weights_per_token(shape: Shape) -> int:
     """Bytes of float32 weights that a decoding step reads: layers of the decoder and the head."""
     attention = 4 * shape.model_dim * shape.heads * 64
     own = attention + 3 * shape.model_dim * shape.mlp_dim
-    cross = attention // 2 if shape.inputs else 0  # keys and values are there
+    cross = attention // 2 if shape.inputs else 0  # keys and values are cached
     return 4 * (shape.layers * (own + cross) + shape.model_dim * shape.vocabulary)
 
 
 def compare(name: str, rows: int, way: str, options: argparse.Namespace) -> list[dict]:
-    """Run both sides of a case and return a result for each."""
+    """Run both libraries on a case and return a result for each."""
     pythons = {"t5like": sys.executable, "transformers": options.torch_python}
     peers, sides = [], ["t5like", *options.peers]
     case = {"shape": name, "rows": rows, "way": way}
@@ -204,7 +204,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the command line asks for."""
+    """Run the cases of the command line."""
     options = parse(arguments)
     if options.serve:
         case = options.case

@@ -1,12 +1,12 @@
-"""Speed of finished batches on one core, for every objective and architecture that go together.
+"""Speed of the input pipeline on one core, for every valid pair of objective and architecture.
 
     python benchmarks/input_pipeline.py [--config=configs/tiny.py] [--config.SECTION.FIELD=VALUE ...] [--seconds=3]
                                         [--examples=task:summarization]
 
-Prepares the config's data if that is not done yet, then makes batches of 128 rows of 512 and 114 tokens (other values
-by flags) with `Batches.at`, in one thread pinned to one core. Tokens are those that the model reads, as the trainer
-counts them; times are CPU seconds, since the core may be shared. Location is the share that goes into finding rows: the
-mixture and the permutation of the epoch. Supervised rows are packed from --examples.
+Prepares the config's data if needed, then generates batches of 128 rows of 512 and 114 tokens (set by flags) with
+`Batches.at`, in one thread pinned to one core. Tokens are counted as the trainer counts them, without padding; times
+are CPU seconds, because the core may be shared. Location is the share of the time that selects rows: the mixture and
+the permutation of the epoch. Supervised rows are packed from --examples.
 
 Prints a JSON line per case and, on standard error, a table in Markdown.
 """
@@ -32,12 +32,12 @@ from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.errors import UserError
 from t5like.optim.step import real_tokens
 
-STEPS = 64  # whose batches are made again and again
+STEPS = 64  # whose batches are generated repeatedly
 SHAPE = [("data.inputs_length", "512"), ("data.targets_length", "114"), ("data.batch_size", "128")]
 
 
 def cases(config: Config, examples: str) -> Iterator[Config]:
-    """The config with every objective, architecture and treatment of document borders that go together."""
+    """The config with every valid combination of objective, architecture and cross-document attention."""
     for objective, architectures in ARCHITECTURES.items():
         supervised = objective == "supervised"
         cross_document = [False] if supervised else [True, False]
@@ -95,7 +95,7 @@ def row(values: dict[str, float | str]) -> dict[str, float | str]:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Within, this process keeps to one of its cores."""
+    """Context in which this process runs on one of its cores."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
@@ -116,7 +116,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmark of the command line."""
     options, config = parse(arguments)
     prepared = preparation.prepare(config)
     trained = dataclasses.replace(config.tokenizer, path=str(prepared.tokenizer_path))

@@ -1,7 +1,7 @@
-"""What the benchmarks measure about a process and its machine, and the protocol in which `peers` asks for steps.
+"""Measurements of a process and its machine, and the protocol by which `peers` requests steps from other processes.
 
-Standard library only, Linux: the side that runs PyTorch has nothing else of ours. A served process prints JSON lines:
-first what its start cost, then, for each line "N" that it reads, the times of N steps, and its memory when input ends.
+Standard library only, Linux: the PyTorch process imports nothing else of t5like. A serving process prints JSON lines:
+first the cost of its start; for each line "N" on its input the times of N steps; at the end of the input its memory.
 """
 
 import json
@@ -33,7 +33,7 @@ def emit(**values: object) -> None:
 
 
 def short(value: object) -> object:
-    """A float with four significant digits (whole from 1000 on), lists of them; anything else as it is."""
+    """Round floats, also in lists, to four significant digits, from 1000 on to integers; keep other values."""
     match value:
         case list():
             return [short(item) for item in value]
@@ -43,13 +43,13 @@ def short(value: object) -> object:
 
 
 def since_start() -> float:
-    """Seconds since this process was started, in hundredths; an exec in between does not set it back."""
+    """Seconds since this process was started, in hundredths; an exec does not reset it."""
     ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_memory_mb() -> int:
-    """The most memory that this process has held (VmHWM, in MB of 2**20 bytes); children are not counted."""
+    """Peak resident memory of this process (VmHWM, in MB of 2**20 bytes), without child processes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
 
@@ -80,7 +80,7 @@ def time_steps(run: Callable[[int], list[float]], count: int) -> dict[str, list[
 
 
 def serve(run: Callable[[int], list[float]]) -> None:
-    """Answer each line "N" of standard input with the times of N steps, until it ends."""
+    """For each line "N" on standard input print the times of N steps, until the input ends."""
     for line in sys.stdin:
         emit(**time_steps(run, int(line)))
 

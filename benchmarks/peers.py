@@ -1,16 +1,15 @@
-"""The same training step in t5like and in PyTorch `transformers`, side by side in one call.
+"""The same training step in t5like and in PyTorch `transformers`, measured alternately in one run.
 
     python benchmarks/peers.py [--shapes=tiny,small,dec] [--peers=eager,compiled] [--rounds=10] [--torch_python=PYTHON]
 
-For each shape every peer gets a process of its own, so that its thread pool and allocator are as in real use. They are
-started one after the other, with empty compilation caches, then asked for one step each in turn, with short pauses:
-what else the machine does meets them all, and the ratio of two steps of one round is worth more than the steps
-themselves. Both sides do forward, backward and update of the same number of parameters (refused otherwise) in the same
-dtype, without dropout, clipping, z-loss or recomputation; tokens are positions, encoder's and decoder's. The work is
-`metrics.model_flops` for all. What PyTorch itself counts in an eager step, `counted_flops`, stands beside it, and is
-less by exactly the attention products that it fuses and does not count: T5's cross-attention, Llama's self-attention.
-Each side also measures the matrix products of its own library: how fast they are depends on the processor, and a gap
-there is no merit or fault of the model's code.
+For each shape every implementation has a process of its own, so that thread pool and allocator are as in real use. The
+processes are started sequentially, with empty compilation caches, and then run one step each alternately, with short
+pauses: other load on the machine affects all of them, and the ratio of two steps of one round is more reliable than the
+step times. All implementations compute forward pass, backward pass and update of the same number of parameters
+(checked) in the same dtype, without dropout, clipping, z-loss or recomputation; tokens are positions of encoder and
+decoder. The work is `metrics.flops.model_flops` for all. `counted_flops` is PyTorch's own count of an eager step, which
+is lower by the matmuls of fused attention: T5's cross-attention, Llama's self-attention. Each process also measures the
+matmul rate of its library, which depends on the processor: a difference there is not a property of the model's code.
 
 Prints a JSON line per peer and shape, and at the end, on standard error, a table in Markdown. Standard library only.
 """
@@ -28,7 +27,7 @@ from pathlib import Path
 import measurement
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"eager": [], "compiled": ["--compile"]}  # of PyTorch; t5like is always there
+PEERS = {"eager": [], "compiled": ["--compile"]}  # of PyTorch; t5like always runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ SHAPES = {
     "tiny": Shape(256, 4, 4, 1024, 4096, 256, 64, 16),
     "small": Shape(512, 8, 6, 1024, 32_128, 512, 114, 4),  # T5 1.1 small
     "dec": Shape(512, 8, 8, 2048, 32_000, 0, 512, 4),  # Llama's layer
-    "toy": Shape(64, 1, 1, 64, 512, 32, 16, 8),  # measures nothing: it shows that both sides run
+    "toy": Shape(64, 1, 1, 64, 512, 32, 16, 8),  # not a measurement: it tests that all implementations run
     "toy_dec": Shape(64, 1, 1, 64, 512, 0, 32, 8),
 }
 MEASURED = ("tiny", "small", "dec")
@@ -95,11 +94,11 @@ def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
 
 
 class Peer:
-    """A process that makes training steps on request."""
+    """A process that runs training steps on request."""
 
     def __init__(self, name: str, command: list[str]):
-        """Start it and wait until its first step is done, which `start` describes."""
-        # Idle OpenMP threads must sleep while others are measured; compiling is measured, so nothing may be kept of it.
+        """Start it and wait for its first step; `start` has the cost."""
+        # Idle OpenMP threads must sleep while others are measured; compilation is measured, so caches are disabled.
         environment = os.environ | {
             "OMP_WAIT_POLICY": "passive",
             "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -118,25 +117,25 @@ class Peer:
         self.rounds.append(self._read())
 
     def stop(self) -> dict:
-        """End the process; what it says at its end."""
+        """End the process and return its last line."""
         self._process.stdin.close()
         last = self._read()
         self._process.wait()
         return last
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         self._process.kill()
 
     def _read(self) -> dict:
         for line in self._process.stdout:
-            if line.startswith("{"):  # libraries print, too
+            if line.startswith("{"):  # libraries print other lines
                 return json.loads(line)
         raise SystemExit(f"peers.py: {self.name} ended with exit code {self._process.wait()}; its messages are above")
 
 
 def compare(name: str, options: argparse.Namespace) -> list[dict]:
-    """Run all peers on a shape and return a result for each."""
+    """Run all implementations on a shape and return a result for each."""
     shape, peers = SHAPES[name], []
     try:
         peers.append(Peer("t5like", t5like_command(shape, options)))
@@ -157,7 +156,7 @@ def compare(name: str, options: argparse.Namespace) -> list[dict]:
 
 
 def result(name: str, peer: Peer, ours: Peer, options: argparse.Namespace) -> dict:
-    """What came out for one peer; ratios are t5like's time over the peer's, medians over rounds."""
+    """The result of one implementation; ratios are t5like's time over its time, medians over rounds."""
 
     def steps(peer: Peer, what: str) -> list[float]:
         values = [round_[what] for round_ in peer.rounds[options.warmup :]]
@@ -228,7 +227,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the command line asks for."""
+    """Run the shapes of the command line."""
     options, rows = parse(arguments), []
     for name in options.shapes:
         for values in compare(name, options):

@@ -1,16 +1,16 @@
-"""Speed of making and of reading the token store, next to bare SentencePiece on the same texts.
+"""Speed of writing and reading the token store, compared with plain SentencePiece on the same texts.
 
     python benchmarks/token_store.py [--config=configs/tiny.py] [--config.SECTION.FIELD=VALUE ...] [--rounds=5]
 
-Prepares the config's data if that is not done yet. Then, in one process and in turns: SentencePiece's `encode` of the
-training texts in memory, one call for all of them and one thread; and `prepare` of a new store with the same tokenizer
-and one worker, which reads the documents, hashes, splits, encodes, writes, checksums and syncs. That once from the
-config's own source, and once from JSON lines with the same texts eight times over, whose shards are larger. The
-ratio of their tokens per CPU second is what the store costs beyond tokenizing. Reading: random windows of the finished
-store, and the document numbers of their tokens, in one thread; the page cache holds the store.
+Prepares the config's data if needed. Then it measures alternately in one process: SentencePiece's `encode` of the
+training texts in memory, in one call and one thread; and `prepare` of a new store with the same tokenizer and one
+worker, which reads the documents, hashes, splits, encodes, writes, checksums and syncs. `prepare` runs once with the
+config's own source, and once with JSON lines that repeat the same texts eight times and have larger shards. The ratio
+of tokens per CPU second is the cost of the store in addition to tokenization. Reading: random windows of the store with
+the document indices of their tokens, in one thread; the store is in the page cache.
 
-Prints a JSON line per measurement. Times are CPU seconds, since the cores may be shared; a pass over the texts is one
-round, and the median over rounds is what counts.
+Prints a JSON line per measurement. Times are CPU seconds, because the cores may be shared. A pass over the texts is one
+round; results are medians over rounds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from t5like.data.store import preparation
 from t5like.errors import UserError
 
 COPIES = 8  # of the texts, as JSON lines
-ROWS, LENGTH = 1024, 568  # windows a call, and tokens a window: what span corruption makes 512 of
+ROWS, LENGTH = 1024, 568  # windows per call, and tokens per window: span corruption turns 568 into 512
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
@@ -47,7 +47,7 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 
 
 def measure_making(config: Config, prepared: preparation.Prepared, rounds: int) -> Iterator[dict[str, float | str]]:
-    """Tokens per CPU second of bare SentencePiece and of `prepare` from two kinds of source, in turns."""
+    """Tokens per CPU second of bare SentencePiece and of `prepare` from two types of sources, alternately."""
     sources = [open_source(spec, config.data) for spec in config.data.source]
     texts = [source[number] for source in sources for number in range(len(source))]
     bare = sentencepiece.SentencePieceProcessor(model_proto=prepared.tokenizer.model_bytes)
@@ -107,7 +107,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmark of the command line."""
     options, config = parse(arguments)
     prepared = preparation.prepare(config)
     measurement.emit(**measurement.machine("numpy", "sentencepiece"))

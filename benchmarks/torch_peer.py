@@ -1,7 +1,7 @@
-"""PyTorch's side of `peers.py`: `transformers`' T5 or Llama in one training step after the other, on request.
+"""The PyTorch process of `peers.py`: training steps of `transformers`' T5 or Llama on request.
 
 Needs torch and transformers and nothing of t5like's dependencies. Random weights and tokens, fused AdamW, autocast for
-bfloat16; everything else as the library comes. `serve` in `measurement` is the protocol.
+bfloat16, defaults of the library otherwise. `measurement.serve` implements the protocol.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 
 def t5(shape: Shape) -> torch.nn.Module:
-    """T5 1.1: gated GELU, a head of its own."""
+    """T5 1.1: gated GELU, untied head."""
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=shape.vocabulary,
@@ -34,13 +34,13 @@ def t5(shape: Shape) -> torch.nn.Module:
             use_cache=False,
         )
     )
-    # transformers 5 takes tie_word_embeddings=False to mean unscaled logits, and ties the head all the same.
+    # transformers 5 reads tie_word_embeddings=False as unscaled logits, but ties the head anyway.
     model.lm_head = torch.nn.Linear(shape.model_dim, shape.vocabulary, bias=False)
     return model
 
 
 def llama(shape: Shape) -> torch.nn.Module:
-    """Llama: rotary positions, gated SiLU, RMS norm, a head of its own."""
+    """Llama: rotary positions, gated SiLU, RMS norm, untied head."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape.vocabulary,
@@ -95,14 +95,14 @@ def timed(function: Callable[[], float]) -> tuple[float, float]:
 
 
 def matmul_gflops() -> float:
-    """The rate of float32 matrix products here, measured as `metrics.measure_matmul_rate` does for JAX."""
+    """FLOP/s of float32 matmuls on this machine, measured as `metrics.measure_matmul_rate` does for JAX."""
     size = 2048
     matrix = torch.ones(size, size)
     return 2e-9 * size**3 / min(timed(lambda: matrix @ matrix)[0] for _ in range(20))
 
 
 def main(arguments: list[str]) -> None:
-    """Train a model of one shape, a step for each request."""
+    """Train a model of one shape; one step per request."""
     parser = argparse.ArgumentParser(description="PyTorch's side of peers.py.")
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
     )
     measurement.serve(trainer.run)
     memory, counted = measurement.peak_memory_mb(), None
-    if not options.compile:  # a compiled graph is not counted
+    if not options.compile:  # the FLOP counter does not see a compiled graph
         with FlopCounterMode(display=False) as counter:
             trainer.step()
         counted = counter.get_total_flops()

@@ -1,14 +1,14 @@
-"""Speed of the full training step of any config on this machine's devices; opens no data.
+"""Speed of the full training step of any config on this machine's devices, without data.
 
     python benchmarks/train_step.py --config=configs/tiny.py [--config.SECTION.FIELD=VALUE ...] [--steps=20]
 
-The step is the trainer's own (`t5like.optim.step`), started as the trainer starts it; tokens are random and go through
-the config's objective. Prints three JSON lines: the machine; what the start cost (process start to first finished step,
-tracing, compilation: the latter two run beside the making of the state, as in `train`); the speed (tokens/s as the
-trainer counts them, MFU against `metrics.peak_flops`, peak memory).
+The step is the trainer's own (`t5like.optim.step`), started as by the trainer; tokens are random and go through the
+config's objective. Prints three JSON lines: the machine; the cost of the start (from process start to the first
+finished step, tracing, compilation; the latter two run concurrently with the initialization of the state, as in
+`train`); the speed (tokens/s as the trainer counts them, MFU against `metrics.flops.peak_flops`, peak memory).
 
-Compiled programs are kept, so the first start and the later ones differ: JAX_ENABLE_COMPILATION_CACHE=false keeps this
-process from using them. `peers.py` runs this file with --serve (see `measurement`).
+Compiled programs are cached, so the first start is slower than later ones; JAX_ENABLE_COMPILATION_CACHE=false disables
+the cache. `peers.py` runs this file with --serve (see `measurement`).
 """
 
 import argparse
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class RandomText:
-    """An endless text of random ids in documents of 300 tokens: what a `Stream` is to `Batches`."""
+    """An infinite text of random ids in documents of 300 tokens, with the interface of `Stream`."""
 
     num_tokens, num_documents = 2**24, 2**24 // 300
 
@@ -72,10 +72,10 @@ def random_batch(config: "Config") -> "Batch":
 
 
 class Trainer:
-    """A model in training: made as `train` makes it, run as `train` runs it."""
+    """A model in training, initialized and run as in `train`."""
 
     def __init__(self, config: "Config"):
-        """Make the state and compile the step; `start` keeps what that took."""
+        """Initialize the state and compile the step; `start` has the cost."""
         import jax
 
         from t5like import tree
@@ -105,7 +105,7 @@ class Trainer:
         self.start["params"] = tree.num_parameters(abstract.params)
 
     def run(self, count: int) -> list[float]:
-        """Seconds of each of `count` steps. As in `train`, on accelerators one is sent off before the last is done."""
+        """Seconds of each of `count` steps. On accelerators a step is dispatched before the previous one is done."""
         seconds, waiting, begin = [], [], time.perf_counter()
         ahead = 0 if self.mesh.devices.flat[0].platform == "cpu" else 1
         for left in reversed(range(count)):
@@ -134,10 +134,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, "Config"]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmark of the command line."""
     options, config = parse(arguments)
     start_devices(options.fake_devices)
-    keep_freed_memory()  # as `t5like train` does
+    keep_freed_memory()  # as in `t5like train`
     trainer = Trainer(config)
     [first] = trainer.run(1)
     start_to_first_step = measurement.since_start()

@@ -13,7 +13,7 @@ PICTURE = "loss.png"  # in a run directory
 
 
 def draw_loss_curve(workdir: Path) -> Path:
-    """Draw metrics.jsonl as loss.png beside it: training and held-out loss, and the baselines in it.
+    """Draw metrics.jsonl as loss.png in the run directory: training and held-out loss, and the baselines in it.
 
     The step axis is logarithmic, because loss follows a power law; it is linear up to the first logged step, so that
     step 0 is shown.

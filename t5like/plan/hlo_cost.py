@@ -274,7 +274,7 @@ def _note_tensor(tensors: dict[tuple[str, str], Tensor], item: Instruction, sour
         return
     for dtype, sizes in ARRAY_TYPE.findall(item.type):
         size = num_bytes(shape := f"{dtype}[{sizes}]")
-        if size >= 2**16 and "S(1)" not in item.type:  # S(1): the small memory beside the cores
+        if size >= 2**16 and "S(1)" not in item.type:  # S(1): the core's own memory
             tensors.setdefault((shape, source), Tensor(size, shape, source))
 
 
