@@ -192,10 +192,10 @@ def _compile_with_text(lowered, platform: str):
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
         program = lowered.compile(compiler_options=options)
-        return program, _text(program, Path(dump))
+        return program, program_text(program, Path(dump))
 
 
-def _text(program, dump: Path) -> str:
+def program_text(program, dump: Path) -> str:
     """The scheduled program from jaxlib, or from the compiler's dump if jaxlib can't parse it; empty if there is none.
 
     jaxlib 0.10.2 can't parse embedding look-ups of libtpu 0.0.52 on chips with sparse cores, such as v5p ("async-update

@@ -171,7 +171,7 @@ def test_a_resumed_run_has_each_step_once_and_no_half_lines(tmp_path):
     assert read(tmp_path) == [{"step": step, "train/loss": 10.0 - step} for step in range(8)]
 
 
-def test_a_resumed_run_adds_what_the_last_step_lacks(tmp_path):
+def test_a_resumed_run_adds_the_missing_values_of_the_last_step(tmp_path):
     write_run(tmp_path, [3])
     writer = Writer(tmp_path, step=3)
     writer.write(3, {"train/loss": 1.0, "eval/loss": 2.0})

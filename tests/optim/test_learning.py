@@ -88,7 +88,7 @@ def train(objective: str, architecture: str, steps: int) -> list[dict[str, float
 
 
 @pytest.mark.parametrize("objective, architecture", PAIRS)
-def test_an_objective_begins_as_stored_and_learns(objective, architecture):
+def test_the_first_step_of_an_objective_equals_the_golden_and_the_loss_falls(objective, architecture):
     found = train(objective, architecture, 12)
     golden = json.loads(GOLDEN.read_text())[f"{objective} {architecture}"]
     why = "a bug, or run `python tests/optim/test_learning.py` and note the change in CHANGELOG.md under Numerics"
@@ -97,7 +97,7 @@ def test_an_objective_begins_as_stored_and_learns(objective, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])
-def test_packed_rows_are_the_same_whoever_makes_them_and_an_epoch_has_each_example_once(architecture):
+def test_packed_rows_do_not_depend_on_the_process_and_an_epoch_has_each_example_once(architecture):
     config = small(
         model={"architecture": architecture},
         data={"objective": "supervised", "inputs_length": 33, "targets_length": 15, "batch_size": 8},

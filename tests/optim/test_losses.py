@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_the_formula(rng):
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
-def test_smoothing_has_its_least_value_0_at_its_own_shares():
+def test_smoothing_has_its_minimum_0_at_the_smoothed_distribution():
     shares = np.full((1, 1, 9), 0.2 / 8)
     shares[..., 4] = 0.8
     settings = {"vocab_size": 9, "label_smoothing": 0.2}

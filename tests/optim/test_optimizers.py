@@ -163,7 +163,7 @@ def test_muon_leaves_embeddings_tables_and_vectors_to_adam():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stack_of_layers_is_updated_like_its_layers_apart(name):
+def test_a_stack_of_layers_is_updated_like_separate_layers(name):
     params = {"encoder": {"layers": random_params()["encoder"]["layers"]}}
     grads = [random_grads(params, step) for step in range(3)]
     config = config_of(name, weight_decay=0.1)
@@ -242,7 +242,7 @@ def test_frozen_parameters_do_not_count_in_the_clipped_norm():
     np.testing.assert_allclose(update, -RATE / 1e9 / norm * np.float64(grads[0]["encoder"]["relative_bias"]), rtol=1e-4)
 
 
-def test_weight_decay_takes_rate_times_decay_off_and_spares_the_named_ones():
+def test_weight_decay_subtracts_rate_times_decay_except_from_the_parameters_of_no_decay():
     params = random_params()
     plain, decayed = (updates_of(config_of("lion", weight_decay=w), params)[0] for w in (0.0, 0.5))
     for name, leaf in tree.flatten(params).items():
@@ -259,7 +259,7 @@ def test_weight_decay_takes_rate_times_decay_off_and_spares_the_named_ones():
         ("frozen", ".*", "must leave a parameter"),
     ],
 )
-def test_a_pattern_that_chooses_nothing_or_everything_is_refused(field, pattern, part):
+def test_a_pattern_that_matches_no_parameter_or_freezes_all_is_refused(field, pattern, part):
     with pytest.raises(ConfigError, match=rf"optimizer\.{field}=.*{part}"):
         make_optimizer(config_of("adamw", **{field: (pattern,)}), params := random_params(), axes_of(params))
 

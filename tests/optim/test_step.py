@@ -110,7 +110,7 @@ def test_any_mesh_equals_one_device(shape, mesh):
     assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
 
 
-def test_a_new_state_is_split_as_the_mesh_says_and_its_values_are_those_of_one_device():
+def test_a_new_state_is_sharded_and_has_the_values_of_one_device():
     config = small(mesh={"data": 1, "fsdp": 4, "tensor": 2})
     batch = random_batch(config)
     state = step.new_state(config, batch, step.abstract_state(config, batch, meshes.make_mesh(config)))
@@ -136,7 +136,7 @@ def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
         assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
 
 
-def test_microbatches_of_a_split_batch_stay_where_they_are():
+def test_microbatches_of_a_sharded_batch_move_no_rows():
     config = small(**SHAPES["encoder_decoder"], train={"microbatches": 2})
     assert_same(jax.device_get(one_step(config, random_batch(config), 4)), on_one_device("encoder_decoder"))
 
@@ -303,7 +303,7 @@ def test_the_loss_falls_when_the_same_batch_is_learned():
         ),
     ],
 )
-def test_an_impossible_mesh_is_refused_with_a_way_out(sections, devices, message):
+def test_an_impossible_mesh_is_refused_with_values_that_work(sections, devices, message):
     with pytest.raises(ConfigError, match=message):
         meshes.make_mesh(small(**sections), jax.devices()[:devices])
 
@@ -343,7 +343,7 @@ def test_slices_come_first_along_data_and_must_be_those_of_the_devices():
     assert whole == [device.id for device in jax.devices()]
 
 
-def test_a_length_that_context_does_not_divide_stays_whole():
+def test_a_length_that_context_does_not_divide_is_not_split():
     config = small(data={"targets_length": 13}, mesh={"data": 4, "context": 2})
     batch = random_batch(config)
     _, metrics = one_step(config, batch, 8)

@@ -1,4 +1,4 @@
-"""The plan of a run: programs read, memory counted, the trainer's own step, machines and settings refused or found."""
+"""Plans: analysis of compiled programs, memory, the trainer's own step, refused topologies, settings that fit."""
 
 import dataclasses
 import functools
@@ -27,18 +27,18 @@ V5E = topology.parse("v5e:2x4")
 
 
 def probe(name):
-    """A program that tests/golden/make_hlo.py made, whose sizes stand there."""
+    """The analysis of a program of tests/golden/make_hlo.py, which defines its sizes."""
     return hlo_cost.analyze(gzip.decompress((GOLDEN / f"hlo_{name}.txt.gz").read_bytes()).decode())
 
 
-def test_products_in_nested_loops_count_times_their_trips():
-    found = probe("loops")
-    assert sorted(loop.trips for loop in found.loops) == [3, 5]
-    assert found.flops == 3 * 5 * 2 * 128 * 512 * 512
-    assert found.collectives == ()
+def test_matmuls_in_nested_loops_count_once_per_trip():
+    analysis = probe("loops")
+    assert sorted(loop.trips for loop in analysis.loops) == [3, 5]
+    assert analysis.flops == 3 * 5 * 2 * 128 * 512 * 512
+    assert analysis.collectives == ()
 
 
-def test_a_loop_whose_first_trip_the_compiler_took_out_has_one_trip_less():
+def test_a_loop_whose_first_trip_is_peeled_has_one_trip_less():
     loop = """HloModule peeled
 %condition (state: (s32[], f32[8])) -> pred[] {{
   %state = (s32[], f32[8]) parameter(0)
@@ -64,24 +64,26 @@ ENTRY %main (values: f32[8]) -> (s32[], f32[8]) {{
         assert found.trips == 8 - start
 
 
-def test_cycles_are_those_of_all_trips_and_not_fewer_than_the_matrix_units_need():
-    found = probe("loops")
-    cycles = found.cycles()
+def test_cycles_of_all_trips_are_summed_and_not_below_the_minimum_of_the_matrix_units():
+    analysis = probe("loops")
+    cycles = analysis.cycles()
     assert cycles["total"] == 3 * (5 * (5967 + 2381) + 2679)  # as they stand in the text: product, copy; and the sum
-    assert cycles["matmul"] > found.flops / V5E.chip.flops_per_cycle
+    assert cycles["matmul"] > analysis.flops / V5E.chip.flops_per_cycle
 
 
-def test_a_gather_in_a_loop_counts_whole_and_for_each_trip():
-    found = probe("gathers")
-    assert found.flops == 7 * 2 * 128 * 1024 * 1024
-    assert {(each.kind, each.bytes, each.group) for each in found.collectives} == {("all-gather", 1024 * 1024 * 2, 8)}
-    assert sorted(each.runs for each in found.collectives) == [1, 7]  # the next kernel is fetched a trip ahead
+def test_a_gather_in_a_loop_counts_its_full_size_once_per_trip():
+    analysis = probe("gathers")
+    assert analysis.flops == 7 * 2 * 128 * 1024 * 1024
+    assert {(each.kind, each.bytes, each.group) for each in analysis.collectives} == {
+        ("all-gather", 1024 * 1024 * 2, 8)
+    }
+    assert sorted(each.runs for each in analysis.collectives) == [1, 7]  # the next kernel is fetched a trip ahead
 
 
 def test_a_gradient_is_reduced_once_outside_of_loops():
-    found = probe("gradient")
-    assert found.flops == 2 * 2 * 512 * 1024 * 512
-    [reduce] = found.collectives
+    analysis = probe("gradient")
+    assert analysis.flops == 2 * 2 * 512 * 1024 * 512
+    [reduce] = analysis.collectives
     assert (reduce.kind, reduce.runs, reduce.in_loop, reduce.group) == ("all-reduce", 1, False, 8)
     assert reduce.bytes in (1024 * 512 * 2, 1024 * 512 * 4)  # in bfloat16, or before the conversion to it
 
@@ -95,7 +97,7 @@ def test_a_gradient_that_sparse_cores_reduce_is_hidden_from_its_data_to_its_done
 
 
 @pytest.mark.parametrize("update, cycles", [("async-update(%s)", 7 + 5), ("async-update(%s, %a)", 5)])
-def test_a_collective_of_another_thread_counts_once_and_begins_with_its_data(update, cycles):
+def test_a_collective_on_another_thread_counts_once_and_starts_with_its_data(update, cycles):
     work = lambda name, count: f'  %{name} = f32[8] add(%a, %a), backend_config={{"estimated_cycles":"{count}"}}\n'
     text = (
         "%c (p: f32[8]) -> f32[64] {\n  %p = f32[8] parameter(0)\n"
@@ -112,12 +114,12 @@ def test_a_collective_of_another_thread_counts_once_and_begins_with_its_data(upd
 
 
 @pytest.mark.parametrize("name", ["batched", "attention"])
-def test_batched_products_count_as_convolutions_and_in_the_compilers_own_kernel(name):
+def test_batched_matmuls_are_counted_as_convolutions_and_in_the_compilers_own_kernel(name):
     assert probe(name).flops == 2 * 2 * (2 * 4 * 256 * 256 * 64)
     assert ("tpu_custom_call" in probe(name).custom_calls) == (name == "attention")
 
 
-def test_a_kernel_counts_the_products_that_it_says_it_makes():
+def test_a_kernel_has_the_flops_of_its_cost_estimate():
     call = (
         'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"671088640"}}'
     )
@@ -134,11 +136,11 @@ def test_a_kernel_counts_the_products_that_it_says_it_makes():
         ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a','c'}", 8),
     ],
 )
-def test_groups_are_read_in_every_spelling(text, size):
+def test_group_sizes_are_parsed_in_every_notation(text, size):
     assert hlo_text.group_size(text) == size
 
 
-def test_serial_time_is_cycles_over_the_clock_and_the_wire_of_what_is_exposed():
+def test_serial_time_is_cycles_over_the_clock_and_the_time_of_exposed_collectives():
     reduce = hlo_cost.Collective("all-reduce", 9_000_000, 10, True, False, 0.0, 4, "")
     hidden = reduce._replace(asynchronous=True, hiding=1e12)
     work = (hlo_cost.Work("matmul", 1_000.0, 0.0, 2_000, "fusion", ""),)
@@ -157,7 +159,7 @@ def test_published_steps_are_predicted_to_ten_percent():
         assert abs(serial / estimate.SERIAL_TO_REAL_RATIO / published - 1) < 0.10 < estimate.UNCERTAINTY
 
 
-def test_what_a_device_holds_is_what_a_real_state_takes():
+def test_persistent_memory_equals_the_bytes_of_a_real_state():
     config = small(mesh={"data": 2, "fsdp": 2, "tensor": 2}, optimizer={"ema_decay": 0.9}, model={"num_layers": 1})
     abstract = step.abstract_state(config, pipeline.spec(config), meshes.make_mesh(config))
     state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
@@ -193,7 +195,7 @@ def test_a_plan_on_cpus_compiles_the_step_that_training_compiles(command, flags,
     assert "collectives of a step" in report.text(plan)
 
 
-def test_a_quick_plan_knows_days_cost_and_slices(command):
+def test_a_quick_plan_has_days_cost_and_slices(command):
     code, out, err = command(
         *("plan", "--config=configs/llama_7b.py", "--topology=v5e:16x16", "--num_slices=2", "--quick", "--json"),
         *("--tokens=2e12", "--price=1.5", "--search", "--config.train.microbatches=2"),
@@ -215,7 +217,7 @@ def test_a_quick_plan_knows_days_cost_and_slices(command):
     assert "cost " in report.text(plan)
 
 
-def test_a_plan_knows_that_fsdp_over_three_torus_axes_is_slow_and_names_two(command):
+def test_a_plan_warns_of_fsdp_over_three_torus_axes_and_recommends_two(command):
     arguments = ("plan", "--config=configs/llama_7b.py", "--topology=v5p:8x8x8", "--quick", "--json")
     plan = json.loads(command(*arguments)[1])
     [slow] = [check["text"] for check in plan["checks"] if check["state"] == "slow"]
@@ -257,14 +259,14 @@ def test_a_machine_that_does_not_exist_or_fit_is_refused_in_one_line(command, ar
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
-def test_running_out_of_memory_is_read_from_the_compilers_message():
+def test_the_needed_memory_is_parsed_from_the_compilers_message():
     program = compiler.out_of_memory((GOLDEN / "out_of_memory.txt").read_text(), "", 1.0)
     assert program.needed == 64 * 2**30
     plan = planner.describe_program(small(), V5E, program, 2**30, is_train=True)
     assert plan["fits"] is False and plan["memory"]["needed"] == 65 * 2**30
 
 
-def test_a_kernel_that_does_not_fit_in_the_core_is_no_matter_of_settings():
+def test_a_kernel_that_does_not_fit_in_vmem_is_an_error_with_a_remedy():
     message = (
         "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating"
     )
@@ -272,7 +274,7 @@ def test_a_kernel_that_does_not_fit_in_the_core_is_no_matter_of_settings():
         compiler.out_of_memory(message, "", 1.0)
 
 
-def test_a_program_that_can_not_be_read_still_tells_its_memory():
+def test_a_program_that_can_not_be_parsed_still_has_its_memory():
     program = compiler.Program("", "", 5 * 2**30, 2**30, 2**30, 8 * 2**30, 12 * 2**30, 1.0)
     plan = planner.describe_program(small(), V5E, program, 0, is_train=True)
     assert plan["fits"] and plan["memory"]["total"] == 13 * 2**30
@@ -280,18 +282,18 @@ def test_a_program_that_can_not_be_read_still_tells_its_memory():
     assert "can't parse" in report.text(quick | {"train": plan})
 
 
-def test_a_program_that_jaxlib_can_not_read_is_read_as_the_compiler_wrote_it(tmp_path):
+def test_a_program_that_jaxlib_can_not_parse_is_taken_from_the_compilers_dump(tmp_path):
     class Unreadable:
         def as_text(self):
             raise jax.errors.JaxRuntimeError("async-update instruction should have 1 operands but sees 2")
 
-    assert compiler._text(Unreadable(), tmp_path) == ""
+    assert compiler.program_text(Unreadable(), tmp_path) == ""
     (tmp_path / "module_0000.jit_step.after_optimizations.txt").write_text("another stage, which is longer")
     (tmp_path / "module_0000.jit_step.after_codegen.txt").write_text("HloModule jit_step")
-    assert compiler._text(Unreadable(), tmp_path) == "HloModule jit_step"
+    assert compiler.program_text(Unreadable(), tmp_path) == "HloModule jit_step"
 
 
-def test_a_program_that_was_kept_before_is_not_taken_for_the_new_one(tmp_path, monkeypatch):
+def test_files_of_an_earlier_program_are_not_taken_for_the_new_one(tmp_path, monkeypatch):
     for old in ("train.json", "train.hlo.gz"):
         (tmp_path / old).write_bytes(b"of another program")
     monkeypatch.setattr(compiler, "_start", lambda directory, *_: subprocess.Popen(["touch", directory / "train.log"]))
@@ -300,7 +302,7 @@ def test_a_program_that_was_kept_before_is_not_taken_for_the_new_one(tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["request.json", "train.log"]
 
 
-def test_an_estimate_near_the_limit_does_not_fit_and_says_why():
+def test_an_estimate_near_the_limit_does_not_fit_and_is_marked():
     config = auto.resolve_auto_for(small(), "tpu")
     plan = planner.make_plan(config, V5E, planner.PlanOptions(quick=True), print)[0]
     for room, verdict in ((2.0, ""), (1.02, "   TOO CLOSE for an estimate"), (0.5, "   OUT OF MEMORY")):
@@ -309,7 +311,7 @@ def test_an_estimate_near_the_limit_does_not_fit_and_says_why():
         assert f"per device, estimated{verdict}\n" in text and ("does not fit" in text) == (room < 1.05)
 
 
-def test_the_curve_of_the_learning_rate_tells_its_highest_value():
+def test_the_learning_rate_curve_has_its_highest_value():
     linear = {"schedule": "linear", "learning_rate": 0.1, "warmup_steps": 77}
     config = small(optimizer=linear, train={"num_steps": 9000})
     assert " up to 0.1, " in preflight.learning_rate(config)
@@ -321,7 +323,7 @@ def list_candidates():
     return config, search.list_candidates(config, V5E)
 
 
-def test_the_nearest_settings_fit_and_change_least():
+def test_the_nearest_settings_fit_with_the_fewest_changes():
     config, found = list_candidates()
     [now] = [each for each in found if not each.settings]
     tight = V5E._replace(chip=V5E.chip._replace(memory=int(now.memory * 0.8)))
@@ -352,7 +354,7 @@ def test_an_evaluation_that_alone_is_too_large_gets_settings_in_at_most_two_comp
     assert len({(config.mesh, config.model, config.train) for config in compiled}) == 1 + len(tried) == len(compiled)
 
 
-def test_the_pareto_front_holds_just_what_nothing_beats():
+def test_the_pareto_front_has_exactly_the_candidates_that_no_other_beats():
     _, found = list_candidates()
     front = search.pareto_front(found, V5E.chip.memory)
     beaten = lambda each: any(
@@ -366,7 +368,7 @@ def test_the_pareto_front_holds_just_what_nothing_beats():
     }
 
 
-def test_saved_queries_and_keys_cost_their_bytes_and_save_their_products():
+def test_saved_queries_and_keys_cost_their_bytes_and_save_their_matmuls():
     config = auto.resolve_auto_for(small(data={"batch_size": 64}, model={"architecture": "decoder"}), "tpu")
     estimated = {
         remat: estimate.quick_estimate(
@@ -383,7 +385,7 @@ def test_saved_queries_and_keys_cost_their_bytes_and_save_their_products():
     assert estimated["full"].flops - estimated["qk"].flops == 2 * tokens * features * model.model_dim
 
 
-def test_model_flops_are_what_the_quick_estimate_runs_without_remat():
+def test_the_quick_estimate_without_remat_has_the_model_flops():
     config = auto.resolve_auto_for(small(data={"batch_size": 64}), "tpu")
     held = estimate.persistent_memory(estimate.abstract_inputs(config), meshes.axis_sizes(config, 8))
     assert estimate.quick_estimate(config, V5E, held).flops == flops.model_flops(config) / 8

@@ -51,7 +51,7 @@ def test_devices_of_one_host_share_its_memory_and_parameters_that_are_split_coun
         check(whole, devices=8)  # eight copies
 
 
-def test_texts_that_can_not_be_held_are_refused(monkeypatch):
+def test_texts_whose_cache_does_not_fit_are_refused(monkeypatch):
     config = auto.resolve_auto_for(small(), "cpu")
     memory.check_texts(config, prompt=32, new=64, texts=4)
     with pytest.raises(ConfigError, match="prompt of 32 tokens with 65,536 texts of 1,048,576 tokens needs at least"):
@@ -62,7 +62,7 @@ def test_texts_that_can_not_be_held_are_refused(monkeypatch):
     memory.check_texts(config, prompt=2**20, new=64, texts=1)
 
 
-def test_memory_of_accelerators_is_what_they_say_and_of_a_container_what_it_may_use(tmp_path, monkeypatch):
+def test_memory_of_accelerators_is_their_limit_and_of_a_container_its_limit(tmp_path, monkeypatch):
     gpu = lambda limit: SimpleNamespace(process_index=0, platform="gpu", memory_stats=lambda: limit)
     assert memory.of_devices([gpu({"bytes_limit": 3}), gpu({"bytes_limit": 4})]) == 7
     assert memory.of_devices([gpu({"bytes_limit": 3}), gpu(None)]) is None

@@ -23,7 +23,7 @@ def options(kind: str, *own: str):
     return xla_options.of_training(small(train={"compiler_options": own}).train, mesh_of(kind))
 
 
-def test_each_chip_has_its_options_and_the_configs_own_win():
+def test_each_chip_has_its_options_which_the_config_overrides():
     assert options("cpu") == options("NVIDIA H100") == {}
     v5e = options("TPU v5 lite")
     assert v5e["xla_enable_async_all_reduce"] is True and not any("sparse_core" in name for name in v5e)
@@ -33,14 +33,14 @@ def test_each_chip_has_its_options_and_the_configs_own_win():
     assert options("TPU v5 lite", "none", "xla_a=true") == {"xla_a": True}
 
 
-def test_evaluation_has_the_chips_options_alone():
+def test_evaluation_has_only_the_options_of_the_chip():
     train = small(train={"compiler_options": ["xla_a=3"]}).train
     assert xla_options.of_chip(train, mesh_of("TPU v5")) == options("TPU v5")
     assert xla_options.of_chip(small(train={"compiler_options": ["none"]}).train, mesh_of("TPU v5")) == {}
 
 
 @pytest.mark.parametrize("option", ["xla_nothing=1", "xla_backend_optimization_level=high"])
-def test_what_the_compiler_refuses_is_refused_in_a_line(option):
+def test_an_option_that_the_compiler_refuses_is_an_error_of_one_line(option):
     config = small(train={"compiler_options": [option]})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     batch = random_batch(config)
@@ -49,6 +49,6 @@ def test_what_the_compiler_refuses_is_refused_in_a_line(option):
 
 
 @pytest.mark.parametrize("option", ["fast", "xla_a", "--xla_a=1", "xla_a=1=2"])
-def test_what_is_no_option_is_refused(option):
+def test_text_that_is_no_option_is_refused(option):
     with pytest.raises(ConfigError, match="train.compiler_options=.* must be none or XLA's options"):
         small(train={"compiler_options": [option]})
