@@ -127,7 +127,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, "Config"]:
     parser.add_argument("--config", required=True, metavar="FILE", help="--config.SECTION.FIELD=VALUE changes a field")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, after 2 that are not")
     parser.add_argument("--fake_devices", type=int, default=None, metavar="N", help="N CPU devices in this process")
-    parser.add_argument("--serve", action="store_true", help="time as many steps as each line of standard input says")
+    parser.add_argument("--serve", action="store_true", help="read numbers of steps from standard input and time them")
     rest, overrides = measurement.split(arguments)
     options = parser.parse_args(rest)
     return options, loader.load(options.config, overrides)

@@ -45,14 +45,14 @@ def cross_entropy(
     """Cross entropy of the logits with the targets.
 
     Args:
-        logits_BLV: any float; computed in float32. Masked vocabulary rows hold a very low value.
+        logits_BLV: any float; computed in float32. Masked vocabulary rows have a very low value.
         targets_BL: ids below V.
         weights_BL: float32, 0 for positions that are no targets.
         vocab_size: how many of the V rows are real.
         z_loss: factor of log(Z)^2, which keeps the logits from drifting.
         label_smoothing: share of the target's probability that is spread evenly over the other real rows. The entropy
             of that distribution is subtracted, so that the least possible objective is 0. T5X's vocabulary counts all
-            V rows; here those that are masked have no part in it.
+            V rows; here masked rows are excluded.
         component_B1: int32 below `num_components`, the component of each row: the metrics get `by_component`. None: one
             component, no such metric.
         num_components: C.
