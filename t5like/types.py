@@ -88,6 +88,34 @@ class TrainState(NamedTuple):
 
 Metrics = dict[str, Sum]
 
+
+class Auxiliary(NamedTuple):
+    """What a model returns besides its output, each by name: summed over layers, stacks and microbatches.
+
+    Attributes:
+        losses: their totals are added to the objective, so they are nats summed over tokens, as the objective is; each
+            is also reported as a metric, total / weight. The sum of a router's load-balancing loss is an example.
+        statistics: metrics only.
+    """
+
+    losses: Metrics
+    statistics: Metrics
+
+    def merged(self, other: "Auxiliary") -> "Auxiliary":
+        """The sums of both; a name that both have is added."""
+
+        def add(left: Metrics, right: Metrics) -> Metrics:
+            both = {
+                name: Sum(*(a + b for a, b in zip(left[name], right[name], strict=True)))
+                for name in left.keys() & right.keys()
+            }
+            return {**left, **right, **both}
+
+        return Auxiliary(add(self.losses, other.losses), add(self.statistics, other.statistics))
+
+
+NO_AUXILIARY = Auxiliary({}, {})
+
 # The metrics that are arrays [components] (`pipeline.components`): nats over targets, and rows over 1.
 COMPONENT_METRICS = ("by_component", "rows_by_component")
 

@@ -47,6 +47,7 @@ def check(config: Config) -> None:
         _init_from,
         _evaluate,
         _model,
+        _layer_patterns,
         _rotary,
         _lengths,
         _train,
@@ -279,15 +280,44 @@ def _model(config: Config) -> None:
     )
     _require(
         config,
-        model.architecture == "decoder" or not model.attention_window,
-        "model.attention_window",
-        f"needs model.architecture=decoder, not {model.architecture}; use 0",
-    )
-    _require(
-        config,
         model.positions == "relative" or model.relative_bias == "shared",
         "model.relative_bias",
         f"needs model.positions=relative, not {model.positions}; use shared",
+    )
+
+
+def _layer_patterns(config: Config) -> None:
+    model, local = config.model, "local" in config.model.layer_pattern
+    layers = {"model.num_layers": model.num_layers}
+    if model.architecture == "encoder_decoder" and model.num_decoder_layers:
+        layers["model.num_decoder_layers"] = model.num_decoder_layers
+    for field, count in layers.items():
+        up = -(-count // model.pattern_length) * model.pattern_length
+        _require(
+            config,
+            count % model.pattern_length == 0,
+            field,
+            f"must be a multiple of {model.pattern_length}, the length of the layers' pattern; use {up}",
+        )
+    _require(
+        config,
+        not local or model.attention_window > 0,
+        "model.attention_window",
+        "must be at least 1 for the local layers of model.layer_pattern; use 1024",
+    )
+    _require(
+        config,
+        not model.rotary.local_base or (local and model.positions == "rotary" and model.rotary.local_base >= 1),
+        "model.rotary.local_base",
+        "must be at least 1 and needs model.positions=rotary and local in model.layer_pattern; use 0",
+    )
+    gated = model.mlp.startswith("gated")
+    _require(
+        config,
+        all(mlp.startswith("gated") == gated for mlp in model.mlp_pattern),
+        "model.mlp_pattern",
+        f"must be {'gated' if gated else 'not gated'} in every layer, as model.mlp={model.mlp} is, because the layers' "
+        f"parameters are stacked; use {model.mlp}",
     )
 
 

@@ -7,6 +7,7 @@ of `default()`. `config.loader` reads such a file, and `config.checks` refuses v
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ import ml_collections
 Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
 Metric = Literal["exact_match", "f1", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
 Adaptation = Literal["architecture", "vocabulary", "depth"]
+MlpKind = Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"]
 ARCHITECTURES: dict[str, tuple[str, ...]] = {  # the architectures that each objective supports
     "span_corruption": ("encoder_decoder", "decoder"),
     "mlm": ("encoder",),
@@ -145,6 +147,8 @@ class RotaryConfig:
     beta_fast: Annotated[float, Range(1e-6, 1e9)] = 32.0
     # yarn: multiplies queries and keys; 0: 0.1 ln(factor) + 1
     attention_factor: Annotated[float, Range(0, 1e6)] = 0.0
+    # base of the local layers of model.layer_pattern, whose frequencies are then not scaled (Gemma 3); 0: base
+    local_base: Annotated[float, Range(0, 1e12)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,7 @@ class ModelConfig:
     head_dim: Annotated[int, Range(1, 2**14)] = 64  # dimension of a head
     mlp_dim: Annotated[int, Range(1, 2**24)] = 1024  # hidden dimension of the MLP (d_ff)
     # activation of the MLP; gelu: the tanh approximation
-    mlp: Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"] = "gated_gelu"
+    mlp: MlpKind = "gated_gelu"
     positions: Literal["relative", "rotary", "learned"] = "relative"  # as in T5; Llama; GPT-2 and BERT
     relative_buckets: Annotated[int, Range(4, 2**16)] = 32  # relative positions: number of distance buckets
     # relative positions: from this distance on, in tokens, all share the last bucket
@@ -177,8 +181,13 @@ class ModelConfig:
     # multiply attention logits by head_dim**-0.5; T5 has this factor in its initialization instead
     scale_attention: bool = False
     qk_norm: bool = False  # norm on the query and key of each head, as in Qwen3
-    # decoder-only: sliding window, in tokens, the current token included; 0: no window
+    # sliding window, in tokens, the current token included: earlier tokens, in an encoder also later ones; 0: no window
     attention_window: NotNegative = 0
+    # Types of the layers of each stack, repeated from the first layer, such as local,local,local,local,local,global.
+    # Only local layers have attention_window. Empty: it applies to all layers.
+    layer_pattern: tuple[Literal["local", "global"], ...] = ()
+    # activations of the layers' MLPs, repeated from the first layer, all gated or none; empty: mlp in all layers
+    mlp_pattern: tuple[MlpKind, ...] = ()
     # model_dim: multiply logits by model_dim**-0.5. auto: the same if embeddings are tied and init=t5, as in T5 1.0;
     # else none.
     logits_scale: Literal["auto", "none", "model_dim"] = "auto"
@@ -224,6 +233,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Heads of keys and values: fewer than `num_heads` in grouped-query attention."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def pattern_length(self) -> int:
+        """Layers after which `layer_pattern` and `mlp_pattern` both repeat; 1: all layers are alike."""
+        return math.lcm(max(len(self.layer_pattern), 1), max(len(self.mlp_pattern), 1))
 
     @property
     def longest_text(self) -> int:

@@ -17,8 +17,9 @@ from t5like.config.schema import Config
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.inference.beam_search import beam_search
 from t5like.inference.sampling import DecodeOutput, DecodeStep, TracedOptions, sample
+from t5like.model.cache import grow_cache
 from t5like.model.masks import causal_mask, segment_mask
-from t5like.model.stack import grow_cache, unstack_layers
+from t5like.model.stack import unstack_layers
 from t5like.model.transformer import Transformer
 from t5like.sharding.logical_axes import constrain
 from t5like.types import Batch, Tree
@@ -172,7 +173,7 @@ def _decode_step(prefill: _Prefill, rows: int, num_texts: int, steps: int) -> De
             prefill.branch_start + step * num_texts,
             positions_BL=positions_BG,
             mask_B1LS=mask_BGS[:, None],
-            fork=prefill.branch_start,
+            branch_start=prefill.branch_start,
         )
 
     return decode_step

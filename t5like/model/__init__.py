@@ -1,1 +1,1 @@
-"""The Transformer: `layers` (parts without attention), `attention`, `transformer` (blocks, stacks, the model)."""
+"""The Transformer, from its layers to its output heads."""

@@ -13,9 +13,9 @@ from t5like.sharding.logical_axes import constrain
 
 
 class MlmTransform(nn.Module):
-    """What BERT's masked-language-model head does before the vocabulary: norm(act(dense(x))), D -> D.
+    """The transform of BERT's masked-language-model head before the vocabulary: norm(act(dense(x))), D -> D.
 
-    Its activation and its norm are those of the layers, as in BERT's released code.
+    Activation and norm are those of the layers, as in BERT's released code.
     """
 
     config: ModelConfig
@@ -28,7 +28,7 @@ class MlmTransform(nn.Module):
 
 
 class PairClassifier(nn.Module):
-    """BERT's pooler and next-sentence classifier: classes(tanh(pooler(first token))), the classes in float32.
+    """BERT's pooler and next-sentence classifier: classes(tanh(pooler(first token))), with classes in float32.
 
     Classes as in BERT's released code: 0, the second text follows the first; 1, it does not.
     """
@@ -39,16 +39,16 @@ class PairClassifier(nn.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """The output of the encoder [B, S, D] -> float32 logits [B, 2]."""
         pooler = Dense(self.config, self.config.model_dim, ("embed", "features"), name="pooler")
-        precise = dataclasses.replace(self.config, dtype="float32")
-        classes = Dense(precise, 2, ("embed", "classes"), name="classes")
+        float32 = dataclasses.replace(self.config, dtype="float32")
+        classes = Dense(float32, 2, ("embed", "classes"), name="classes")
         return classes(jnp.tanh(pooler(x_BSD[:, 0])).astype(jnp.float32))
 
 
 def embed(table_VD: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
     """Rows of the table [V, D] for any shape of ids.
 
-    The cast comes before the look-up, so that fewer bytes move; under fsdp the table's columns are gathered first,
-    because the compiler would otherwise move the (larger) result.
+    The table is cast before the look-up, so that fewer bytes are read. With fsdp its columns are gathered before the
+    look-up, because the compiler would otherwise gather the (larger) result.
     """
     return jnp.take(constrain(table_VD.astype(dtype), "vocab", None), ids, axis=0)
 
@@ -62,7 +62,7 @@ def scales_logits(config: ModelConfig) -> bool:
 
 @jax.custom_vjp
 def project_to_vocabulary(x_BLD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
-    """Float32 logits from operands of any dtype; the backward matmuls run in the operands' dtype again.
+    """Float32 logits from operands of any dtype; the backward matmuls run in the operands' dtype.
 
     Plain autodiff would multiply the float32 gradient of the logits by bfloat16 operands, at float32's cost.
     """

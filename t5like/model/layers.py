@@ -1,10 +1,10 @@
-"""The parts of a Transformer other than attention: dense projections, norms, MLP, embeddings, positions.
+"""Dense projections, norms, dropout and initializers.
 
 Parameters are float32; each dim has a logical axis (`logical_axes.RULES`). Computation runs in `ModelConfig.dtype`
-except where precision counts (norms, logits). Used by `attention` and `transformer`.
+except where precision matters (norms, logits). Used by all other modules of `model`.
 
-Numerics follow T5 (Raffel et al. 2020, and Mesh TensorFlow's initialisers), GPT-2, Llama and BERT where the config says
-so.
+Numerics follow T5 (Raffel et al. 2020, and Mesh TensorFlow's initializers), GPT-2, Llama and BERT, as the config
+selects.
 """
 
 import math
@@ -16,26 +16,27 @@ import jax.numpy as jnp
 from t5like.config.schema import ModelConfig
 from t5like.model.kernels import cpu, tpu_matmul
 
-MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}  # by ModelConfig.kernels; tpu: `tpu.products`
+# By ModelConfig.kernels; for tpu `tpu_matmul.matmuls`.
+MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}
 
 
 def normal(std: float, axes: tuple[str, ...]):
-    """An initialiser: N(0, std) in float32, its dims named."""
+    """An initializer: N(0, std) in float32, with a logical axis for each dim."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
 
 
 def kernel_init(config: ModelConfig, fan_in: int, axes: tuple[str, ...], *, residual: bool = False, scale: float = 1.0):
-    """The initialiser of a dense kernel.
+    """The initializer of a dense kernel.
 
     Args:
-        config: `init` chooses the family.
+        config: its `init` selects the family.
         fan_in: inputs of each output.
         axes: logical axes of the two dims.
-        residual: whether the output is added to the residual stream (GPT-2 makes those smaller, by depth).
+        residual: whether the output is added to the residual stream (GPT-2 scales these kernels down with depth).
         scale: factor on T5's standard deviation.
     """
     if config.init == "bert":
-        return normal(0.02, axes)  # initializer_range of BERT's released code, which also cuts N off at two deviations
+        return normal(0.02, axes)  # initializer_range of BERT's released code, which also truncates N at two deviations
     if config.init == "gpt2":
         # GPT-2 (Radford et al. 2019, section 2.3): N(0, 0.02), residual outputs scaled by 1/sqrt(number of sublayers).
         return normal(0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02, axes)
@@ -56,7 +57,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
-        """The kernel and, if there is one, the bias, in the dtype of computation."""
+        """The kernel, and the bias or None, in the dtype of computation."""
         config, bias = self.config, None
         init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
         kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(config.dtype)
@@ -67,18 +68,18 @@ class Dense(nn.Module):
 
 
 def projections(*pairs: tuple[jax.Array, Dense]) -> tuple[jax.Array, ...]:
-    """Projections that belong together, each of an input by its layer; all layers have one config."""
+    """Project each input by its layer, with backward passes scheduled together; all layers have one config."""
     inputs, layers = zip(*pairs, strict=True)
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for x, layer in pairs), strict=True)
     matmul = MATMUL.get(layers[0].config.kernels)
-    outputs = tuple(map(matmul, inputs, kernels)) if matmul else tpu_matmul.products(inputs, kernels)
+    outputs = tuple(map(matmul, inputs, kernels)) if matmul else tpu_matmul.matmuls(inputs, kernels)
     return tuple(
         y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, bias in zip(outputs, biases, strict=True)
     )
 
 
 class Norm(nn.Module):
-    """RMS norm (Zhang & Sennrich 2019; T5: no bias, no mean) or layer norm, in float32 whatever the dtype."""
+    """RMS norm (Zhang & Sennrich 2019; T5: no bias, no mean) or layer norm, always in float32."""
 
     config: ModelConfig
 

@@ -9,6 +9,7 @@ from t5like.config.schema import ModelConfig
 from t5like.model.kernels import tpu_matmul
 from t5like.model.layers import Dense, dropout, projections
 from t5like.sharding.logical_axes import constrain
+from t5like.types import NO_AUXILIARY, Auxiliary
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -25,7 +26,8 @@ class Mlp(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, *, train: bool) -> tuple[jax.Array, Auxiliary]:
+        """The output [B, L, D] and auxiliary sums, of which a dense MLP has none."""
         config = self.config
         wide = Dense(config, config.mlp_dim, ("embed", "mlp"), name="in")
         activate = ACTIVATIONS[config.mlp]
@@ -38,4 +40,4 @@ class Mlp(nn.Module):
         else:
             h_BLF = activate(wide(x_BLD))
         h_BLF = dropout(self, constrain(h_BLF, "batch", "length", "act_mlp"), config.dropout_rate, train=train)
-        return Dense(config, config.model_dim, ("mlp", "embed"), residual=True, name="out")(h_BLF)
+        return Dense(config, config.model_dim, ("mlp", "embed"), residual=True, name="out")(h_BLF), NO_AUXILIARY

@@ -1,7 +1,9 @@
 """Relative position bias and rotary position embeddings."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -9,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5like.config.schema import ModelConfig
+from t5like.model.attention_plan import AttentionPlan
+from t5like.model.kernels import tpu_attention
 from t5like.model.layers import normal
 from t5like.sharding.logical_axes import constrain, context_size
 
-BAND = 128  # rows of a relative bias that are laid out at once: what a TPU's registers are wide
+BAND_ROWS = 128  # rows of a relative bias that are laid out at once: the width of a TPU's registers
 
 
 def relative_buckets(distance: np.ndarray, *, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
@@ -38,18 +42,16 @@ def relative_buckets(distance: np.ndarray, *, buckets: int, max_distance: int, b
 
 
 class RelativeBias(nn.Module):
-    """T5's learned bias on attention scores: one number per head and bucket of relative distance."""
+    """T5's learned bias on attention scores: one number for each head and bucket of relative distances."""
 
     config: ModelConfig
     bidirectional: bool
 
     @nn.compact
-    def __call__(
-        self, queries: int, keys: int, *, first_query: jax.Array | int = 0, fork: int | None = None
-    ) -> jax.Array:
+    def __call__(self, plan: AttentionPlan, first_query: jax.Array | int = 0) -> jax.Array:
         """The bias [1, N, L, S] for queries at first_query, first_query + 1, ... and keys at 0, 1, ...
 
-        From place `fork` on, each L keys that follow each other stand at the same position, as the queries do.
+        For the fused kernel it is [R, N, L, S], see `tpu_attention.bias_per_batch_shard`.
 
         The bias depends on key - query only, so there are L + S - 1 different columns; they are looked up once and
         laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
@@ -61,31 +63,33 @@ class RelativeBias(nn.Module):
             (config.relative_buckets, config.num_heads),
             jnp.float32,
         )
-        if fork is None:
-            return self._bias(table_RN, queries, keys, first_query)
-        positions = fork + (keys - fork) // queries
-        bias_1N1S = self._bias(table_RN, 1, positions, fork + (first_query - fork) // queries)
-        forked_1N1S = jnp.repeat(bias_1N1S[..., fork:], queries, axis=-1)
-        bias_1N1S = jnp.concatenate([bias_1N1S[..., :fork], forked_1N1S], axis=-1)
+        queries, keys, start = plan.queries, plan.keys, plan.branch_start
+        if start is None:
+            bias_1NLS = self._bias(table_RN, queries, keys, first_query)
+            return tpu_attention.bias_per_batch_shard(bias_1NLS) if plan.self_attention == "tpu" else bias_1NLS
+        positions = start + (keys - start) // queries
+        bias_1N1S = self._bias(table_RN, 1, positions, start + (first_query - start) // queries)
+        branches_1N1S = jnp.repeat(bias_1N1S[..., start:], queries, axis=-1)
+        bias_1N1S = jnp.concatenate([bias_1N1S[..., :start], branches_1N1S], axis=-1)
         return jnp.broadcast_to(bias_1N1S, (*bias_1N1S.shape[:2], queries, keys))
 
     def _bias(self, table_RN: jax.Array, queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
         if isinstance(first_query, int):
             distance = np.arange(keys + queries - 1) - (queries - 1) - first_query
             buckets = self._buckets(distance)
-        else:  # a decoding step: the distances are known only on the device, their buckets already here
-            known = self._buckets(np.arange(-(queries - 1) - (keys - 1), keys))
-            buckets = jax.lax.dynamic_slice(jnp.asarray(known), (keys - 1 - first_query,), (keys + queries - 1,))
+        else:  # a decoding step: the first query is known only on the device, all buckets are known here
+            all_buckets = self._buckets(np.arange(-(queries - 1) - (keys - 1), keys))
+            buckets = jax.lax.dynamic_slice(jnp.asarray(all_buckets), (keys - 1 - first_query,), (keys + queries - 1,))
         diagonals_N = table_RN[buckets].T  # [N, L + S - 1]; entry i is distance i - (L - 1)
         parts = context_size()
         if parts == 1 or queries % parts:
             return shift_rows(diagonals_N, queries, keys)[None].astype(self.config.dtype)
-        # Each device lays out the rows of its own queries; the whole would be L x S numbers on every one of them.
+        # Each device lays out the rows of its own queries; the full bias would be L x S numbers on every device.
         rows = queries // parts
         windows = jnp.stack(
             [
                 diagonals_N[:, first : first + rows + keys - 1]
-                for first in range(queries - rows, -1, -rows)  # of the first queries, of the next ones, ...
+                for first in range(queries - rows, -1, -rows)  # for the first queries, for the next ones, ...
             ]
         )
         windows = constrain(windows, "parts", "act_heads", None)
@@ -104,19 +108,31 @@ class RelativeBias(nn.Module):
         )
 
 
+def bias_module(
+    config: ModelConfig, scope: Literal["shared", "per_layer"], *, causal: bool
+) -> Callable[[AttentionPlan, jax.Array | int], jax.Array] | None:
+    """The module that makes the bias on self-attention's scores, if the config's positions have one of this scope."""
+    if config.positions != "relative" or config.relative_bias != scope:
+        return None
+    return RelativeBias(config, bidirectional=not causal)
+
+
 def shift_rows(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
     """[N, rows + columns - 1] -> [N, rows, columns] with out[n, i, j] = diagonals[n, j - i + rows - 1].
 
-    For 2 rows and 3 columns, a b c d -> b c d / a b c. Repeating the vector, one longer than itself, and cutting the
-    repetition into rows shifts each row by one: only reshapes, so the gradient is cheap as well. Where there are many
-    rows, those of one band are made so, long enough for all bands, which are then parts of it: cut at multiples of its
-    size, they cost a TPU no shuffling (2,048 x 2,048: 2 GiB of temporaries instead of 5, 6 s to compile instead of 34).
+    For 2 rows and 3 columns, a b c d -> b c d / a b c. The vector is extended by one entry and repeated, and the
+    repetition is cut into rows of the original length: each row is shifted by one. These are only reshapes, so the
+    gradient is cheap. Where there are many rows, one band of them is made in this way, wide enough that all other
+    bands are slices of it: at multiples of the band's size slices need no shuffling on a TPU (2,048 x 2,048: 2 GiB of
+    temporaries instead of 5, 6 s to compile instead of 34).
     """
-    if rows > BAND and rows % BAND == 0:
-        band = shift_rows(diagonals, BAND, rows + columns - BAND)
-        return jnp.concatenate([band[:, :, at : at + columns] for at in range(rows - BAND, -1, -BAND)], axis=1)
+    if rows > BAND_ROWS and rows % BAND_ROWS == 0:
+        band = shift_rows(diagonals, BAND_ROWS, rows + columns - BAND_ROWS)
+        return jnp.concatenate(
+            [band[:, :, start : start + columns] for start in range(rows - BAND_ROWS, -1, -BAND_ROWS)], axis=1
+        )
     heads, width = diagonals.shape
-    padded = jnp.pad(diagonals, ((0, 0), (0, 1)))  # width + 1 entries a row
+    padded = jnp.pad(diagonals, ((0, 0), (0, 1)))  # width + 1 entries per row
     tiled = jnp.broadcast_to(padded[:, None], (heads, rows, width + 1)).reshape(heads, rows * (width + 1))
     shifted = tiled[:, : rows * width].reshape(heads, rows, width)  # row i starts i entries earlier in the vector
     return shifted[:, :, rows - 1 : rows - 1 + columns]
@@ -143,7 +159,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         kept = (turns - rotary.low_frequency_factor) / (rotary.high_frequency_factor - rotary.low_frequency_factor)
     else:
 
-        def index_of(turns: float) -> float:  # of the pair that turns so often, as a real number
+        def index_of(turns: float) -> float:  # of the pair with so many turns, as a real number
             ratio = rotary.original_length / (turns * 2 * math.pi)
             return half * math.log(ratio) / math.log(rotary.base)
 

@@ -1,162 +1,62 @@
-"""`Block` and `Stack`: the layers of an encoder or a decoder, and the cache that a decoder reads and fills.
+"""`Stack`: the layers of an encoder or a decoder, a repeated pattern of blocks.
 
-A stack keeps its layers' parameters stacked, with a leading dim Y, whether they are then scanned (compile time that
-does not grow with depth) or unrolled (faster on a CPU): one layout in memory, on disk and in optimizers. Scanning and
-recomputation are plain `jax.lax.scan` and `jax.checkpoint` over a pure function of one layer's parameters.
-Called by `transformer`; `generate` makes caches longer and takes the layers apart.
+Layers may differ by their position in the pattern (`layer_configs`): in attention window, rotary base and activation.
+A stack keeps the parameters of all layers stacked, with a leading dim Y, whatever the pattern, and whether the layers
+are scanned (compile time does not grow with depth) or unrolled (faster on a CPU): one layout in memory, on disk and in
+optimizers. Scanning and recomputation are plain `jax.lax.scan` and `jax.checkpoint` over a pure function of one
+layer's parameters. Called by `transformer`; `generate` unstacks layers.
 """
 
-from functools import partial
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from operator import itemgetter
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5like.config.schema import ModelConfig
-from t5like.model import layers as lay
-from t5like.model import mlp, positions
-from t5like.model.attention import Attention, KeyValues, fused
-from t5like.model.kernels import tpu_attention
+from t5like.config.schema import ModelConfig, RotaryConfig
+from t5like.model import intermediates
+from t5like.model.attention_plan import AttentionPlan, plan_attention
+from t5like.model.block import Block, LayerInputs, LayerOutput
+from t5like.model.cache import Cache, Caches, KeyValues, cache_length
+from t5like.model.layers import Norm
 from t5like.model.masks import MaskSpec
+from t5like.model.positions import bias_module
 from t5like.sharding.logical_axes import constrain
-from t5like.types import Tree
+from t5like.types import NO_AUXILIARY, Auxiliary, Tree
 
 REMAT = {  # ModelConfig.remat -> what the forward pass keeps
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # The projections whose results are worth their memory most: rotated, so that this is not done again either.
+    # Queries and keys behind their rotation: of all projections, they cost the most to recompute for their memory.
     "qk": jax.checkpoint_policies.save_only_these_names("query", "key"),
 }
 
 
-class Context(NamedTuple):
-    """What every layer of a stack reads besides its input; the same for all of them.
-
-    Attributes:
-        bias_1NLS: relative bias of self-attention that all layers share, or None.
-        mask_B1LS: what self-attention may see, as an array or a rule, or None: everything.
-        positions_BL: position of each token in its text.
-        encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
-        cross_mask_B1LS: what cross-attention may see, or None.
-        first: index of the first token in the cache.
-    """
-
-    bias_1NLS: jax.Array | None
-    mask_B1LS: jax.Array | MaskSpec | None
-    positions_BL: jax.Array
-    encoded_BSD: jax.Array | None = None
-    cross_mask_B1LS: jax.Array | MaskSpec | None = None
-    first: jax.Array | int = 0
-
-
-class Cache(NamedTuple):
-    """Keys and values for decoding, of one layer. A stack has a tuple of them, or, scanned, one with a leading dim Y.
-
-    Attributes:
-        own: of the text decoded so far.
-        cross: of the encoder's output, computed once; None in a decoder-only model.
-    """
-
-    own: KeyValues
-    cross: KeyValues | None
-
-
-Caches = Cache | tuple[Cache, ...]
-
-
-def cache_length(cache: Caches) -> int:
-    """Tokens that a stack's cache has places for."""
-    return jax.tree.leaves(cache)[0].shape[-2]
-
-
-def grow_cache(cache: Caches, length: int) -> Caches:
-    """A stack's cache with places for `length` tokens."""
-    pad = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, length - x.shape[-2]), (0, 0)])
-    is_cache = lambda x: isinstance(x, Cache)
-    return jax.tree.map(lambda each: Cache(jax.tree.map(pad, each.own), each.cross), cache, is_leaf=is_cache)
+def layer_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
+    """The config of the block at each position of the pattern: one where all layers are alike."""
+    configs = []
+    for position in range(config.pattern_length):
+        fields = {}
+        if config.mlp_pattern:
+            fields["mlp"] = config.mlp_pattern[position % len(config.mlp_pattern)]
+        if config.layer_pattern:
+            local = config.layer_pattern[position % len(config.layer_pattern)] == "local"
+            if not local:
+                fields["attention_window"] = 0
+            elif config.rotary.local_base:
+                fields["rotary"] = RotaryConfig(base=config.rotary.local_base)
+        configs.append(dataclasses.replace(config, **fields))
+    return tuple(configs)
 
 
 def unstack_layers(layers: Tree) -> tuple[Tree, ...]:
-    """The parameters of each layer of a stack, by slices, which are copies; those of an unstacked one as they are."""
+    """The parameters of each layer of a stack, by slices, which are copies; a tuple of layers as it is."""
     if isinstance(layers, tuple):
         return layers
     return tuple(jax.tree.map(itemgetter(y), layers) for y in range(jax.tree.leaves(layers)[0].shape[0]))
-
-
-def _fused(config: ModelConfig, x_BLD: jax.Array, keys: int, mask_B1LS: jax.Array | MaskSpec | None) -> bool:
-    """Whether self-attention with a relative bias is one kernel."""
-    return fused(config.kernels, config.head_dim, config.dtype, *x_BLD.shape[:2], keys, mask_B1LS, biased=True)
-
-
-class Block(nn.Module):
-    """One layer: self-attention, cross-attention where there is an encoder to read, MLP; each a residual."""
-
-    config: ModelConfig
-    cross: bool = False
-    causal: bool = False
-
-    def setup(self) -> None:
-        config = self.config
-        if config.positions == "relative" and config.relative_bias == "per_layer":
-            self.relative_bias = positions.RelativeBias(config, bidirectional=not self.causal)
-        self.attention, self.attention_norm = Attention(config), lay.Norm(config)
-        if self.cross:
-            self.cross_attention, self.cross_attention_norm = Attention(config), lay.Norm(config)
-        self.mlp, self.mlp_norm = mlp.Mlp(config), lay.Norm(config)
-
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        context: Context,
-        cache: Cache | None = None,
-        *,
-        fork: int | None = None,
-        train: bool = False,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Map [B, L, D] to [B, L, D]; the cache comes back with this call's keys and values in it."""
-        own, bias_1NLS = None, context.bias_1NLS
-        if self.config.positions == "relative" and self.config.relative_bias == "per_layer":
-            keys = x_BLD.shape[1] if cache is None else cache_length(cache)
-            bias_1NLS = self.relative_bias(x_BLD.shape[1], keys, first_query=context.first, fork=fork)
-            if _fused(self.config, x_BLD, keys, context.mask_B1LS):
-                bias_1NLS = tpu_attention.spread(bias_1NLS)
-
-        def attend(y_BLD):
-            nonlocal own
-            y_BLD, own = self.attention(
-                y_BLD,
-                bias_1NLS=bias_1NLS,
-                mask_B1LS=context.mask_B1LS,
-                positions_BL=context.positions_BL,
-                train=train,
-                cache=cache and cache.own,
-                first=context.first,
-            )
-            return y_BLD
-
-        def cross(y_BLD):
-            source = cache.cross if cache else context.encoded_BSD
-            return self.cross_attention.cross(y_BLD, source, mask_B1LS=context.cross_mask_B1LS, train=train)
-
-        x_BLD = self._residual(x_BLD, self.attention_norm, attend, train=train)
-        if self.cross:
-            x_BLD = self._residual(x_BLD, self.cross_attention_norm, cross, train=train)
-        x_BLD = self._residual(x_BLD, self.mlp_norm, partial(self.mlp, train=train), train=train)
-        return x_BLD, cache and Cache(own, cache.cross)
-
-    def _residual(self, x_BLD: jax.Array, norm: lay.Norm, sublayer, *, train: bool) -> jax.Array:
-        """x + sublayer(norm(x)), or norm(x + sublayer(x)) with post-norm."""
-        if self.config.norm_position == "post":
-            y_BLD = norm(x_BLD + lay.dropout(self, sublayer(x_BLD), self.config.dropout_rate, train=train))
-        else:
-            y_BLD = x_BLD + lay.dropout(self, sublayer(norm(x_BLD)), self.config.dropout_rate, train=train)
-        return constrain(y_BLD, "batch", "length", "act_embed")
-
-    def keys_values(self, encoded_BSD: jax.Array) -> KeyValues:
-        """The layer's cross-attention keys and values."""
-        return self.cross_attention.keys_values(encoded_BSD)
 
 
 class Stack(nn.Module):
@@ -169,27 +69,24 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if config.positions == "relative" and config.relative_bias == "shared":
-            self.relative_bias = positions.RelativeBias(config, bidirectional=not self.causal)
+        self.relative_bias = bias_module(config, "shared", causal=self.causal)
         if config.norm_position == "pre":
-            self.final_norm = lay.Norm(config)
-        unstack_layers = self.has_variable("params", "layers") and isinstance(
-            self.get_variable("params", "layers"), tuple
-        )
-        self.layers = self.get_variable("params", "layers") if unstack_layers else self.param("layers", self._init)
+            self.final_norm = Norm(config)
+        layers = self.get_variable("params", "layers") if self.has_variable("params", "layers") else None
+        self.layers = layers if isinstance(layers, tuple) else self.param("layers", self._init)
 
     @property
-    def block(self) -> Block:
-        """One layer, bound to no parameters: it is applied to slices of `layers`."""
-        return Block(self.config, self.cross, self.causal, parent=None)
+    def pattern(self) -> tuple[Block, ...]:
+        """The blocks of the pattern, bound to no parameters: they are applied to slices of `layers`."""
+        return tuple(Block(config, self.cross, self.causal, parent=None) for config in layer_configs(self.config))
 
     def _init(self, key: jax.Array) -> Tree:
-        """Initialise each layer from its own key; every leaf gets a leading dim `layers`."""
+        """Initialize each layer from its own key; every leaf gets a leading dim `layers`."""
         x_BLD = jnp.zeros((1, 1, self.config.model_dim), self.config.dtype)
-        context = Context(None, None, jnp.zeros((1, 1), jnp.int32), x_BLD if self.cross else None)
-        layers = jax.vmap(lambda k: self.block.init(k, x_BLD, context)["params"])(
-            jax.random.split(key, self.num_layers)
-        )
+        inputs = LayerInputs(None, MaskSpec(), jnp.zeros((1, 1), jnp.int32), x_BLD if self.cross else None)
+        # Parameters have the same shapes and initializers at every position of the pattern.
+        init = partial(self.pattern[0].init, plan=AttentionPlan(1, 1))
+        layers = jax.vmap(lambda k: init(k, x_BLD, inputs)["params"])(jax.random.split(key, self.num_layers))
         is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
         return jax.tree.map(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers, is_leaf=is_box)
 
@@ -197,60 +94,130 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         *,
-        mask_B1LS: jax.Array | MaskSpec | None,
+        mask: MaskSpec,
         positions_BL: jax.Array,
         encoded_BSD: jax.Array | None = None,
-        cross_mask_B1LS: jax.Array | MaskSpec | None = None,
+        cross_mask: MaskSpec = MaskSpec(),  # noqa: B008  (immutable)
         cache: Caches | None = None,
-        first: jax.Array | int = 0,
-        fork: int | None = None,
+        first_query: jax.Array | int = 0,
+        branch_start: int | None = None,
         train: bool = False,
-    ) -> tuple[jax.Array, Caches | None]:
-        """Run all layers and the final norm on [B, L, D]; with a cache, on tokens that continue it at `first`.
+    ) -> LayerOutput:
+        """Run all layers and the final norm on [B, L, D].
 
-        From place `fork` of the cache on, each L tokens that follow each other stand at the same position.
+        Args:
+            x_BLD: embeddings.
+            mask: of self-attention, without the windows of the layers.
+            positions_BL: position of each token in its text.
+            encoded_BSD: the encoder's output, if the stack reads one and has no cache.
+            cross_mask: of cross-attention.
+            cache: with it, the tokens continue a cached text.
+            first_query: index of the first token in the cache.
+            branch_start: see `AttentionPlan`.
+            train: whether to drop out.
         """
-        bias_1NLS, queries, keys = None, x_BLD.shape[1], x_BLD.shape[1] if cache is None else cache_length(cache)
-        if self.config.positions == "relative" and self.config.relative_bias == "shared":
-            bias_1NLS = self.relative_bias(queries, keys, first_query=first, fork=fork)
-        if bias_1NLS is not None and _fused(self.config, x_BLD, keys, mask_B1LS):
-            bias_1NLS = tpu_attention.spread(bias_1NLS)
-        context = Context(bias_1NLS, mask_B1LS, positions_BL, encoded_BSD, cross_mask_B1LS, first)
+        rows, queries = x_BLD.shape[:2]
+        keys = queries if cache is None else cache_length(cache)
+        cross_keys = 0 if encoded_BSD is None else encoded_BSD.shape[1]
+        plan = plan_attention(
+            self.config, rows, queries, keys, cross_keys, cached=cache is not None, branch_start=branch_start
+        )
+        bias_1NLS = None if self.relative_bias is None else self.relative_bias(plan, first_query)
         if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values
-            return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
-        dropping = train and self.config.dropout_rate > 0
-        keys_Y = jax.random.split(self.make_rng("dropout"), self.num_layers) if dropping else None
+            return LayerOutput(self._normalize(x_BLD), cache, NO_AUXILIARY)
+        if plan.cross_attention != "tpu":
+            cross_mask = MaskSpec(allowed_B1LS=cross_mask.build(queries, cross_keys))
+        inputs = [
+            LayerInputs(bias_1NLS, each, positions_BL, encoded_BSD, cross_mask, first_query)
+            for each in self._masks(mask, plan, first_query)
+        ]
+        run = self._scan if self.config.layers == "scan" else self._unroll
+        layers = [self._layer(block, each, plan, train=train) for block, each in zip(self.pattern, inputs, strict=True)]
+        x_BLD, cache, auxiliary, recorded = run(layers, x_BLD, self._dropout_keys(train=train), cache)
+        for name, values in recorded.items():
+            self.put_variable(name, "layers", values)
+        return LayerOutput(self._normalize(x_BLD), cache, auxiliary)
 
-        def layer(x_BLD, context, params, key, cache):
-            rngs = {"dropout": key} if dropping else None
-            return self.block.apply({"params": params}, x_BLD, context, cache, fork=fork, train=train, rngs=rngs)
+    def _normalize(self, x_BLD: jax.Array) -> jax.Array:
+        return self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD
+
+    def _dropout_keys(self, *, train: bool) -> jax.Array | None:
+        if not train or self.config.dropout_rate == 0:
+            return None
+        return jax.random.split(self.make_rng("dropout"), self.num_layers)
+
+    def _masks(self, mask: MaskSpec, plan: AttentionPlan, first_query: jax.Array | int) -> list[MaskSpec]:
+        """The mask of self-attention at each position of the pattern; as an array, unless the kernel is fused."""
+        windows, by_window = [config.attention_window for config in layer_configs(self.config)], {}
+        for window in dict.fromkeys(windows):
+            spec = dataclasses.replace(mask, window=window, window_ahead=0 if self.causal else window)
+            if plan.self_attention != "tpu":
+                array = spec.build(plan.queries, plan.keys, first_query, plan.branch_start)
+                spec = MaskSpec(allowed_B1LS=array)
+            by_window[window] = spec
+        return [by_window[window] for window in windows]
+
+    def _layer(self, block: Block, inputs: LayerInputs, plan: AttentionPlan, *, train: bool) -> Callable:
+        """A layer as a function (x, params, dropout key, cache) -> x, (cache, auxiliary, intermediates by name)."""
+        names = intermediates.requested(self)
+
+        def layer(x_BLD, inputs, params, key, cache):
+            rngs = None if key is None else {"dropout": key}
+            options = {"plan": plan, "train": train, "rngs": rngs, "mutable": names or False}
+            output = block.apply({"params": params}, x_BLD, inputs, cache, **options)
+            output, variables = output if names else (output, {})
+            recorded = {name: jax.tree.leaves(value)[0] for name, value in variables.items()}
+            return output.x_BLD, (output.cache, output.auxiliary, recorded)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=self.config.layers == "unroll")
-        if self.config.layers == "scan":
-            x_BLD, cache = jax.lax.scan(lambda x, each: layer(x, context, *each), x_BLD, (self.layers, keys_Y, cache))
-        else:
-            x_BLD, cache = self._unroll(layer, x_BLD, context, keys_Y, cache)
-        return (self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD), cache
+        return lambda x_BLD, *rest: layer(x_BLD, inputs, *rest)
 
-    def _unroll(self, layer, x_BLD, context: Context, keys_Y, cache: tuple[Cache, ...] | None):
-        caches, layers = [], unstack_layers(self.layers)
+    def _scan(self, layers: Sequence[Callable], x_BLD: jax.Array, keys_Y: jax.Array | None, cache: Cache | None):
+        """Scan over groups of layers, each once through the pattern."""
+        period = len(layers)
+        split = lambda x: x if period == 1 else x.reshape(x.shape[0] // period, period, *x.shape[1:])
+        join = lambda x: x if period == 1 else x.reshape(x.shape[0] * period, *x.shape[2:])
+        stack = lambda *each: each[0] if period == 1 else jnp.stack(each)
+
+        def group(x_BLD, group_inputs):
+            outputs = []
+            for position, layer in enumerate(layers):
+                layer_inputs = group_inputs if period == 1 else jax.tree.map(itemgetter(position), group_inputs)
+                x_BLD, output = layer(x_BLD, *layer_inputs)
+                outputs.append(output)
+            caches, auxiliaries, recorded = zip(*outputs, strict=True)
+            auxiliary = reduce(Auxiliary.merged, auxiliaries)
+            return x_BLD, (jax.tree.map(stack, *caches), auxiliary, jax.tree.map(stack, *recorded))
+
+        groups = jax.tree.map(split, (self.layers, keys_Y, cache))
+        x_BLD, (cache, auxiliary, recorded) = jax.lax.scan(group, x_BLD, groups)
+        auxiliary = jax.tree.map(lambda x: x.sum(0), auxiliary)
+        return x_BLD, jax.tree.map(join, cache), auxiliary, jax.tree.map(join, recorded)
+
+    def _unroll(
+        self, layers: Sequence[Callable], x_BLD: jax.Array, keys_Y: jax.Array | None, cache: tuple[Cache, ...] | None
+    ):
+        """Run the layers one after another."""
+        params, outputs = unstack_layers(self.layers), []
         for y in range(self.num_layers):
             key = None if keys_Y is None else keys_Y[y]
-            x_BLD, new = layer(x_BLD, context, layers[y], key, cache and cache[y])
-            caches.append(new)
-        return x_BLD, cache and tuple(caches)
+            x_BLD, output = layers[y % len(layers)](x_BLD, params[y], key, cache and cache[y])
+            outputs.append(output)
+        caches, auxiliaries, recorded = zip(*outputs, strict=True)
+        recorded = jax.tree.map(lambda *each: jnp.stack(each), *recorded)
+        return x_BLD, cache and caches, reduce(Auxiliary.merged, auxiliaries), recorded
 
     def prepare_cache(self, rows: int, length: int, encoded_BSD: jax.Array | None) -> Caches:
         """An empty cache for `length` tokens, with the keys and values of the encoder's output."""
-        config = self.config
+        config, block = self.config, self.pattern[0]  # cross-attention is the same at every position of the pattern
         shape = (rows, config.kv_heads, length, config.head_dim)
         zeros = constrain(jnp.zeros(shape, config.dtype), "batch", "act_heads", None, None)
 
         def layer(params):
             cross = None
             if encoded_BSD is not None:
-                cross = self.block.apply({"params": params}, encoded_BSD, method="keys_values")
+                cross = block.apply({"params": params}, encoded_BSD, method="keys_values")
             return Cache(KeyValues(zeros, zeros), cross)
 
         if config.layers == "scan":

@@ -1,27 +1,40 @@
 """`Transformer`: one model for encoder-decoder, decoder-only and encoder-only, by the config.
 
-Embeddings below its stacks (`stack`), heads above them. Called by `step` (training, evaluation) and `generate`
+Embeddings in front of its stacks (`stack`), heads behind them. Called by `step` (training, evaluation) and `generate`
 (`encode`, `prepare_cache`, `decode`). Token types, and the heads for masked tokens and for pairs, are BERT's (Devlin et
 al. 2019, section 3, and the released code).
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from t5like.config.schema import Config
+from t5like.errors import ConfigError
 from t5like.model import heads
 from t5like.model import layers as lay
-from t5like.model.attention import fused
+from t5like.model.block import LayerOutput
+from t5like.model.cache import Caches
+from t5like.model.intermediates import INTERMEDIATES
 from t5like.model.kernels import cpu
-from t5like.model.masks import MaskSpec, causal_mask, window_mask
-from t5like.model.stack import Caches, Stack, cache_length
+from t5like.model.masks import MaskSpec
+from t5like.model.stack import Stack
 from t5like.sharding.logical_axes import constrain
-from t5like.types import MASKED, Batch
+from t5like.types import MASKED, NO_AUXILIARY, Auxiliary, Batch, Tree
+
+
+class Hidden(NamedTuple):
+    """What the output heads read, [B, L, D], and what all layers return besides it."""
+
+    x_BLD: jax.Array
+    auxiliary: Auxiliary
 
 
 class Transformer(nn.Module):
-    """The model. `hidden` maps a batch to what the heads read; `logits` and, for pairs, `pair_logits` are the heads."""
+    """The model. `hidden` maps a batch to the heads' input; `logits` and, for pairs, `pair_logits` are the heads."""
 
     config: Config
 
@@ -56,71 +69,59 @@ class Transformer(nn.Module):
 
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""
-        hidden_BLD = self.hidden(batch, train=train)
+        hidden_BLD = self.hidden(batch, train=train).x_BLD
         if self.is_initializing() and self.config.model.token_types and self.config.model.next_sentence_head:
             self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
         return self.logits(hidden_BLD)
 
-    def hidden(self, batch: Batch, *, train: bool = False) -> jax.Array:
+    def hidden(self, batch: Batch, *, train: bool = False) -> Hidden:
         """The decoder's output [B, L, D] for a batch; encoder-only: the encoder's, L = S."""
-        encoded_BSD = None
+        encoded_BSD, encoder_auxiliary = None, NO_AUXILIARY
         if self.config.model.has_encoder:
-            encoded_BSD = self.encode(
+            encoded_BSD, _, encoder_auxiliary = self._encode(
                 batch.encoder_BS,
                 batch.encoder_segments_BS,
                 batch.encoder_positions_BS,
                 batch.token_types_BS,
                 train=train,
             )
-        if self.config.model.architecture == "encoder":
-            return encoded_BSD
-        segments_BL, (rows, length) = batch.decoder_segments_BL, batch.decoder_BL.shape
-        cross_mask = None
+        if not self.config.model.has_decoder:
+            return Hidden(encoded_BSD, encoder_auxiliary)
+        segments_BL, cross_mask = batch.decoder_segments_BL, MaskSpec()
         if segments_BL is not None and encoded_BSD is not None:
             cross_mask = MaskSpec(False, segments_BL, batch.encoder_segments_BS)
-            cross_mask = self._by_rule(cross_mask, rows, length, encoded_BSD.shape[1], cross=True)
-        mask = MaskSpec(True, segments_BL, segments_BL, batch.prefix_BL, self.config.model.attention_window)
-        mask = self._by_rule(mask, rows, length, length)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
-        x_BLD = self._embed(batch.decoder_BL, positions_BL, train=train)
-        x_BLD, _ = self.decoder(
-            x_BLD,
-            mask_B1LS=mask,
+        x_BLD, _, auxiliary = self.decoder(
+            self._embed(batch.decoder_BL, positions_BL, train=train),
+            mask=MaskSpec(True, segments_BL, segments_BL, batch.prefix_BL),
             positions_BL=positions_BL,
             encoded_BSD=encoded_BSD,
-            cross_mask_B1LS=cross_mask,
+            cross_mask=cross_mask,
             train=train,
         )
-        return self._drop_output(x_BLD, train=train)
+        return Hidden(self._drop_output(x_BLD, train=train), encoder_auxiliary.merged(auxiliary))
 
-    def encode(
+    def encode(self, ids_BS: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
+        """The encoder's output [B, S, D], without dropout. Of a model with token types, all tokens have type 0."""
+        return self._encode(ids_BS, segments_BS).x_BLD
+
+    def _encode(
         self,
         ids_BS: jax.Array,
-        segments_BS: jax.Array | None = None,
+        segments_BS: jax.Array | None,
         positions_BS: jax.Array | None = None,
         token_types_BS: jax.Array | None = None,
         *,
         train: bool = False,
-    ) -> jax.Array:
-        """The encoder's output [B, S, D]. Of a model with token types, a text that brings none is a pair's first."""
+    ) -> LayerOutput:
         positions_BS = _positions(ids_BS, positions_BS)
-        mask = None
-        if segments_BS is not None:
-            mask = self._by_rule(MaskSpec(False, segments_BS, segments_BS), *ids_BS.shape, ids_BS.shape[1])
         x_BSD = self._embed(ids_BS, positions_BS, token_types_BS, train=train)
-        x_BSD, _ = self.encoder(x_BSD, mask_B1LS=mask, positions_BL=positions_BS, train=train)
-        return self._drop_output(x_BSD, train=train)
-
-    def _by_rule(self, seen: MaskSpec, rows: int, queries: int, keys: int, *, cross: bool = False):
-        """The rule itself for a fused kernel, else its array or None, once for all layers."""
-        model = self.config.model
-        biased = model.positions == "relative" and not cross
-        if fused(model.kernels, model.head_dim, model.dtype, rows, queries, keys, seen, biased=biased):
-            return seen
-        return seen.mask(queries, keys)
+        mask = MaskSpec(False, segments_BS, segments_BS)
+        output = self.encoder(x_BSD, mask=mask, positions_BL=positions_BS, train=train)
+        return output._replace(x_BLD=self._drop_output(output.x_BLD, train=train))
 
     def pair_logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """Whether a pair's second text follows its first: float32 logits [B, 2] of yes and no. Needs token types."""
+        """Whether a pair's second text follows its first: float32 logits [B, 2], yes and no. Needs token types."""
         return self.pairs(hidden_BSD)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -155,39 +156,36 @@ class Transformer(nn.Module):
         positions_BL: jax.Array | None = None,
         mask_B1LS: jax.Array | None = None,
         cross_mask_B1LS: jax.Array | None = None,
-        fork: int | None = None,
+        branch_start: int | None = None,
         last_only: bool = False,
     ) -> tuple[jax.Array, Caches]:
         """Run tokens that continue a cached text.
 
         Args:
-            ids_BL: the tokens; their keys and values go into the cache at first, first + 1, ...
+            ids_BL: the tokens; their keys and values are written to the cache at first, first + 1, ...
             cache: from `prepare_cache` or an earlier call.
             first: index of the first token.
             positions_BL: positions in the text, where they differ from the index (rows padded on the left).
-            mask_B1LS: what may be seen of the cache; None: everything up to the token itself.
-            cross_mask_B1LS: what may be seen of the encoder's output; None: everything.
-            fork: where a row's text branches into L that go on side by side: of each L places from there on, one
-                belongs to each, all at the same position. `positions_BL` and `mask_B1LS` must say the same.
-            last_only: whether only the last token's logits are wanted.
+            mask_B1LS: bool, True at tokens of the cache that are attended to; None: all up to the token itself.
+            cross_mask_B1LS: the same for the encoder's output; None: all of it.
+            branch_start: where a row's text branches into L texts that are decoded in parallel: from this index on,
+                each group of L consecutive tokens has one token of each text, all at the same position.
+                `positions_BL` and `mask_B1LS` must agree with it.
+            last_only: whether to return the last token's logits only.
 
         Returns:
-            float32 logits [B, L or 1, V] and the longer cache.
+            float32 logits [B, L or 1, V] and the cache with these tokens.
         """
         if positions_BL is None:
             positions_BL = _positions(ids_BL, None) + first
-        if mask_B1LS is None:
-            mask_B1LS = causal_mask(ids_BL.shape[1], cache_length(cache), first)
-        if window := self.config.model.attention_window:
-            mask_B1LS = mask_B1LS & window_mask(ids_BL.shape[1], cache_length(cache), first, window, fork)
-        x_BLD, cache = self.decoder(
+        x_BLD, cache, _ = self.decoder(
             self._embed(ids_BL, positions_BL, train=False),
-            mask_B1LS=mask_B1LS,
+            mask=MaskSpec(causal=mask_B1LS is None, allowed_B1LS=mask_B1LS),
             positions_BL=positions_BL,
-            cross_mask_B1LS=cross_mask_B1LS,
+            cross_mask=MaskSpec(allowed_B1LS=cross_mask_B1LS),
             cache=cache,
-            first=first,
-            fork=fork,
+            first_query=first,
+            branch_start=branch_start,
         )
         return self.logits(x_BLD[:, -1:] if last_only else x_BLD), cache
 
@@ -197,11 +195,11 @@ class Transformer(nn.Module):
         model = self.config.model
         x_BLD = heads.embed(self.embedding, ids_BL, model.dtype)
         if model.positions == "learned":
-            # Padding may lie behind the last position; `generate` sees to it that text does not.
+            # Padding may be behind the last position; `generate` refuses texts that are so long.
             x_BLD = x_BLD + heads.embed(self.positions, jnp.minimum(positions_BL, model.max_length - 1), model.dtype)
         if model.token_types:
             types_BL = jnp.zeros_like(ids_BL) if token_types_BL is None else token_types_BL
-            # A product, because the gradient of a look-up would add every token into the same few rows one by one.
+            # A matmul, because the gradient of a look-up would add every token into the same few rows sequentially.
             one_hot_BLC = jax.nn.one_hot(types_BL, model.token_types, dtype=model.dtype)
             x_BLD = x_BLD + one_hot_BLC @ self.token_types.astype(model.dtype)
         if model.embedding_norm:
@@ -209,11 +207,32 @@ class Transformer(nn.Module):
         return constrain(lay.dropout(self, x_BLD, model.dropout_rate, train=train), "batch", "length", "act_embed")
 
     def _drop_output(self, x_BLD: jax.Array, *, train: bool) -> jax.Array:
-        """Dropout behind the final norm, as in T5. A post-norm stack has none: it drops out before its last norm."""
+        """Dropout behind the final norm, as in T5. A post-norm stack has none here: its dropout is before the norm."""
         model = self.config.model
         return lay.dropout(self, x_BLD, model.dropout_rate if model.norm_position == "pre" else 0.0, train=train)
 
 
-def _positions(ids_BL: jax.Array, given_BL: jax.Array | None) -> jax.Array:
-    """Positions counted from 0 along the row, where the batch brings none."""
-    return jnp.broadcast_to(jnp.arange(ids_BL.shape[1])[None], ids_BL.shape) if given_BL is None else given_BL
+def _positions(ids_BL: jax.Array, positions_BL: jax.Array | None) -> jax.Array:
+    """The positions; if they are None, counted from 0 along the row."""
+    return jnp.broadcast_to(jnp.arange(ids_BL.shape[1])[None], ids_BL.shape) if positions_BL is None else positions_BL
+
+
+def compute_intermediates(config: Config, params: Tree, batch: Batch, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Values inside of the layers on a batch, without dropout: {"decoder/residual": [Y, B, L, D], ...}.
+
+    Args:
+        config: a resolved one.
+        params: the model's parameters.
+        batch: as in training.
+        names: of `INTERMEDIATES`; each is returned for every stack that has it.
+
+    Raises:
+        ConfigError: a name does not exist.
+    """
+    for name in names:
+        if name not in INTERMEDIATES:
+            raise ConfigError(f"intermediates={name} must be one of {', '.join(INTERMEDIATES)}")
+    _, variables = Transformer(config).apply({"params": params}, batch, method="hidden", mutable=list(names))
+    return {
+        f"{stack}/{name}": values["layers"] for name, stacks in variables.items() for stack, values in stacks.items()
+    }

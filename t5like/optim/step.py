@@ -31,13 +31,14 @@ LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # confi
 def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
     """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
 
-    Sentence pairs add `losses.next_sentence`. If the rows come from several components, there are metrics by component:
-    nats and weights, and the number of rows that have a target.
+    Auxiliary losses of the model's layers (`types.Auxiliary`) are added, and for sentence pairs `losses.next_sentence`.
+    If the rows come from several components, there are metrics by component: nats and weights, and the number of rows
+    that have a target.
     """
     components = num_components(config)
     model = Transformer(config)
     rngs = None if key is None else {"dropout": key}
-    hidden_BLD = model.apply({"params": params}, batch, train=key is not None, method="hidden", rngs=rngs)
+    hidden_BLD, auxiliary = model.apply({"params": params}, batch, train=key is not None, method="hidden", rngs=rngs)
 
     def head(hidden_BLD, targets_BL, weights_BL):
         logits_BLV = model.apply({"params": params}, hidden_BLD, method="logits")
@@ -65,7 +66,9 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
         num_masked = max(round(config.data.noise_density * config.data.inputs_length), 1)
         pairs = losses.next_sentence(logits_B2, batch.follows_B1, row_weight=num_masked)
         loss = losses.Loss(loss.objective + pairs.objective, loss.metrics | pairs.metrics)
-    return loss
+    for name, extra in auxiliary.losses.items():
+        loss = losses.Loss(loss.objective + extra.total, loss.metrics | {name: extra})
+    return loss._replace(metrics=loss.metrics | auxiliary.statistics)
 
 
 def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:

@@ -21,7 +21,6 @@ and their exposed collectives take the published time. With the middle the error
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from t5like import tree
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.metrics import flops
-from t5like.model.attention import fused
+from t5like.model.attention_plan import plan_attention
 from t5like.optim import step
 from t5like.plan.hlo_cost import Analysis, Collective
 from t5like.plan.topology import Topology
@@ -148,11 +147,11 @@ def _leaf(name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Lea
 
 def _materialized_keys(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> list[int]:
     """Key lengths of the attentions of a layer whose scores are materialized to main memory in training."""
-    model, rows = config.model, config.data.batch_size // config.train.microbatches
-    biased = [model.positions == "relative", False]  # the first is self-attention
-    kernel = partial(fused, model.kernels, model.head_dim, model.dtype, rows, stack.queries)
+    rows = config.data.batch_size // config.train.microbatches
     with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes)):
-        return [n for n, bias in zip(stack.keys, biased, strict=False) if not kernel(n, None, biased=bias)]
+        plan = plan_attention(config.model, rows, stack.queries, *stack.keys)
+    kernels = plan.self_attention, plan.cross_attention
+    return [keys for keys, kernel in zip(stack.keys, kernels, strict=False) if kernel != "tpu"]
 
 
 def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) -> QuickEstimate:

@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "bert": "BertForPreTraining",
 }
 
+_ALIKE = {"layer_pattern": (), "mlp_pattern": ()}  # no family has layers that differ
 # Fields that are the same in all models of a family: an import sets them, an export refuses other values.
 _T5 = {
     "architecture": "encoder_decoder",
@@ -37,8 +38,10 @@ _T5 = {
     "scale_attention": False,
     "qk_norm": False,
     "num_kv_heads": 0,
+    "attention_window": 0,
+    **_ALIKE,
 }
-_DECODER = {"norm_position": "pre", "embedding_norm": False, "scale_attention": True}
+_DECODER = {**_ALIKE, "norm_position": "pre", "embedding_norm": False, "scale_attention": True}
 _LLAMA = {"architecture": "decoder", "positions": "rotary", **_DECODER, "norm": "rms", "mlp": "gated_silu"}
 FIXED: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "relative_bias": "shared"},
@@ -69,6 +72,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "num_kv_heads": 0,
         "head": "mlm",
+        "attention_window": 0,
+        **_ALIKE,
     },
 }
 
@@ -113,7 +118,8 @@ def check_exportable(family: str, config: Config) -> None:
     full_attention = model.num_kv_heads == model.num_heads  # the same as 0
     for field, required in FIXED[family].items():
         value = 0 if field == "num_kv_heads" and full_attention else getattr(model, field)
-        _require(family, value == required, f"model.{field}", getattr(model, field), required)
+        text = lambda value: (",".join(value) or "no pattern") if isinstance(value, tuple) else value
+        _require(family, value == required, f"model.{field}", text(getattr(model, field)), text(required))
     activations = set(family_keys.mlps(family).values())
     _require(family, model.mlp in activations, "model.mlp", model.mlp, " or ".join(sorted(activations)))
     if family in ("gpt2", "bert"):

@@ -111,7 +111,7 @@ def t5like_logits(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -
         logits = {"logits": apply(batch=batch)}
         if config.model.architecture == "encoder" and config.model.next_sentence_head:
             logits["pair_logits"] = apply(
-                batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch))
+                batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch).x_BLD)
             )
         return logits
 

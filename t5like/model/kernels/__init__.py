@@ -1,1 +1,1 @@
-"""Matrix products and attention written for one kind of device."""
+"""Matmuls and attention, each formulated for one kind of device."""

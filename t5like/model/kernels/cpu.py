@@ -1,9 +1,9 @@
-"""Matrix products and attention as XLA:CPU runs them fastest: the same numbers, backward passes written by hand.
+"""Matmuls and attention as XLA:CPU runs them fastest: the same values, with backward passes written by hand.
 
-XLA:CPU has a fast path for products of operands as they lie, and a slow one for products with a transposition folded
-in, which autodiff makes for every weight. Here the smaller operand is transposed by itself, behind a barrier that keeps
-the compiler from folding it in again. On accelerators this would only be in the way: `ModelConfig.kernels` says which
-formulation is used, and `mesh.settle` chooses by the mesh's devices. Used by `layers` and `attention`.
+XLA:CPU has a fast path for matmuls of operands in their own layout, and a slow one for matmuls with a transposition
+fused in, which autodiff creates for every weight. Here the smaller operand is transposed separately, behind a barrier
+that prevents this fusion. On accelerators it would only cost time: `ModelConfig.kernels` selects the formulation, and
+`sharding.auto` chooses it by the mesh's devices. Used by `layers` and `attention`.
 """
 
 import jax
@@ -24,25 +24,25 @@ def _weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _product(x_MD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+def _matmul_2d(x_MD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     return x_MD @ kernel_DF
 
 
-_product.defvjp(
+_matmul_2d.defvjp(
     lambda x, kernel: (x @ kernel, (x, kernel)), lambda saved, g: (g @ saved[1].T, _weight_gradient(saved[0], g))
 )
 
 
 def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-    """x [..., D] @ kernel, as one product of two dims."""
-    return _product(x.reshape(-1, x.shape[-1]), kernel_DF).reshape(*x.shape[:-1], kernel_DF.shape[1])
+    """x [..., D] @ kernel, as one matmul of two matrices."""
+    return _matmul_2d(x.reshape(-1, x.shape[-1]), kernel_DF).reshape(*x.shape[:-1], kernel_DF.shape[1])
 
 
 @jax.custom_vjp
 def attend(
     q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None
 ) -> jax.Array:
-    """softmax(q k + bias, where mask allows it) v; a query that may see nothing gets the mean of v."""
+    """As `plain.attend`: softmax(q k + bias) v over the keys that the mask allows."""
     return _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS)[0]
 
 

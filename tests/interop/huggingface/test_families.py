@@ -36,7 +36,11 @@ def batch_of(name: str) -> Batch:
 @partial(jax.jit, static_argnums=0)
 def run(config: Config, params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
     apply = partial(Transformer(config).apply, {"params": params}, batch)
-    pairs = apply(method=lambda m, batch: m.pair_logits(m.hidden(batch))) if batch.token_types_BS is not None else None
+    pairs = (
+        apply(method=lambda m, batch: m.pair_logits(m.hidden(batch).x_BLD))
+        if batch.token_types_BS is not None
+        else None
+    )
     return apply(), pairs
 
 
@@ -143,6 +147,23 @@ def test_an_unsupported_config_is_refused_with_key_and_value(name, change, compl
         ),
         ("gpt2", {"architecture": "decoder", "positions": "rotary"}, "model.positions=rotary"),
         ("t5", {"positions": "rotary"}, "model.positions=rotary"),
+        (
+            "t5",
+            {"layer_pattern": ("local", "global"), "attention_window": 8},
+            "model.attention_window=8 can't be represented by t5, which requires 0",
+        ),
+        (
+            "mistral",
+            {
+                "architecture": "decoder",
+                "positions": "rotary",
+                "scale_attention": True,
+                "mlp": "gated_silu",
+                "layer_pattern": ("local", "global"),
+                "attention_window": 8,
+            },
+            "model.layer_pattern=local,global can't be represented by mistral, which requires no pattern",
+        ),
         (
             "t5",
             {"relative_bias": "per_layer"},

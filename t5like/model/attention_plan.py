@@ -1,0 +1,70 @@
+"""Which kernel computes each attention of a stack: decided here, once, before the layers run.
+
+Masks, relative bias, layers and `plan.estimate` follow the plan. It contains only what is known when a program is
+traced.
+"""
+
+from typing import Literal, NamedTuple
+
+from t5like.config.schema import ModelConfig
+from t5like.model.kernels import tpu_attention
+from t5like.sharding.logical_axes import batch_parts, context_size
+
+Kernel = Literal["plain", "cpu", "tpu"]  # tpu: fused, and takes a `MaskSpec`; the others take a mask array
+
+
+class AttentionPlan(NamedTuple):
+    """Sizes and kernels of the attentions in all layers of a stack.
+
+    Attributes:
+        queries: L, of self-attention and cross-attention.
+        keys: S of self-attention; with a cache its length.
+        self_attention: the kernel.
+        cross_attention: the kernel, where there is an encoder to read.
+        branch_start: from this index on, each group of L consecutive keys has one position, and so have the queries:
+            a text that branches into L texts, decoded in parallel. None: positions are indices.
+    """
+
+    queries: int
+    keys: int
+    self_attention: Kernel = "plain"
+    cross_attention: Kernel = "plain"
+    branch_start: int | None = None
+
+
+def plan_attention(
+    config: ModelConfig,
+    rows: int,
+    queries: int,
+    keys: int,
+    cross_keys: int = 0,
+    *,
+    cached: bool = False,
+    branch_start: int | None = None,
+) -> AttentionPlan:
+    """Choose the kernels of a stack for inputs of these sizes on the mesh that is set.
+
+    The fused kernel is not used with a cache, whose masks are arrays, for rows that the mesh does not divide, and for
+    lengths that do not fit in a core's memory.
+
+    Args:
+        config: its `kernels` is resolved.
+        rows: B.
+        queries: L.
+        keys: S of self-attention.
+        cross_keys: S of cross-attention; 0: there is none.
+        cached: whether the tokens continue a cache.
+        branch_start: see `AttentionPlan`.
+    """
+    fallback: Kernel = "cpu" if config.kernels == "cpu" else "plain"
+    if config.kernels != "tpu" or cached or rows % batch_parts():
+        return AttentionPlan(queries, keys, fallback, fallback, branch_start)
+    parts = context_size() if queries % context_size() == 0 else 1
+
+    def kernel(keys: int, *, biased: bool) -> Kernel:
+        fits = tpu_attention.fits(queries // parts, keys, config.head_dim, config.dtype, biased=biased)
+        return "tpu" if fits else "plain"
+
+    own = kernel(keys, biased=config.positions == "relative")
+    cross = kernel(cross_keys, biased=False) if cross_keys else "plain"
+    return AttentionPlan(queries, keys, own, cross, branch_start)

@@ -1,0 +1,123 @@
+"""`Block`: one layer of an encoder or a decoder. Called by `stack`."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from t5like.config.schema import ModelConfig
+from t5like.model import intermediates
+from t5like.model.attention import Attention
+from t5like.model.attention_plan import AttentionPlan
+from t5like.model.cache import Cache, Caches, KeyValues
+from t5like.model.layers import Norm, dropout
+from t5like.model.masks import MaskSpec
+from t5like.model.mlp import Mlp
+from t5like.model.positions import bias_module
+from t5like.sharding.logical_axes import constrain
+from t5like.types import Auxiliary
+
+
+class LayerInputs(NamedTuple):
+    """What a layer reads besides the residual stream and its cache; the same for all layers of one pattern position.
+
+    Attributes:
+        bias_1NLS: relative bias of self-attention that all layers share, or None.
+        mask: of self-attention.
+        positions_BL: position of each token in its text.
+        encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
+        cross_mask: of cross-attention.
+        first_query: index of the first token in the cache.
+    """
+
+    bias_1NLS: jax.Array | None
+    mask: MaskSpec
+    positions_BL: jax.Array
+    encoded_BSD: jax.Array | None = None
+    cross_mask: MaskSpec = MaskSpec()
+    first_query: jax.Array | int = 0
+
+
+class LayerOutput(NamedTuple):
+    """What a block returns, and a stack for all of its blocks.
+
+    Attributes:
+        x_BLD: the residual stream; of a stack, behind its final norm.
+        cache: with the keys and values of this call; None without one.
+        auxiliary: losses and statistics, as sums.
+    """
+
+    x_BLD: jax.Array
+    cache: Caches | None
+    auxiliary: Auxiliary
+
+
+class Block(nn.Module):
+    """One layer: self-attention, cross-attention where there is an encoder to read, MLP; each with a residual."""
+
+    config: ModelConfig
+    cross: bool = False
+    causal: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.relative_bias = bias_module(config, "per_layer", causal=self.causal)
+        self.attention, self.attention_norm = Attention(config), Norm(config)
+        if self.cross:
+            self.cross_attention, self.cross_attention_norm = Attention(config), Norm(config)
+        self.mlp, self.mlp_norm = Mlp(config), Norm(config)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        inputs: LayerInputs,
+        cache: Cache | None = None,
+        *,
+        plan: AttentionPlan,
+        train: bool = False,
+    ) -> LayerOutput:
+        """Map [B, L, D] to [B, L, D]."""
+        bias_1NLS = inputs.bias_1NLS
+        if self.relative_bias is not None:
+            bias_1NLS = self.relative_bias(plan, inputs.first_query)
+        y_BLD, own = self.attention(
+            self._input(self.attention_norm, x_BLD),
+            bias_1NLS=bias_1NLS,
+            mask=inputs.mask,
+            kernel=plan.self_attention,
+            positions_BL=inputs.positions_BL,
+            train=train,
+            cache=cache and cache.own,
+            first_query=inputs.first_query,
+        )
+        x_BLD = self._add(self.attention_norm, x_BLD, y_BLD, train=train)
+        if self.cross:
+            y_BLD = self.cross_attention.cross(
+                self._input(self.cross_attention_norm, x_BLD),
+                cache.cross if cache else inputs.encoded_BSD,
+                mask=inputs.cross_mask,
+                kernel=plan.cross_attention,
+                train=train,
+            )
+            x_BLD = self._add(self.cross_attention_norm, x_BLD, y_BLD, train=train)
+        mlp_input_BLD = self._input(self.mlp_norm, x_BLD)
+        intermediates.record(self, "mlp_input", lambda: mlp_input_BLD)
+        y_BLD, auxiliary = self.mlp(mlp_input_BLD, train=train)
+        x_BLD = self._add(self.mlp_norm, x_BLD, y_BLD, train=train)
+        intermediates.record(self, "residual", lambda: x_BLD)
+        return LayerOutput(x_BLD, cache and Cache(own, cache.cross), auxiliary)
+
+    def _input(self, norm: Norm, x_BLD: jax.Array) -> jax.Array:
+        """What a sublayer reads of the residual stream x."""
+        return norm(x_BLD) if self.config.norm_position == "pre" else x_BLD
+
+    def _add(self, norm: Norm, x_BLD: jax.Array, y_BLD: jax.Array, *, train: bool) -> jax.Array:
+        """Add a sublayer's output y to the residual stream x."""
+        x_BLD = x_BLD + dropout(self, y_BLD, self.config.dropout_rate, train=train)
+        if self.config.norm_position == "post":
+            x_BLD = norm(x_BLD)
+        return constrain(x_BLD, "batch", "length", "act_embed")
+
+    def keys_values(self, encoded_BSD: jax.Array) -> KeyValues:
+        """The layer's cross-attention keys and values."""
+        return self.cross_attention.keys_values(encoded_BSD)

@@ -1,0 +1,31 @@
+"""Attention for any device, with gradients by autodiff. Used by `attention`."""
+
+import jax
+import jax.numpy as jnp
+
+from t5like.types import MASKED
+
+
+def attend(
+    q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None
+) -> jax.Array:
+    """softmax(q k + bias) v over the keys that the mask allows, in float32; a query without keys gets the mean of v."""
+    scores_BNLS = masked_scores(q_BNLH, k_BNSH, bias_1NLS, mask_B1LS)
+    weights_BNLS = jnp.exp(scores_BNLS - jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True)))
+    out_BNLH = jnp.einsum(
+        "BNLS,BNSH->BNLH", weights_BNLS.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=jnp.float32
+    )
+    # Dividing after the values instead of before costs H columns instead of S.
+    return out_BNLH / weights_BNLS.sum(-1, keepdims=True)
+
+
+def masked_scores(
+    q_BNLH: jax.Array, k_BNSH: jax.Array, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None
+) -> jax.Array:
+    """q k + bias, float32 [B, N, L, S]; a large negative number where the mask is False."""
+    scores_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BNSH, preferred_element_type=jnp.float32)
+    if bias_1NLS is not None:
+        scores_BNLS = scores_BNLS + bias_1NLS
+    if mask_B1LS is not None:
+        scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, MASKED)
+    return scores_BNLS

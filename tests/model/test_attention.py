@@ -1,0 +1,28 @@
+"""The attention function against softmax in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from t5like.model.attention import attend
+from t5like.model.masks import MaskSpec, causal_mask, segment_mask
+
+
+def test_a_query_that_attends_to_no_key_gets_zero(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 3, 4)), jnp.float32) for _ in range(3))
+    mask = segment_mask(jnp.array([[1, 1, 2], [1, 1, 1]]), jnp.array([[1, 1, 1], [1, 1, 1]]))
+    out = attend(q, k, v, mask=MaskSpec(allowed_B1LS=mask))
+    assert (out[0, 0, 2] == 0).all() and (np.abs(out[1]) > 0).all()
+
+
+def test_attend_equals_softmax_in_float64(rng):
+    q, k, v = (rng.normal(size=(2, 4, 5, 8)), rng.normal(size=(2, 2, 7, 8)), rng.normal(size=(2, 2, 7, 8)))
+    bias = rng.normal(size=(1, 4, 5, 7))
+    scores = np.einsum("bnlh,bnsh->bnls", q, k.repeat(2, 1)) + bias
+    scores = np.where(np.tril(np.ones((5, 7)), 2), scores, -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    ours = attend(
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        bias_1NLS=jnp.asarray(bias, jnp.float32),
+        mask=MaskSpec(allowed_B1LS=causal_mask(5, 7, 2)),
+    )
+    np.testing.assert_allclose(ours, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)

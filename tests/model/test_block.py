@@ -1,0 +1,62 @@
+"""Auxiliary losses and statistics of blocks."""
+
+from operator import itemgetter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, small
+from model_variants import init, with_model
+
+from t5like.model import block
+from t5like.model.mlp import Mlp
+from t5like.optim import step
+from t5like.types import Auxiliary, Sum
+
+
+class MlpWithAuxiliary(Mlp):
+    """An MLP with an auxiliary loss: the mean square of its input, over all tokens."""
+
+    def __call__(self, x_BLD, *, train):
+        y_BLD, _ = super().__call__(x_BLD, train=train)
+        tokens, square = jnp.float32(x_BLD.shape[0] * x_BLD.shape[1]), jnp.square(x_BLD).mean(-1)
+        auxiliary = Auxiliary({"square_loss": Sum(square.sum(), tokens)}, {"calls": Sum(tokens, tokens)})
+        return y_BLD, auxiliary
+
+
+@pytest.mark.parametrize("variant, model", [("t5", {}), ("t5", {"remat": "full"}), ("pattern", {"num_layers": 4})])
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_auxiliary_sums_of_all_layers_reach_objective_and_metrics(monkeypatch, variant, model, layers):
+    config = with_model(variant, layers=layers, **model)
+    params, batch = init(config), random_batch(config)
+    objective = lambda p: (lambda loss: (loss.objective, loss.metrics))(step.pretrain_loss(config, p, batch, None))
+    (plain, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    assert "square_loss" not in metrics
+    monkeypatch.setattr(block, "Mlp", MlpWithAuxiliary)
+    (total, metrics), with_auxiliary = jax.value_and_grad(objective, has_aux=True)(params)
+    tokens = sum(x.size * config.model.num_layers for x in (batch.encoder_BS, batch.decoder_BL) if x is not None)
+    assert metrics["square_loss"].weight == metrics["calls"].total == tokens
+    np.testing.assert_allclose(metrics["square_loss"].total, tokens, rtol=0.01)  # of inputs behind a norm
+    np.testing.assert_allclose(total, plain + metrics["square_loss"].total, rtol=1e-6)
+    scale = lambda tree: np.abs(tree["decoder"]["layers"]["mlp_norm"]["scale"]).max((0, 1))
+    assert scale(with_auxiliary) > scale(gradients)
+
+
+def test_auxiliary_sums_are_added_over_microbatches(monkeypatch):
+    monkeypatch.setattr(block, "Mlp", MlpWithAuxiliary)
+    config = small()
+    params, batch = init(config), random_batch(config)
+    whole = step.pretrain_loss(config, params, batch, None).metrics["square_loss"]
+    halves = [
+        step.pretrain_loss(config, params, jax.tree.map(itemgetter(part), batch), None).metrics["square_loss"]
+        for part in (slice(None, 4), slice(4, None))
+    ]
+    for index in range(2):
+        np.testing.assert_allclose(sum(half[index] for half in halves), whole[index], rtol=1e-5)
+
+
+def test_a_model_without_auxiliary_sums_has_the_metrics_of_the_loss_alone():
+    config = small()
+    metrics = step.pretrain_loss(config, init(config), random_batch(config), None).metrics
+    assert set(metrics) == {"loss", "z_loss", "accuracy"}

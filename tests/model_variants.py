@@ -1,0 +1,110 @@
+"""Model variants that the tests of `model/` share, and functions of a config that are compiled once."""
+
+import functools
+
+import flax.linen as nn
+import jax
+from conftest import random_batch, small
+
+from t5like.config.schema import Config
+from t5like.model.transformer import Transformer
+from t5like.optim import step
+from t5like.types import Batch
+
+BERT = {
+    "architecture": "encoder",
+    "head_dim": 4,
+    "mlp": "gelu_exact",
+    "positions": "learned",
+    "norm": "layer",
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "embedding_norm": True,
+    "token_types": 2,
+    "head": "mlm",
+    "biases": True,
+    "tied_embeddings": True,
+    "scale_attention": True,
+    "init": "bert",
+    "max_length": 64,
+}
+
+
+VARIANTS = {
+    "t5": {},
+    "causal": {"model": {"architecture": "decoder"}},
+    "llama": {
+        "model": {
+            "architecture": "decoder",
+            "positions": "rotary",
+            "num_kv_heads": 2,
+            "scale_attention": True,
+            "mlp": "gated_silu",
+        }
+    },
+    "umt5": {"model": {"relative_bias": "per_layer"}},
+    "windowed": {
+        "model": {
+            "architecture": "decoder",
+            "positions": "rotary",
+            "qk_norm": True,
+            "attention_window": 6,
+            "rotary": {"scaling": "yarn", "factor": 4.0, "original_length": 16},
+        }
+    },
+    "pattern": {
+        "model": {
+            "architecture": "decoder",
+            "positions": "rotary",
+            "num_kv_heads": 2,
+            "scale_attention": True,
+            "attention_window": 3,
+            "layer_pattern": ("local", "global"),
+            "rotary": {"local_base": 100.0},
+            "mlp": "gated_silu",
+            "mlp_pattern": ("gated_silu", "gated_gelu"),
+        }
+    },
+    "t5_pattern": {"model": {"attention_window": 4, "layer_pattern": ("local", "global")}},
+    "post_norm": {
+        "model": {"norm_position": "post", "norm": "layer", "biases": True, "positions": "learned", "mlp": "relu"}
+    },
+    "prefix": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
+    "bert": {"model": {**BERT, "head_dim": 8}, "data": {"objective": "mlm_nsp"}},
+    "encoder": {"model": {"architecture": "encoder"}},
+    "rotary_encoder": {
+        "model": {"architecture": "encoder", "positions": "rotary", "norm_position": "post", "mlp": "gated_silu"}
+    },
+}
+
+
+def with_model(variant, **model) -> Config:
+    sections = VARIANTS[variant]
+    return small(**{**sections, "model": {**sections.get("model", {}), **model}})
+
+
+def init(config: Config, seed: int = 0):
+    make = functools.partial(step.init_params, config, random_batch(config))
+    return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: Config, params, batch: Batch):
+    return Transformer(config).apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pair_logits(config: Config, params, batch: Batch):
+    return Transformer(config).apply(
+        {"params": params}, batch, method=lambda m, batch: m.pair_logits(m.hidden(batch).x_BLD)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(config: Config, params, batch: Batch, key=None):
+    loss = step.pretrain_loss(config, params, batch, key).metrics["loss"]
+    return loss.total / loss.weight
+
+
+def loss_and_gradients(config: Config, params, batch: Batch):
+    return jax.jit(jax.value_and_grad(lambda p: step.pretrain_loss(config, p, batch, None).objective))(params)
