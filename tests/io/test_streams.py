@@ -134,7 +134,7 @@ def test_prompts_on_standard_input_that_are_not_utf8_are_refused(command, traine
     with (tmp_path / "prompts").open(encoding="utf-8") as file:
         monkeypatch.setattr("sys.stdin", file)
         code, _, err = command("generate", f"--workdir={trained}", "--max_new_tokens=4")
-    assert code == 3 and err == "t5like: standard input is not UTF-8; send it as that, or use --prompts_file\n"
+    assert code == 3 and err == "t5like: standard input is not UTF-8; convert it, or use --prompts_file\n"
 
 
 # ---- Files are UTF-8 ----
