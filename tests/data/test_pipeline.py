@@ -1,4 +1,4 @@
-"""The batch of step s is a pure function of (config, s): rows by arithmetic, whoever asks, in whatever order."""
+"""The batch of step s is a pure function of (config, s): row arithmetic, for any process, in any order."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Data that can't be read: each kind ends in one line that names the file and what to do, and nothing is prepared."""
+"""Data that can't be read: the error is one line that names the file and the fix, and nothing is prepared."""
 
 import bz2
 import contextlib

@@ -1,4 +1,4 @@
-"""Comma-separated values: rows against Python's own reader, in and out of order, and what bad files say."""
+"""Comma-separated values: rows compared with Python's own reader, in and out of order, and errors of bad files."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The offline tasks: the same each time, large enough, without leaks, and each true to its own rule."""
+"""The offline tasks: deterministic, large enough, without leaks, and each consistent with its own rule."""
 
 import ast
 import contextlib
@@ -86,7 +86,7 @@ def test_a_function_that_is_summarized_parses_and_has_no_docstring():
 
 
 def answer(question, function):
-    """What `inspect` says about a real function."""
+    """The answer to a question about a real function, by `inspect`."""
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     names = [each.name for each in named]
@@ -105,7 +105,7 @@ def answer(question, function):
 
 
 def real_function(key):
-    """The function behind a key such as ``textwrap.py:300:TextWrapper.fill``; None for a property and the like."""
+    """The function behind a key such as ``textwrap.py:300:TextWrapper.fill``; None for a property and similar objects."""
     file, line, name = key.split(":")
     if (module := file.removesuffix(".py")) not in IMPORTABLE:
         return None
@@ -184,7 +184,7 @@ OPERATORS = {"sum": "+", "difference": "-", "product": "*", "quotient": "/", "re
 
 
 class Reader:
-    """Reads a reading aloud backwards: a parser by recursive descent, from its words to Python with every bracket."""
+    """A recursive-descent parser from the words of a reading to a Python expression with all brackets."""
 
     def __init__(self, reading):
         self.words = reading.split()

@@ -1,4 +1,4 @@
-"""Documents of every kind of source, in and out of order, and what bad data say."""
+"""Documents of every type of source, in and out of order, and errors of bad data."""
 
 import gzip
 import itertools

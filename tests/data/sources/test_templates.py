@@ -1,4 +1,4 @@
-"""Records as inputs and targets, conversations as turns, and what is wrong with either."""
+"""Records as inputs and targets, conversations as turns, and errors in both."""
 
 import pytest
 

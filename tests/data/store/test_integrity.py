@@ -1,4 +1,4 @@
-"""What was changed on disk is refused in one line: token stores, checkpoints, the files of a run directory."""
+"""Files that were changed on disk are refused in one line: token stores, checkpoints, run directories."""
 
 import dataclasses
 import hashlib

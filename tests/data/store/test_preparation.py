@@ -1,4 +1,4 @@
-"""The token store: what is in it, what interrupts it, and windows against a plain concatenation."""
+"""The token store: its content, interruptions, and windows compared with a plain concatenation."""
 
 import dataclasses
 import json

@@ -79,7 +79,7 @@ def ready(config) -> Prepared:
 
 
 def units(config, prepared: Prepared, split: str) -> list[tuple[str, str]]:
-    """What each unit of a split reads and says, as text; the end of every part is a bar."""
+    """The inputs and targets of each unit of a split, as text; every part ends in a bar."""
     examples = Examples(config, config.data.source[0], prepared.stores[0], split)
     one = lambda begin, end: prepared.tokenizer.decode(
         examples.stream.gather(np.array([begin]), np.array([end - begin])), keep_special=True

@@ -1,4 +1,4 @@
-"""Rows of examples: every example once, within its limits, and for the model as if it were alone."""
+"""Rows of examples: every example once, within the limits, and with the loss of an example in its own row."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""tokenizer.json files: the ids and texts of the `tokenizers` library, nothing typed is special, BERT's own [MASK]."""
+"""tokenizer.json files: ids and texts equal the `tokenizers` library's, text is never special, BERT's [MASK]."""
 
 import json
 import pickle

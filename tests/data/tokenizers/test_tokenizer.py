@@ -1,4 +1,4 @@
-"""SentencePiece models: exact text, T5's sentinels, and what is refused."""
+"""SentencePiece models: exact text, T5's sentinels, and refused models."""
 
 from pydoc_data import topics
 
