@@ -105,7 +105,7 @@ def answer(question, function):
 
 
 def real_function(key):
-    """The function behind a key such as ``textwrap.py:300:TextWrapper.fill``; None for a property and similar objects."""
+    """The function behind a key such as ``textwrap.py:300:TextWrapper.fill``; None for a property or similar."""
     file, line, name = key.split(":")
     if (module := file.removesuffix(".py")) not in IMPORTABLE:
         return None
