@@ -1,4 +1,4 @@
-"""What the documents name: commands, files, flags. `test_documents.py` checks each of them.
+"""Finds what the documents name: commands, files, flags. `test_documents.py` checks each of them.
 
 Documents are the Markdown files, the docstrings of everything in Python, the Makefile and `.ci/run`. A command is a
 line of a fenced block (output is fenced as ```text, Python as ```python), an indented line of a module's docstring, or
@@ -28,12 +28,12 @@ class Mention(NamedTuple):
 
     where: str  # README.md:23
     text: str
-    whole: bool  # as a user would paste it; else it may be a part
+    whole: bool  # a complete command line; else it may leave out flags
 
 
 @functools.cache
 def mentions() -> list[Mention]:
-    """All that any document quotes."""
+    """Everything that any document quotes."""
     found = [each for path in MARKDOWN for each in of_markdown(name_of(path), path.read_text("utf-8"))]
     found += [each for path in PYTHON for each in of_python(name_of(path), path.read_text("utf-8"))]
     found += of_makefile("Makefile", (ROOT / "Makefile").read_text("utf-8"))
@@ -49,12 +49,12 @@ def of_markdown(name: str, text: str) -> Iterator[Mention]:
     """The lines of fenced blocks, and quoted spans."""
     for block in FENCED.finditer(text):
         if block[1] not in NOT_COMMANDS:
-            yield from _lines(name, _number(text, block.start()) + 1, block[2])
+            yield from _lines(name, _line_number(text, block.start()) + 1, block[2])
     yield from _spans(name, 1, FENCED.sub(lambda block: "\n" * block[0].count("\n"), text))
 
 
 def of_python(name: str, source: str) -> Iterator[Mention]:
-    """Commands and quoted spans in docstrings; of a module's docstring also what stands there as a block."""
+    """Commands and quoted spans in docstrings; of a module's docstring also indented blocks."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
@@ -65,11 +65,11 @@ def of_python(name: str, source: str) -> Iterator[Mention]:
 
 
 def _block(name: str, first: int, text: str) -> Iterator[Mention]:
-    """Commands among the lines of a docstring. Lines that begin with flags belong to the command above them, or, after
-    a blank line, say it again with other flags."""
+    """Commands among the lines of a docstring. Lines that begin with flags belong to the command above them. After
+    a blank line they repeat that command with other flags."""
     command, number, complete = "", 0, ""
     for count, line in enumerate([*text.splitlines(), ""]):
-        line = re.split(r"(?<=\S) {3,}", line.strip())[0]  # what follows a gap says what the command does
+        line = re.split(r"(?<=\S) {3,}", line.strip())[0]  # text after a gap describes the command
         program = line.partition(" ")[0]
         if program in PROGRAMS and (text.splitlines()[count].startswith("    ") or " --" in line):
             if command:
@@ -83,7 +83,7 @@ def _block(name: str, first: int, text: str) -> Iterator[Mention]:
 
 
 def of_makefile(name: str, text: str) -> Iterator[Mention]:
-    """Recipes that run something of ours, and the calls of make in comments."""
+    """Recipes that run commands of this repository, and calls of make in comments."""
     text, target = text.replace("\\\n", "  "), ""
     for number, line in enumerate(text.splitlines(), start=1):
         line = re.sub(r"\$\(BIN\)/", "", line.strip().removeprefix("@")).removeprefix("exec ")
@@ -97,7 +97,7 @@ def of_makefile(name: str, text: str) -> Iterator[Mention]:
 
 
 def _lines(name: str, first: int, block: str) -> Iterator[Mention]:
-    """The commands of a shell's lines; a backslash joins two."""
+    """The commands of a shell's lines; a backslash joins two lines."""
     command, number = "", first
     for count, line in enumerate(block.splitlines()):
         number = number if command else first + count
@@ -110,22 +110,22 @@ def _lines(name: str, first: int, block: str) -> Iterator[Mention]:
 
 def _spans(name: str, first: int, text: str) -> Iterator[Mention]:
     for span in SPAN.finditer(text):
-        yield Mention(f"{name}:{first + _number(text, span.start()) - 1}", " ".join(span[2].split()), False)
+        yield Mention(f"{name}:{first + _line_number(text, span.start()) - 1}", " ".join(span[2].split()), False)
 
 
-def _number(text: str, place: int) -> int:
-    return text.count("\n", 0, place) + 1
+def _line_number(text: str, offset: int) -> int:
+    return text.count("\n", 0, offset) + 1
 
 
 def commands(mention: Mention) -> list[list[str]]:
-    """The command lines of a mention, as words from the program's name on; none if it is something else.
+    """The command lines of a mention, as words from the program's name on; none if it is not a command.
 
-    JAX_X=1 .venv/bin/python -m t5like plan [--quick] ...  # text: that is t5like, plan, --quick.
+    JAX_X=1 .venv/bin/python -m t5like plan [--quick] ...  # text gives t5like, plan, --quick.
     """
-    text = re.sub(r"(?<!\S)\[|\](?!\S)", "", mention.text)  # around what may be left out
+    text = re.sub(r"(?<!\S)\[|\](?!\S)", "", mention.text)  # around optional words
     try:
         words = shlex.split(text, comments=mention.whole)
-    except ValueError:  # a quotation mark that is none: a sentence, or code
+    except ValueError:  # an unbalanced quotation mark: a sentence, or code
         return []
     lines, line = [], []
     for word in [*words, "&&"]:
@@ -140,7 +140,7 @@ def commands(mention: Mention) -> list[list[str]]:
 
 
 def plain(words: list[str]) -> list[str]:
-    """Without variables before the program, its folder, the interpreter, and dots for more of the same."""
+    """Without variables before the program, its folder, the interpreter, and "..."."""
     words = [word for word in words if word != "..."]
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]

@@ -1,4 +1,4 @@
-"""Commands of `t5like` as the documents have them, each kind once, for real, on the smallest run."""
+"""Runs the commands of `t5like` that the documents contain: each type once, on the smallest run."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from documents import ROOT, commands, mentions
 
 from t5like.cli.flags import parse
 
-# Every kind of command that documents name: the flags that make it small, or which test runs such a command instead.
+# Every type of command in the documents: the flags that make it small, or the test that runs such a command instead.
 SMALL: dict[str, tuple[str, ...] | str] = {
     "train": ("toy",),
     "train on several devices": "tests/test_end_to_end.py",
@@ -31,8 +31,8 @@ SMALL: dict[str, tuple[str, ...] | str] = {
 }
 
 
-def kind_of(words: list[str]) -> str:
-    """What a command line of `t5like` does, as a name of `SMALL`."""
+def type_of(words: list[str]) -> str:
+    """The type of a command line of `t5like`: a key of `SMALL`."""
     options, overrides = parse(words)
     command, fields = options.command, dict(overrides)
     if command == "train":
@@ -51,17 +51,17 @@ def kind_of(words: list[str]) -> str:
 
 @functools.cache
 def documented() -> dict[str, list[str]]:
-    """The first command line of each kind, those of README.md first."""
+    """The first command line of each type; README.md comes first."""
     lines = [(mention, words) for mention in mentions() for words in commands(mention) if words[0] == "t5like"]
     first = {}
     readme_first = lambda each: not each[0].where.startswith("README.md")
     for _, words in sorted((each for each in lines if each[0].whole), key=readme_first):
-        first.setdefault(kind_of(words[1:]), words[1:])
+        first.setdefault(type_of(words[1:]), words[1:])
     return first
 
 
-def test_every_kind_of_command_is_one_that_a_test_runs():
-    assert set(documented()) <= set(SMALL), "say in SMALL how a test runs it"
+def test_every_type_of_command_is_run_by_a_test():
+    assert set(documented()) <= set(SMALL), "add it to SMALL"
     assert len(documented()) >= 12
     elsewhere = [how for how in SMALL.values() if isinstance(how, str)]
     assert all((ROOT / path).is_file() for path in elsewhere)
@@ -78,39 +78,37 @@ SCRIPTS = {
 }
 
 
-def test_every_script_is_one_that_a_test_starts():
+def test_every_script_is_started_by_a_test():
     programs = {words[0] for mention in mentions() for words in commands(mention) if words[0].endswith(".py")}
     named = {re.sub("^(/path/to|REPOSITORY)/", "", program) for program in programs}
     named = {name if "/" in name or name == "run.py" else f"benchmarks/{name}" for name in named}
-    assert {name for name in named if not name.startswith("tests/")} <= set(SCRIPTS), (
-        "say in SCRIPTS which test starts it"
-    )
+    assert {name for name in named if not name.startswith("tests/")} <= set(SCRIPTS), "add it to SCRIPTS"
     for script, test in SCRIPTS.items():
         assert Path(script).stem in (ROOT / test).read_text("utf-8"), f"{test} does not start {script}"
 
 
 @pytest.fixture(scope="module")
-def place(trained, tmp_path_factory) -> Path:
-    """A folder that has what the documents' commands name: configs, texts, prompts, runs."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "configs").symlink_to(ROOT / "configs")
-    (place / "my_texts").mkdir()
-    write_text(place / "my_texts/a.txt", lines=200)
-    (place / "F.jsonl").write_text('{"prompt": "ba de"}\n{"prompt": "fi <extra_id_0> go"}\n')
+def folder(trained, tmp_path_factory) -> Path:
+    """A folder with what the commands of the documents name: configs, texts, prompts, runs."""
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my_texts").mkdir()
+    write_text(folder / "my_texts/a.txt", lines=200)
+    (folder / "F.jsonl").write_text('{"prompt": "ba de"}\n{"prompt": "fi <extra_id_0> go"}\n')
     for name in ("runs/tiny", "RUN"):
-        shutil.copytree(trained, place / name)
-    return place
+        shutil.copytree(trained, folder / name)
+    return folder
 
 
 @pytest.fixture
-def run(place, command, flags, monkeypatch):
-    """Run the documents' command of a kind in that folder, small; it must end with 0. Gives what it printed."""
-    monkeypatch.chdir(place)
+def run(folder, command, flags, monkeypatch):
+    """Run the documented command of a type in that folder with small sizes. It must end with 0; returns its output."""
+    monkeypatch.chdir(folder)
 
-    def run(kind: str, **changes: str) -> str:
-        first, *given = documented()[kind]
+    def run(command_type: str, **changes: str) -> str:
+        first, *given = documented()[command_type]
         given = [f"--{name}={changes[name]}" if (name := name_of(word)) in changes else word for word in given]
-        small = [word for more in SMALL[kind] for word in ([*flags[1:], *STEPS] if more == "toy" else [more])]
+        small = [word for more in SMALL[command_type] for word in ([*flags[1:], *STEPS] if more == "toy" else [more])]
         settings = [word for word in small if name_of(word) not in map(name_of, given)]
         code, out, err = command(first, *given, *settings)
         assert code == 0, err
@@ -126,21 +124,21 @@ def name_of(flag: str) -> str:
 STEPS = ("--config.train.num_steps=1", "--config.train.eval_batches=1")
 
 
-def test_training_and_what_belongs_to_it(run, place):
+def test_preparation_training_and_evaluation(run, folder):
     assert "held out" in run("prepare")
-    assert "held-out loss" in run("train") and (place / "runs/mine/checkpoints/1").is_dir()
+    assert "held-out loss" in run("train") and (folder / "runs/mine/checkpoints/1").is_dir()
     assert json.loads(run("evaluate"))["eval/loss"] > 0
 
 
-def test_texts_and_exchange(run, place):
+def test_texts_and_exchange(run, folder):
     assert "of the program" in run("generate from a prompt", workdir="RUN")
     run("generate from a file")
-    answers = [json.loads(line) for line in (place / "OUT.jsonl").read_text().splitlines()]
-    assert [answer["prompt"] for answer in answers] == ["ba de", "fi <extra_id_0> go"]
+    predictions = [json.loads(line) for line in (folder / "OUT.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in predictions] == ["ba de", "fi <extra_id_0> go"]
     run("export hf", workdir="RUN")
-    assert (place / "exported/config.json").is_file()
+    assert (folder / "exported/config.json").is_file()
     run("import hf", input="exported", workdir="IMPORTED")
-    assert (place / "IMPORTED/checkpoints/0").is_dir()
+    assert (folder / "IMPORTED/checkpoints/0").is_dir()
 
 
 def test_plans(run):

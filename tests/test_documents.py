@@ -1,4 +1,4 @@
-"""Every command, flag and file that a document names is one that there is, and every kind of command runs."""
+"""Every command, flag, field and file that a document names exists."""
 
 import ast
 import functools
@@ -21,18 +21,18 @@ from t5like.cli.flags import build_parser, parse
 from t5like.config import loader
 from t5like.config.schema import Config, default
 
-# What a sentence leaves out of a command.
+# Flags that a sentence may leave out of a command.
 SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
 SAMPLES |= {"format": "hf", "prompt": "TEXT"}
 NOT_FIELDS = ("py", "model", "json", "txt")  # of files that have the name of a section: tokenizer.json
-NOT_FLAGS = ("--xla",)  # what begins so is XLA's
+NOT_FLAGS = ("--xla",)  # flags of XLA
 
 
-# ---- Command lines are understood ----
+# ---- Command lines parse ----
 
 
 def check_t5like(words: list[str], whole: bool) -> None:
-    """The real parser takes it, and the real loader the config with its changed fields."""
+    """The parser of t5like accepts the words, and the loader accepts the config with its overrides."""
     if words == ["COMMAND"]:
         return
     words = [word for word in words if word != "--config.SECTION.FIELD=VALUE"]
@@ -47,7 +47,7 @@ def check_t5like(words: list[str], whole: bool) -> None:
 
 
 def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
-    """A preset, or each of those whose NAME is left open, can have these fields."""
+    """A preset, or every preset that matches NAME, accepts these fields."""
     if name is None:
         return
     if "NAME" in name:
@@ -63,7 +63,7 @@ def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
 
 @functools.cache
 def script(path: str):
-    """The module of a script, imported as it imports its neighbours."""
+    """The module of a script, imported as if it ran."""
     before = dict(os.environ)  # a script may set what JAX reads when it starts
     try:
         spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
@@ -76,7 +76,7 @@ def script(path: str):
 
 
 def check_script(path: str, arguments: list[str]) -> None:
-    """Its own parser takes the arguments; a script without one takes as many words as its docstring shows."""
+    """The parser of the script accepts the arguments; without a parser, it accepts what its docstring shows."""
     path = path.removeprefix("/path/to/").removeprefix("REPOSITORY/")
     if path == "run.py":  # of an exported directory
         path = "t5like/interop/stablehlo_run.py"
@@ -94,12 +94,12 @@ def check_script(path: str, arguments: list[str]) -> None:
 
 
 def check_make(words: list[str], whole: bool) -> None:
-    """The targets are there, and ARGS is what the target's program takes."""
+    """The targets exist, and ARGS is what the program of the target accepts."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = [word for word in words if "=" not in word]
     variables = dict(word.split("=", 1) for word in words if "=" in word)
     for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: there is no such target"
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: the target does not exist"
     for name in variables:
         assert f"$({name})" in makefile or f"$(or $({name})," in makefile, f"the Makefile has no {name}"
     arguments = variables.get("ARGS", "").split()
@@ -111,11 +111,11 @@ def check_make(words: list[str], whole: bool) -> None:
     elif {"test", "parity"} & {*targets}:
         check_pytest(arguments)
     elif arguments:
-        raise AssertionError(f"make {targets}: nobody knows what it does with {arguments}")
+        raise AssertionError(f"make {targets}: no rule for its arguments {arguments}")
 
 
 def check_pytest(words: list[str]) -> None:
-    """Files are there, and -k selects a test."""
+    """Files exist, and -k selects a test."""
     expression = ""
     paths = [word for word in words if not word.startswith("-")]
     if "-k" in words:
@@ -134,7 +134,7 @@ def check_pytest(words: list[str]) -> None:
 
 
 def check_pip(words: list[str], whole: bool) -> None:
-    """It installs something, and our extras are those of setup.py."""
+    """It installs something, and extras of t5like are those of setup.py."""
     assert words[0] == "install" and len(words) > 1, words
     for extra in re.findall(r"(?:t5like|\.)\[(\w+)\]", " ".join(words)):
         assert extra in extras(), f"setup.py has no extra {extra}"
@@ -158,7 +158,7 @@ CHECKS: dict[str, Callable[[list[str], bool], None]] = {
 
 
 def problem(words: list[str], whole: bool) -> str:
-    """Why a command can't be what a user should type; empty if it can."""
+    """Why a command can't be correct; empty if it is."""
     program, *rest = words
     try:
         if program.endswith(".py"):
@@ -168,7 +168,7 @@ def problem(words: list[str], whole: bool) -> str:
         elif program in CHECKS:
             CHECKS[program](rest, whole)
         else:
-            return f"nobody knows how to check {program!r}; fence output as ```text, or teach CHECKS"
+            return f"no check for {program!r}; fence output as ```text, or add the program to CHECKS"
     except (AssertionError, errors.UserError) as error:
         return str(error)
     except SystemExit as stop:  # --help, --version, and the refusals of argparse
@@ -182,7 +182,7 @@ def benchmarks_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def test_every_command_in_a_document_is_one_that_there_is():
+def test_every_command_in_a_document_exists():
     named = [(mention, words) for mention in mentions() for words in commands(mention)]
     assert len({words[0] for _, words in named}) >= 8 and len(named) > 100
     wrong = {}
@@ -206,24 +206,24 @@ BAD = [
     ("python benchmarks/input_pipeline.py --config.data.batch=3", "there is no field 'batch'"),
     ("python benchmarks/peers.py --shapes=huge", "exit code 2"),
     ("python benchmarks/speed.py", "benchmarks/speed.py is no file"),
-    ("make trian", "there is no such target"),
+    ("make trian", "the target does not exist"),
     ("make train ARGS=--config.train.steps=3", "there is no field 'steps'"),
     ("make golden ARGS=--prove", "exit code 2"),
     ("make test ARGS='-k nothing_is_called_so'", "selects no test"),
     ("python -m pytest tests/live/test_gone.py", "is no file"),
     ("pip install 't5like[everything]'", "no extra everything"),
-    ("step 900: held-out loss 3.671", "nobody knows how to check 'step'"),
+    ("step 900: held-out loss 3.671", "no check for 'step'"),
     ("JAX_X=1 .venv/bin/python -m t5like plan --config=configs/tiny.py", "required: --topology"),
 ]
 
 
 @pytest.mark.parametrize("line, reason", BAD, ids=[line for line, _ in BAD])
-def test_a_command_that_is_none_is_noticed(line, reason):
+def test_a_wrong_command_is_reported(line, reason):
     [words] = commands(Mention("a document", line, True))
     assert reason in problem(words, True)
 
 
-def test_commands_are_found_wherever_documents_have_them():
+def test_commands_are_found_in_every_type_of_document():
     text = (
         "# Title\nSay `t5like plan\n--quick`:\n```\n.venv/bin/t5like train \\\n  --x=1  # why\n```\n```text\nno\n```\n"
     )
@@ -248,14 +248,14 @@ def test_commands_are_found_wherever_documents_have_them():
 # ---- Flags, fields, files ----
 
 
-def test_every_flag_and_field_in_a_document_is_one_that_there_is():
+def test_every_flag_and_field_in_a_document_exists():
     [subparsers] = build_parser()._subparsers._group_actions
     flags = {flag for sub in subparsers.choices.values() for action in sub._actions for flag in action.option_strings}
     folders = (ROOT / "benchmarks", ROOT / "tests/golden")
     scripts = "".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
     fields, wrong = loader._types(Config), []
     for mention in mentions():
-        if mention.where.startswith("CHANGELOG"):  # it may say what is gone
+        if mention.where.startswith("CHANGELOG"):  # it may name what was removed
             continue
         for word in mention.text.split() if mention.text.startswith("--") and not mention.whole else []:
             name, _, value = word.partition("=")
@@ -279,13 +279,13 @@ def is_field(section: type, names: list[str]) -> bool:
     return names[0] in known and (not names[1:] or is_field(known[names[0]], names[1:]))
 
 
-def test_every_extra_that_a_message_names_is_one_that_there_is():
+def test_every_extra_that_a_message_names_exists():
     named = {extra for path in documents.PYTHON if path.is_relative_to(ROOT / "t5like")
              for extra in re.findall(r"t5like\[(\w+)\]", path.read_text("utf-8"))}  # fmt: skip
     assert named and named <= extras()
 
 
-def test_every_file_that_a_document_names_is_there(trained):
+def test_every_file_that_a_document_names_exists(trained):
     made = {path.name for path in trained.iterdir()} | {"predictions", "evaluations", "init_from.txt", "profile"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
     no_files = {"train", "eval", "baseline", "encoder"}  # names of metrics and parameters begin so
@@ -306,7 +306,7 @@ def test_every_file_that_a_document_names_is_there(trained):
     assert not wrong, wrong
 
 
-def test_every_name_of_ours_that_a_script_uses_is_there():
+def test_every_name_of_t5like_that_a_script_uses_exists():
     """Also of scripts that need PyTorch or libtpu, which this suite can't run."""
     wrong = []
     for path in documents.PYTHON:
