@@ -20,9 +20,9 @@ def test_attend_equals_softmax_in_float64(rng):
     scores = np.einsum("bnlh,bnsh->bnls", q, k.repeat(2, 1)) + bias
     scores = np.where(np.tril(np.ones((5, 7)), 2), scores, -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    ours = attend(
+    computed = attend(
         *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
         bias_1NLS=jnp.asarray(bias, jnp.float32),
         mask=MaskSpec(allowed_B1LS=causal_mask(5, 7, 2)),
     )
-    np.testing.assert_allclose(ours, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
+    np.testing.assert_allclose(computed, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)

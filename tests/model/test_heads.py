@@ -22,6 +22,6 @@ def test_padding_rows_of_the_vocabulary_never_win():
     params = init(padded)
     cut = {**params, "embedding": params["embedding"][:500], "head": params["head"][:, :500]}
     batch = random_batch(padded)
-    ours = logits(padded, params, batch)
-    assert ours.shape[-1] == 512 and (ours[..., 500:] < -1e8).all()
+    padded_logits = logits(padded, params, batch)
+    assert padded_logits.shape[-1] == 512 and (padded_logits[..., 500:] < -1e8).all()
     assert mean_loss(padded, params, batch) == pytest.approx(float(mean_loss(exact, cut, batch)), rel=1e-6)

@@ -15,7 +15,8 @@ from t5like.types import Batch
 def influence(config: Config, batch: Batch, row: int = 0) -> np.ndarray:
     """How much decoder (encoder-only: encoder) input j moves output i, by gradients: [L outputs, L inputs].
 
-    Each place reads another id, and the encoder none of them, so that an embedding row's gradient belongs to one place.
+    Each position reads another id, and the encoder reads none of them, so that each embedding row belongs to one
+    position.
     """
     params, model = init(config), Transformer(config)
     ids_L = 3 + np.arange(batch.targets_BL.shape[1])
@@ -25,13 +26,13 @@ def influence(config: Config, batch: Batch, row: int = 0) -> np.ndarray:
     else:
         encoder_BS = None if one.encoder_BS is None else np.full_like(one.encoder_BS, 2)
         one = one._replace(decoder_BL=ids_L[None], encoder_BS=encoder_BS)
-    weigh_D = jnp.cos(jnp.arange(config.model.model_dim))  # the plain sum of what a layer norm puts out is constant
+    weights_D = jnp.cos(jnp.arange(config.model.model_dim))  # the plain sum of a layer norm's output is constant
 
     @jax.jit
     @jax.jacobian
     def gradient(rows_LD):
         changed = {**params, "embedding": params["embedding"].at[ids_L].set(rows_LD)}
-        return model.apply({"params": changed}, one, method="hidden").x_BLD[0] @ weigh_D
+        return model.apply({"params": changed}, one, method="hidden").x_BLD[0] @ weights_D
 
     return np.abs(np.asarray(gradient(params["embedding"][ids_L]))).sum(-1)
 
@@ -47,8 +48,8 @@ def test_no_future_token_changes_a_causal_output():
 def test_a_token_attends_to_its_window_wherever_its_document_begins():
     config = small(model={**VARIANTS["windowed"]["model"], "num_layers": 1}, data={"cross_document_attention": False})
     batch = random_batch(config)
-    place, segments = np.arange(batch.targets_BL.shape[1]), batch.decoder_segments_BL[0]
-    distance = place[:, None] - place[None]
+    index, segments = np.arange(batch.targets_BL.shape[1]), batch.decoder_segments_BL[0]
+    distance = index[:, None] - index[None]
     visible = (distance >= 0) & (distance < 6) & (segments[:, None] == segments[None])
     np.testing.assert_array_equal(influence(config, batch) > 0, visible)
 
@@ -57,8 +58,8 @@ def test_all_tokens_attend_to_a_prefix_and_the_rest_is_causal():
     config = with_model("prefix", num_layers=1)
     batch = random_batch(config)
     matrix = influence(config, batch)
-    place = np.arange(len(matrix))
-    visible = (place[None] <= place[:, None]) | (place[None] < batch.prefix_BL[0].sum())
+    index = np.arange(len(matrix))
+    visible = (index[None] <= index[:, None]) | (index[None] < batch.prefix_BL[0].sum())
     assert ((matrix > 0) == visible).all()
 
 
@@ -71,11 +72,11 @@ def test_no_token_attends_to_another_document(model):
     assert (matrix[segments[:, None] != segments[None]] == 0).all()
     if model:
         return
-    # and the encoder: other documents' inputs don't reach a target
+    # and the encoder: inputs of other documents do not change a target's logits
     params = init(config)
-    place = int(np.flatnonzero(batch.encoder_segments_BS[0] == 1)[0])
+    index = int(np.flatnonzero(batch.encoder_segments_BS[0] == 1)[0])
     changed = batch._replace(encoder_BS=batch.encoder_BS.copy())
-    changed.encoder_BS[0, place] += 1
+    changed.encoder_BS[0, index] += 1
     a, b = logits(config, params, batch)[0], logits(config, params, changed)[0]
     assert (np.abs(a - b).max(-1)[segments != 1] == 0).all() and np.abs(a - b).max(-1)[segments == 1].max() > 0
 

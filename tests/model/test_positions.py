@@ -17,16 +17,16 @@ def test_each_row_is_shifted_by_one_and_gradients_are_summed_along_diagonals(row
     diagonals = rng.normal(size=(2, rows + columns - 1)).astype(np.float32)
     gradient = rng.normal(size=(2, rows, columns)).astype(np.float32)
     out, back = jax.vjp(lambda x: positions.shift_rows(x, rows, columns), diagonals)
-    place = np.arange(columns)[None] - np.arange(rows)[:, None] + rows - 1  # [rows, columns], of the diagonals
-    np.testing.assert_array_equal(out, diagonals[:, place])
+    indices = np.arange(columns)[None] - np.arange(rows)[:, None] + rows - 1  # [rows, columns], of the diagonals
+    np.testing.assert_array_equal(out, diagonals[:, indices])
     expected = np.zeros(diagonals.shape)
-    np.add.at(expected, (slice(None), place), gradient)
+    np.add.at(expected, (slice(None), indices), gradient)
     np.testing.assert_allclose(back(gradient)[0], expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_relative_buckets_equal_those_of_hugging_face(bidirectional):
-    ours = positions.relative_buckets(
+    buckets = positions.relative_buckets(
         GOLDEN["buckets.distance"], buckets=32, max_distance=128, bidirectional=bidirectional
     )
-    np.testing.assert_array_equal(ours, GOLDEN[f"buckets.{bidirectional}"])
+    np.testing.assert_array_equal(buckets, GOLDEN[f"buckets.{bidirectional}"])

@@ -66,8 +66,8 @@ def test_bert_base_has_its_published_size_with_and_without_its_heads():
     ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b", "bert_base"],
 )
 def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
-    # The preset's own shapes would not fit; its scheme does: depth and width are cut, every other choice stays.
-    cut = {
+    # The preset itself would not fit in memory: depth and width are reduced, every other field stays.
+    reduced = {
         "model__num_layers": "3",
         "model__model_dim": "64",
         "model__mlp_dim": "128",
@@ -80,13 +80,13 @@ def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
         "model__remat": "none",
     }
     if preset(name).model.num_kv_heads:
-        cut["model__num_kv_heads"] = "2"
-    cut |= (
+        reduced["model__num_kv_heads"] = "2"
+    reduced |= (
         {"data__targets_length": "64"}
         if preset(name).data.inputs_length == 0
         else {"data__inputs_length": "64", "data__targets_length": "14"}
     )
-    config = preset(name, **cut)
+    config = preset(name, **reduced)
     assert abs(mean_loss(config, init(config), random_batch(config)) - math.log(config.tokenizer.vocab_size)) < 0.5
 
 
@@ -104,17 +104,17 @@ def test_norms_softmax_and_loss_stay_float32_in_bfloat16_models(variant):
                 yield from equations(sub)
 
     kinds = {"exp": "softmax and loss", "log": "loss", "rsqrt": "norm", "reduce_sum": "sums"}
-    found = {
+    float32_primitives = {
         e.primitive.name
         for e in equations(jaxpr.jaxpr)
         if e.primitive.name in kinds and e.outvars[0].aval.dtype == jnp.float32
     }
-    assert {"exp", "log", "rsqrt"} <= found
-    wrong = [
+    assert {"exp", "log", "rsqrt"} <= float32_primitives
+    lower_precision = [
         e
         for e in equations(jaxpr.jaxpr)
         if e.primitive.name in ("log", "rsqrt") and e.outvars[0].aval.dtype != jnp.float32
     ]
-    assert not wrong
+    assert not lower_precision
     assert logits(config, params, batch).dtype == jnp.float32
     assert variant != "bert" or pair_logits(config, params, batch).dtype == jnp.float32
