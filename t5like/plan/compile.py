@@ -168,7 +168,7 @@ def compile_step(config: Config, topology: Topology, name: str) -> Program:
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     try:
         with xla_options.refusals():
-            program, text = _compile_with_text(lowered, topology.chip.platform)
+            program, text = compile_with_text(lowered, topology.chip.platform)
     except Exception as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
@@ -187,7 +187,7 @@ def compile_step(config: Config, topology: Topology, name: str) -> Program:
     )
 
 
-def _compile_with_text(lowered, platform: str):
+def compile_with_text(lowered, platform: str):
     """Compile; returns the program and its text, which is empty if it can't be parsed."""
     with tempfile.TemporaryDirectory(prefix="t5like-plan-") as dump:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if platform == "tpu" else None

@@ -123,7 +123,8 @@ def test_a_run_starts_with_the_weights_of_another_except_those_that_are_reinitia
     workdir, renewed, _ = supervised("third", **begin, **{"init_from.reinitialize": "head,decoder/.*"})
     assert renewed[1]["eval/loss"] > learned + 0.5 and abs(renewed[1]["eval/loss"] - untrained) < 1
     report = (workdir / "init_from.txt").read_text()
-    assert re.search(r"(?m)^encoder/final_norm/scale +copied$", report) and re.search(r"(?m)^head +new, random$", report)
+    assert re.search(r"(?m)^encoder/final_norm/scale +copied$", report)
+    assert re.search(r"(?m)^head +new, random$", report)
 
 
 @pytest.mark.parametrize(

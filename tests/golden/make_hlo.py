@@ -117,7 +117,7 @@ def main() -> None:
         *((each, mesh) for each in (loops, gathers, gradient, batched, attention)),
         (threads, torus),
     ):
-        _, text = compiler.scheduled(probe(devices), "tpu")
+        _, text = compiler.compile_with_text(probe(devices), "tpu")
         path = HERE / f"hlo_{probe.__name__}.txt.gz"
         path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
         print(path.name, len(text), path.stat().st_size)
