@@ -3,7 +3,7 @@
 # make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
-# make check   set up, then lint
+# make check   set up, then lint, and check the format
 # make clean   remove the environment and all caches; runs/ stays
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
@@ -35,6 +35,7 @@ golden: $(LIBTPU)/installed
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)
+	@$(BIN)/ruff format --check .
 
 clean:
 	@rm -rf $(VENV) $(LIBTPU) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
