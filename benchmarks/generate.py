@@ -39,7 +39,7 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
     from t5like.data import pipeline
     from t5like.inference.decoding import decode_texts, row_keys, unstack_params
     from t5like.inference.sampling import DecodingOptions
-    from t5like.optim import step
+    from t5like.optim import train_state
     from t5like.sharding import auto
     from t5like.sharding import mesh as meshes
 
@@ -49,7 +49,7 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
     config = loader.load(path, fields)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
-    params = jax.jit(lambda key: step.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
+    params = jax.jit(lambda key: train_state.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     params = jax.jit(lambda params: unstack_params(config, params))(params)
     prompts = np.random.default_rng(0).integers(3, shape.vocabulary, (rows, PROMPT)).astype(np.int32)

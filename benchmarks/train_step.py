@@ -24,6 +24,7 @@ from t5like.cli.main import keep_freed_memory, start_devices
 from t5like.config import loader
 from t5like.errors import UserError
 from t5like.metrics import flops
+from t5like.optim import train_state
 from t5like.sharding import auto, placement
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Trainer:
         self.mesh = meshes.make_mesh(config)
         self.config = config = auto.resolve_auto(config, self.mesh)
         self.batch, shape = random_batch(config), pipeline.spec(config)
-        abstract = step.abstract_state(config, shape, self.mesh)
+        abstract = train_state.abstract_state(config, shape, self.mesh)
         self.flops, self.start = flops.model_flops(config), {"imports_s": measurement.since_start()}
 
         def compile_step():
@@ -100,7 +101,7 @@ class Trainer:
 
         with ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(compile_step)
-            self._state = step.new_state(config, shape, abstract)
+            self._state = train_state.new_state(config, shape, abstract)
             self._step = compiling.result()
         self.start["params"] = tree.num_parameters(abstract.params)
 

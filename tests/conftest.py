@@ -27,7 +27,7 @@ from t5like.data.objectives import text_rows
 from t5like.data.objectives.denoisers import denoisers
 from t5like.data.objectives.windows import Denoiser, TextWindows
 from t5like.data.tokenizers.vocabulary import Vocabulary
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch, TrainState
 
@@ -100,8 +100,8 @@ def begun(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
     key = (config.model, config.optimizer, config.tokenizer, config.seed)
     if key not in BEGINNINGS:
         alone = dataclasses.replace(config, mesh=MeshConfig())
-        place = step.abstract_state(alone, batch, meshes.make_mesh(alone, jax.devices()[:1]))
-        BEGINNINGS[key] = jax.device_get(step.new_state(alone, batch, place))
+        place = train_state.abstract_state(alone, batch, meshes.make_mesh(alone, jax.devices()[:1]))
+        BEGINNINGS[key] = jax.device_get(train_state.new_state(alone, batch, place))
     return jax.tree.map(lambda leaf, like: jax.device_put(np.array(leaf), like.sharding), BEGINNINGS[key], abstract)
 
 

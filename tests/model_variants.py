@@ -8,7 +8,7 @@ from conftest import random_batch, small
 
 from t5like.config.schema import Config
 from t5like.model.transformer import Transformer
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.types import Batch
 
 BERT = {
@@ -84,7 +84,7 @@ def with_model(variant, **model) -> Config:
 
 
 def init(config: Config, seed: int = 0):
-    make = functools.partial(step.init_params, config, random_batch(config))
+    make = functools.partial(train_state.init_params, config, random_batch(config))
     return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(seed))
 
 

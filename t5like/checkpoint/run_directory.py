@@ -29,7 +29,7 @@ from t5like.distributed import processes, shared_file_systems
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, ConfigError, DataError, shorten
 from t5like.io.atomic import replace_file
-from t5like.optim import step as steps
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Array, TrainState, Tree
@@ -102,7 +102,7 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     config = on_devices(meta.config, len(devices), meshes.num_slices(devices))
     mesh = meshes.make_mesh(config, devices)
     config = auto.resolve_auto(config, mesh)
-    shape = steps.abstract_state(config, pipeline.spec(config), mesh)
+    shape = train_state.abstract_state(config, pipeline.spec(config), mesh)
     with watchdog("reading a checkpoint", meta.step, times=3):
         params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
     return Run(meta.step, config, mesh, params, tokenizer)

@@ -14,15 +14,7 @@ from typing import TypeVar
 
 import jax
 
-from t5like.distributed.processes import (
-    PREPARE_SECONDS,
-    Process,
-    all_gather,
-    barrier,
-    broadcast,
-    current,
-    wait_for_key,
-)
+from t5like.distributed.processes import PREPARE_SECONDS, Process, all_gather, barrier, broadcast, current, wait_for_key
 from t5like.distributed.rendezvous import describe_processes
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import ConfigError, ProcessLost

@@ -24,7 +24,7 @@ from t5like.errors import CheckpointError, ConfigError, shorten
 from t5like.interop.t5x_files import StoredArray, read_index
 from t5like.io.atomic import atomic_directory, check_free
 from t5like.io.paths import literal_path
-from t5like.optim import step as steps
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Array
@@ -101,7 +101,7 @@ def import_run(source: Path, workdir: Path, config: Config) -> Iterator[str]:
     tokenizer.check(config.tokenizer)
     single = dataclasses.replace(config, mesh=MeshConfig(data=1))
     mesh = meshes.make_mesh(single, jax.devices()[:1])
-    shape = steps.abstract_state(auto.resolve_auto(single, mesh), pipeline.spec(single), mesh)
+    shape = train_state.abstract_state(auto.resolve_auto(single, mesh), pipeline.spec(single), mesh)
     abstract = tree.flatten(shape.params)
     with atomic_directory(workdir) as target, literal_path(source) as directory:
         layout, leaves = read_params(directory, abstract)

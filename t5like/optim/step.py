@@ -1,29 +1,27 @@
-"""Train state, train step and evaluation step as pure functions: loss, gradients over microbatches, update.
+"""Train step and evaluation step as pure functions: loss, gradients over microbatches, update.
 
 Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a new loss on the same batch is another
 `LossFn`. This module does no I/O and no logging. `compile_train_step` compiles the step without data, `train` runs it.
 """
 
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from operator import attrgetter
+from collections.abc import Callable
+from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5like import tree
 from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
 from t5like.optim import losses
 from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
+from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
 from t5like.sharding import placement, xla_options
-from t5like.types import Batch, LogicalAxes, Metrics, Sum, TrainState, Tree
+from t5like.types import Batch, Metrics, Sum, TrainState, Tree
 
 LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
 
@@ -69,89 +67,6 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
     for name, extra in auxiliary.losses.items():
         loss = losses.Loss(loss.objective + extra.total, loss.metrics | {name: extra})
     return loss._replace(metrics=loss.metrics | auxiliary.statistics)
-
-
-def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
-    """Random float32 parameters in boxes with their logical axes (`flax.linen.LogicallyPartitioned`)."""
-    ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-    return Transformer(config).init(key, ids)["params"]
-
-
-def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
-    """The state before the first step; `batch` gives shapes only. Call it under `jax.jit` with `out_shardings`."""
-    return _first_state(config, nn.meta.unbox(init_params(config, batch, key)), parameter_axes(config, batch))
-
-
-def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
-    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params, axes).init(params), ema)
-
-
-def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
-    """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
-    params = jax.tree.map(attrgetter("value"), _abstract_boxes(config, batch), is_leaf=_is_box)
-    axes = parameter_axes(config, batch)
-    state = jax.eval_shape(lambda params: _first_state(config, params, axes), params)
-    shardings = placement.state_shardings(state, axes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-
-
-def parameter_axes(config: Config, batch: Batch) -> LogicalAxes:
-    """Logical axes of every parameter by name; `batch` gives shapes only."""
-    boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxes(config, batch), is_leaf=_is_box)
-    return {tree.name_of(path): box.names for path, box in boxes}
-
-
-def _is_box(node: object) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata)
-
-
-def _abstract_boxes(config: Config, batch: Batch) -> Tree:
-    """Shapes of `init_params`, in boxes with their logical axes."""
-    row_types = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
-    return _trace_boxes(Config(model=config.model, tokenizer=config.tokenizer), row_types)
-
-
-@lru_cache(maxsize=32)
-def _trace_boxes(config: Config, row_types: tuple) -> Tree:
-    """Trace `init_params` once in a process; `row_types`: (row shape, dtype) or None, by field of the batch."""
-    batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in row_types))
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # the shapes must not depend on the caller's mesh
-        return jax.eval_shape(lambda batch: init_params(config, batch, jax.random.key(0)), batch)
-
-
-def new_state(
-    config: Config, batch: Batch, abstract: TrainState, params: Mapping[str, jax.Array] | None = None
-) -> TrainState:
-    """Make the state before the first step, each leaf with the sharding in `abstract`.
-
-    Args:
-        config: resolved on the mesh of `abstract`.
-        batch: gives shapes only.
-        abstract: shape, dtype and sharding of every leaf of the state.
-        params: parameters by name that exist already and become part of the state; the others are random. Random
-            values depend on config, seed and name only.
-    """
-    shardings, key = _shardings(abstract), jax.random.key(config.seed)
-    with jax.set_mesh(_mesh_of(abstract)):
-        if not params:
-            return jax.jit(partial(init_state, config), out_shardings=shardings)(batch, key)
-        wanted = tree.flatten(shardings.params)
-        missing = {name: sharding for name, sharding in wanted.items() if name not in params}
-
-        def random_params(batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-            everything = tree.flatten(nn.meta.unbox(init_params(config, batch, key)))
-            return {name: everything[name] for name in missing}  # XLA removes what computes the others
-
-        random = jax.jit(random_params, out_shardings=missing)(batch, key) if missing else {}
-        leaves = [params[name] if name in params else random[name] for name in wanted]
-        whole = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
-        axes = parameter_axes(config, batch)
-        rest = jax.jit(
-            lambda params: _first_state(config, params, axes)._replace(params=None),
-            out_shardings=shardings._replace(params=None),
-        )
-        return rest(whole)._replace(params=whole)
 
 
 def make_train_step(
@@ -265,8 +180,8 @@ def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = p
 
 def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
     """The jitted train step: state donated, with the shardings of `abstract_state`; metrics replicated."""
-    mesh = _mesh_of(abstract)
-    out = (_shardings(abstract), NamedSharding(mesh, PartitionSpec()))
+    mesh = mesh_of(abstract)
+    out = (shardings_of(abstract), NamedSharding(mesh, PartitionSpec()))
     options = xla_options.of_training(config.train, mesh)
     return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out, compiler_options=options)
 
@@ -282,7 +197,7 @@ def lower_train_step(
     config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss
 ) -> jax.stages.Lowered:
     """Lower the train step from shapes alone, for the loop (`compile_train_step`) and for planning."""
-    mesh = _mesh_of(abstract)
+    mesh = mesh_of(abstract)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placement.batch_shardings(batch, mesh)
     )
@@ -298,11 +213,3 @@ def compile_train_step(config: Config, batch: Batch, abstract: TrainState) -> ja
     """
     with xla_options.refusals():
         return lower_train_step(config, batch, abstract).compile()
-
-
-def _shardings(abstract: TrainState) -> TrainState:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _mesh_of(abstract: TrainState) -> Mesh:
-    return abstract.step.sharding.mesh

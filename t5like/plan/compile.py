@@ -24,6 +24,7 @@ from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.errors import ConfigError, UserError
 from t5like.io.atomic import replace_file
+from t5like.optim import train_state
 from t5like.plan import topology as topologies
 from t5like.plan.topology import Topology
 from t5like.sharding import auto, placement, xla_options
@@ -150,7 +151,7 @@ def lower(config: Config, topology: Topology, name: str):
     mesh = meshes.make_mesh(config, topologies.devices(topology))
     config = auto.resolve_auto(config, mesh)
     batch = pipeline.spec(config)
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     if name == "train":
         return step.lower_train_step(config, batch, abstract)
     shapes = jax.tree.map(

@@ -31,7 +31,7 @@ from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.metrics import flops
 from t5like.model.attention_plan import plan_attention
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.plan.hlo_cost import Analysis, Collective
 from t5like.plan.topology import Topology
 from t5like.sharding import mesh as meshes
@@ -106,7 +106,7 @@ def abstract_inputs(config: Config) -> AbstractInputs:
     """Trace the initial state; the config is resolved."""
     batch = pipeline.spec(config)
     return AbstractInputs(
-        config, step.abstract_state(config, batch, _abstract_mesh(dict.fromkeys(meshes.AXES, 1))), batch
+        config, train_state.abstract_state(config, batch, _abstract_mesh(dict.fromkeys(meshes.AXES, 1))), batch
     )
 
 

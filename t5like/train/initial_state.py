@@ -12,7 +12,7 @@ from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
 from t5like.errors import ConfigError
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.types import Batch, TrainState
 
 
@@ -69,7 +69,7 @@ def initial_state(
         meta = checkpoints.meta(saved)
         check_checkpoint(meta, requested, tokenizer, workdir)
         previous = meta.config
-    random = partial(step.new_state, config, batch, abstract)  # all parameters but those that it is given
+    random = partial(train_state.new_state, config, batch, abstract)  # all parameters but those that it is given
 
     # The first of these that applies:
     # 1. The run's own checkpoint: parameters, optimizer state, moving average and step.

@@ -19,12 +19,7 @@ import jax
 from t5like import tree
 from t5like.checkpoint import provenance
 from t5like.checkpoint.init_from import REPORT, write_report
-from t5like.checkpoint.run_directory import (
-    check_run_directory,
-    checkpoints_of,
-    open_run_directory,
-    with_run_tokenizer,
-)
+from t5like.checkpoint.run_directory import check_run_directory, checkpoints_of, open_run_directory, with_run_tokenizer
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
@@ -48,7 +43,7 @@ from t5like.metrics.loss_curve import draw_loss_curve
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
-from t5like.optim import schedules, step
+from t5like.optim import schedules, step, train_state
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
 from t5like.train.expected_loss import summary
@@ -77,7 +72,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     # ---- Devices ----
     mesh = meshes.make_mesh(config)
     requested, config = config, auto.resolve_auto(config, mesh)
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     memory.check_training(config, batch, abstract, mesh)
     xla_options.check(config.train, mesh)
     for line in describe_devices(config, abstract, mesh):

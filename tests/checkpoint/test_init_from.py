@@ -17,7 +17,7 @@ from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
 from t5like.model.transformer import Transformer
-from t5like.optim import step as steps
+from t5like.optim import train_state
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
 
@@ -55,7 +55,7 @@ def decoder(tmp_path_factory):
 def saved(directory, config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     mesh = meshes.make_mesh(dataclasses.replace(config, mesh=config.mesh), jax.devices()[:1])
     batch = random_batch(config)
-    state = steps.new_state(config, batch, steps.abstract_state(config, batch, mesh))
+    state = train_state.new_state(config, batch, train_state.abstract_state(config, batch, mesh))
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
     checkpoints.close()
@@ -74,11 +74,11 @@ def begun(decoder, tokenizer: Tokenizer, *, axes: dict | None = None, **sections
     )  # fmt: skip
     mesh = meshes.make_mesh(config, jax.devices() if axes else jax.devices()[:1])
     batch = random_batch(config)
-    abstract = steps.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     initial = load_initial_weights(config, abstract, tokenizer)
     for name, array in initial.params.items():
         assert array.sharding == tree.flatten(abstract.params)[name].sharding, name
-    state = steps.new_state(config, batch, abstract, initial.params)
+    state = train_state.new_state(config, batch, abstract, initial.params)
     params = {name: np.asarray(leaf) for name, leaf in tree.flatten(state.params).items()}
     return config, params, [" ".join(line.split()) for line in initial.report]
 

@@ -18,7 +18,7 @@ from t5like.data import pipeline
 from t5like.errors import CheckpointError, ConfigError, DataError
 from t5like.inference.generate import Generator
 from t5like.inference.sampling import DecodingOptions
-from t5like.optim import step as steps
+from t5like.optim import train_state
 from t5like.sharding import mesh as meshes
 
 
@@ -210,7 +210,7 @@ def test_every_mesh_gives_the_predictions_of_one_device(trained):
         if sizes:
             config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
             mesh = meshes.make_mesh(config)
-            shape = steps.abstract_state(config, pipeline.spec(config), mesh).params
+            shape = train_state.abstract_state(config, pipeline.spec(config), mesh).params
             params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shape))
         generator = Generator(config, params, loaded.tokenizer)
         given = [generator.prompt(text) for text in texts]

@@ -12,7 +12,7 @@ from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.evaluation.heldout import Evaluator, table
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 
@@ -41,7 +41,7 @@ def evaluator_of(texts, *, devices=1, eval_batches=ALL_BATCHES, sources=("a",), 
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
     evaluator = Evaluator(config, mesh, heldout, prepared.tokenizer, every=every)
     batch = heldout.at(0)
-    return evaluator, begun(config, batch, step.abstract_state(config, batch, mesh)).params
+    return evaluator, begun(config, batch, train_state.abstract_state(config, batch, mesh)).params
 
 
 MIXED = {"sources": ("a", "b"), "objective": ("span_corruption", "prefix_lm"), "every": True}

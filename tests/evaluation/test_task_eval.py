@@ -11,7 +11,7 @@ from conftest import random_batch, small
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.target_scores import score_targets, scoring_batch
 from t5like.model.transformer import Transformer
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
@@ -21,7 +21,7 @@ def model_of(architecture):
     config = small(model={"architecture": architecture, "num_layers": 1})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
-    params = jax.jit(lambda key: step.init_state(config, random_batch(config), key))(jax.random.key(1)).params
+    params = jax.jit(lambda key: train_state.init_state(config, random_batch(config), key))(jax.random.key(1)).params
     return config, params
 
 

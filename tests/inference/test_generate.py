@@ -17,7 +17,7 @@ from t5like.inference.infilling import fill, spans
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.sampling import DecodingOptions, TracedOptions
 from t5like.model.transformer import Transformer
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
@@ -40,7 +40,7 @@ def model_of(**sections):
     config = small(**{**sections, "model": {"num_layers": 1, **sections.get("model", {})}})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, batch = auto.resolve_auto(config, mesh), random_batch(config)
-    params = jax.jit(lambda key: step.init_state(config, batch, key))(jax.random.key(1)).params
+    params = jax.jit(lambda key: train_state.init_state(config, batch, key))(jax.random.key(1)).params
     return config, {**params, "head": params["head"] * 10}
 
 

@@ -9,16 +9,10 @@ from conftest import random_batch, small
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.errors import ConfigError
-from t5like.inference.loglikelihood import (
-    LoglikelihoodScorer,
-    MaskedRow,
-    ScoringExample,
-    bucket,
-    masked_rows,
-)
+from t5like.inference.loglikelihood import LoglikelihoodScorer, MaskedRow, ScoringExample, bucket, masked_rows
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.target_scores import SCORING_ROWS, score_targets
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
@@ -45,7 +39,7 @@ def models(tokenizer):
             )
             mesh = meshes.make_mesh(config, jax.devices()[:1])
             config = auto.resolve_auto(config, mesh)
-            init = lambda key: nn.meta.unbox(step.init_params(config, random_batch(config), key))
+            init = lambda key: nn.meta.unbox(train_state.init_params(config, random_batch(config), key))
             rng = np.random.default_rng(1)
             random = lambda x: rng.normal(scale=0.5, size=x.shape).astype(np.float32)
             params = jax.tree.map(random, jax.eval_shape(init, jax.random.key(0)))

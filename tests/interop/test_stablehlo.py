@@ -24,7 +24,7 @@ from t5like.inference.generate import Generator
 from t5like.interop import stablehlo, stablehlo_run
 from t5like.interop.stablehlo import export_run, exported_program, portable, programs
 from t5like.model.transformer import Transformer
-from t5like.optim import step as steps
+from t5like.optim import train_state
 from t5like.types import Batch
 
 PROMPT = f"{SYLLABLES[0]}{SYLLABLES[3]} <extra_id_0> {SYLLABLES[5]}."
@@ -137,7 +137,7 @@ def test_programs_of_every_architecture_are_exported_without_custom_calls(archit
         config, [1], max_new_tokens=3, prompt_length=8, temperature=0.5 if architecture == "decoder" else 0.0
     )
     batch = Batch(*[None] * 3)._replace(**_rows(architecture))
-    boxes = jax.eval_shape(lambda: steps.init_params(config, batch, jax.random.key(0)))
+    boxes = jax.eval_shape(lambda: train_state.init_params(config, batch, jax.random.key(0)))
     shapes = tree.flatten(jax.tree.map(lambda box: box.value, boxes, is_leaf=lambda x: hasattr(x, "names")))
     params = {name: rng.standard_normal(leaf.shape, np.float32) / 4 for name, leaf in shapes.items()}
     for program in exports.values():

@@ -20,7 +20,7 @@ from t5like.checkpoint import run_directory
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError, ConfigError
 from t5like.interop import t5x
-from t5like.optim import step as steps
+from t5like.optim import train_state
 
 MODEL = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24}
 
@@ -122,7 +122,7 @@ def model_of(tokenizer: Path, **model) -> Config:
 @functools.cache
 def params_of(config: Config) -> dict[str, np.ndarray]:
     """Random parameters by name; including norms, so that swapped arrays are noticed."""
-    shapes = jax.eval_shape(lambda: steps.init_params(config, random_batch(config), jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: train_state.init_params(config, random_batch(config), jax.random.key(0)))
     rng = np.random.default_rng(0)
     names = tree.flatten(jax.tree.map(lambda box: box.value, shapes, is_leaf=lambda x: hasattr(x, "names")))
     return {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in names.items()}

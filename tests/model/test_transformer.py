@@ -15,14 +15,16 @@ from t5like import tree
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data import pipeline
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
 
 def count(config: Config, *, without: tuple[str, ...] = ()) -> int:
     config = auto.resolve_auto(config, meshes.make_mesh(config, jax.devices()[:1]))
-    shapes = jax.eval_shape(functools.partial(step.init_params, config), pipeline.spec(config), jax.random.key(0))
+    shapes = jax.eval_shape(
+        functools.partial(train_state.init_params, config), pipeline.spec(config), jax.random.key(0)
+    )
     return tree.num_parameters(
         {name: leaf for name, leaf in tree.flatten(shapes).items() if not name.startswith(without)}
     )

@@ -15,7 +15,7 @@ from conftest import begun, small, vocabulary_of
 
 from t5like.config.schema import ARCHITECTURES
 from t5like.data.pipeline import Batches, spec
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 from t5like.types import host_metrics
@@ -77,7 +77,7 @@ def train(objective: str, architecture: str, steps: int) -> list[dict[str, float
     config = auto.resolve_auto(config, mesh)
     stream = Examples(architecture) if objective == "supervised" else Text()
     batches = Batches(config, vocabulary_of(config), [stream])
-    abstract = step.abstract_state(config, spec(config), mesh)
+    abstract = train_state.abstract_state(config, spec(config), mesh)
     state, jitted = begun(config, spec(config), abstract), step.jit_train_step(config, abstract)
     found = []
     with jax.set_mesh(mesh):

@@ -14,7 +14,7 @@ from conftest import begun, random_batch
 
 from t5like import tree
 from t5like.errors import ConfigError
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
@@ -58,14 +58,14 @@ def begun_alone(shape):
     config = small(**SHAPES[shape])
     config = auto.resolve_auto(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
     batch = random_batch(config)
-    return begun(config, batch, step.abstract_state(config, batch, mesh))
+    return begun(config, batch, train_state.abstract_state(config, batch, mesh))
 
 
 def one_step(config, batch, devices):
     """State and metrics after two steps on a mesh of that many devices."""
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = auto.resolve_auto(config, mesh)
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     state, update = begun(config, batch, abstract), step.jit_train_step(config, abstract)
     with jax.set_mesh(mesh):
         for _ in range(2):
@@ -113,7 +113,7 @@ def test_any_mesh_equals_one_device(shape, mesh):
 def test_a_new_state_is_sharded_and_has_the_values_of_one_device():
     config = small(mesh={"data": 1, "fsdp": 4, "tensor": 2})
     batch = random_batch(config)
-    state = step.new_state(config, batch, step.abstract_state(config, batch, meshes.make_mesh(config)))
+    state = train_state.new_state(config, batch, train_state.abstract_state(config, batch, meshes.make_mesh(config)))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), begun_alone("encoder_decoder"))
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
@@ -151,7 +151,7 @@ def test_the_step_is_traced_once():
         traces.append(1)
         return step.pretrain_loss(*args)
 
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     update, state = step.jit_train_step(config, abstract, counting), begun(config, batch, abstract)
     with jax.set_mesh(mesh):
         for seed in range(3):
@@ -163,7 +163,7 @@ def test_the_state_is_donated():
     config = small()
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     memory = step.lower_train_step(config, batch, abstract).compile().memory_analysis()
     bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     assert memory.alias_size_in_bytes >= bytes_of_state
@@ -239,8 +239,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     config = small(optimizer={"ema_decay": 0.9})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = step.abstract_state(config, batch, mesh)
-    state, update = step.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
+    abstract = train_state.abstract_state(config, batch, mesh)
+    state, update = train_state.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
     poisoned = batch._replace(weights_BL=np.full_like(batch.weights_BL, np.nan))
     with jax.set_mesh(mesh):
         state, _ = update(state, placement.to_global(batch, mesh, 8))  # now the average is not the parameters
@@ -255,8 +255,8 @@ def test_the_moving_average_follows_its_formula():
     config = small(optimizer={"ema_decay": 0.9})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = step.abstract_state(config, batch, mesh)
-    state = step.new_state(config, batch, abstract)
+    abstract = train_state.abstract_state(config, batch, mesh)
+    state = train_state.new_state(config, batch, abstract)
     first = jax.device_get(state.params)
     jax.tree.map(np.testing.assert_array_equal, first, state.ema)
     with jax.set_mesh(mesh):
@@ -273,7 +273,7 @@ def test_the_loss_falls_when_the_same_batch_is_learned():
     config = small(optimizer={"learning_rate": 1e-2})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     state = begun(config, batch, abstract)
     update, losses = step.jit_train_step(config, abstract), []
     with jax.set_mesh(mesh):
@@ -317,7 +317,7 @@ def test_the_memory_of_a_step_falls_as_context_grows():
         config = small(**sections, mesh={"data": 1, "context": context})
         mesh = meshes.make_mesh(config, jax.devices()[:context])
         config, batch = auto.resolve_auto(config, mesh), random_batch(config)
-        compiled = step.lower_train_step(config, batch, step.abstract_state(config, batch, mesh)).compile()
+        compiled = step.lower_train_step(config, batch, train_state.abstract_state(config, batch, mesh)).compile()
         return compiled.memory_analysis().temp_size_in_bytes  # of each device
 
     assert memory(4) < 0.35 * memory(1)
@@ -356,7 +356,7 @@ def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
     config = small(model={"architecture": "decoder"}, train={"microbatches": 4})
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
     batch = random_batch(config)
-    params = jax.jit(partial(step.init_state, config))(batch, jax.random.key(0)).params
+    params = jax.jit(partial(train_state.init_state, config))(batch, jax.random.key(0)).params
     start = jax.tree.map(lambda zero: zero + 1, step.zero_metrics(config, params, batch))
     programs = [jax.jit(step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)]
     one, four = (program(params, batch, start) for program in programs)
@@ -371,10 +371,10 @@ def test_frozen_parameters_cost_no_gradient_do_not_count_in_its_norm_and_can_not
     def updated(loss_fn, **optimizer):
         config = small(optimizer=optimizer)
         config = auto.resolve_auto(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
-        abstract = step.abstract_state(config, batch := random_batch(config), mesh)
+        abstract = train_state.abstract_state(config, batch := random_batch(config), mesh)
         program = step.lower_train_step(config, batch, abstract, loss_fn).compile()
         state = first._replace(params=jax.tree.map(jnp.copy, first.params))
-        optimizer = make_optimizer(config, state.params, step.parameter_axes(config, batch))
+        optimizer = make_optimizer(config, state.params, train_state.parameter_axes(config, batch))
         state = state._replace(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(state.params))
         return program, *program(jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract)), batch)
 

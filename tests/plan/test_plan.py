@@ -16,7 +16,7 @@ from conftest import small
 from t5like.data import pipeline
 from t5like.errors import ConfigError, Diverged, UserError
 from t5like.metrics import flops
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.plan import compile as compiler
 from t5like.plan import estimate, hlo_cost, hlo_text, planner, preflight, report, search, topology
 from t5like.sharding import auto
@@ -161,7 +161,7 @@ def test_published_steps_are_predicted_to_ten_percent():
 
 def test_persistent_memory_equals_the_bytes_of_a_real_state():
     config = small(mesh={"data": 2, "fsdp": 2, "tensor": 2}, optimizer={"ema_decay": 0.9}, model={"num_layers": 1})
-    abstract = step.abstract_state(config, pipeline.spec(config), meshes.make_mesh(config))
+    abstract = train_state.abstract_state(config, pipeline.spec(config), meshes.make_mesh(config))
     state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
     there = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
     held = estimate.persistent_memory(estimate.abstract_inputs(config), meshes.axis_sizes(config, 8))

@@ -9,7 +9,7 @@ from conftest import small
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.errors import ConfigError
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.sharding import auto, memory
 from t5like.sharding import mesh as meshes
 
@@ -17,14 +17,14 @@ from t5like.sharding import mesh as meshes
 def check(config: Config, devices: int = 1) -> None:
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     batch, config = pipeline.spec(config), auto.resolve_auto(config, mesh)
-    memory.check_training(config, batch, step.abstract_state(config, batch, mesh), mesh)
+    memory.check_training(config, batch, train_state.abstract_state(config, batch, mesh), mesh)
 
 
 def test_the_bound_is_the_bytes_of_state_and_batch(monkeypatch):
     config = small(optimizer={"ema_decay": 0.9})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     batch = pipeline.spec(config)
-    state = step.abstract_state(config, batch, mesh)
+    state = train_state.abstract_state(config, batch, mesh)
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state, state.ema)))
     rows = 8 * (2 * 32 * 4) + 8 * 3 * 12 * 4  # a superset of the arrays of a row
     monkeypatch.setattr(memory, "host", lambda: state_bytes - 1)
@@ -42,7 +42,7 @@ def test_the_bound_is_the_bytes_of_state_and_batch(monkeypatch):
 def test_devices_of_one_host_share_its_memory_and_parameters_that_are_split_count_once(monkeypatch):
     whole, split = small(), small(mesh={"data": 1, "fsdp": 8})
     mesh = meshes.make_mesh(whole, jax.devices()[:1])
-    one = step.abstract_state(whole, pipeline.spec(whole), mesh)
+    one = train_state.abstract_state(whole, pipeline.spec(whole), mesh)
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one.params, one.opt_state)))
     monkeypatch.setattr(memory, "host", lambda: 4 * state_bytes)
     check(whole)

@@ -8,7 +8,7 @@ import pytest
 from conftest import random_batch, small
 
 from t5like.errors import ConfigError
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.sharding import mesh as meshes
 from t5like.sharding import xla_options
 
@@ -45,7 +45,7 @@ def test_an_option_that_the_compiler_refuses_is_an_error_of_one_line(option):
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     batch = random_batch(config)
     with pytest.raises(ConfigError, match=f"train.compiler_options: .*{option.split('=')[0]}.*use --config.*none"):
-        step.compile_train_step(config, batch, step.abstract_state(config, batch, mesh))
+        step.compile_train_step(config, batch, train_state.abstract_state(config, batch, mesh))
 
 
 @pytest.mark.parametrize("option", ["fast", "xla_a", "--xla_a=1", "xla_a=1=2"])

@@ -37,7 +37,7 @@ from t5like.interop.huggingface import (
 from t5like.interop.huggingface.config_keys import positive_int
 from t5like.interop.huggingface.weight_maps import TensorMap
 from t5like.io.atomic import atomic_directory, check_free
-from t5like.optim import step as steps
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
@@ -79,7 +79,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
 
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     resolved = auto.resolve_auto(config, mesh)
-    shape = steps.abstract_state(resolved, pipeline.spec(resolved), mesh)
+    shape = train_state.abstract_state(resolved, pipeline.spec(resolved), mesh)
     abstract = tree.flatten(shape.params)
     weight_map = weight_maps.weight_map(family, model)
     tensor_check.check(weight_map, abstract, record, tensors)

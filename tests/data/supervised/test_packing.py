@@ -15,7 +15,7 @@ from t5like.data.store.preparation import prepare
 from t5like.data.supervised.examples import Examples
 from t5like.data.supervised.packing import ExampleRows, blank_rows, pack
 from t5like.data.tokenizers.tokenizer import train_tokenizer
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.types import Batch
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
@@ -193,7 +193,7 @@ def gradient(config):
 
 @functools.cache
 def params_of(config):
-    make = functools.partial(step.init_params, config, blank_rows(config, 1))
+    make = functools.partial(train_state.init_params, config, blank_rows(config, 1))
     return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(0))
 
 

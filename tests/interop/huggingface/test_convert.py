@@ -22,7 +22,7 @@ from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError
 from t5like.interop.huggingface import convert, families, safetensors_files, tokenizer_files, weight_maps
 from t5like.interop.huggingface.convert import export_run, import_run
-from t5like.optim import step
+from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import TrainState
@@ -52,7 +52,7 @@ def tokenizer(trained) -> Tokenizer:
 def model_directory(family: str, place: Path, tokenizer: Tokenizer, dtype: str = "BF16", rows: int = 400) -> Path:
     """A directory of random weights of a family, in several files, as somebody else might have written it."""
     config = small(model={"vocab_multiple": 1, **MODELS[family]}, tokenizer=IDS)
-    shape = jax.eval_shape(lambda: step.init_params(config, pipeline.spec(config), jax.random.key(0)))
+    shape = jax.eval_shape(lambda: train_state.init_params(config, pipeline.spec(config), jax.random.key(0)))
     shapes = {name.removesuffix("/value"): leaf for name, leaf in tree.flatten(shape).items()}
     table = weight_maps.weight_map(family, config.model)
     wanted = {name: weight_maps.shape_of(row, shapes) for row in table for name, _ in row.names()}
@@ -135,7 +135,7 @@ def test_imported_weights_can_be_trained_with_another_config_but_not_with_anothe
     assert run_directory.with_run_tokenizer(bare, trained) == bare
 
     settled = auto.resolve_auto(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
-    abstract = step.abstract_state(settled, pipeline.spec(settled), mesh)
+    abstract = train_state.abstract_state(settled, pipeline.spec(settled), mesh)
     params = tree.flatten(abstract.params)
     begun = run_directory.imported_params(workdir, abstract)
     loaded = run_directory.load(workdir)

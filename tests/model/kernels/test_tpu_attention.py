@@ -16,7 +16,7 @@ from t5like.model import attention
 from t5like.model.attention import attend
 from t5like.model.kernels import tpu_attention
 from t5like.model.masks import MaskSpec
-from t5like.optim import step
+from t5like.optim import step, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
@@ -77,7 +77,7 @@ def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_devices_ref
     with pytest.raises(ConfigError, match="kernels=auto"):
         auto.resolve_auto_for(config, "cpu")
     mesh, batch = meshes.make_mesh(config), pipeline.spec(config)
-    abstract = step.abstract_state(config, batch, mesh)
+    abstract = train_state.abstract_state(config, batch, mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     with jax.set_mesh(mesh):
         lowered = step.jit_train_step(config, abstract).trace(abstract, shapes).lower(lowering_platforms=("tpu",))
