@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,7 +133,10 @@ def _returned(path: Path) -> dict:
 
 def _renamed_in(error: Exception) -> str | None:
     """The message for an old field name in an error of a ConfigDict, which quotes the field without its section."""
-    quoted = re.search(r"[\"'](\w+)[\"']", str(error)) if isinstance(error, AttributeError | KeyError) else None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if not isinstance(error, AttributeError | KeyError) or "ml_collections" not in frame.f_code.co_filename:
+        return None
+    quoted = re.search(r"[\"'](\w+)[\"']", str(error))
     return next((renamed(name) for name in RENAMED if quoted and name.rpartition(".")[2] == quoted[1]), None)
 
 

@@ -79,6 +79,12 @@ def _layer_patterns(config: Config) -> None:
     )
     require(
         config,
+        local or not model.layer_pattern or model.attention_window == 0,
+        "model.attention_window",
+        "needs a local layer in model.layer_pattern; use 0",
+    )
+    require(
+        config,
         not model.rotary.local_base or (local and model.positions == "rotary" and model.rotary.local_base >= 1),
         "model.rotary.local_base",
         "must be at least 1 and needs model.positions=rotary and local in model.layer_pattern; use 0",

@@ -275,6 +275,7 @@ def test_an_unknown_name_in_a_config_file_is_refused(tmp_path):
         ("def get_config():\n    raise SystemExit\n", "ended the program by sys.exit(None)"),
         ("def get_config():\n    return get_config()\n", "RecursionError: maximum recursion depth"),
         ("def get_config():\n    raise ValueError('x' * 10_000)\n", "xxx"),
+        ("def get_config():\n    return {}['new']\n", "failed: KeyError: 'new'"),  # no field of a config
         ("\0", "source code string cannot contain null bytes"),
         ("def get_config():\n    c = {}\n    c['train'] = c\n    return c\n", "train.train: there is no field"),
     ],

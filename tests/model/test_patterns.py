@@ -117,6 +117,10 @@ def test_layer_configs_repeat_the_shorter_pattern():
             {"layer_pattern": ("local", "global"), "attention_window": 4, "num_decoder_layers": 3},
             "model.num_decoder_layers=3 must be a multiple of 2",
         ),
+        (
+            {"layer_pattern": ("global",), "attention_window": 4},
+            "model.attention_window=4 needs a local layer in model.layer_pattern; use 0",
+        ),
         ({"rotary": {"local_base": 100.0}}, "model.rotary.local_base=100.0 must be at least 1 and needs"),
         ({"mlp_pattern": ("gated_gelu", "relu")}, "'relu') must be gated in every layer"),
     ],
