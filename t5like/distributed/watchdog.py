@@ -62,7 +62,7 @@ def _watch(process: Process) -> None:
                 _end(process, 76, f"{process.describe()}, process 0 is lost; start all of them again")
             if process.deadline is not None and time.monotonic() > process.deadline:
                 faulthandler.dump_traceback(all_threads=True)
-                message = "waited too long: a process is lost or stuck; start all of them again"
+                message = "waited too long: a process is lost or does not respond; start all of them again"
                 _end(process, 76, f"{process.describe()}, {message}")
             continue
         if end and current() is process:
@@ -98,7 +98,7 @@ def fail(error: BaseException, *, debug: bool) -> NoReturn:
 
 
 def _end(process: Process, code: int, message: str, trace: str = "", *, from_other: bool = False) -> NoReturn:
-    """Print the reason, report it to the other processes unless it is theirs, and exit. Only the first thread does."""
+    """Print the reason, report it to the others unless one of them sent it, and exit. Only the first thread does."""
     if not process.ending.acquire(blocking=False):
         time.sleep(1e6)
     prefix = "" if from_other or message.startswith("process") else f"process {process.info.process}: "
