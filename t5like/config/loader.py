@@ -29,7 +29,7 @@ from t5like import __version__
 from t5like.config.checks import check
 from t5like.config.formats import FORMAT, RENAMED, renamed, upgrade
 from t5like.config.schema import Config, flatten
-from t5like.errors import LONGEST_VALUE, CheckpointError, ConfigError, shown
+from t5like.errors import LONGEST_VALUE, CheckpointError, ConfigError, one_line, shown
 from t5like.io.paths import check_path, expand
 from t5like.io.strict_json import InvalidJSON, loads
 
@@ -124,7 +124,7 @@ def _returned(path: Path) -> dict:
     except Exception as error:  # any error is one of the file
         if message := _renamed_in(error):
             raise ConfigError(f"--config={path}: {message}") from error
-        reason = " ".join(str(error).split())[:LONGEST_VALUE]
+        reason = one_line(error, longest=LONGEST_VALUE)
         raise ConfigError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     finally:
         sys.path[:] = search_path

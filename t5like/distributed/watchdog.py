@@ -24,7 +24,7 @@ import jax
 from t5like.distributed.processes import END_KEY, Process, ProcessFailed, current
 from t5like.distributed.rendezvous import REPORT_SECONDS
 from t5like.distributed.runtime_errors import is_process_lost, is_timeout
-from t5like.errors import ProcessLost, UserError
+from t5like.errors import ProcessLost, UserError, one_line
 from t5like.io.streams import write_error
 
 
@@ -91,7 +91,7 @@ def fail(error: BaseException, *, debug: bool) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         _end(process, getattr(error, "exit_code", 130), str(error) or "stopped")
     if lost:
-        text = " ".join(str(cause).split())[:200]
+        text = one_line(cause, longest=200)
         message = f"{process.describe()}, another process is lost: {text}; start all of them again"
         _end(process, 76, message, trace if debug else "")
     _end(process, 70, "internal error; please report it with the lines above", trace)

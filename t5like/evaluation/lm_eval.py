@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from t5like.checkpoint.run_directory import Run
-from t5like.errors import ConfigError, DataError
+from t5like.errors import ConfigError, DataError, one_line
 from t5like.inference.loglikelihood import MAX_NEW_TOKENS, LoglikelihoodScorer
 from t5like.io.paths import expand
 from t5like.metrics.progress import Progress
@@ -212,7 +212,7 @@ def check_tasks(manager: TaskManager, tasks: Sequence[str], directory: Path | No
         try:
             manager.load([task])
         except Exception as error:  # errors in a YAML file can have any type
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise DataError(
                 f"--tasks={task} can't be loaded ({type(error).__name__}: {reason}); fix its YAML or data, or allow "
                 "downloads with HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0"

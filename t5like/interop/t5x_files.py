@@ -22,7 +22,7 @@ import msgpack
 import numpy as np
 import tensorstore
 
-from t5like.errors import CheckpointError, UserError
+from t5like.errors import CheckpointError, UserError, one_line
 
 VERSION = 3  # the newest of T5X (June 2021)
 MAX_LEAF_BYTES = 2**31 - 1  # of an array in the index; flax splits larger ones
@@ -53,7 +53,9 @@ def read_index(directory: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged or not a T5X checkpoint: {_one_line(error)}") from None
+        raise CheckpointError(
+            f"{path} is damaged or not a T5X checkpoint: {one_line(error) or type(error).__name__}"
+        ) from None
     if not isinstance(target, dict):
         raise CheckpointError(
             f"{path} has no optimizer/target, the parameters of a T5X checkpoint; use a checkpoint of T5X"
@@ -158,7 +160,9 @@ class StoredArray:
             try:
                 self._leaf = tensorstore.open(spec, open=True, read=True).result()
             except Exception as error:
-                raise CheckpointError(f"{array_directory} can't be read: {_one_line(error)}") from None
+                raise CheckpointError(
+                    f"{array_directory} can't be read: {one_line(error) or type(error).__name__}"
+                ) from None
             chunk = self._leaf.chunk_layout.read_chunk.shape
             bytes_ = int(np.prod(chunk, dtype=float)) * self._leaf.dtype.numpy_dtype.itemsize
             if bytes_ > MAX_CHUNK_BYTES or any(
@@ -184,8 +188,6 @@ class StoredArray:
         try:
             return self._leaf.read().result()
         except Exception as error:
-            raise CheckpointError(f"target/{self.name} can't be read: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(
+                f"target/{self.name} can't be read: {one_line(error) or type(error).__name__}"
+            ) from None

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from t5like.config.schema import Config
-from t5like.errors import ConfigError
+from t5like.errors import ConfigError, one_line
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -65,7 +65,7 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...], slices: int) 
                 if split:
                     raise ConfigError(
                         f"mesh {' x '.join(map(str, shape))} can't be arranged on this TPU's torus "
-                        f"({' '.join(str(error).split())[:120]}); use --config.mesh.fsdp=-1 and 1 for the other axes"
+                        f"({one_line(error, longest=120)}); use --config.mesh.fsdp=-1 and 1 for the other axes"
                     ) from None
     if platform != "cpu":
         devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
