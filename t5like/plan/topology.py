@@ -114,7 +114,7 @@ def parse(text: str, num_slices: int = 1) -> Topology:
     chip = CHIPS[kind]
     if len(chip.largest) == 2 and sides not in FLAT:
         raise ConfigError(f"--topology={text} is no slice of {kind}; use {kind}: with {', '.join(FLAT)}")
-    if len(chip.largest) == 3 and not _is_block(shape, chip.largest):
+    if len(chip.largest) == 3 and not is_block(shape, chip.largest):
         raise ConfigError(
             f"--topology={text} is no slice of {kind}: three sides in rising order, multiples of 4 up to "
             f"{'x'.join(map(str, chip.largest))}, or 2x2x1, 2x2x2, 2x2x4, 2x4x4; use {kind}:4x4x8"
@@ -122,7 +122,8 @@ def parse(text: str, num_slices: int = 1) -> Topology:
     return Topology(kind, shape, num_slices, chip)
 
 
-def _is_block(shape: tuple[int, ...], largest: tuple[int, ...]) -> bool:
+def is_block(shape: tuple[int, ...], largest: tuple[int, ...]) -> bool:
+    """Return whether a slice of three sides exists."""
     if shape in ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)):
         return True
     fits = len(shape) == 3 and all(side % 4 == 0 and side <= most for side, most in zip(shape, largest, strict=True))
