@@ -35,6 +35,10 @@ ORDER = (
     "interop",
     "plan",
     "train",
+    "cli.prompts",
+    "cli.flags",
+    "cli.commands",
+    "launch",
     "cli",
 )
 LONGEST_FILE = 400  # lines
@@ -90,29 +94,30 @@ IMPORTED_AS = {
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """The modules of the package by dotted name, without `t5like.`; packages have none."""
-    files = [
-        path for path in sorted((ROOT / "t5like").rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")
-    ]
-    return {
-        ".".join(path.relative_to(ROOT / "t5like").with_suffix("").parts): ast.parse(path.read_text("utf-8"))
-        for path in files
-    }
+    """The modules of the packages by dotted name, without `t5like.`; ``__init__`` and ``__main__`` have none."""
+    found = {}
+    for package, base in (("t5like", ROOT / "t5like"), ("launch", ROOT)):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name not in ("__init__.py", "__main__.py"):
+                found[".".join(path.relative_to(base).with_suffix("").parts)] = ast.parse(path.read_text("utf-8"))
+    return found
 
 
 def imported_by(tree: ast.Module, known: frozenset[str]) -> set[str]:
-    """The modules of the package that a module imports, also inside functions."""
+    """The modules of the packages that a module imports, also inside functions."""
     names = set()
+    packages = ("t5like", "launch")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             raise AssertionError(f"relative import in line {node.lineno}")
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "t5like":
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in packages:
             base = node.module.removeprefix("t5like").lstrip(".")
             for alias in node.names:
                 full = f"{base}.{alias.name}".lstrip(".")
                 names.add(full if full in known else base)
         elif isinstance(node, ast.Import):
-            names |= {alias.name.removeprefix("t5like.") for alias in node.names if alias.name.startswith("t5like.")}
+            own = [alias.name for alias in node.names if alias.name.partition(".")[0] in packages]
+            names |= {name.removeprefix("t5like.") for name in own}
     return {name for name in names if name in known}
 
 

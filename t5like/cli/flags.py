@@ -117,6 +117,8 @@ def build_parser() -> Parser:
         _add_plan,
     ):
         add_command(command)
+    text = "Submit a command as a job to Slurm, Kubernetes, TPU VMs or processes of this machine."
+    commands.add_parser("launch", help=text, add_help=False)  # parsed by `launch.options`
     return parser
 
 

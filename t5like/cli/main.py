@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = None
     try:
         with run_lock.released(), signals.raise_on_signals(training=arguments[:1] == ["train"]) as request:
-            run_command(arguments)
-        code = 0
+            code = run_command(arguments)
     except (Exception, KeyboardInterrupt) as error:
         interrupted = request.interrupted if request else None
         code = report(interrupted or error, debug="--debug" in arguments)
@@ -66,8 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def run_command(arguments: Sequence[str]) -> None:
-    """Read a command line and run its command."""
+def run_command(arguments: Sequence[str]) -> int:
+    """Read a command line and run its command; returns the exit code."""
+    if arguments[:1] == ["launch"]:  # the job's flags and the command are parsed there
+        from launch.main import launch
+
+        return launch(arguments[1:])
     try:
         options, overrides = parse(arguments)
     except SystemExit:  # --help
@@ -83,6 +86,7 @@ def run_command(arguments: Sequence[str]) -> None:
     options.process = process_info(options)
     COMMANDS[options.command](options, overrides)
     sys.stdout.flush()
+    return 0
 
 
 def report(error: BaseException, *, debug: bool) -> int:
