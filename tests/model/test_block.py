@@ -31,10 +31,11 @@ def test_auxiliary_sums_of_all_layers_reach_objective_and_metrics(monkeypatch, v
     config = with_model(variant, layers=layers, **model)
     params, batch = init(config), random_batch(config)
     objective = lambda p: (lambda loss: (loss.objective, loss.metrics))(step.pretrain_loss(config, p, batch, None))
-    (plain, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    gradients_of = lambda: jax.jit(jax.value_and_grad(lambda p: objective(p), has_aux=True))(params)  # traced anew
+    (plain, metrics), gradients = gradients_of()
     assert "square_loss" not in metrics
     monkeypatch.setattr(block, "Mlp", MlpWithAuxiliary)
-    (total, metrics), with_auxiliary = jax.value_and_grad(objective, has_aux=True)(params)
+    (total, metrics), with_auxiliary = gradients_of()
     tokens = sum(x.size * config.model.num_layers for x in (batch.encoder_BS, batch.decoder_BL) if x is not None)
     assert metrics["square_loss"].weight == metrics["calls"].total == tokens
     np.testing.assert_allclose(metrics["square_loss"].total, tokens, rtol=0.01)  # of inputs behind a norm
@@ -47,16 +48,15 @@ def test_auxiliary_sums_are_added_over_microbatches(monkeypatch):
     monkeypatch.setattr(block, "Mlp", MlpWithAuxiliary)
     config = small()
     params, batch = init(config), random_batch(config)
-    whole = step.pretrain_loss(config, params, batch, None).metrics["square_loss"]
-    halves = [
-        step.pretrain_loss(config, params, jax.tree.map(itemgetter(part), batch), None).metrics["square_loss"]
-        for part in (slice(None, 4), slice(4, None))
-    ]
+    sums_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None).metrics["square_loss"])
+    whole = sums_of(batch)
+    halves = [sums_of(jax.tree.map(itemgetter(part), batch)) for part in (slice(None, 4), slice(4, None))]
     for index in range(2):
         np.testing.assert_allclose(sum(half[index] for half in halves), whole[index], rtol=1e-5)
 
 
 def test_a_model_without_auxiliary_sums_has_the_metrics_of_the_loss_alone():
     config = small()
-    metrics = step.pretrain_loss(config, init(config), random_batch(config), None).metrics
+    params, batch = init(config), random_batch(config)
+    metrics = jax.eval_shape(lambda: step.pretrain_loss(config, params, batch, None).metrics)
     assert set(metrics) == {"loss", "z_loss", "accuracy"}
