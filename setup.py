@@ -43,6 +43,7 @@ setup(
     # The presets lie in a folder of their own, and are installed as a part of the package: --config=NAME finds them.
     packages=[*find_packages(include=["t5like", "t5like.*", "launch"]), "t5like.configs"],
     package_dir={"t5like.configs": "configs"},
+    package_data={"launch": ["*.sh"]},
     entry_points={"console_scripts": ["t5like = t5like.cli.main:main"]},
     install_requires=[
         "array_record>=0.8.1,<0.9",

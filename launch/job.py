@@ -78,6 +78,7 @@ class JobSpec:
         cpus_per_process: CPU cores; 0: the backend's default.
         memory_gib: main memory per host; 0: the backend's default.
         time_limit: seconds; 0: the backend's default, or no limit.
+        wait_limit: seconds that a request for machines waits (TPU VMs).
         grace: seconds between the signal that stops a run and its end.
         retries: how often a job starts again after a lost process or host; a preemption does not count.
         env: environment variables of the job, in addition to what t5like sets itself.
@@ -110,6 +111,7 @@ class JobSpec:
     cpus_per_process: int = 0
     memory_gib: int = 0
     time_limit: int = 0
+    wait_limit: int = 86400
     grace: int = 120
     retries: int = 10
     env: tuple[tuple[str, str], ...] = ()

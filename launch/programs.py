@@ -6,6 +6,7 @@ Arguments are a list and never pass through a shell.
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from t5like.errors import ConfigError
@@ -42,3 +43,12 @@ def find(program: str, *, needed_for: str) -> str:
     if path is None:
         raise ConfigError(f"{program} is needed for {needed_for} and is not on PATH; install it, or use --dry_run")
     return path
+
+
+def start(arguments: Sequence[str], *, log: Path, needed_for: str) -> subprocess.Popen:
+    """Start a program in a session of its own, which outlives this process and its terminal; it writes to `log`."""
+    find(arguments[0], needed_for=needed_for)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
