@@ -34,6 +34,7 @@ ORDER = (
     "evaluation",
     "interop",
     "plan",
+    "inspect",
     "train",
     "cli.prompts",
     "cli.flags",

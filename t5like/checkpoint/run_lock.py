@@ -41,6 +41,21 @@ def lock(workdir: Path) -> None:
     _locks.append(descriptor)
 
 
+def is_locked(workdir: Path) -> bool:
+    """Return whether a process writes this run; False where the file system has no locks. Changes nothing."""
+    try:
+        descriptor = os.open(workdir / FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextlib.contextmanager
 def released() -> Iterator[None]:
     """Release the locks of `lock` at the end of the block."""

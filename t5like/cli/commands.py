@@ -252,6 +252,20 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
         raise errors[0]
 
 
+def compare(options: argparse.Namespace, _) -> None:
+    """`t5like compare`."""
+    from t5like.inspect import compare
+
+    runs, empty = compare.load([expand(path) for path in options.runs])
+    for path in empty:
+        print(printable(f"{path} holds no run yet"), file=sys.stderr)
+    comparison = compare.compare(runs)
+    print(json.dumps(comparison, indent=1) if options.json else compare.text(comparison))
+    picture = options.output or Path("compare.png")
+    compare.draw(runs, picture)
+    print(printable(f"loss curves  {picture}"), file=sys.stderr if options.json else sys.stdout)
+
+
 IMPORTS = {"hf": import_hf, "t5x": import_t5x}
 EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
 COMMANDS = {
@@ -262,5 +276,6 @@ COMMANDS = {
     "generate": generate,
     "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
     "plan": plan,
+    "compare": compare,
     "export": lambda options, overrides: EXPORTS[options.format](options, overrides),
 }

@@ -115,6 +115,7 @@ def build_parser() -> Parser:
         _add_import,
         _add_export,
         _add_plan,
+        _add_compare,
     ):
         add_command(command)
     text = "Submit a command as a job to Slurm, Kubernetes, TPU VMs or processes of this machine."
@@ -265,6 +266,15 @@ def _add_plan(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("--price", type=float, metavar="X", help="price of one chip for one hour")
     sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="check that this run directory can be written")
     sub.add_argument("--keep", type=parse_path, metavar="DIR", help="keep the compiled programs there")
+
+
+def _add_compare(command: Callable[[str, str], Parser]) -> None:
+    sub = command("compare", "Compare runs: config fields that differ, metrics, and loss curves in one picture.")
+    sub.add_argument(
+        "runs", nargs="+", type=parse_path, metavar="RUN", help="run directories, or a sweep's directory of runs"
+    )
+    sub.add_argument("--output", type=parse_path, metavar="FILE", help="the picture, PNG; default: compare.png")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def add_process_flags(command: Parser) -> None:

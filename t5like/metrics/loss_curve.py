@@ -1,15 +1,22 @@
-"""Draws the loss curve of a run, loss.png, from its metrics. Called by `train` at the end."""
+"""Draws loss curves from metrics: loss.png of a run, called by `train` at the end, and several runs in one picture."""
 
 import io
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t5like.errors import CheckpointError
 from t5like.io.atomic import replace_file
 from t5like.metrics import writers
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 PICTURE = "loss.png"  # in a run directory
+Records = Sequence[Mapping[str, float | None]]
+Points = tuple[list[float], list[float]]  # steps and values
 
 
 def draw_loss_curve(workdir: Path) -> Path:
@@ -21,11 +28,7 @@ def draw_loss_curve(workdir: Path) -> Path:
     from matplotlib.figure import Figure  # not pyplot: that keeps global state and may look for a display
 
     records = writers.read(workdir)
-
-    def series(name: str) -> tuple[list[float], list[float]]:
-        points = [(record["step"], record[name]) for record in records if name in record]
-        return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
-
+    series = lambda name: points(records, name)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     training, heldout = series("train/loss"), series("eval/loss")
@@ -40,15 +43,7 @@ def draw_loss_curve(workdir: Path) -> Path:
                 linewidth=1,
                 label=f"{label} {values[-1]:.2f}",
             )
-    last = max([*training[0], *heldout[0], 1])
-    first = min([step for step in (*training[0], *heldout[0]) if step > 0], default=1)
-    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", xlim=(0, 1.03 * last))
-    digits = (1, 2, 5) if last < 200 * first else (1,)
-    ticks = [0, *(digit * 10**power for power in range(len(str(last))) for digit in digits), last]
-    axes.set_xticks(ticks := [tick for tick in ticks if tick in (0, last) or first <= tick < 0.8 * last])
-    axes.minorticks_off()
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    first, ticks = label_axes(axes, [*training[0], *heldout[0]])
     rates = zip(series("train/tokens_per_second")[1], series("train/step_seconds")[1], strict=False)
     if per_step := statistics.median([rate * seconds for rate, seconds in rates] or [0]) / 1e6:
         tokens = axes.twiny()  # a secondary axis would be linear
@@ -62,3 +57,50 @@ def draw_loss_curve(workdir: Path) -> Path:
     figure.savefig(image, format="png")
     replace_file(workdir / PICTURE, image.getvalue(), CheckpointError, "move it away")
     return workdir / PICTURE
+
+
+def points(records: Records, name: str) -> Points:
+    """Return the steps and values of a metric; a value that was not finite is NaN, which leaves a gap."""
+    found = [(record["step"], record[name]) for record in records if name in record]
+    return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
+
+
+def label_axes(axes: "Axes", steps: Sequence[float]) -> tuple[float, list[float]]:
+    """Scale and label the axes of a loss curve with these steps; return the first step after 0, and the ticks."""
+    last = max([*steps, 1])
+    first = min([step for step in steps if step > 0], default=1)
+    axes.set_xscale("symlog", linthresh=first, linscale=0.4)
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", xlim=(0, 1.03 * last))
+    digits = (1, 2, 5) if last < 200 * first else (1,)
+    ticks = [0, *(digit * 10**power for power in range(len(str(last))) for digit in digits), last]
+    axes.set_xticks(ticks := [tick for tick in ticks if tick in (0, last) or first <= tick < 0.8 * last])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    return first, ticks
+
+
+def draw_loss_curves(runs: Mapping[str, Records], picture: Path) -> None:
+    """Draw the loss curves of several runs by name: training as a thin line, held out with markers.
+
+    Raises:
+        CheckpointError: the picture can't be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    colors = colormaps["tab10"].colors if len(runs) <= 10 else colormaps["turbo"](range(0, 256, 255 // (len(runs) - 1)))
+    steps = []
+    for (name, records), color in zip(runs.items(), colors, strict=False):
+        training, heldout = points(records, "train/loss"), points(records, "eval/loss")
+        axes.plot(*training, color=color, linewidth=0.7, alpha=0.5)
+        axes.plot(*heldout, color=color, linewidth=1.2, marker="o", markersize=3, label=name[-60:])
+        steps += [*training[0], *heldout[0]]
+    label_axes(axes, steps)
+    axes.set_title("thin: training; markers: held out", fontsize="small", loc="left")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    replace_file(picture, image.getvalue(), CheckpointError, "use another --output")

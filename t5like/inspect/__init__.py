@@ -1,0 +1,1 @@
+"""What runs contain, and how they differ: reads run directories, and changes nothing."""
