@@ -80,6 +80,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             CLUSTERS,
             "duration",
         ),
+        Option("wait_limit", "time that a request waits for machines; default: 1d", "12h", ("tpu_vm",), "duration"),
         Option("grace", "time to save between the signal and the end, in m, s; default: 2m", "5m", kind="duration"),
         _number(
             "retries",
@@ -112,7 +113,12 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option("directory", "working directory of the job, absolute", "/home/me/t5like"),
         Option("compile_cache", "directory of JAX's compilation cache, best shared by all hosts", "/shared/jax_cache"),
-        Option("log_directory", "directory of log files; default: WORKDIR/logs", "/shared/logs", ("local", "slurm")),
+        Option(
+            "log_directory",
+            "directory of log files; default: WORKDIR/logs",
+            "/shared/logs",
+            ("local", "slurm", "tpu_vm"),
+        ),
     ),
     "container and storage": (
         Option("image", "container image with a tag or digest", "registry.example/t5like:1.0", CLUSTERS, "image"),
@@ -139,11 +145,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         )
     ),
     "Kubernetes": tuple(
-        Option(flag, text, example, ("kubernetes",))
+        Option(flag, text, example, ("kubernetes", "tpu_vm") if flag == "service_account" else ("kubernetes",))
         for flag, text, example in (
             ("queue", "local queue of Kueue", "team-a"),
             ("namespace", "namespace; default: that of the current context", "research"),
-            ("service_account", "service account of the pods", "trainer"),
+            ("service_account", "service account of the pods, or e-mail of that of the TPU VMs", "trainer"),
             ("priority", "priority class", "high"),
         )
     ),
@@ -151,7 +157,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option(flag, text, example, ("tpu_vm",))
         for flag, text, example in (
             ("project", "project of Google Cloud; default: that of gcloud", "lab-project"),
-            ("zone", "zone; default: that of gcloud", "europe-west4-b"),
+            ("zone", "zone that has these TPUs", "europe-west4-b"),
             ("runtime_version", "software version of the machines; default: JAX's for the chip", "v2-alpha-tpuv5-lite"),
             ("network", "VPC network; default: default", "tpu-net"),
         )

@@ -7,11 +7,11 @@ be submitted; notes go to standard error.
 import sys
 from collections.abc import Sequence
 
-from launch import record
+from launch import record, tpu_vm
 from launch.options import Request, parse_arguments
 from t5like.errors import printable
 
-BACKENDS = {}
+BACKENDS = {"tpu_vm": tpu_vm}
 
 
 def launch(arguments: Sequence[str]) -> int:

@@ -63,12 +63,14 @@ class Record(NamedTuple):
 def write(record: Record) -> None:
     """Write ``launch.json`` into the run directory, if that is a path of this machine; replace an earlier one.
 
+    A path of pods or TPU VMs is one of this machine if the directory above it exists here.
+
     Raises:
         CheckpointError: it can't be written.
     """
-    if "://" in record.workdir:
-        return
     directory = Path(record.workdir)
+    if "://" in record.workdir or (record.backend in ("kubernetes", "tpu_vm") and not directory.parent.is_dir()):
+        return
     text = json.dumps(record._asdict(), indent=1, ensure_ascii=False) + "\n"
     remedy = f"the job is {record.full_id}; keep this id"
     try:
