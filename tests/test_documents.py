@@ -40,7 +40,9 @@ def check_t5like(words: list[str], whole: bool) -> None:
         [commands_of] = build_parser()._subparsers._group_actions
         given = {word.partition("=")[0] for word in words}
         for action in commands_of.choices[words[0]]._actions if words[0] in commands_of.choices else []:
-            if action.required and not given & {*action.option_strings}:
+            if action.required and not action.option_strings:
+                words = [*words, *([action.metavar] * all(word.startswith("-") for word in words[1:]))]
+            elif action.required and not given & {*action.option_strings}:
                 words = [*words, f"{action.option_strings[0]}={SAMPLES[action.dest]}"]
     options, overrides = parse(words)
     check_config(getattr(options, "config", None), overrides)
