@@ -7,11 +7,14 @@ be submitted; notes go to standard error.
 import sys
 from collections.abc import Sequence
 
-from launch import record, tpu_vm
+from launch import checks, local, record, tpu_vm
 from launch.options import Request, parse_arguments
 from t5like.errors import printable
 
-BACKENDS = {"tpu_vm": tpu_vm}
+BACKENDS = {
+    "local": local,
+    "tpu_vm": tpu_vm,
+}
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -40,9 +43,14 @@ def submit(request: Request) -> int:
     job, backend = request.job, BACKENDS[request.action]
     backend.check(job)
     text = backend.render(job)
+    notes = checks.check_job(job, request.action, skip_plan=request.skip_plan, shared=request.workdir_is_shared)
+    for note in notes:
+        print(f"t5like: {printable(note)}", file=sys.stderr, flush=True)
     if request.dry_run:
         sys.stdout.write(text)
         return 0
+    if request.action == "local":  # runs in the foreground
+        return local.run(job)
     submission = backend.submit(job, text)
     submitted = record.Record(request.action, submission.id, job.name, job.workdir, submission.logs, submission.details)
     lines = {"id": submitted.full_id, "log": submission.logs, **submission.lines}

@@ -4,7 +4,10 @@ Called by `launch.main`.
 """
 
 import argparse
+import dataclasses
+import difflib
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +15,9 @@ from launch import accelerators, site_file
 from launch.flag_table import GROUPS, OPTIONS, Option
 from launch.job import LONGEST_NAME, JobSpec, check_name, check_text, job_name
 from launch.record import BACKENDS, ID_EXAMPLES
+from launch.sweep import read_sweep
 from t5like.cli.flags import Parser
-from t5like.errors import ConfigError
+from t5like.errors import ConfigError, shown
 from t5like.io.paths import expand
 from t5like.plan.topology import CHIPS, GPUS, Topology, parse
 
@@ -36,6 +40,7 @@ class Request(NamedTuple):
         follow: follow the log.
         dry_run: print the job instead of submitting it.
         skip_plan: leave out the checks of `t5like plan`.
+        workdir_is_shared: leave out the check that all hosts see the run directory.
     """
 
     action: str
@@ -44,6 +49,7 @@ class Request(NamedTuple):
     follow: bool = False
     dry_run: bool = False
     skip_plan: bool = False
+    workdir_is_shared: bool = False
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
@@ -57,7 +63,9 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
     own, command = arguments[:end], arguments[end + 1 :]
     if own[:1] and own[0] in BACKENDS and not command and not {"-h", "--help"} & set(own):
         raise ConfigError(f"launch {own[0]} needs -- and the command of the job; add {EXAMPLE}")
-    options = parser.parse_args(own)
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], options.action))
     if options.action not in BACKENDS:
         if command:
             raise ConfigError(f"launch {options.action} takes no command; leave out the part after --")
@@ -72,7 +80,10 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
             raise ConfigError(f"{path}: {error}") from None
         options = parser.parse_args([options.action, *defaults, *own[own.index(options.action) + 1 :]])
     job = make_job(options.action, _fields(options), options.name, command)
-    return Request(options.action, job, "", options.follow, options.dry_run, options.skip_plan)
+    if options.sweep:
+        job = dataclasses.replace(job, runs=read_sweep(options.sweep))
+    switches = (options.follow, options.dry_run, options.skip_plan, options.workdir_is_shared)
+    return Request(options.action, job, "", *switches)
 
 
 def build_parser() -> Parser:
@@ -97,11 +108,19 @@ def build_parser() -> Parser:
             sub.add_argument("--follow", action="store_true", help="follow the log after the submission")
         else:
             sub.set_defaults(follow=True)
+        if backend == "slurm":
+            text = "submit although --workdir seems to be on a disk of this machine"
+            sub.add_argument("--workdir_is_shared", action="store_true", help=text)
+        else:
+            sub.set_defaults(workdir_is_shared=False)
         sub.add_argument("--skip_plan", action="store_true", help="submit without the checks of t5like plan")
         sub.add_argument(
             "--site", metavar="FILE", help="defaults; default: ./launch.toml, ~/.config/t5like/launch.toml"
         )
         sub.add_argument("--name", help="name of the job: letters a-z, digits, dashes; default: from the run directory")
+        sub.add_argument(
+            "--sweep", metavar="FILE", help="runs that differ in config fields, a TOML or JSON list or grid"
+        )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         for title, options in GROUPS.items():
             group = sub.add_argument_group(title)
@@ -126,6 +145,16 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     action = "append" if option.field else "store"
     metavar = {"number": "N", "duration": "TIME", "switch": "BOOL"}.get(option.kind, option.flag.upper())
     group.add_argument(f"--{option.flag}", action=action, metavar=metavar, help=option.help, **switch)
+
+
+def _unknown(argument: str, action: str) -> str:
+    """Return the message about an argument that the action does not take."""
+    flag = argument.partition("=")[0]
+    if option := OPTIONS.get(flag.removeprefix("--")):
+        return f"{flag} goes with {', '.join(option.backends)}, not with launch {action}; leave it out"
+    near = difflib.get_close_matches(flag, [f"--{name}" for name in (*OPTIONS, "dry_run", "sweep", "site")], n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"see t5like launch {action} --help"
+    return f"launch {action} has no argument {shown(flag)[1:-1]}; {remedy}"
 
 
 def _fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -165,6 +194,8 @@ def make_job(backend: str, fields: dict[str, Any], name: str | None, command: Se
     name = check_name("--name", job_name(workdir.rstrip("/").rpartition("/")[2]) if name is None else name,
                       pattern=pattern, example="--name=my-run")  # fmt: skip
     machines = _machines(fields)
+    if backend in ("local", "slurm") and not fields.get("image"):  # the machines see this environment
+        fields = {"python": sys.executable} | fields
     return JobSpec(name=name, command=(*command, f"--workdir={workdir}"), workdir=workdir, **fields | machines)
 
 

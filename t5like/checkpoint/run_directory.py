@@ -1,9 +1,9 @@
 """The run directory: its files, the checks before it is written, and how other commands load a run from it.
 
     config.json  tokenizer.model  checkpoints/<step>/  metrics.jsonl  provenance.jsonl  tensorboard/  loss.png
-    samples.txt  profile/
+    samples.txt  profile/  launch.json  logs/
 
-`train` writes it; the other commands read it with `load`.
+`train` writes it; `t5like launch` writes launch.json and logs/ before it; the other commands read it with `load`.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Array, TrainState, Tree
 
+LAUNCH_FILES = ("launch.json", "logs")  # written by `t5like launch` before the run starts
 # Fields that may differ when a run continues: they change how it runs and what it reports, but no update. A larger
 # num_steps stretches schedules that depend on it; the training loop then prints a warning.
 MUTABLE_FIELDS = (
@@ -227,7 +228,9 @@ def check_run_directory(config: Config, workdir: Path) -> None:
                     + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if imported else "")
                     + "; use another --workdir" * (not imported)
                 )
-        elif workdir.exists() and any(not entry.name.startswith(".") for entry in workdir.iterdir()):
+        elif workdir.exists() and any(
+            not entry.name.startswith(".") and entry.name not in LAUNCH_FILES for entry in workdir.iterdir()
+        ):
             raise ConfigError(f"--workdir={workdir} is not empty and holds no run; use another --workdir")
         parent = next(path for path in (workdir, *workdir.parents) if path.exists())
         if not parent.is_dir():
