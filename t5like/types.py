@@ -78,12 +78,14 @@ class TrainState(NamedTuple):
         params: float32 parameters.
         opt_state: the Optax state.
         ema: float32 moving average of the parameters, or None.
+        recent: float32 [2, window], loss and gradient norm of recent updates (`optim.bad_steps`), or None.
     """
 
     step: Array
     params: Tree
     opt_state: Tree
     ema: Tree | None = None
+    recent: Array | None = None
 
 
 Metrics = dict[str, Sum]

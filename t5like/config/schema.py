@@ -284,8 +284,19 @@ class TrainConfig:
     checkpoint_every: Positive = 1_000  # steps between checkpoints
     keep_checkpoints: Positive = 3  # number of latest checkpoints to keep
     keep_every: NotNegative = 0  # also keep the checkpoints at multiples of this step; 0: none
-    # An update with a non-finite gradient is skipped. The run ends (5) after this number of skipped updates in a row.
+    # A step is a spike if its loss or gradient norm is more than this times the median of recent steps; 0: no check.
+    spike_factor: Annotated[float, Range(0, 1e6)] = 0.0
+    on_spike: Literal["skip", "keep"] = "skip"  # whether the update of a spike is skipped or made
+    # An update that is not finite is skipped. After this number of such steps or spikes in a row the run rewinds.
     max_skipped_updates: Positive = 3
+    # Rewinds of a run: it continues from the checkpoint before the bad steps and passes over the batches that led to
+    # them. The run ends (5) when there is no such checkpoint, or after this number of rewinds.
+    max_rewinds: NotNegative = 3
+    # bad steps whose rows, texts and gradient norms are kept in RUN/bad_steps; 0: none
+    keep_bad_steps: Annotated[int, Range(0, 10_000)] = 10
+    # steps between comparisons of replicated parameters and optimizer states on different devices; the run ends (76)
+    # if a replica differs; 0: none
+    compare_replicas_every: NotNegative = 0
     # with several processes: maximum time to wait for another process before the run ends (76)
     process_timeout_seconds: Annotated[int, Range(1, 604_800)] = 600
     profile_step: NotNegative = 0  # first of 3 steps to profile; 0: no profile

@@ -29,7 +29,7 @@ from t5like.evaluation.task_eval import TaskEvaluator
 from t5like.io.paths import cache_directory
 from t5like.metrics.progress import Progress
 from t5like.metrics.writers import by_component, perplexity
-from t5like.optim import step as steps
+from t5like.optim import eval_step
 from t5like.sharding import placement
 from t5like.types import Metrics, Sum, Tree, host_metrics
 
@@ -42,7 +42,7 @@ class Evaluator:
         self.config, self.mesh, self.heldout, self.tokenizer = config, mesh, heldout, tokenizer
         self.num_batches = min(config.train.eval_batches, heldout.num_batches)
         self._rows = placement.local_rows(mesh, config.data.batch_size)
-        self._step = steps.jit_eval_step(config, mesh)
+        self._step = eval_step.jit_eval_step(config, mesh)
         self._zeros: Metrics | None = None  # initial sums; their structure depends on the parameters' shapes
         self._names = pipeline.component_names(config, every=every)
 
@@ -57,7 +57,7 @@ class Evaluator:
         """
         size = self.config.data.batch_size
         if self._zeros is None:
-            self._zeros = steps.zero_metrics(self.config, params, pipeline.spec(self.config))
+            self._zeros = eval_step.zero_metrics(self.config, params, pipeline.spec(self.config))
         total = self._zeros
         with jax.set_mesh(self.mesh), watchdog("evaluation", times=2 + self.num_batches // 16):
             for index in range(self.num_batches):

@@ -1,4 +1,4 @@
-"""Train step and evaluation step as pure functions: loss, gradients over microbatches, update.
+"""The train step as a pure function: loss, gradients over microbatches, update.
 
 Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a new loss on the same batch is another
 `LossFn`. This module does no I/O and no logging. `compile_train_step` compiles the step without data, `train` runs it.
@@ -9,14 +9,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
-from t5like.optim import losses
+from t5like.optim import bad_steps, losses
 from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
 from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
@@ -69,44 +68,54 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
     return loss._replace(metrics=loss.metrics | auxiliary.statistics)
 
 
-def make_train_step(
-    config: Config, loss_fn: LossFn = pretrain_loss
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
-
-    An update with a non-finite gradient norm is skipped: parameters, moments and average stay, the step is counted,
-    and the metric `skipped_updates` is 1. The gradient of frozen parameters is not computed and not part of that norm.
-    """
+def make_gradient(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[..., tuple[Tree, Metrics]]:
+    """The function (params, batch, step) -> (gradient of the mean loss per target, metrics), over all microbatches."""
     microbatches = config.train.microbatches
 
-    def gradient(params: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Metrics]:
+    def of_part(params: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Metrics]:
         def objective(params):
             loss = loss_fn(config, without_frozen_gradients(config, params), batch, key)
             return loss.objective, loss.metrics
 
         return jax.grad(objective, has_aux=True)(params)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # of dropout; the state has no random key
+    def gradient(params: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)  # of dropout; the state has no random key
         if microbatches == 1:
-            grads, metrics = gradient(state.params, batch, key)
+            grads, metrics = of_part(params, batch, key)
         else:
             parts = split_microbatches(batch, microbatches)
 
             def accumulate(sums, part):
                 index, rows = part
-                return jax.tree.map(jnp.add, sums, gradient(state.params, rows, jax.random.fold_in(key, index))), None
+                return jax.tree.map(jnp.add, sums, of_part(params, rows, jax.random.fold_in(key, index))), None
 
-            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), key)
+            shapes = jax.eval_shape(of_part, params, jax.tree.map(lambda x: x[0], parts), key)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
         weight = jnp.maximum(metrics["loss"].weight, 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)  # the one division: over all microbatches and devices
+        return jax.tree.map(lambda g: g / weight, grads), metrics  # the one division: over all parts and devices
 
+    return gradient
+
+
+def make_train_step(
+    config: Config, loss_fn: LossFn = pretrain_loss
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
+
+    An update that is not finite, or is a spike, is skipped (`bad_steps`): parameters, moments and average stay, the
+    step is counted, and the metric `skipped_updates` is 1. The gradient of frozen parameters is not computed and not
+    part of its norm.
+    """
+    gradient = make_gradient(config, loss_fn)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = gradient(state.params, batch, state.step)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(norm)
         optimizer = make_optimizer(config, state.params, parameter_axes(config, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        good, recent, verdict = bad_steps.judge(config, state.recent, state.step, metrics["loss"], norm, updates)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
         ema = state.ema
@@ -117,13 +126,13 @@ def make_train_step(
         metrics |= {
             "grad_norm": Sum(norm, one),
             "learning_rate": Sum(learning_rate(config)(state.step), one),
-            "skipped_updates": Sum(1.0 - good.astype(jnp.float32), one),
+            **verdict,
             "tokens": Sum(tokens, one),
             "packing_efficiency": Sum(
                 tokens, jnp.float32(sum(x.size for x in (batch.encoder_BS, batch.decoder_BL) if x is not None))
             ),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, recent), metrics
 
     return train_step
 
@@ -152,45 +161,12 @@ def split_microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
 
 
-def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
-    """The function (params, batch, sums so far) -> sums with this batch, by microbatches too, without dropout."""
-    microbatches = config.train.microbatches
-
-    def eval_step(params: Tree, batch: Batch, total: Metrics) -> Metrics:
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, loss_fn(config, params, rows, None).metrics), None
-
-        if microbatches == 1:
-            return add(total, batch)[0]
-        return jax.lax.scan(add, total, split_microbatches(batch, microbatches))[0]
-
-    return eval_step
-
-
-def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
-    """The initial sums of an evaluation: numpy zeros with the shapes of the loss's metrics on such a batch.
-
-    `params` and `batch` give shapes only, `config` is resolved; nothing is computed.
-    """
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # without shardings
-    metrics = lambda params, batch: loss_fn(config, params, batch, None).metrics
-    shapes = jax.eval_shape(metrics, *jax.tree.map(shape, (params, batch)))
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-
-
 def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
     """The jitted train step: state donated, with the shardings of `abstract_state`; metrics replicated."""
     mesh = mesh_of(abstract)
     out = (shardings_of(abstract), NamedSharding(mesh, PartitionSpec()))
     options = xla_options.of_training(config.train, mesh)
     return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out, compiler_options=options)
-
-
-def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
-    """The jitted evaluation step; parameters and batch keep the shardings of the arguments."""
-    out = NamedSharding(mesh, PartitionSpec())
-    options = xla_options.of_chip(config.train, mesh)
-    return jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)
 
 
 def lower_train_step(

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.model.transformer import Transformer
+from t5like.optim.bad_steps import new_window
 from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import placement
 from t5like.types import Batch, LogicalAxes, TrainState, Tree
@@ -34,7 +35,9 @@ def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
 
 def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, params, axes).init(params), ema)
+    recent = new_window() if config.train.spike_factor else None
+    opt_state = make_optimizer(config, params, axes).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, recent)
 
 
 def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:

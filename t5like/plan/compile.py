@@ -145,7 +145,7 @@ def lower(config: Config, topology: Topology, name: str):
     import jax
 
     from t5like.data import pipeline
-    from t5like.optim import step
+    from t5like.optim import eval_step, step
     from t5like.sharding import mesh as meshes
 
     mesh = meshes.make_mesh(config, topologies.devices(topology))
@@ -157,9 +157,9 @@ def lower(config: Config, topology: Topology, name: str):
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placement.batch_shardings(batch, mesh)
     )
-    zeros = step.zero_metrics(config, abstract.params, batch)
+    zeros = eval_step.zero_metrics(config, abstract.params, batch)
     with jax.set_mesh(mesh):
-        return step.jit_eval_step(config, mesh).lower(abstract.params, shapes, zeros)
+        return eval_step.jit_eval_step(config, mesh).lower(abstract.params, shapes, zeros)
 
 
 def compile_step(config: Config, topology: Topology, name: str) -> Program:

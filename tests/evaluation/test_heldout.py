@@ -12,7 +12,7 @@ from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.evaluation.heldout import Evaluator, table
-from t5like.optim import step, train_state
+from t5like.optim import eval_step, train_state
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 
@@ -65,7 +65,7 @@ def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte
     evaluator, params = evaluator_of(texts, **MIXED)
     config, values = evaluator.config, evaluator(params)
     nats_C, tokens_C, bytes_C = np.zeros(4), np.zeros(4), np.zeros(4)
-    zero = step.zero_metrics(config, params, evaluator.heldout.at(0))
+    zero = eval_step.zero_metrics(config, params, evaluator.heldout.at(0))
     for index in range(evaluator.num_batches):
         batch = evaluator.heldout.at(index)
         for component in range(4):  # the loss of only its rows, and their targets' text

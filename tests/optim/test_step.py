@@ -14,7 +14,7 @@ from conftest import begun, random_batch
 
 from t5like import tree
 from t5like.errors import ConfigError
-from t5like.optim import step, train_state
+from t5like.optim import eval_step, step, train_state
 from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
@@ -226,7 +226,7 @@ def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
     config = auto.resolve_auto(config, meshes.make_mesh(config, jax.devices()[:1]))
     batch, other = of_components(config), of_components(config, seed=1)
     params = begun_alone("encoder_decoder").params
-    zeros, evaluate = step.zero_metrics(config, params, batch), jax.jit(step.make_eval_step(config))
+    zeros, evaluate = eval_step.zero_metrics(config, params, batch), jax.jit(eval_step.make_eval_step(config))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
     both = evaluate(params, other, evaluate(params, batch, zeros))
     metrics_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None).metrics)
@@ -235,20 +235,23 @@ def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
     assert both["by_component"].total.shape == (4,)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted():
+def test_an_update_that_is_not_finite_is_skipped_and_counted_also_if_only_the_second_moment_is_damaged():
     config = small(optimizer={"ema_decay": 0.9})
     batch = random_batch(config)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     abstract = train_state.abstract_state(config, batch, mesh)
     state, update = train_state.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
     poisoned = batch._replace(weights_BL=np.full_like(batch.weights_BL, np.nan))
+    damage = lambda name, leaf: leaf.at[3, 0].set(jnp.nan) if name.endswith("nu/embedding") else leaf
     with jax.set_mesh(mesh):
         state, _ = update(state, placement.to_global(batch, mesh, 8))  # now the average is not the parameters
-        before = jax.device_get(state)
-        state, metrics = update(state, placement.to_global(poisoned, mesh, 8))
-    assert metrics["skipped_updates"].total == 1 and state.step == 2
-    for name in ("params", "opt_state", "ema"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
+        for number, rows in enumerate((poisoned, batch), start=2):
+            before = jax.device_get(state)
+            state, metrics = update(state, placement.to_global(rows, mesh, 8))
+            assert metrics["skipped_updates"].total == 1 and state.step == number
+            assert np.isfinite(metrics["grad_norm"].total) == (rows is batch)
+            jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(state)[1:])
+            state = state._replace(opt_state=tree.map_named(damage, state.opt_state))
 
 
 def test_the_moving_average_follows_its_formula():
@@ -357,8 +360,10 @@ def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
     batch = random_batch(config)
     params = jax.jit(partial(train_state.init_state, config))(batch, jax.random.key(0)).params
-    start = jax.tree.map(lambda zero: zero + 1, step.zero_metrics(config, params, batch))
-    programs = [jax.jit(step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)]
+    start = jax.tree.map(lambda zero: zero + 1, eval_step.zero_metrics(config, params, batch))
+    programs = [
+        jax.jit(eval_step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)
+    ]
     one, four = (program(params, batch, start) for program in programs)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), four, one)
     held, less = (program.memory_analysis().temp_size_in_bytes for program in programs)

@@ -1,0 +1,46 @@
+"""The evaluation step: sums of the metrics of `step`'s losses, without gradients and dropout. `heldout` calls it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5like.config.schema import Config
+from t5like.optim.step import LossFn, pretrain_loss, split_microbatches
+from t5like.sharding import xla_options
+from t5like.types import Batch, Metrics, Tree
+
+
+def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
+    """The function (params, batch, sums so far) -> sums with this batch, by microbatches too, without dropout."""
+    microbatches = config.train.microbatches
+
+    def eval_step(params: Tree, batch: Batch, total: Metrics) -> Metrics:
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, loss_fn(config, params, rows, None).metrics), None
+
+        if microbatches == 1:
+            return add(total, batch)[0]
+        return jax.lax.scan(add, total, split_microbatches(batch, microbatches))[0]
+
+    return eval_step
+
+
+def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = pretrain_loss) -> Metrics:
+    """The initial sums of an evaluation: numpy zeros with the shapes of the loss's metrics on such a batch.
+
+    `params` and `batch` give shapes only, `config` is resolved; nothing is computed.
+    """
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # without shardings
+    metrics = lambda params, batch: loss_fn(config, params, batch, None).metrics
+    shapes = jax.eval_shape(metrics, *jax.tree.map(shape, (params, batch)))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
+    """The jitted evaluation step; parameters and batch keep the shardings of the arguments."""
+    out = NamedSharding(mesh, PartitionSpec())
+    options = xla_options.of_chip(config.train, mesh)
+    return jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)
