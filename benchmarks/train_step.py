@@ -101,7 +101,7 @@ class Trainer:
 
         with ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(compile_step)
-            self._state = train_state.new_state(config, shape, abstract)
+            self.state = train_state.new_state(config, shape, abstract)
             self._step = compiling.result()
         self.start["params"] = tree.num_parameters(abstract.params)
 
@@ -111,14 +111,14 @@ class Trainer:
         ahead = 0 if self.mesh.devices.flat[0].platform == "cpu" else 1
         for left in reversed(range(count)):
             rows = self._to_global(self.batch, self.mesh, self.config.data.batch_size)
-            self._state, values = self._step(self._state, rows)
+            self.state, values = self._step(self.state, rows)
             waiting.append(values)
             while len(waiting) > min(ahead, left):
                 self.metrics = self._block(waiting.pop(0))
                 now = time.perf_counter()
                 seconds.append(now - begin)
                 begin = now
-        self._block(self._state)
+        self._block(self.state)
         return seconds
 
 

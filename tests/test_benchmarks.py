@@ -47,6 +47,17 @@ def test_the_training_step_is_measured_alone_and_on_request(capfd, monkeypatch):
     assert len(first["step_ms"]) == 1 and len(second["step_ms"]) == 2 and last["peak_rss_mb"] > 0
 
 
+def test_the_cost_of_the_checks_is_measured(capfd):
+    import checks
+    import peers
+
+    arguments = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))[3:]
+    checks.main([*arguments, "--rounds=1", "--steps=1"])
+    machine, spikes, replicas = lines(capfd.readouterr().out)
+    assert machine["devices"] == 8 and len(spikes["shares"]) == 1 and spikes["step_ms"] > 0 < replicas["compare_ms"]
+    assert replicas["share"] == pytest.approx(replicas["compare_ms"] / (100 * spikes["step_ms"]), rel=1e-2)
+
+
 def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):
     import generate
 

@@ -23,7 +23,7 @@ from t5like.config.schema import Config, default
 
 # Flags that a sentence may leave out of a command.
 SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
-SAMPLES |= {"format": "hf", "prompt": "TEXT"}
+SAMPLES |= {"format": "hf", "prompt": "TEXT", "step": "1"}
 NOT_FIELDS = ("py", "model", "json", "txt")  # of files that have the name of a section: tokenizer.json
 NOT_FLAGS = ("--xla",)  # flags of XLA
 
@@ -289,6 +289,7 @@ def test_every_extra_that_a_message_names_exists():
 
 def test_every_file_that_a_document_names_exists(trained):
     made = {path.name for path in trained.iterdir()} | {"predictions", "evaluations", "init_from.txt", "profile"}
+    made |= {"bad_steps", "step.json", "text.jsonl", "rows.npz"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
     no_files = {"train", "eval", "baseline", "encoder"}  # names of metrics and parameters begin so
     wrong = []

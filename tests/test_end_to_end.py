@@ -276,7 +276,8 @@ def test_a_run_that_diverges_stops_with_its_own_exit_code_and_saves_nothing_bad(
         "--config.train.max_skipped_updates=2",
     )
     assert code == 5 and err.splitlines()[-1].startswith(
-        "t5like: the gradient was not finite at 2 steps in a row up to step "
+        "t5like: 2 bad steps in a row up to step 2: the update is not finite, although loss and gradient are; "
+        "there is no checkpoint before them; lower optimizer.learning_rate"
     )
     assert [record["train/skipped_updates"] for record in records(tmp_path / "run") if "train/loss" in record][-2:] == [
         1,

@@ -34,7 +34,7 @@ from flax import traverse_util
 from t5like import tree
 from t5like.checkpoint import metadata
 from t5like.checkpoint.digests import Leaf, describe
-from t5like.checkpoint.metadata import Meta
+from t5like.checkpoint.metadata import History, Meta
 from t5like.checkpoint.orbax_adapter import checkpoint_errors, make_writer, silence_logs
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError, shorten
@@ -77,10 +77,19 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, state: TrainState, *, config: Config, tokenizer: bytes, tokenizer_hash: str) -> None:
+    def save(
+        self,
+        state: TrainState,
+        *,
+        config: Config,
+        tokenizer: bytes,
+        tokenizer_hash: str,
+        history: History | None = None,
+    ) -> None:
         """Start to save, and return when the state's arrays have been copied and may be donated.
 
-        A step that is already complete on disk is not saved again: its state was restored from there.
+        A step that is already complete on disk is not saved again: its state was restored from there. Without `history`
+        it is that of a run that starts.
 
         Raises:
             CheckpointError: the previous save failed (then this one is not started), or this one can't start.
@@ -91,7 +100,8 @@ class Checkpoints:
             return
         leaves = _leaves(state)
         run, versions = self._make_run_id(), metadata.versions()
-        meta = Meta(step, run, config, tokenizer, tokenizer_hash, versions, describe(leaves))
+        history = history or metadata.first_history(config)
+        meta = Meta(step, run, config, tokenizer, tokenizer_hash, versions, describe(leaves), history)
         self._saving = _Saving(step, make_writer(partial(self._check_written, step)), contextlib.ExitStack())
         with self._remove_on_failure("can't be written"):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -307,11 +317,18 @@ class Checkpoints:
             return
         steps = self.steps()
         kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
-        for step, path in self._step_directories():
+        self._delete(path for step, path in self._step_directories() if step not in kept)
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, for a run that goes back to `step`; no save is in progress."""
+        if jax.process_index() == 0:
+            self._delete(path for later, path in self._step_directories() if later > step)
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        for path in paths:
             with checkpoint_errors(path, "can't be deleted"):
-                if step in steps and step not in kept:
-                    (path / COMMITTED).unlink()
-                if step not in kept and _is_checkpoint(path):
+                (path / COMMITTED).unlink(missing_ok=True)
+                if _is_checkpoint(path):
                     shutil.rmtree(path)
 
 

@@ -3,7 +3,8 @@
     {"format": 1, "sha256": of the body, "body": {"step", "run", "config", "tokenizer", "tokenizer_hash", "versions",
                                                   "leaves": {name: {"shape", "dtype", "digest"}}}}
 
-A checkpoint without "run" was written before runs had an id. Called by `checkpoints`.
+A checkpoint without "run" was written before runs had an id. Format 2 has a "history" in addition. Only a run that
+needs one writes it: a version that does not know it would continue with other batches. Called by `checkpoints`.
 """
 
 import base64
@@ -21,11 +22,28 @@ import t5like
 from t5like.checkpoint.digests import Leaf
 from t5like.config.loader import from_json, to_json
 from t5like.config.schema import Config
+from t5like.data.row_schedule import RowSchedule, Segment, is_valid
 from t5like.errors import CheckpointError, ConfigError
 
-FORMAT = 1  # of a checkpoint; a later version reads older numbers and refuses newer ones
+FORMAT = 2  # of a checkpoint; a later version reads older numbers and refuses newer ones
 RUN = re.compile("[0-9a-f]{32}")  # the id of a run
 TEXTS = ("config", "tokenizer", "tokenizer_hash")  # fields of the body that are strings
+
+
+class History(NamedTuple):
+    """What happened in a run and decides how it continues, besides its config and the state.
+
+    Attributes:
+        rows: the first row of each step.
+        rewinds: how often the run has gone back to a checkpoint.
+        bad_steps: number of bad steps in a row up to this one.
+        data: what identifies the data of each source (`data.store.fingerprints`); empty if unknown.
+    """
+
+    rows: RowSchedule
+    rewinds: int = 0
+    bad_steps: int = 0
+    data: Mapping[str, str] = {}
 
 
 class Meta(NamedTuple):
@@ -33,6 +51,7 @@ class Meta(NamedTuple):
 
     Attributes:
         run: the id of the run that saved it; "" if that run had none.
+        history: that of a run without rewinds, if the file has none.
     """
 
     step: int
@@ -42,6 +61,7 @@ class Meta(NamedTuple):
     tokenizer_hash: str
     versions: dict[str, str]
     leaves: dict[str, Leaf]
+    history: History
 
 
 def to_dict(meta: Meta) -> dict[str, Any]:
@@ -55,7 +75,17 @@ def to_dict(meta: Meta) -> dict[str, Any]:
         "versions": meta.versions,
         "leaves": {name: leaf._asdict() for name, leaf in meta.leaves.items()},
     }
-    return {"format": FORMAT, "sha256": _sha256(body), "body": body}
+    if meta.history.data:
+        body["data"] = dict(meta.history.data)
+    if needed := meta.history._replace(data={}) != first_history(meta.config):
+        rows = [list(segment) for segment in meta.history.rows.segments]
+        body["history"] = {"rows": rows, "rewinds": meta.history.rewinds, "bad_steps": meta.history.bad_steps}
+    return {"format": FORMAT if needed else 1, "sha256": _sha256(body), "body": body}
+
+
+def first_history(config: Config) -> History:
+    """The history of a run that starts."""
+    return History(RowSchedule.of(config.data.batch_size))
 
 
 def from_dict(values: Any) -> Meta:
@@ -92,7 +122,16 @@ def from_dict(values: Any) -> Meta:
             name: Leaf(tuple(leaf["shape"]), leaf["dtype"], tuple(leaf["digest"]))
             for name, leaf in body["leaves"].items()
         },
+        _history(body, config),
     )
+
+
+def _history(body: Mapping[str, Any], config: Config) -> History:
+    history, data = first_history(config), body.get("data", {})
+    if values := body.get("history"):
+        rows = RowSchedule(tuple(Segment(*each) for each in values["rows"]))
+        history = History(rows, values["rewinds"], values["bad_steps"])
+    return history._replace(data=data)
 
 
 @functools.cache
@@ -121,6 +160,8 @@ def _wrong_field(body: Any) -> str:
         **{name: isinstance(body.get(name), str) for name in TEXTS},
         "versions": isinstance(body.get("versions"), dict),
         "leaves": isinstance(leaves, dict) and all(map(_is_leaf, leaves.values())),
+        "history": "history" not in body or _is_history(body["history"]),
+        "data": isinstance(data := body.get("data", {}), dict) and all(isinstance(text, str) for text in data.values()),
     }
     if fields["tokenizer"]:
         try:
@@ -128,6 +169,14 @@ def _wrong_field(body: Any) -> str:
         except (binascii.Error, ValueError):
             fields["tokenizer"] = False
     return next((name for name, valid in fields.items() if not valid), "")
+
+
+def _is_history(history: Any) -> bool:
+    return (
+        isinstance(history, Mapping)
+        and is_valid(history.get("rows"))
+        and all(type(number := history.get(name)) is int and number >= 0 for name in ("rewinds", "bad_steps"))
+    )
 
 
 def _is_leaf(leaf: Any) -> bool:

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 
 from t5like import __version__
-from t5like.checkpoint.run_directory import MUTABLE_FIELDS
+from t5like.checkpoint.allowed_changes import MUTABLE_FIELDS
 from t5like.config.formats import original_names
 from t5like.config.schema import Config, flatten
-from t5like.data.store.token_store import SPLITS, TokenStore
+from t5like.data.store.fingerprints import fingerprint, shard_checksums
+from t5like.data.store.token_store import TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
 from t5like.sharding import xla_options
@@ -51,11 +52,6 @@ INSTRUCTIONS = re.compile(r"sse4|avx|fma|f16c|amx|asimd|sve|sme(?![ap]?p)|bf16|i
 # ---- Fingerprints ----
 
 
-def fingerprint(value: Any) -> str:
-    """Return 12 hex digits that identify a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def config_fingerprint(config: Config) -> str:
     """Return the fingerprint of the fields that change updates (not in `MUTABLE_FIELDS`) and are not the default.
 
@@ -65,16 +61,6 @@ def config_fingerprint(config: Config) -> str:
     changed = {name: value for name, value in flatten(config).items() if value != default[name]}
     fixed = {name: value for name, value in changed.items() if not name.startswith(MUTABLE_FIELDS)}
     return fingerprint(original_names(fixed))
-
-
-def shard_checksums(store: TokenStore, splits: Sequence[str] = SPLITS) -> dict[str, str]:
-    """Return the sha256 of each file of a token store, by name, from its manifest."""
-    return {
-        name: file["sha256"]
-        for piece in store.manifest["pieces"]
-        for name, file in piece["files"].items()
-        if name.split(".")[1] in splits
-    }
 
 
 def fingerprints(config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like import tree
+from t5like.checkpoint.allowed_changes import CHANGEABLE_FIELDS, forbidden_differences, remedy
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.run_lock import lock
@@ -35,39 +37,6 @@ from t5like.sharding import mesh as meshes
 from t5like.types import Array, TrainState, Tree
 
 LAUNCH_FILES = ("launch.json", "logs")  # written by `t5like launch` before the run starts
-# Fields that may differ when a run continues: they change how it runs and what it reports, but no update. A larger
-# num_steps stretches schedules that depend on it; the training loop then prints a warning.
-MUTABLE_FIELDS = (
-    "mesh.",
-    "train.num_steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.early_evals",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_every",
-    "train.profile_step",
-    "train.process_timeout_seconds",
-    "train.max_skipped_updates",
-    "train.microbatches",
-    "train.loss_chunk",
-    "train.compiler_options",
-    "data.cache_directory",
-    "data.source_names",
-    "data.num_workers",
-    "data.prefetch",
-    "model.layers",
-    "model.remat",
-    "model.kernels",
-    "tokenizer.path",
-    "tokenizer.extra_eos_ids",
-    "evaluate.",
-)
-
-
-# Fields of the model that may differ as long as imported weights have not been trained; other sections may differ too.
-MUTABLE_AFTER_IMPORT = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length")
 
 
 class Run(NamedTuple):
@@ -119,7 +88,7 @@ def check_checkpoint(meta: Meta, config: Config, tokenizer: Tokenizer, workdir: 
     path = workdir / "checkpoints" / str(meta.step)
     if config.model.dtype == "auto":  # a checkpoint contains the resolved dtype
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=meta.config.model.dtype))
-    if differs := _forbidden_differences(meta.config, config, imported=meta.step == 0):
+    if differs := forbidden_differences(meta.config, config, imported=meta.step == 0, allowed=CHANGEABLE_FIELDS):
         raise CheckpointError(
             f"{path} does not belong to the run in {workdir}, whose config differs: "
             f"{shorten(differs, separator='; ')}; move it away, or put the run's own config.json back"
@@ -189,30 +158,17 @@ def imported_params(workdir: Path, abstract: TrainState) -> dict[str, Array]:
     return Checkpoints(workdir / "checkpoints", keep=1).restore_params(tree.flatten(abstract.params), 0)
 
 
-def _directory_differences(config: Config, workdir: Path) -> list[str]:
+def _directory_differences(config: Config, workdir: Path, allowed: Sequence[str]) -> list[str]:
     """Return the fields that prevent a config from continuing the run of a directory."""
     if is_imported(workdir):
-        return _forbidden_differences(
-            Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config, imported=True
-        )
-    return _forbidden_differences(saved_config(workdir), config)
+        return forbidden_differences(Checkpoints(workdir / "checkpoints", keep=1).meta(0).config, config, imported=True)
+    return forbidden_differences(saved_config(workdir), config, allowed=allowed)
 
 
-def _forbidden_differences(old: Config, new: Config, *, imported: bool = False) -> list[str]:
-    """Return the fields that prevent `new` from continuing a run of `old`; imported: `old` is an untrained import."""
-    lines = loader.difference(old, new)
-    if not imported:
-        return [line for line in lines if not line.startswith(MUTABLE_FIELDS)]
-    fixed = ("model.", "tokenizer.vocab_size", "tokenizer.num_sentinels")
-    mutable = tuple(f"model.{name}:" for name in MUTABLE_AFTER_IMPORT)
-    if new.model.positions == "learned":
-        mutable = tuple(name for name in mutable if name != "model.max_length:")
-    mutable += ("model.vocab_multiple:",) if old.vocab_rows == new.vocab_rows else ()
-    return [line for line in lines if line.startswith(fixed) and not line.startswith(mutable)]
-
-
-def check_run_directory(config: Config, workdir: Path) -> None:
+def check_run_directory(config: Config, workdir: Path, allowed: Sequence[str] = ()) -> None:
     """Refuse a directory that can't become this run's. Nothing is written, so that a refused run leaves no trace.
+
+    `allowed`: fields of `CHANGEABLE_FIELDS` that may differ (`--allow_change`).
 
     Raises:
         ConfigError: it contains a run with another config, or files of another program.
@@ -220,13 +176,13 @@ def check_run_directory(config: Config, workdir: Path) -> None:
     """
     try:
         if (workdir / "config.json").exists():
-            if differs := _directory_differences(config, workdir):
+            if differs := _directory_differences(config, workdir, allowed):
                 imported = is_imported(workdir)
                 raise ConfigError(
                     f"--workdir={workdir} holds {'weights of another model' if imported else 'another run'}: "
                     + shorten(differs, separator="; ")
                     + (f"; use its model and tokenizer sections, or --config={workdir}/config.json" if imported else "")
-                    + "; use another --workdir" * (not imported)
+                    + ("" if imported else remedy(differs))
                 )
         elif workdir.exists() and any(
             not entry.name.startswith(".") and entry.name not in LAUNCH_FILES for entry in workdir.iterdir()
@@ -246,7 +202,7 @@ def check_run_directory(config: Config, workdir: Path) -> None:
         raise CheckpointError(f"--workdir={workdir} can't be used: {error.strerror}; use another --workdir") from None
 
 
-def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
+def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allowed: Sequence[str] = ()) -> None:
     """Create the run directory with config.json and tokenizer, or check that it contains this run; lock it.
 
     Raises:
@@ -256,7 +212,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path) -> N
     if not processes.is_primary():
         # After process 0: a directory with a part of its files would be refused as that of another program.
         shared_file_systems.check_shared(workdir)
-    check_run_directory(config, workdir)
+    check_run_directory(config, workdir, allowed)
     path = workdir / "tokenizer.model"
     if path.exists() and Tokenizer.load(path, num_sentinels=len(tokenizer.sentinel_ids)).hash != tokenizer.hash:
         raise DataError(

@@ -45,12 +45,13 @@ def configs(_, __) -> None:
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like train`."""
     config = load_config(options, overrides)
+    from t5like.checkpoint import allowed_changes
     from t5like.distributed.process_group import process_group
     from t5like.train.loop import train
 
-    workdir = expand(options.workdir).absolute()
+    workdir, allowed = expand(options.workdir).absolute(), allowed_changes.parse(options.allow_change)
     with process_group(options.process, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
-        train(config, workdir)
+        train(config, workdir, allowed=allowed)
 
 
 def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -171,6 +172,15 @@ def generate(options: argparse.Namespace, _) -> None:
             prompts.interactive(generator, decoding)
 
 
+def replay(options: argparse.Namespace, _) -> None:
+    """`t5like replay`."""
+    if options.step < 1:
+        raise ConfigError(f"--step={options.step} must be at least 1: the first update is step 1; use --step=1")
+    from t5like.inspect import replay
+
+    replay.replay(expand(options.workdir).absolute(), options.step, lambda line: print(printable(line), flush=True))
+
+
 def import_hf(options: argparse.Namespace, _) -> None:
     """`t5like import --format=hf`."""
     from t5like.interop.huggingface.convert import import_run
@@ -274,6 +284,7 @@ COMMANDS = {
     "prepare": prepare,
     "evaluate": heldout,
     "generate": generate,
+    "replay": replay,
     "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
     "plan": plan,
     "compare": compare,

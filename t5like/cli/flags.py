@@ -112,6 +112,7 @@ def build_parser() -> Parser:
         _add_prepare,
         _add_evaluate,
         _add_generate,
+        _add_replay,
         _add_import,
         _add_export,
         _add_plan,
@@ -133,6 +134,14 @@ def _add_train(command: Callable[[str, str], Parser]) -> None:
         "of the run in --workdir; --config.SECTION.FIELD=VALUE sets a field",
     )
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN", help="the run directory")
+    sub.add_argument(
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="FIELD[,FIELD]",
+        help="fields that may change from here on when a run continues, such as optimizer.learning_rate; data: the "
+        "texts of a source; may be repeated",
+    )
     add_process_flags(sub)
 
 
@@ -196,6 +205,12 @@ def _add_generate(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop generating at this text; may be repeated"
     )
+
+
+def _add_replay(command: Callable[[str, str], Parser]) -> None:
+    sub = command("replay", "Run one step of a run again on one device; name the first operation that is not finite.")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument("--step", required=True, type=int, metavar="N", help="update N: the one that made N - 1 steps N")
 
 
 def _add_import(command: Callable[[str, str], Parser]) -> None:

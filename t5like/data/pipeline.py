@@ -1,7 +1,7 @@
 """The batch of step s as a pure function of (config, s): row arithmetic, then windows of token stores and objectives.
 
-There is no state, so nothing has to be saved: after a restart, or on other hosts or devices, step s has the same rows.
-Row r of the training rows (numbered over all steps) is determined like this:
+There is no state: after a restart, or on other hosts or devices, step s has the same rows. They begin with row
+s * batch_size, unless the run passed over rows (`row_schedule`). Row r of the training rows is determined like this:
 
     r -> its component, which is a source with one of its denoisers (exact rates in every block of 4096 rows), and the
          row's index i among the rows of the component
@@ -26,6 +26,7 @@ from t5like.data.objectives.denoisers import denoisers
 from t5like.data.objectives.text_rows import TextRows
 from t5like.data.objectives.windows import Denoiser
 from t5like.data.randomness import permute, random_bits
+from t5like.data.row_schedule import RowSchedule
 from t5like.data.sources.names import source_names
 from t5like.data.store.token_store import Stream, TokenStore
 from t5like.data.supervised.examples import Examples
@@ -190,7 +191,7 @@ class Batches:
         first_of_source = [[c.source for c in self.components].index(source) for source in range(len(streams))]
         self.rates_PC = rates(config, self.num_rows[first_of_source])
         self._blank_row = _blank_row(config)
-        self._phases = self._make_phases()
+        self.follow(RowSchedule.of(config.data.batch_size))
         self._heldout_C = np.where(self.rates_PC.sum(0) > 0, self.num_rows, 0)
 
     def _check_size(self, streams: Sequence[Stream | Examples]) -> None:
@@ -208,9 +209,14 @@ class Batches:
                     "data.inputs_length" + (", or a larger data.heldout_fraction" if self.heldout else "")
                 )
 
+    def follow(self, schedule: RowSchedule) -> None:
+        """Take the first row of each training step from a schedule."""
+        self.schedule = schedule
+        self._phases = self._make_phases()
+
     def _make_phases(self) -> list[_Phase]:
         phases, before_C = [], np.zeros(len(self.row_sources), np.int64)
-        starts = [step * self.config.data.batch_size for step in (0, *self.config.data.phase_boundaries)]
+        starts = [self.schedule.first_row(step) for step in (0, *self.config.data.phase_boundaries)]
         for rates_C, start, stop in zip(self.rates_PC, starts, [*starts[1:], None], strict=True):
             phases.append(_Phase(start, _block_counts(rates_C), before_C))
             if stop is not None:  # an unfinished block counts as a whole
@@ -255,7 +261,8 @@ class Batches:
             rows: indices of the global batch's rows to make, such as those of this process; None: all rows.
         """
         size = self.config.data.batch_size
-        row_B = (step * size + (np.arange(size) if rows is None else rows)).astype(np.uint64)
+        first = step * size if self.heldout else self.schedule.first_row(step)
+        row_B = (first + (np.arange(size) if rows is None else rows)).astype(np.uint64)
         if self.heldout:
             return self._heldout_batch(row_B)
         component_B, index_B, offset_B = self.locate(row_B)

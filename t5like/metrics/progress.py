@@ -70,6 +70,10 @@ class Progress:
             self._printed, self._shown = step, time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
+    def go_back(self, step: int) -> None:
+        """Continue after an earlier step."""
+        self._printed = step
+
     def _due(self, step: int) -> bool:
         if self._log_every is None:
             return time.monotonic() - self._shown >= SECONDS

@@ -115,8 +115,18 @@ class Writer:
     def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
         """Open the files of a run that continues after `step` updates; unless primary, nothing is ever written."""
         self._file = self._events = None
-        if not primary:
-            return
+        self._workdir = workdir
+        if primary:
+            self._open(step)
+
+    def go_back(self, step: int) -> None:
+        """Continue after an earlier step, as a new `Writer` would."""
+        if self._file is not None:
+            self.close()
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        workdir = self._workdir
         import tensorboardX  # imported here: it takes 0.2 s
 
         kept = [record for record in read(workdir) if record["step"] <= step]

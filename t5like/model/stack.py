@@ -202,7 +202,8 @@ class Stack(nn.Module):
         params, outputs = unstack_layers(self.layers), []
         for y in range(self.num_layers):
             key = None if keys_Y is None else keys_Y[y]
-            x_BLD, output = layers[y % len(layers)](x_BLD, params[y], key, cache and cache[y])
+            with jax.named_scope(f"layer_{y}"):
+                x_BLD, output = layers[y % len(layers)](x_BLD, params[y], key, cache and cache[y])
             outputs.append(output)
         caches, auxiliaries, recorded = zip(*outputs, strict=True)
         recorded = jax.tree.map(lambda *each: jnp.stack(each), *recorded)

@@ -1,18 +1,25 @@
 """The state that training starts from, chosen in a fixed order; see `initial_state`. Called by `loop`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from t5like.checkpoint.allowed_changes import CHANGEABLE_FIELDS, DATA
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.init_from import InitialWeights, load_initial_weights
+from t5like.checkpoint.metadata import History, Meta, first_history
 from t5like.checkpoint.run_directory import check_checkpoint, imported_params
+from t5like.config import loader
 from t5like.config.schema import Config
+from t5like.data.store.fingerprints import data_differences
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
-from t5like.errors import ConfigError
-from t5like.optim import train_state
+from t5like.errors import ConfigError, DataError, shorten
+from t5like.optim import bad_steps, train_state
 from t5like.types import Batch, TrainState
 
 
@@ -24,16 +31,20 @@ class InitialState(NamedTuple):
         step: number of updates that this run has already completed.
         source: where the state comes from, as the line `start` prints it.
         make: makes the state on the devices; call it once.
+        history: of that state; its rows are those of this run's batch size from `step` on.
         previous_config: resolved config of the newest checkpoint; without one that of this run.
         weights: what was read from `init_from.checkpoint`, or None.
+        changes: how config and data differ from those of the checkpoint, as ``field: old -> new``.
     """
 
     checkpoint: int | None
     step: int
     source: str
     make: Callable[[], TrainState]
+    history: History
     previous_config: Config
     weights: InitialWeights | None = None
+    changes: tuple[str, ...] = ()
 
 
 def initial_state(
@@ -44,6 +55,8 @@ def initial_state(
     tokenizer: Tokenizer,
     checkpoints: Checkpoints,
     workdir: Path,
+    data: Mapping[str, str],
+    allowed: Sequence[str] = (),
 ) -> InitialState:
     """Choose the source of the first state and check that it fits. Weights from elsewhere are read here.
 
@@ -56,19 +69,21 @@ def initial_state(
         batch: gives shapes only.
         abstract: shape, dtype and sharding of every leaf of the state.
         tokenizer: this run's.
-        checkpoints: this run's.
-        workdir: this run's directory.
+        checkpoints, workdir: this run's.
+        data: of this run, see `History.data`.
+        allowed: what may differ from the checkpoint, see `allowed_changes`.
 
     Raises:
         CheckpointError, ConfigError, DataError: the source does not fit this run, or can't be read.
     """
     saved, init_from = checkpoints.latest(), config.init_from.checkpoint
     processes.assert_equal("checkpoint", str(saved), "use a --workdir on a file system that all share")
-    previous = config
+    previous, history = config, first_history(config)._replace(data=data)
     if saved is not None:
         meta = checkpoints.meta(saved)
         check_checkpoint(meta, requested, tokenizer, workdir)
         previous = meta.config
+        history, changes = _continued(meta, config, data, allowed, workdir)
     random = partial(train_state.new_state, config, batch, abstract)  # all parameters but those that it is given
 
     # The first of these that applies:
@@ -77,18 +92,49 @@ def initial_state(
     # 3. init_from.checkpoint: parameters of another run; those that it does not have are random.
     # 4. Random parameters.
     if saved:
-        restore = partial(checkpoints.restore, abstract, saved)
-        return InitialState(saved, saved, f"after step {saved:,}", restore, previous)
+        restore = partial(restore_state, checkpoints, abstract, saved)
+        return InitialState(saved, saved, f"after step {saved:,}", restore, history, previous, changes=changes)
     if saved == 0:
         if init_from:
-            raise ConfigError(
-                f"init_from.checkpoint={init_from}, but --workdir={workdir} holds imported weights; "
-                "use another --workdir"
-            )
+            text = f"init_from.checkpoint={init_from}, but --workdir={workdir} holds imported weights"
+            raise ConfigError(f"{text}; use another --workdir")
         params = imported_params(workdir, abstract)
-        return InitialState(saved, 0, "from the import", partial(random, params), previous)
+        return InitialState(saved, 0, "from the import", partial(random, params), history, previous)
     if init_from:
         weights = load_initial_weights(config, abstract, tokenizer)
         source = f"from step {weights.step:,} of {init_from}"
-        return InitialState(saved, 0, source, partial(random, weights.params), previous, weights)
-    return InitialState(saved, 0, "from random parameters", random, previous)
+        return InitialState(saved, 0, source, partial(random, weights.params), history, previous, weights)
+    return InitialState(saved, 0, "from random parameters", random, history, previous)
+
+
+def _continued(
+    meta: Meta, config: Config, data: Mapping[str, str], allowed: Sequence[str], workdir: Path
+) -> tuple[History, tuple[str, ...]]:
+    """The history of a run that continues from a checkpoint, and how its config and data differ from those of that.
+
+    Raises:
+        DataError: the data differ, and `allowed` does not contain them.
+    """
+    changed = data_differences(meta.history.data, data)
+    if changed and DATA not in allowed:
+        raise DataError(
+            f"the data differ from those that the run in {workdir} was trained on: "
+            f"{shorten(changed, separator='; ')}; put them back, or add --allow_change={DATA} to continue"
+        )
+    changes = (*loader.difference(meta.config, config), *(f"{DATA}: {line}" for line in changed))
+    rows = meta.history.rows.with_batch_size(meta.step, config.data.batch_size)
+    history = meta.history._replace(rows=rows, data=data)
+    if any(line.startswith(CHANGEABLE_FIELDS) for line in changes):
+        history = history._replace(rewinds=0, bad_steps=0)  # the counts are of the settings that were changed
+    return history, changes
+
+
+def restore_state(checkpoints: Checkpoints, abstract: TrainState, step: int) -> TrainState:
+    """Read the state of a checkpoint with or without `recent`, because `train.spike_factor` may have changed."""
+    stored = "recent" in checkpoints.meta(step).leaves
+    sharding = abstract.step.sharding
+    window = jax.ShapeDtypeStruct((2, bad_steps.WINDOW), jnp.float32, sharding=sharding)
+    state = checkpoints.restore(abstract._replace(recent=window if stored else None), step)
+    if abstract.recent is None:
+        return state._replace(recent=None)
+    return state if stored else state._replace(recent=jax.device_put(bad_steps.new_window(), sharding))

@@ -9,14 +9,13 @@ and writes.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from t5like import tree
 from t5like.checkpoint import provenance
 from t5like.checkpoint.init_from import REPORT, write_report
 from t5like.checkpoint.run_directory import check_run_directory, checkpoints_of, open_run_directory, with_run_tokenizer
@@ -24,7 +23,7 @@ from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
 from t5like.data.sources.names import source_names
-from t5like.data.store import preparation, statistics
+from t5like.data.store import fingerprints, preparation, statistics
 from t5like.data.store.verification import Verification
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.distributed import processes
@@ -46,26 +45,32 @@ from t5like.metrics.throughput import Throughput
 from t5like.optim import schedules, step, train_state
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
+from t5like.train.evidence import Evidence
 from t5like.train.expected_loss import summary
-from t5like.train.initial_state import initial_state
-from t5like.train.report import StepReporter, print_line
+from t5like.train.initial_state import initial_state, restore_state
+from t5like.train.replicas import compare_replicas
+from t5like.train.report import StepReporter, describe_devices, print_line
+from t5like.train.rewind import BadSteps, TrainingBatches
 from t5like.types import TrainState
 
 
-def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None = None) -> None:
+def train(
+    config: Config, workdir: Path, on_step: Callable[[int], None] | None = None, allowed: Sequence[str] = ()
+) -> None:
     """Train until `train.num_steps`, from the run directory's newest checkpoint if it has one.
 
     Args:
         config: the config of the run.
         workdir: the run directory.
         on_step: called with the number of completed steps when a step's metrics have been reported.
+        allowed: what may change when the run continues (`checkpoint.allowed_changes`).
 
     Raises:
         UserError: see `errors`; nothing of an earlier run in `workdir` is lost.
     """
     batch = pipeline.spec(config)
     config = with_run_tokenizer(config, workdir)
-    check_run_directory(config, workdir)
+    check_run_directory(config, workdir, allowed)
     primary = processes.is_primary()
     show = print_line if primary else (lambda _: None)
 
@@ -103,17 +108,22 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
 
     # ---- The source of the initial state; nothing is written until it is known to fit ----
     checkpoints = checkpoints_of(workdir, config)
-    initial = initial_state(requested, config, batch, abstract, tokenizer, checkpoints, workdir)
+    data = fingerprints.describe(config.data.source, prepared.stores)
+    initial = initial_state(requested, config, batch, abstract, tokenizer, checkpoints, workdir, data, allowed)
     start = initial.step
     if start >= config.train.num_steps:
         done = f"{start:,} of {config.train.num_steps:,} steps are done"
         show(f"complete   {done}; nothing is left to train in {workdir}")
         return
+    batches.follow(initial.history.rows)
+    provenance_record["changes"] = initial.changes
+    for line in initial.changes:
+        show(f"change     {line} from step {start:,} on")
     for line in schedules.warnings(config, initial.previous_config, start):
         show(f"schedule   {line}")
 
     # ---- The run directory ----
-    open_run_directory(requested, tokenizer, workdir)
+    open_run_directory(requested, tokenizer, workdir, allowed)
     if checkpoints.latest() != initial.checkpoint:
         raise CheckpointError(f"--workdir={workdir} was changed by another process; start again")
     if weights := initial.weights:
@@ -131,6 +141,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
         train_step = compiling.result()
         processes.barrier("the first step", step=start)  # without a watchdog: compiling may take minutes
         show(f"start      {initial.source}, compiled in {time.monotonic() - started:.1f} s")
+    history = initial.history
     del initial, weights  # their arrays are a part of the state
 
     # ---- Steps ----
@@ -141,7 +152,10 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
     writer = writers.Writer(workdir, step=start, primary=primary)
     progress = Progress(config.train.num_steps, log_every=config.train.log_every, step=start, primary=primary)
     throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()))
-    report = StepReporter(config, writer, progress, throughput, on_step)
+    bad_steps = BadSteps(config, history)
+    evidence = Evidence(config, workdir, mesh, batches, tokenizer, checkpoints)
+    keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values)
+    report = StepReporter(config, writer, progress, throughput, bad_steps, keep_evidence, on_step)
     profiler = Profiler(workdir / "profile", config.train.profile_step)
 
     def evaluate(done: int, *, early: bool = False) -> None:
@@ -167,13 +181,31 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
                 verification.wait()
                 processes.all_gather("verifying the data", step=done, seconds=processes.PREPARE_SECONDS)
 
+    def compare(done: int) -> None:
+        with throughput.pause(), watchdog("comparing replicas", done):
+            compare_replicas(state, done)
+
     def save(done: int) -> None:
         with throughput.pause(), watchdog("saving a checkpoint", done, times=2):
-            checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
+            saved = {"config": config, "tokenizer": tokenizer.model_bytes, "tokenizer_hash": tokenizer.hash}
+            checkpoints.save(state, **saved, history=bad_steps.history)
 
     def finish_saving(done: int) -> None:
         with watchdog("completing a checkpoint", done, times=2):
             checkpoints.wait()
+
+    def rewind() -> TrainState:
+        """Go back to the checkpoint before the bad steps, and pass over the batches that led to them."""
+        with throughput.pause(), watchdog("rewinding", times=3):
+            target = bad_steps.rewind(checkpoints)
+            batches.follow(bad_steps.history.rows)
+            upcoming.go_to(target)
+            report.go_back(target)
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # before its successor is read
+            return restore_state(checkpoints, abstract, target)
+
+    def stopped(done: int) -> Preempted:
+        return Preempted(f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues")
 
     with catch_preemption() as preempted, progress:
         if start == 0:
@@ -183,14 +215,13 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
                 uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
                 progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
             evaluate(0)
-        early = early_evaluations(config)
+        early, compare_every = early_evaluations(config), config.train.compare_replicas_every
         pending = None  # metrics of the previous step, read while the device computes the next one
         # On a CPU, dispatching the next step early gains nothing, and its buffers would be a second set.
         synchronous = mesh.devices.flat[0].platform == "cpu"
         rows, size = placement.local_rows(mesh, config.data.batch_size), config.data.batch_size
-        for index, numpy_batch in enumerate(
-            pipeline.prefetch(batches, start, config.train.num_steps, rows), start=start
-        ):
+        upcoming = TrainingBatches(batches, start, config.train.num_steps, rows)
+        for index, numpy_batch in upcoming:
             profiler.before(index + 1)
             state, values = train_step(state, placement.to_global(numpy_batch, mesh, size))
             if pending:
@@ -201,9 +232,16 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
             at_end = done == config.train.num_steps
             at_evaluation = done % config.train.eval_every == 0 or at_end
             at_checkpoint = done % config.train.checkpoint_every == 0 or at_end or stop
-            if synchronous or at_evaluation or at_checkpoint or done in early:
+            if (synchronous or at_evaluation or at_checkpoint or done in early) and not bad_steps.too_many:
                 report(*pending)  # before anything is saved: a diverged state must not become the newest checkpoint
                 pending = None
+            if bad_steps.too_many:
+                state, pending = rewind(), None
+                if stop:
+                    raise stopped(int(state.step))
+                continue
+            if compare_every and (done % compare_every == 0 or at_checkpoint):
+                compare(done)
             if at_evaluation or done in early:
                 evaluate(done, early=not at_evaluation)
             if at_checkpoint:
@@ -212,9 +250,7 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
                 save(done)
             if stop and not at_end:
                 finish_saving(done)
-                raise Preempted(
-                    f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues"
-                )
+                raise stopped(done)
         finish_saving(config.train.num_steps)
     profiler.stop()
     writer.close()
@@ -229,18 +265,6 @@ def train(config: Config, workdir: Path, on_step: Callable[[int], None] | None =
         for line in f"\n{text}\n{summary(workdir, config, provenance_record['fingerprints'])}".split("\n"):
             show(line)
         show(f"loss curve  {picture}")
-
-
-def describe_devices(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> list[str]:
-    """The model's size and the mesh, as lines to print."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    size = f"{tree.num_parameters(abstract.params):,} parameters"
-    counted = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return [
-        f"model      {size}, {config.model.architecture}, {config.model.dtype}",
-        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}{counted}, {axes}",
-        *(f"           {line}" for line in meshes.unsplit_lengths(config, mesh)),
-    ]
 
 
 def early_evaluations(config: Config) -> set[int]:

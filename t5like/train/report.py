@@ -5,14 +5,17 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from t5like import tree
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.distributed.watchdog import watchdog
-from t5like.errors import Diverged, printable
+from t5like.errors import printable
 from t5like.metrics import writers
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
-from t5like.types import COMPONENT_METRICS, Metrics, host_metrics
+from t5like.sharding import mesh as meshes
+from t5like.train.rewind import BadSteps
+from t5like.types import COMPONENT_METRICS, Metrics, TrainState, host_metrics
 
 
 def print_line(text: str) -> None:
@@ -33,34 +36,36 @@ class StepReporter:
         writer: writers.Writer,
         progress: Progress,
         throughput: Throughput,
+        bad_steps: BadSteps,
+        on_bad_step: Callable[[int, dict[str, float]], None],
         on_step: Callable[[int], None] | None = None,
     ):
-        """`on_step`: called with the number of completed steps at the end of each report."""
+        """Report to these.
+
+        Args:
+            on_bad_step: called with the number of completed steps and the metrics of a bad step.
+            on_step: called with the number of completed steps at the end of each report.
+        """
         self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
-        self._on_step = on_step
+        self._bad_steps, self._on_bad_step, self._on_step = bad_steps, on_bad_step, on_step
         self._names = pipeline.component_names(config)
-        self._skipped_updates = 0
         self._components = None  # sums since the last log
 
     def __call__(self, done: int, on_device: Metrics) -> None:
-        """Report a completed step.
-
-        Raises:
-            Diverged: too many updates in a row had a gradient that is not finite.
-        """
+        """Report a completed step. Then `bad_steps` is up to date."""
         with watchdog("a training step", done):
             sums = jax.device_get(on_device)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
-        self._skipped_updates = self._skipped_updates + 1 if values["train/skipped_updates"] else 0
         self._throughput.tick(values.pop("train/tokens"))
         if "by_component" in sums:
             new = {name: sums[name] for name in COMPONENT_METRICS}
             self._components = jax.tree.map(np.add, self._components, new) if self._components else new
-        if self._skipped_updates:
-            self._progress.note(
-                f"step {done:,}: the gradient is not finite, update skipped ({self._skipped_updates} in a row)"
-            )
-        if done % self._train.log_every == 0 or done == self._train.num_steps or self._skipped_updates:
+        if reason := self._bad_steps.observe(done, values):
+            action = "update skipped" if values["train/skipped_updates"] else "update made"
+            self._progress.note(f"step {done:,}: {reason}, {action} ({self._bad_steps.history.bad_steps} in a row)")
+            with self._throughput.pause():
+                self._on_bad_step(done, values)
+        if done % self._train.log_every == 0 or done == self._train.num_steps or reason:
             values |= self._throughput.read()
             if self._components:
                 values |= writers.by_component("train", self._names, self._components)
@@ -69,8 +74,23 @@ class StepReporter:
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
         if self._on_step:
             self._on_step(done)
-        if self._skipped_updates >= self._train.max_skipped_updates:
-            raise Diverged(
-                f"the gradient was not finite at {self._skipped_updates} steps in a row up to step {done}; "
-                "lower optimizer.learning_rate or raise optimizer.warmup_steps"
-            )
+
+    def go_back(self, step: int) -> None:
+        """Continue after an earlier step; its later metrics are removed."""
+        bad = self._bad_steps.last[0]
+        self._progress.note(f"rewind     to step {step:,}; the batches up to step {bad:,} are passed over")
+        self._components = None
+        self._writer.go_back(step)
+        self._progress.go_back(step)
+
+
+def describe_devices(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> list[str]:
+    """The model's size and the mesh, as lines to print."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    size = f"{tree.num_parameters(abstract.params):,} parameters"
+    counted = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return [
+        f"model      {size}, {config.model.architecture}, {config.model.dtype}",
+        f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}{counted}, {axes}",
+        *(f"           {line}" for line in meshes.unsplit_lengths(config, mesh)),
+    ]

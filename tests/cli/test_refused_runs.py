@@ -27,10 +27,9 @@ def test_the_directory_of_another_run_is_refused_by_field_and_both_values(refuse
     code, said = refused(
         "train", *flags, f"--workdir={trained}", "--config.optimizer.learning_rate=0.5", "--config.train.num_steps=9"
     )
-    assert (
-        code == 2
-        and said
-        == f"--workdir={trained} holds another run: optimizer.learning_rate: 0.01 -> 0.5; use another --workdir"
+    assert code == 2 and said == (
+        f"--workdir={trained} holds another run: optimizer.learning_rate: 0.01 -> 0.5; "
+        "add --allow_change=optimizer.learning_rate to change it from here on, or use another --workdir"
     )
     assert contents(trained) == before
 

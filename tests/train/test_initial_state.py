@@ -1,10 +1,13 @@
 """The initial state: existing parameters are used as they are, and only the others are initialized at random."""
 
+import shutil
+
 import jax
 import numpy as np
-from conftest import random_batch, small
+from conftest import random_batch, small, write_text
 
 from t5like import tree
+from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.optim import train_state
 from t5like.sharding import mesh as meshes
 
@@ -28,3 +31,23 @@ def test_only_missing_parameters_are_random_with_the_values_of_a_random_state():
             added = 1 if parameter in given and name.startswith(("params/", "ema/")) else 0
             np.testing.assert_array_equal(leaf, expected[name] + np.asarray(added, leaf.dtype), err_msg=name)
         jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)(state)  # no shared buffers
+
+
+def test_a_run_is_not_continued_on_other_data_unless_they_are_allowed(command, flags, tmp_path):
+    write_text(tmp_path / "own.txt", lines=200)
+    own = [f"--config.data.source=text:{tmp_path}/own.txt", f"--workdir={tmp_path}/run"]
+    train = lambda *more: command("train", *flags, f"--config.data.cache_directory={tmp_path}/cache", *own, *more)
+    assert train("--config.train.num_steps=1")[0] == 0
+
+    with (tmp_path / "own.txt").open("a") as file:
+        file.write("one line more.\n")
+    shutil.rmtree(tmp_path / "cache")  # otherwise the changed file is refused before
+    more = ("--config.train.num_steps=2", f"--config.tokenizer.path={tmp_path}/run/tokenizer.model")
+    code, _, err = train(*more)
+    assert code == 3 and "the data differ from those that the run in" in err
+    assert f"text:{tmp_path}/own.txt: 200 documents, " in err and "-> 201 documents, " in err
+    assert err.endswith("; put them back, or add --allow_change=data to continue\n")
+    code, out, err = train(*more, "--allow_change=data")
+    assert code == 0 and f"change     data: text:{tmp_path}/own.txt: 200 documents" in out
+    history = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).meta().history
+    assert history.data[f"text:{tmp_path}/own.txt"].startswith("201 documents")

@@ -1,0 +1,211 @@
+"""Run one step of a run again, on one device, and name the first layer and operation whose result is not finite.
+
+`t5like replay` reads the newest checkpoint before update N, or makes the random state of a run that has none, repeats
+the updates up to N - 1 with the trainer's own step, and examines update N: its metrics, statistics of each layer, and
+where the first NaN or infinity comes from. The rows are those of the run: if it kept evidence of a bad step N
+(`train.evidence`), those of that step, otherwise those of its schedule. Nothing is written.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5like import tree
+from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.run_directory import checkpoints_of, config_of, on_devices
+from t5like.config.schema import Config
+from t5like.data import pipeline
+from t5like.data.pipeline import Batches
+from t5like.data.row_schedule import RowSchedule, Segment
+from t5like.data.store import preparation
+from t5like.data.tokenizers.vocabulary import Vocabulary
+from t5like.errors import CheckpointError
+from t5like.inspect import first_nonfinite
+from t5like.model.intermediates import INTERMEDIATES
+from t5like.model.transformer import compute_intermediates
+from t5like.optim import step, train_state
+from t5like.optim.optimizers import make_optimizer
+from t5like.sharding import auto, placement
+from t5like.sharding import mesh as meshes
+from t5like.train.evidence import norms_by_layer, read_record
+from t5like.train.initial_state import restore_state
+from t5like.types import Batch, TrainState, host_metrics
+
+
+class Replay(NamedTuple):
+    """A step that is about to be made, on one device.
+
+    Attributes:
+        config: of the run at that step, resolved on one device.
+        state: before the step.
+        batch: of the step, on the device.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    state: TrainState
+    batch: Batch
+
+
+def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> None:
+    """Run update `number` of a run again, and print what is wrong with it.
+
+    Raises:
+        CheckpointError: there is no checkpoint before it, or none that can be read.
+    """
+    prepared = prepare(workdir, number, show)
+    with jax.set_mesh(prepared.mesh):
+        for line in examine(prepared):
+            show(line)
+
+
+def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> Replay:
+    """The state before update `number`, and its batch."""
+    checkpoints = checkpoints_of(workdir, config_of(workdir))
+    start = start_before(checkpoints, number)
+    config = config_at(workdir, checkpoints, number)
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    config = auto.resolve_auto(config, mesh)
+    batches = open_batches(config, rows_of(workdir, checkpoints, start, number))
+    shape = pipeline.spec(config)
+    abstract = train_state.abstract_state(config, shape, mesh)
+    first = batches.schedule.first_row(number - 1)
+    show(
+        f"replay     step {number:,}, from {f'checkpoint {start:,}' if start else 'random parameters'}, rows {first:,} "
+        f"to {first + config.data.batch_size - 1:,}, on one {mesh.devices.flat[0].device_kind}"
+    )
+    state = restore_state(checkpoints, abstract, start) if start else train_state.new_state(config, shape, abstract)
+    place = lambda index: placement.to_global(batches.at(index), mesh, config.data.batch_size)
+    train_step = step.compile_train_step(config, shape, abstract) if number - 1 > start else None
+    for index in range(start, number - 1):
+        state, metrics = train_step(state, place(index))
+        values = host_metrics(jax.device_get(metrics))
+        show(f"step {index + 1:,}: loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}")
+    return Replay(config, mesh, state, place(number - 1))
+
+
+def start_before(checkpoints: Checkpoints, number: int) -> int:
+    """The newest checkpoint before update `number`; 0: the random parameters of a run without one."""
+    steps = checkpoints.steps()
+    before = [saved for saved in steps if 0 < saved < number]
+    if before:
+        return before[-1]
+    if steps and checkpoints.meta().config.init_from.checkpoint or 0 in steps:
+        later = [saved for saved in steps if saved]
+        use = f"use --step={later[0] + 1} or a later one" if later else "train it first"
+        raise CheckpointError(f"{checkpoints.directory} holds no checkpoint before step {number}; {use}")
+    return 0
+
+
+def config_at(workdir: Path, checkpoints: Checkpoints, number: int) -> Config:
+    """The config with which the run made update `number`, for one device: fields may have changed at a checkpoint."""
+    steps, saved = checkpoints.steps(), config_of(workdir)
+    later = [step for step in steps if step >= number]
+    config = checkpoints.meta(later[0]).config if later else saved
+    if steps and not later:
+        dtype = checkpoints.meta().config.model.dtype  # a checkpoint contains the resolved one
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    microbatches = config.train.microbatches  # dropout depends on them
+    config = on_devices(config, 1)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=microbatches))
+
+
+def rows_of(workdir: Path, checkpoints: Checkpoints, start: int, number: int) -> RowSchedule:
+    """The rows of the steps from a checkpoint up to update `number`.
+
+    A run that went back to that checkpoint passed over the rows of a bad step: its evidence has them.
+    """
+    record = read_record(workdir, number)
+    if record and (record["checkpoint"] or 0) == start:
+        size = record["batch_size"]
+        first = Segment(start, record["first_row"] - (number - 1 - start) * size, size)
+        return RowSchedule((Segment(0, 0, size), first) if start else (first,))
+    if steps := checkpoints.steps():
+        return checkpoints.meta(steps[-1]).history.rows
+    return RowSchedule.of(config_of(workdir).data.batch_size)
+
+
+def open_batches(config: Config, schedule: RowSchedule) -> Batches:
+    """The training batches of a config; the token store is prepared if it is missing."""
+    prepared = preparation.prepare(config)
+    split = pipeline.open_split(config, prepared.stores, "train")
+    batches = Batches(config, Vocabulary.of(prepared.tokenizer), split)
+    batches.follow(schedule)
+    return batches
+
+
+# ---- What is wrong with a step ----
+
+
+def examine(prepared: Replay) -> list[str]:
+    """Lines for the user: metrics of the step, statistics of each layer, the first value that is not finite."""
+    config, state, batch = prepared.config, prepared.state, prepared.batch
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="unroll", remat="none"))
+    gradient = step.make_gradient(config)
+    grads, metrics = jax.jit(gradient)(state.params, batch, state.step)
+    norms = jax.device_get(norms_by_layer(grads))
+    loss, norm = metrics["loss"].total / metrics["loss"].weight, math.sqrt(sum(np.sum(x**2) for x in norms.values()))
+    lines = [f"step {int(state.step) + 1:,}: loss {float(loss):.4f}, gradient norm {norm:.4g}"]
+    lines += layer_table(config, state.params, batch, norms)
+    return [*lines, f"first      {first_wrong(config, state, batch, gradient, grads)}"]
+
+
+def first_wrong(config: Config, state: TrainState, batch: Batch, gradient, grads) -> str:
+    """The first value of a step that is not finite, as text."""
+    names = ("params", "opt_state", "ema")
+    for name, leaf in tree.flatten({name: getattr(state, name) for name in names}).items():
+        if value := first_nonfinite.nonfinite(leaf):
+            return f"before the step: {where(name, leaf)} is {value}"
+    if any(first_nonfinite.nonfinite(leaf) for leaf in jax.tree.leaves(grads)):
+        arguments = (state.params, batch, state.step)
+        origin = first_nonfinite.find(lambda *each: gradient(*each)[1]["loss"].total, *arguments)
+        origin = origin or first_nonfinite.find(gradient, *arguments)  # only the backward pass is bad
+        if origin is None:
+            return "not found: the gradient is finite if its operations are evaluated one after another"
+        if origin.operation == "argument":
+            return f"the batch: {origin.scope} is {origin.value}"
+        backward = " in the backward pass" if origin.backward else ""
+        return f"{origin.scope}: {origin.operation} gives {origin.value} from finite inputs{backward} ({origin.source})"
+    axes = train_state.parameter_axes(config, batch)
+    updates, _ = jax.jit(make_optimizer(config, state.params, axes).update)(grads, state.opt_state, state.params)
+    for name, leaf in tree.flatten(updates).items():
+        if value := first_nonfinite.nonfinite(leaf):
+            return f"the update of {where(name, leaf)} is {value}, although the gradient and its moments are finite"
+    return "none: loss, gradient and update are finite"
+
+
+def where(name: str, leaf: jax.Array) -> str:
+    """A leaf's name, and the first of its layers that is not finite if it stacks layers."""
+    if "layers" not in name.split("/"):
+        return name
+    dims = tuple(range(1, leaf.ndim))
+    layer = int(jnp.argmin(jnp.isfinite(leaf).all(dims)))
+    return f"{name}, layer {layer}"
+
+
+def layer_table(config: Config, params, batch: Batch, norms: dict[str, Any]) -> list[str]:
+    """A line for each layer: largest absolute values inside of it, without dropout, and its gradient norm."""
+    names = [name for name in INTERMEDIATES if name != "cross_attention_weights"]
+
+    @jax.jit
+    def largest(params, batch):
+        values = compute_intermediates(config, params, batch, names)
+        return {name: jnp.abs(x.astype(jnp.float32)).max(range(1, x.ndim)) for name, x in values.items()}
+
+    maxima = jax.device_get(largest(params, batch))
+    lines = [f"{'layer':24}" + "".join(f"{'max ' + name:>24}" for name in names) + f"{'gradient norm':>16}"]
+    for stack in dict.fromkeys(name.partition("/")[0] for name in maxima):
+        for layer in range(len(maxima[f"{stack}/residual"])):
+            own = [norm[layer] for name, norm in norms.items() if name.startswith(f"{stack}/layers/")]
+            columns = "".join(f"{maxima[f'{stack}/{name}'][layer]:>24.4g}" for name in names)
+            lines.append(f"{f'{stack}/layer_{layer}':24}{columns}{math.sqrt(sum(float(x) ** 2 for x in own)):>16.4g}")
+    for name, norm in norms.items():
+        if np.ndim(norm) == 0:
+            lines.append(f"{name:24}{'':>{24 * len(names)}}{norm:>16.4g}")
+    return lines
