@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 MARKDOWN = sorted([*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("benchmarks", "configs", "t5like", "tests")
+FOLDERS = ("benchmarks", "configs", "launch", "t5like", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PROGRAMS = ("t5like", "python", "make", "pip", "git", "cd")
 NOT_COMMANDS = ("text", "python")  # languages of fenced blocks

@@ -60,8 +60,12 @@ def test_the_translation_has_the_commands_outputs_and_links_of_the_original():
 
 def test_internals_describe_every_module():
     text = (ROOT / "docs/internals.md").read_text("utf-8")
-    package = ROOT / "t5like"
-    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if not path.name.startswith("__")}
+    modules = {
+        path.relative_to(base).as_posix()
+        for base, package in ((ROOT / "t5like", ROOT / "t5like"), (ROOT, ROOT / "launch"))
+        for path in package.rglob("*.py")
+        if not path.name.startswith("__")
+    }
     assert modules - set(re.findall(r"`([\w/]+\.py)`", text)) == set()
 
 
@@ -69,7 +73,7 @@ def test_internals_describe_every_module():
 def templates() -> list[list[str]]:
     """The constant parts of every f-string and of every text of the package, longest first."""
     found = []
-    for path in (ROOT / "t5like").rglob("*.py"):
+    for path in [*(ROOT / "t5like").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append([part.value for part in node.values if isinstance(part, ast.Constant)])

@@ -27,12 +27,15 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "import hf": (),
     "import t5x": "tests/interop/test_t5x.py",
     "plan without compiling": (),
+    "launch": "tests/launch/test_main.py",
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
 }
 
 
 def type_of(words: list[str]) -> str:
     """The type of a command line of `t5like`: a key of `SMALL`."""
+    if words[0] == "launch":
+        return "launch"
     options, overrides = parse(words)
     command, fields = options.command, dict(overrides)
     if command == "train":

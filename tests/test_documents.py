@@ -16,6 +16,7 @@ import pytest
 from _pytest.mark.expression import Expression
 from documents import MARKDOWN, ROOT, Mention, commands, mentions
 
+from launch import options, record
 from t5like import errors
 from t5like.cli.flags import build_parser, parse
 from t5like.config import loader
@@ -35,6 +36,9 @@ def check_t5like(words: list[str], whole: bool) -> None:
     """The parser of t5like accepts the words, and the loader accepts the config with its overrides."""
     if words == ["COMMAND"]:
         return
+    if words[0] == "launch":
+        check_launch(words[1:], whole)
+        return
     words = [word for word in words if word != "--config.SECTION.FIELD=VALUE"]
     if not whole:
         [commands_of] = build_parser()._subparsers._group_actions
@@ -44,8 +48,20 @@ def check_t5like(words: list[str], whole: bool) -> None:
                 words = [*words, *([action.metavar] * all(word.startswith("-") for word in words[1:]))]
             elif action.required and not given & {*action.option_strings}:
                 words = [*words, f"{action.option_strings[0]}={SAMPLES[action.dest]}"]
-    options, overrides = parse(words)
-    check_config(getattr(options, "config", None), overrides)
+    parsed, overrides = parse(words)
+    check_config(getattr(parsed, "config", None), overrides)
+
+
+def check_launch(words: list[str], whole: bool) -> None:
+    """The parser of t5like launch accepts the words, and that of t5like the command of the job."""
+    if whole or len(words) > 1:
+        if not whole and words[0] in record.BACKENDS and "--" not in words:
+            words = [*words, "--", "train", "--config=tiny", "--workdir=RUN"]
+        request = options.parse_arguments(words)
+        if request.job is not None:
+            check_t5like([word for word in request.job.command if "/NAME" not in word], True)
+    else:
+        assert not words or words[0] in ("BACKEND", *record.BACKENDS, "status", "logs", "cancel"), words
 
 
 def check_config(name: str | None, overrides: list[tuple[str, str]]) -> None:
@@ -150,6 +166,7 @@ def extras() -> set[str]:
 
 CHECKS: dict[str, Callable[[list[str], bool], None]] = {
     "t5like": check_t5like,
+    "launch": check_launch,
     "make": check_make,
     "pip": check_pip,
     "pytest": lambda words, whole: check_pytest([word for word in words if not word.startswith("--")]),
@@ -252,7 +269,9 @@ def test_commands_are_found_in_every_type_of_document():
 
 def test_every_flag_and_field_in_a_document_exists():
     [subparsers] = build_parser()._subparsers._group_actions
-    flags = {flag for sub in subparsers.choices.values() for action in sub._actions for flag in action.option_strings}
+    [backends] = options.build_parser()._subparsers._group_actions
+    parsers = [*subparsers.choices.values(), *backends.choices.values()]
+    flags = {flag for sub in parsers for action in sub._actions for flag in action.option_strings}
     folders = (ROOT / "benchmarks", ROOT / "tests/golden")
     scripts = "".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
     fields, wrong = loader._types(Config), []
@@ -264,7 +283,7 @@ def test_every_flag_and_field_in_a_document_exists():
             if name.startswith("--config."):
                 if value and "section.field" not in name.lower():
                     loader.override(default().to_dict(), name.removeprefix("--config."), value)
-            elif name.startswith("--") and name not in flags and f'"{name}"' not in scripts:
+            elif name.startswith("--") and name != "--" and name not in flags and f'"{name}"' not in scripts:
                 wrong += [f"{mention.where}: {word}"] * (not name.startswith(NOT_FLAGS))
         for name in re.split(r"=\S*\s?", mention.text) if ".md:" in mention.where else ():
             section, *names = name.split(".")
@@ -282,7 +301,7 @@ def is_field(section: type, names: list[str]) -> bool:
 
 
 def test_every_extra_that_a_message_names_exists():
-    named = {extra for path in documents.PYTHON if path.is_relative_to(ROOT / "t5like")
+    named = {extra for path in documents.PYTHON if documents.name_of(path).startswith(("t5like/", "launch/"))
              for extra in re.findall(r"t5like\[(\w+)\]", path.read_text("utf-8"))}  # fmt: skip
     assert named and named <= extras()
 
@@ -291,6 +310,7 @@ def test_every_file_that_a_document_names_exists(trained):
     made = {path.name for path in trained.iterdir()} | {"predictions", "evaluations", "init_from.txt", "profile"}
     made |= {"bad_steps", "step.json", "text.jsonl", "rows.npz"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
+    theirs |= {"WORKDIR", "launch.toml", "launch.json", "logs"}
     no_files = {"train", "eval", "baseline", "encoder"}  # names of metrics and parameters begin so
     wrong = []
     for path in MARKDOWN:
