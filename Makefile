@@ -4,11 +4,12 @@
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
 # make check   set up, then lint, and check the format
+# make lock    set up, then renew the locked requirements of the container images (needs Python 3.11 on Linux x86_64)
 # make clean   remove the environment and all caches; runs/ stays
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test parity golden check clean
+.PHONY: help train test parity golden check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,6 +37,9 @@ golden: $(LIBTPU)/installed
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)
 	@$(BIN)/ruff format --check .
+
+lock: $(INSTALLED)
+	@$(BIN)/python launch/container/lock.py
 
 clean:
 	@rm -rf $(VENV) $(LIBTPU) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache

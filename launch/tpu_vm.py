@@ -7,6 +7,7 @@ the job. The run itself is a session of its own on the workers: it continues if 
 connection is lost, and ``bash SCRIPT attach`` supervises it again.
 """
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from launch import programs
 from launch.accelerators import accelerator_type
@@ -140,7 +142,9 @@ def submit(job: JobSpec, text: str) -> Submission:
     script.write_text(text, encoding="utf-8")
     script.chmod(0o700)
     process = programs.start(["bash", str(script)], log=log, needed_for=NEEDED_FOR)
-    (directory / f"{job.name}.pid").write_text(f"{process.pid} {socket.gethostname()}\n", encoding="utf-8")
+    details = {"project": job.project, "node": nodes(job)[0]}
+    supervised = {"pid": process.pid, "host": socket.gethostname(), "zone": job.zone, "details": details}
+    (directory / f"{job.name}.json").write_text(json.dumps(supervised), encoding="utf-8")
     try:
         while process.poll() is None and ACCEPTED not in _lines(log):
             time.sleep(0.05)
@@ -156,7 +160,7 @@ def submit(job: JobSpec, text: str) -> Submission:
         "cancel": f"kill {process.pid}",
         "attach": f"bash {script} attach",
     }
-    return Submission(f"{job.zone}/{job.name}", lines, str(log), {"project": job.project, "node": nodes(job)[0]})
+    return Submission(f"{job.zone}/{job.name}", lines, str(log), details)
 
 
 def _lines(log: Path) -> str:
@@ -172,32 +176,44 @@ def _refusal(printed: str) -> str:
 
 def supervisor(name: str) -> int | None:
     """Return the process of this machine that supervises a job; None if there is none."""
+    submitted = submission(name)
+    if submitted.get("host") != socket.gethostname():
+        return None
+    pid = submitted["pid"]
     try:
-        pid, host = (state_directory() / f"{name}.pid").read_text(encoding="utf-8").split()
-        command = Path(f"/proc/{pid}/cmdline")
-        if host != socket.gethostname() or (command.exists() and f"/{name}.sh".encode() not in command.read_bytes()):
-            return None
-        os.kill(int(pid), 0)
-        return int(pid)
-    except (OSError, ValueError):
+        os.kill(pid, 0)
+        command = Path(f"/proc/{pid}/cmdline")  # another process may have the number now
+        return None if command.exists() and f"/{name}.sh".encode() not in command.read_bytes() else pid
+    except OSError:
         return None
 
 
-def found(record: Record) -> tuple[str, list[str]]:
-    """Return the name of a record's job, and the flags that say where its TPU VMs are.
+def submission(name: str) -> dict[str, Any]:
+    """Return what `submit` wrote about a job that this machine submitted last under this name; empty without one."""
+    try:
+        return json.loads((state_directory() / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def found(record: Record) -> tuple[str, list[str], str]:
+    """Return the name of a record's job, the flags that say where its TPU VMs are, and the name of its first slice.
 
     Raises:
         ConfigError: its id is not ``ZONE/NAME``.
     """
     check_name("tpu_vm:ID", record.id, pattern=f"{NAME}/{NAME}", example="tpu_vm:us-west4-a/mine")
     zone, _, name = record.id.partition("/")
-    project = record.details.get("project")
-    return name, [f"--zone={zone}", *([f"--project={project}"] if project else []), "--quiet"]
+    submitted = submission(name)
+    details = record.details or (submitted["details"] if submitted.get("zone") == zone else {})
+    project = details.get("project")
+    place = [f"--zone={zone}", *([f"--project={project}"] if project else []), "--quiet"]
+    return name, place, details.get("node", name)
 
 
 def status(record: Record) -> str:
     """Return the state of the request, and the last line of the supervising process."""
-    name, place = found(record)
+    name, place, _ = found(record)
     describe = ["gcloud", "compute", "tpus", "queued-resources", "describe", name, *place]
     reply = programs.run([*describe, "--format=value(state.state)"], needed_for=NEEDED_FOR)
     if reply.code == 0:
@@ -219,10 +235,9 @@ def logs(record: Record, *, follow: bool) -> int:
     Returns:
         With `follow`, the exit code of the job if it is supervised here.
     """
-    name, place = found(record)
+    name, place, node = found(record)
     log = state_directory() / f"{name}.log"
     if not log.exists():
-        node = record.details.get("node", name)
         command = f"tail -n +1 {'-F ' if follow else ''}t5like/{name}/log"
         ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *place, "--worker=0", f"--command={command}"]
         return programs.follow(ssh, needed_for=NEEDED_FOR)
@@ -247,7 +262,7 @@ def cancel(record: Record) -> None:
     Raises:
         ConfigError: they could not be deleted.
     """
-    name, place = found(record)
+    name, place, _ = found(record)
     if (pid := supervisor(name)) is not None:
         os.kill(pid, signal.SIGTERM)
         while supervisor(name) is not None:

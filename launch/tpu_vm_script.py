@@ -171,10 +171,11 @@ def moves(job: JobSpec) -> bool:
 
 
 def bucket_lines(bucket: str, path: str, *, read_only: bool) -> list[str]:
-    """Return the lines that mount a bucket with gcsfuse, for every user, so that a container sees it."""
+    """Return the lines that mount a bucket with gcsfuse; every user may write there, also that of a container."""
     place = shlex.quote(path)
-    options = f"--implicit-dirs --rename-dir-limit={RENAME_LIMIT} -o allow_other" + " -o ro" * read_only
-    mount = f'sudo gcsfuse {options} --uid="$(id -u)" --gid="$(id -g)" {shlex.quote(bucket)} {place}'
+    options = f"--implicit-dirs --rename-dir-limit={RENAME_LIMIT} --file-mode=666 --dir-mode=777 -o allow_other"
+    options += " -o ro" * read_only
+    mount = f"sudo gcsfuse {options} {shlex.quote(bucket)} {place}"
     return [
         f"mountpoint -q {place} || {{ sudo mkdir -p {place} && {mount}; }} ||",
         f"    fail 4 {shlex.quote(f'gs://{bucket} could not be mounted with gcsfuse')}",

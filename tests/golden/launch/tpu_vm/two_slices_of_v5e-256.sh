@@ -46,7 +46,7 @@ environment() {
 }
 prepare() {
     sudo apt-get install -y python3.11-venv
-    mountpoint -q /mnt/runs || { sudo mkdir -p /mnt/runs && sudo gcsfuse --implicit-dirs --rename-dir-limit=1000000 -o allow_other --uid="$(id -u)" --gid="$(id -g)" my-bucket /mnt/runs; } ||
+    mountpoint -q /mnt/runs || { sudo mkdir -p /mnt/runs && sudo gcsfuse --implicit-dirs --rename-dir-limit=1000000 --file-mode=666 --dir-mode=777 -o allow_other my-bucket /mnt/runs; } ||
         fail 4 'gs://my-bucket could not be mounted with gcsfuse'
     if [ ! -f installed ]; then
         python3.11 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
