@@ -183,7 +183,7 @@ def train(
 
     def compare(done: int) -> None:
         with throughput.pause(), watchdog("comparing replicas", done):
-            compare_replicas(state, done)
+            compare_replicas(state, done, checkpoints.wait)
 
     def save(done: int) -> None:
         with throughput.pause(), watchdog("saving a checkpoint", done, times=2):

@@ -8,6 +8,7 @@ compared: those replicated over the data axis, and those too small to be sharded
 
 import functools
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,17 @@ from t5like.sharding import placement
 from t5like.types import TrainState
 
 
-def compare_replicas(state: TrainState, step: int) -> None:
+def compare_replicas(state: TrainState, step: int, before_end: Callable[[], None]) -> None:
     """Compare all replicas of a state. All processes call it, and all raise the same error.
+
+    `before_end` is called before the error is raised, to complete the checkpoint that is being saved.
 
     Raises:
         ProcessLost: a replica differs; names its process and device.
     """
     differ = differing_devices(state)
     if differ:
+        before_end()
         devices = [f"process {device.process_index}, {device}: {names}" for device, names in differ.items()]
         raise ProcessLost(
             f"replicas differ after step {step:,}: {shorten(devices, separator='; ')}; nothing is saved; start again "

@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like import tree
+from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.errors import ProcessLost
+from t5like.optim import step
 from t5like.train.replicas import compare_replicas, differing_devices
 from t5like.types import TrainState
 
@@ -42,7 +44,7 @@ def mesh():
 
 def test_equal_replicas_are_equal(mesh):
     assert differing_devices(state_on(mesh)) == {}
-    compare_replicas(state_on(mesh), 5)
+    compare_replicas(state_on(mesh), 5, lambda: pytest.fail("the replicas are equal"))
 
 
 @pytest.mark.parametrize("name, element, bit", [("params/kernel", 3, 0), ("params/scale", 11, 15), ("step", 0, 7)])
@@ -52,7 +54,7 @@ def test_a_flipped_bit_of_one_replica_is_found_and_its_device_named(mesh, name, 
     state = tree.map_named(damage, state_on(mesh))
     assert differing_devices(state) == {device: name}
     with pytest.raises(ProcessLost, match=f"after step 5: process 0, {device}: {name}; nothing is saved") as error:
-        compare_replicas(state, 5)
+        compare_replicas(state, 5, lambda: None)
     assert error.value.exit_code == 76
 
 
@@ -67,3 +69,28 @@ def test_a_leaf_that_no_other_device_holds_can_not_be_compared(mesh):
     state = state_on(mesh)
     state = state._replace(opt_state={"whole": flipped(state.opt_state["whole"], mesh.devices[0, 0])})
     assert differing_devices(state) == {}
+
+
+def test_a_run_ends_within_the_configured_number_of_steps_and_saves_nothing_after_the_flip(
+    command, flags, tmp_path, monkeypatch
+):
+    compile_train_step = step.compile_train_step
+
+    def with_a_flip(*arguments):
+        program = compile_train_step(*arguments)
+
+        def run(state, batch):
+            state, metrics = program(state, batch)
+            if int(state.step) == 3:
+                damage = lambda name, leaf: flipped(leaf, jax.devices()[5]) if name == "params/head" else leaf
+                state = tree.map_named(damage, state)
+            return state, metrics
+
+        return run
+
+    monkeypatch.setattr(step, "compile_train_step", with_a_flip)
+    values = {"num_steps": 8, "compare_replicas_every": 2, "checkpoint_every": 2, "eval_batches": 1}
+    settings = [f"--config.train.{name}={value}" for name, value in values.items()]
+    code, _, err = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
+    assert code == 76 and f"replicas differ after step 4: process 0, {jax.devices()[5]}: params/head; nothing" in err
+    assert Checkpoints(tmp_path / "run" / "checkpoints", keep=9).steps() == [2]
