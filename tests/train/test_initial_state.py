@@ -5,11 +5,13 @@ import shutil
 import jax
 import numpy as np
 from conftest import random_batch, small, write_text
+from small_states import REST, assert_bitwise, new_state, on_mesh
 
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
-from t5like.optim import train_state
+from t5like.optim import bad_steps, train_state
 from t5like.sharding import mesh as meshes
+from t5like.train.initial_state import restore_state
 
 
 def test_only_missing_parameters_are_random_with_the_values_of_a_random_state():
@@ -51,3 +53,19 @@ def test_a_run_is_not_continued_on_other_data_unless_they_are_allowed(command, f
     assert code == 0 and f"change     data: text:{tmp_path}/own.txt: 200 documents" in out
     history = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).meta().history
     assert history.data[f"text:{tmp_path}/own.txt"].startswith("201 documents")
+
+
+def test_the_window_of_the_spike_check_is_restored_begins_again_or_is_dropped(tmp_path):
+    without = new_state(1)
+    window = jax.device_put(np.full((2, bad_steps.WINDOW), 1.5, np.float32), without.step.sharding)
+    saved = {}
+    for name, state in (("without", without), ("with", without._replace(recent=window))):
+        saved[name] = Checkpoints(tmp_path / name, keep=1)
+        saved[name].save(state, **REST)
+        saved[name].wait()
+    abstract = on_mesh(without._replace(recent=window), data=1)
+    assert np.array_equal(restore_state(saved["with"], abstract, 1).recent, window)
+    assert restore_state(saved["with"], abstract._replace(recent=None), 1).recent is None
+    again = restore_state(saved["without"], abstract, 1)
+    assert np.isnan(again.recent).all() and again.recent.shape == (2, bad_steps.WINDOW)
+    assert_bitwise(again._replace(recent=None), without)
