@@ -24,6 +24,7 @@ from launch.record import Record, Submission
 from launch.tpu_vm_script import END_OF_WORKER, is_wheel, location, nodes, supervisor_script
 from t5like.errors import ConfigError, printable, shown
 from t5like.io.paths import expand
+from t5like.io.strict_json import loads
 
 NEEDED_FOR = "TPU VMs"
 SAID = "t5like launch: "  # begins the lines of the supervising script
@@ -191,7 +192,7 @@ def supervisor(name: str) -> int | None:
 def submission(name: str) -> dict[str, Any]:
     """Return what `submit` wrote about a job that this machine submitted last under this name; empty without one."""
     try:
-        return json.loads((state_directory() / f"{name}.json").read_text(encoding="utf-8"))
+        return loads((state_directory() / f"{name}.json").read_bytes())
     except (OSError, ValueError):
         return {}
 
