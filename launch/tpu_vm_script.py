@@ -148,6 +148,7 @@ def preparation(job: JobSpec) -> list[str]:
             login = f"sudo gcloud auth configure-docker {shlex.quote(host)} --quiet"
             lines.append(f"{login} || fail 2 'docker has no login to {host}'")
         lines.append(f"sudo docker pull --quiet {shlex.quote(job.image)} || fail 2 'the image can not be pulled'")
+        lines.append('sudo docker rm --force "$name" >/dev/null 2>&1  # of a start that was killed')
     elif job.install:
         requirement = f"./{job.install.rsplit('/', 1)[-1]}[tpu]" if is_wheel(job.install) else job.install
         python = shlex.quote(job.python)

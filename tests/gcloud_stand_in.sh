@@ -1,9 +1,9 @@
 #!/bin/bash
 # Stands in for `gcloud` on PATH: records its arguments, and plays TPU VMs whose workers are folders of this machine.
 #
-# The folder $STAND_IN has: calls (the arguments of each call, NUL after each and \1 after the last), state (of the request), create (an error
-# that refuses it), states (what the next requests become, one a line; default ACTIVE), secrets/NAME, workers (of a
-# slice; default 1), vm/NODE/WORKER (the home of a worker).
+# The folder $STAND_IN has: calls (the arguments of each call, NUL after each and \1 after the last), state (of the
+# request), create (an error that refuses it), states (what the next requests become, one a line; default ACTIVE),
+# secrets/NAME, workers (of a slice; default 1), firewall (no worker can be reached), vm/NODE/WORKER (the home of a worker).
 cd "$STAND_IN" || exit 9
 { printf '%s\0' "$@"; printf '\1'; } >>calls
 words=()
@@ -45,6 +45,7 @@ case "${words[2]} ${words[3]}" in
 'tpu-vm describe') echo READY ;;
 *)
     [ "$(cat state)" = ACTIVE ] || fail 'the TPU VM is PREEMPTED'
+    [ -f firewall ] && fail 'Connection timed out'
     if [ "${words[3]}" = scp ]; then
         node=${words[5]%%:*}
         for home in $(homes "$node" all); do cp "${words[4]}" "$home/${words[5]#*:}"; done

@@ -158,6 +158,13 @@ def test_a_request_that_fails_later_prints_its_reason_and_is_deleted(cloud):
     assert not (cloud / "state").exists()
 
 
+def test_machines_that_can_never_be_reached_end_the_job_and_are_deleted(cloud):
+    (cloud / "firewall").touch()
+    code, output = ended(start(cloud, local_job(cloud)))
+    assert code == 2 and "there is no connection to mine: ERROR: (gcloud.compute.tpus) Connection timed out" in output
+    assert len(calls(cloud, "create")) == 1 and not (cloud / "state").exists()
+
+
 def test_a_missing_gcloud_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="gcloud is needed for TPU VMs and is not on PATH"):

@@ -165,7 +165,7 @@ most_stalled=10  # restarts in sequence without a newer checkpoint
 lost=250 preempted=251 deleted=252
 scratch=$(mktemp -d) || exit 2
 exec </dev/null
-mine=no running=no hurry='' known_state=''
+mine=no running=no connected=no hurry='' known_state=''
 
 say() { echo "t5like launch: $*"; }
 message() { grep -m 1 ERROR "$scratch/error" || tail -n 1 "$scratch/error"; }  # of gcloud, one line
@@ -268,7 +268,17 @@ obtain() {  # machines that are ready; creates them again until they are, or end
         if [ "$new" = yes ]; then create || exit 2; fi
         wait_until_active
         case $? in
-        0) if upload; then return; fi ;;
+        0)
+            if upload; then
+                connected=yes
+                return
+            fi
+            look_at_machines
+            if [ "$state" = ACTIVE ] && [ "$connected" = no ]; then
+                say "there is no connection to $name: $(grep ERROR "$scratch/ssh" | tail -n 1)"
+                exit 2
+            fi
+            ;;
         "$deleted") say "$name was deleted by another command"; mine=no; exit 143 ;;
         2) if [ "$restarts" = 0 ]; then exit 2; else exit 75; fi ;;
         esac

@@ -54,6 +54,7 @@ prepare() {
         fail 4 'gs://my-bucket could not be mounted with gcsfuse'
     sudo gcloud auth configure-docker registry.example --quiet || fail 2 'docker has no login to registry.example'
     sudo docker pull --quiet registry.example/my-project/images/t5like:1.0 || fail 2 'the image can not be pulled'
+    sudo docker rm --force "$name" >/dev/null 2>&1  # of a start that was killed
 }
 select_run() {
     case "$1" in
@@ -174,7 +175,7 @@ most_stalled=10  # restarts in sequence without a newer checkpoint
 lost=250 preempted=251 deleted=252
 scratch=$(mktemp -d) || exit 2
 exec </dev/null
-mine=no running=no hurry='' known_state=''
+mine=no running=no connected=no hurry='' known_state=''
 
 say() { echo "t5like launch: $*"; }
 message() { grep -m 1 ERROR "$scratch/error" || tail -n 1 "$scratch/error"; }  # of gcloud, one line
@@ -277,7 +278,17 @@ obtain() {  # machines that are ready; creates them again until they are, or end
         if [ "$new" = yes ]; then create || exit 2; fi
         wait_until_active
         case $? in
-        0) if upload; then return; fi ;;
+        0)
+            if upload; then
+                connected=yes
+                return
+            fi
+            look_at_machines
+            if [ "$state" = ACTIVE ] && [ "$connected" = no ]; then
+                say "there is no connection to $name: $(grep ERROR "$scratch/ssh" | tail -n 1)"
+                exit 2
+            fi
+            ;;
         "$deleted") say "$name was deleted by another command"; mine=no; exit 143 ;;
         2) if [ "$restarts" = 0 ]; then exit 2; else exit 75; fi ;;
         esac
