@@ -192,18 +192,18 @@ def ending(codes: Sequence[int | None]) -> Ending:
     """Return how a run ended whose processes had these exit codes; None: it was still running and was killed.
 
     An error that would come again is the reason if there is one: the other processes may have ended with 76 after it.
-    Then a process that was killed, then one that lost another, then preemption.
+    Then a process that was killed by others, one that lost another, one that had to be killed, and preemption.
     """
     ranked = {}
     for process, code in enumerate(codes):
         if code is None:
-            ranked.setdefault(2, Ending(76, "did not end in time and was killed", process))
+            ranked.setdefault(3, Ending(76, "did not end in time and was killed", process))
         elif code < 0:
             ranked.setdefault(1, Ending(76, f"was ended by {signal_name(-code)}", process))
         elif code and code not in RESTART_CODES:
             ranked.setdefault(0, Ending(code, f"ended with exit code {code}", process))
         elif code == 76:
-            ranked.setdefault(3, Ending(76, "lost another process", process))
+            ranked.setdefault(2, Ending(76, "lost another process", process))
         elif code == 75:
             ranked.setdefault(4, Ending(75, "was preempted and has saved", process))
     return ranked[min(ranked)] if ranked else Ending(0)
