@@ -42,7 +42,7 @@ case "$plan" in
 wait)
     trap 'mkdir -p "$checkpoints/7"; exit 75' TERM
     touch "$STAND_IN/waiting"
-    while [ ! -f "$STAND_IN/go" ]; do sleep 0.05; done
+    for ((tick = 0; tick < 1200; tick++)); do [ -f "$STAND_IN/go" ] && exit; sleep 0.05; done
     ;;
 preempted) echo SUSPENDED >"$STAND_IN/state"; exit 143 ;;
 saved) mkdir "$checkpoints/$(($(ls "$checkpoints" | wc -l) + 1))"; exit 75 ;;

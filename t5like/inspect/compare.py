@@ -111,15 +111,15 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 def summary(run: Run) -> dict[str, Any]:
     """Return the final and best metrics of a run; None for what it has not measured.
 
-    ``train_loss`` is the last one, ``eval_loss`` the last and ``best_eval_loss`` the lowest held-out loss after step 0,
-    in nats per target token; ``bits_per_byte`` is of the best one; ``tokens_per_second`` is the median.
+    ``train_loss`` is the last one, ``eval_loss`` the last and ``best_eval_loss`` the lowest held-out loss, in nats per
+    target token; ``bits_per_byte`` is of the best one; ``tokens_per_second`` is the median.
     """
     series = {
         name: [(record["step"], record[name]) for record in run.records if name in record]
         for name in ("train/loss", "eval/loss", "eval/bits_per_byte", "train/tokens_per_second")
     }
     last = lambda name: series[name][-1][1] if series[name] else None
-    heldout = [(value, step) for step, value in series["eval/loss"] if step > 0 and value is not None]
+    heldout = [(value, step) for step, value in series["eval/loss"] if value is not None]
     best = min(heldout, default=(None, None))
     rates = [value for _, value in series["train/tokens_per_second"] if value is not None]
     return {
