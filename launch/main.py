@@ -7,12 +7,13 @@ be submitted; notes go to standard error.
 import sys
 from collections.abc import Sequence
 
-from launch import checks, local, record, tpu_vm
+from launch import checks, local, record, slurm, tpu_vm
 from launch.options import Request, parse_arguments
 from t5like.errors import printable
 
 BACKENDS = {
     "local": local,
+    "slurm": slurm,
     "tpu_vm": tpu_vm,
 }
 
