@@ -1,6 +1,7 @@
 # make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
 # make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
+# make cluster set up, then run the tests of cluster jobs and of the container's installation (tests/cluster)
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
 # make check   set up, then lint, and check the format
@@ -9,7 +10,7 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test parity golden check lock clean
+.PHONY: help train test parity cluster golden check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +31,9 @@ test: $(INSTALLED)
 
 parity: $(PEERS)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
+
+cluster: $(INSTALLED)
+	@$(BIN)/python -m pytest -q tests/cluster $(ARGS)
 
 golden: $(LIBTPU)/installed
 	@PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
