@@ -43,7 +43,11 @@ from t5like.sharding import mesh as meshes
 
 KEPT = "hf"  # the folder of a run directory with the files that an import keeps
 RECORD = "import.json"  # the `ImportRecord`, in the same folder
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # files that are kept, except indices of weights
+SIDE_FILES = (  # files of transformers that are kept for a later export
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    *tokenizer_files.SENTENCEPIECE_FILES,
+)  # fmt: skip
 MAX_SIDE_FILE = 64 * 2**20  # bytes
 
 
@@ -160,10 +164,20 @@ def _read_params(
     record: tensor_check.ImportRecord,
     tensors: Mapping[str, safetensors_files.Tensor],
 ) -> dict[str, jax.Array]:
-    """The parameters of an entry of the weight map, in float32, read layer by layer."""
+    """The parameters of an entry of the weight map, in float32, read layer by layer.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
     arrays = [np.empty(abstract[name].shape, np.float32) for name in entry.params]
     for hf_name, y in entry.names():
-        tensor = safetensors_files.read(tensors[record.names[hf_name][0]])
+        stored = tensors[record.names[hf_name][0]]
+        tensor = safetensors_files.read(stored)
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{stored.path}: {stored.name} has values that are not finite (NaN or infinity); download it again, or "
+                "use an earlier checkpoint of that model"
+            )
         for array, part in zip(arrays, weight_maps.from_huggingface(entry, tensor), strict=True):
             array[... if y is None else y] = part
     return {
@@ -174,10 +188,7 @@ def _read_params(
 def _keep_files(source: Path, target: Path, record: tensor_check.ImportRecord) -> None:
     """Copy the small files for a later export. References to code (auto_map) are removed: t5like never runs it."""
     target.mkdir()
-    for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):
-        small = path.is_file() and path.stat().st_size <= MAX_SIDE_FILE
-        if not small or path.name.endswith(".index.json") or path.name == RECORD:
-            continue
+    for path in _side_files(source):
         content = path.read_bytes()
         if b'"auto_map"' in content and path.suffix == ".json":
             values = safetensors_files.read_json(path)
@@ -185,6 +196,25 @@ def _keep_files(source: Path, target: Path, record: tensor_check.ImportRecord) -
             content = json.dumps(values, indent=2).encode()
         (target / path.name).write_bytes(content)
     (target / RECORD).write_text(json.dumps(record._asdict(), indent=1), encoding="utf-8")
+
+
+def _side_files(directory: Path) -> list[Path]:
+    """The side files of a directory. A link to a file elsewhere is refused: it might name any file of the user.
+
+    In the cache of Hugging Face (``snapshots/REVISION``), every file is a link to ``../../blobs``.
+
+    Raises:
+        CheckpointError: a side file is a link that leaves the directory.
+    """
+    blobs = [directory.absolute().parents[1] / "blobs"] if directory.absolute().parent.name == "snapshots" else []
+    allowed = [path.resolve() for path in (directory, *blobs)]
+    paths = [path for name in SIDE_FILES if (path := directory / name).is_file()]
+    for path in paths:
+        if path.resolve().parent not in allowed:
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, outside of its directory; replace it by a copy of that file"
+            )
+    return [path for path in paths if path.stat().st_size <= MAX_SIDE_FILE]
 
 
 # ---- Export ----
@@ -332,8 +362,8 @@ def _write_other_files(export: Export, directory: Path, workdir: Path) -> str | 
     loaded, config = export.loaded, export.loaded.config
     kept, differs = workdir / KEPT, None
     if export.record:
-        for path in kept.iterdir():
-            if path.name not in (RECORD, "config.json"):
+        for path in _side_files(kept):
+            if path.name != "config.json":
                 shutil.copyfile(path, directory / path.name)
     else:
         longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
