@@ -152,6 +152,16 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             ("service_account", "service account of the pods, or e-mail of that of the TPU VMs", "trainer"),
             ("priority", "priority class", "high"),
         )
+    )
+    + (
+        Option(
+            "node_selector",
+            "label that the nodes must have",
+            "nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3",
+            ("kubernetes",),
+            kind="label",
+            field="node_selector",
+        ),
     ),
     "TPU VMs": tuple(
         Option(flag, text, example, ("tpu_vm",))

@@ -60,6 +60,14 @@ def variable(flag: str, text: str, environment: Mapping[str, str] = os.environ) 
     return name, check_text(f"--{flag}={name}", value)
 
 
+def label(flag: str, text: str) -> tuple[str, str]:
+    """Return name and value of ``NAME=VALUE``."""
+    name, equals, value = check_text(f"--{flag}", text).partition("=")
+    if not equals:
+        raise ConfigError(f"--{flag}={shown(text)[1:-1]} must be NAME=VALUE; use --{flag}={name}=VALUE")
+    return name, value
+
+
 def secret(flag: str, text: str) -> Secret:
     """Return the secret of ``NAME`` or ``NAME=REFERENCE``; the value is never read here."""
     name, _, reference = text.partition("=")

@@ -94,6 +94,7 @@ class JobSpec:
         runs: the runs of a sweep; empty: the command itself.
         account, partition, qos, reservation, constraint, gres: of Slurm; `gres` replaces the GPUs per host.
         queue, namespace, service_account, priority: of Kubernetes; `queue` is Kueue's.
+        node_selector: labels that nodes must have (Kubernetes), such as those of a GPU model.
         project, zone, runtime_version, network: of TPU VMs.
         spot: use machines that may be taken away (TPU VMs, Kubernetes).
         reserved: use the reservation of the project (TPU VMs).
@@ -135,6 +136,7 @@ class JobSpec:
     namespace: str = ""
     service_account: str = ""
     priority: str = ""
+    node_selector: tuple[tuple[str, str], ...] = ()
     project: str = ""
     zone: str = ""
     runtime_version: str = ""

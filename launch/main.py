@@ -7,13 +7,14 @@ be submitted; notes go to standard error.
 import sys
 from collections.abc import Sequence
 
-from launch import checks, local, record, slurm, tpu_vm
+from launch import checks, kubernetes, local, record, slurm, tpu_vm
 from launch.options import Request, parse_arguments
 from t5like.errors import printable
 
 BACKENDS = {
     "local": local,
     "slurm": slurm,
+    "kubernetes": kubernetes,
     "tpu_vm": tpu_vm,
 }
 

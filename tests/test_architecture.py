@@ -91,6 +91,7 @@ IMPORTED_AS = {
     "tensorflow-datasets": "tensorflow_datasets",
     "tensorboardX": "tensorboardX",
     "ml_collections": "ml_collections",
+    "PyYAML": "yaml",
 }
 
 
@@ -215,6 +216,7 @@ def requirements() -> list[str]:
 def test_every_dependency_is_imported_somewhere():
     texts = [Path(path).read_text("utf-8") for path in (ROOT / "t5like").rglob("*.py")]
     texts += [Path(path).read_text("utf-8") for path in (ROOT / "configs").rglob("*.py")]
+    texts += [Path(path).read_text("utf-8") for path in (ROOT / "launch").rglob("*.py")]
     unused = []
     for package in requirements():
         module = IMPORTED_AS.get(package, package.replace("-", "_"))
