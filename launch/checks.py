@@ -179,6 +179,8 @@ def check_workdir_is_shared(job: JobSpec, backend: str) -> None:
     mounts = [mount.path for mount in job.mounts]
     if any(Path(job.workdir).is_relative_to(path) for path in mounts):
         return
+    if not Path(*Path(job.workdir).parts[:2]).exists():  # mounted on the cluster's machines only
+        return
     where = next((f"below {path}" for path in OWN_PATHS if Path(job.workdir).is_relative_to(path)), "")
     kind = file_system(job.workdir)
     if where or kind in OWN_TYPES:

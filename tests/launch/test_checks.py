@@ -125,6 +125,7 @@ def test_a_run_directory_of_one_machine_is_refused_for_slurm_jobs_of_several(job
     ):
         checks.check_workdir_is_shared(fine, "slurm")
     checks.check_workdir_is_shared(JobSpec("a", (), "/tmp/a", nodes=2), "local")
+    checks.check_workdir_is_shared(JobSpec("a", (), "/not-mounted-here/a", nodes=2), "slurm")
 
 
 MOUNTS = """\
