@@ -25,6 +25,8 @@ MUTABLE_FIELDS = (
     "train.keep_bad_steps",
     "train.profile_step",
     "train.process_timeout_seconds",
+    "train.heartbeat_timeout_seconds",
+    "train.preemption_grace_seconds",
     "train.max_skipped_updates",
     "train.max_rewinds",
     "train.compare_replicas_every",

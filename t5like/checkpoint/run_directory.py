@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes, shared_file_systems
-from t5like.distributed.watchdog import watchdog
+from t5like.distributed.watchdog import end, watchdog
 from t5like.errors import CheckpointError, ConfigError, DataError, shorten
 from t5like.io.atomic import replace_file
 from t5like.optim import train_state
@@ -222,7 +223,7 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allo
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock(workdir)
+        lock(workdir, on_taken=partial(end, CheckpointError.exit_code))
         for name, content in (
             ("config.json", loader.to_json(config).encode()),
             ("tokenizer.model", tokenizer.model_bytes),

@@ -50,7 +50,8 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
     from t5like.train.loop import train
 
     workdir, allowed = expand(options.workdir).absolute(), allowed_changes.parse(options.allow_change)
-    with process_group(options.process, config, {**versions(), "--workdir": str(workdir)}, debug=options.debug):
+    facts = {**versions(), "--workdir": str(workdir)}
+    with process_group(options.process, config, facts, debug=options.debug, training=True):
         train(config, workdir, allowed=allowed)
 
 

@@ -289,16 +289,18 @@ class TrainConfig:
     on_spike: Literal["skip", "keep"] = "skip"  # whether the update of a spike is skipped or made
     # An update that is not finite is skipped. After this number of such steps or spikes in a row the run rewinds.
     max_skipped_updates: Positive = 3
-    # Rewinds of a run: it continues from the checkpoint before the bad steps and passes over the batches that led to
-    # them. The run ends (5) when there is no such checkpoint, or after this number of rewinds.
+    # rewinds to a checkpoint before bad steps, which pass over the batches that led to them, before the run ends (5)
     max_rewinds: NotNegative = 3
     # bad steps whose rows, texts and gradient norms are kept in RUN/bad_steps; 0: none
     keep_bad_steps: Annotated[int, Range(0, 10_000)] = 10
-    # steps between comparisons of replicated parameters and optimizer states on different devices; the run ends (76)
-    # if a replica differs; 0: none
+    # steps between comparisons of the replicated state on different devices; the run ends (76) if one differs; 0: none
     compare_replicas_every: NotNegative = 0
-    # with several processes: maximum time to wait for another process before the run ends (76)
+    # seconds without progress before the run ends (76); compiling and tokenizing make progress while they compute
     process_timeout_seconds: Annotated[int, Range(1, 604_800)] = 600
+    # seconds without a heartbeat before a process is lost (76): it is stopped, or its host failed
+    heartbeat_timeout_seconds: Annotated[int, Range(2, 604_800)] = 120
+    # seconds after a signal before a run that can't save its state, as it compiles or waits for data, ends (75) without
+    preemption_grace_seconds: Annotated[int, Range(1, 604_800)] = 25
     profile_step: NotNegative = 0  # first of 3 steps to profile; 0: no profile
     # XLA options of the train step as NAME=VALUE, added to those of sharding/xla_options.py; none: without the latter
     compiler_options: tuple[str, ...] = ()
@@ -335,8 +337,7 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    # metrics of the predictions for held-out supervised examples, see `evaluation.text_metrics`; empty: held-out loss
-    # only
+    # metrics of predictions for held-out supervised examples (`evaluation.text_metrics`); empty: held-out loss only
     metrics: tuple[Metric, ...] = ()
     # ISO 639-1 code that decides the word segmentation of predictions; auto: by script; see `evaluation.segmentation`
     language: str = "auto"

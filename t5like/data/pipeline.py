@@ -32,6 +32,7 @@ from t5like.data.store.token_store import Stream, TokenStore
 from t5like.data.supervised.examples import Examples
 from t5like.data.supervised.packing import ExampleRows, blank_rows
 from t5like.data.tokenizers.vocabulary import Vocabulary
+from t5like.distributed.preemption import wait_for_data
 from t5like.errors import DataError
 from t5like.types import Batch
 
@@ -349,9 +350,9 @@ def prefetch(batches: Batches, start: int, stop: int, rows: np.ndarray | None = 
         for step in range(start, stop):
             pending.append(executor.submit(batches.at, step, rows))
             if len(pending) > batches.config.data.prefetch:
-                yield pending.popleft().result()
+                yield wait_for_data(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield wait_for_data(pending.popleft())
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""The life of a process as one of several: rendezvous, JAX's coordination service, and a common end.
+"""The life of a process: the watchdog, signals, and, as one of several, rendezvous, JAX's service, and a common end.
 
 `process_group` surrounds a command in each process. Called by `cli.commands`.
 """
@@ -11,16 +11,24 @@ import jax
 
 from t5like.config import loader
 from t5like.config.schema import Config
+from t5like.distributed import preemption
+from t5like.distributed.activity import activity
 from t5like.distributed.launchers import ProcessInfo
-from t5like.distributed.processes import END_KEY, Process, assert_equal, barrier, current, set_current
-from t5like.distributed.rendezvous import rendezvous
-from t5like.distributed.watchdog import exit_on_abort, fail, start_watching, watchdog
+from t5like.distributed.liveness import Liveness
+from t5like.distributed.processes import Process, assert_equal, barrier, current, set_current
+from t5like.distributed.rendezvous import Group, rendezvous
+from t5like.distributed.watchdog import end_by_other, exit_on_abort, fail, watchdog, watching
 from t5like.errors import ConfigError, Preempted
 
 
 @contextlib.contextmanager
 def process_group(
-    info: ProcessInfo | None, config: Config, facts: Mapping[str, str], *, debug: bool = False
+    info: ProcessInfo | None,
+    config: Config,
+    facts: Mapping[str, str],
+    *,
+    debug: bool = False,
+    training: bool = False,
 ) -> Iterator[None]:
     """Run the block as one of the run's processes. An error in it ends all of them, this one by `os._exit`.
 
@@ -29,52 +37,49 @@ def process_group(
         config: of the run; it must be equal in all processes.
         facts: other values by name that must be equal, such as versions.
         debug: print the traceback of an error.
+        training: the same command continues the run: a signal of a scheduler ends it with exit code 75 in any phase.
 
     Raises:
         UserError: before the group is complete; and `Preempted`, which all processes raise at the same step.
     """
-    if info is None:
-        yield
-        return
-    try:
-        _start(info, config, facts)
-        yield
-        barrier("the end")
-    except Preempted:
-        barrier("the end")
-        _leave()
-        raise
-    except BaseException as error:
-        if current() is None:
+    preemption.reset()
+    with watching(config.train), preemption.receive_signals() if training else contextlib.nullcontext():
+        if info is None:
+            yield
+            return
+        try:
+            _start(info, config, facts)
+            yield
+            barrier("the end")
+        except Preempted:
+            barrier("the end")
+            _leave()
             raise
-        fail(error, debug=debug)
-    _leave()
+        except BaseException as error:
+            if current() is None:
+                raise
+            fail(error, debug=debug)
+        _leave()
 
 
 def _start(info: ProcessInfo, config: Config, facts: Mapping[str, str]) -> None:
     """Wait for the other processes, start JAX's coordination service, and compare the devices."""
-    seconds = config.train.process_timeout_seconds
-    address = rendezvous(info, {**facts, "config": loader.to_json(config)}, seconds=seconds)
-    host, _, port = info.coordinator.rpartition(":")
-    bind_address = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-    os.environ.setdefault("no_grpc_proxy", host)  # a web proxy does not lead to hosts of the same network
-    jax.config.update("jax_check_proxy_envs", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    exit_on_abort()
-    jax.distributed.initialize(
-        info.coordinator if info.process else bind_address,
-        info.num_processes,
+    seconds, heartbeat = config.train.process_timeout_seconds, config.train.heartbeat_timeout_seconds
+    activity.enter("waiting for the other processes to start", times=2)  # it has a time limit of its own
+    group = rendezvous(info, {**facts, "config": loader.to_json(config)}, seconds=seconds)
+    activity.enter("starting JAX's coordination service", mode="computing")
+    _start_service(info, group, seconds, heartbeat)
+    liveness = Liveness(
         info.process,
-        local_device_ids=info.local_devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=max(int(seconds), 60),
-        heartbeat_timeout_seconds=int(min(max(seconds / 2, 10), 60)),
-        shutdown_timeout_seconds=60,
-        coordinator_bind_address=bind_address,
+        group.connections,
+        group.hosts,
+        heartbeat,
+        on_end=end_by_other,
+        vote=preemption.stop.vote,
+        on_agreed=preemption.stop.agree,
     )
-    set_current(Process(info, seconds))
-    start_watching()
-    with watchdog("starting the devices"):
+    set_current(Process(info, liveness))
+    with watchdog("starting the devices", mode="computing"):
         count, kind = jax.local_device_count(), jax.local_devices()[0].device_kind
     if jax.process_count() != info.num_processes:
         raise ConfigError(
@@ -84,11 +89,36 @@ def _start(info: ProcessInfo, config: Config, facts: Mapping[str, str]) -> None:
     assert_equal("devices", f"{count} x {kind}", "give each process as many")
 
 
+def _start_service(info: ProcessInfo, group: Group, seconds: float, heartbeat: float) -> None:
+    """Start JAX's coordination service, which its collective operations need.
+
+    Its own heartbeat and its handler of SIGTERM are not used: they would end a process without naming another one.
+    """
+    host, _, port = info.coordinator.rpartition(":")
+    bind_address = f"[{group.address}]:{port}" if ":" in group.address else f"{group.address}:{port}"
+    os.environ.setdefault("no_grpc_proxy", host)  # a web proxy does not lead to hosts of the same network
+    jax.config.update("jax_check_proxy_envs", False)
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    exit_on_abort()
+    jax.distributed.initialize(
+        info.coordinator if info.process else bind_address,
+        info.num_processes,
+        info.process,
+        local_device_ids=info.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=max(int(seconds), 60),
+        heartbeat_timeout_seconds=max(2 * int(heartbeat), 60),
+        shutdown_timeout_seconds=60,
+        coordinator_bind_address=bind_address,
+    )
+
+
 def _leave() -> None:
     """End the group when all processes have reached the end."""
     process = current()
-    set_current(None)
-    process.phase = "the end"
-    if process.info.process == 0:
-        process.client.key_value_set(END_KEY, "")
+    activity.enter("the end", mode="computing")
+    process.liveness.leave()
     jax.distributed.shutdown()
+    set_current(None)
+    process.liveness.close()

@@ -8,17 +8,19 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 
-from t5like.distributed.processes import PREPARE_SECONDS, Process, all_gather, barrier, broadcast, current, wait_for_key
-from t5like.distributed.rendezvous import describe_processes
-from t5like.distributed.watchdog import watchdog
-from t5like.errors import ConfigError, ProcessLost
+from t5like.distributed.activity import activity, in_phase
+from t5like.distributed.descriptions import describe_processes
+from t5like.distributed.processes import Process, all_gather, barrier, broadcast, current, wait_for_key
+from t5like.distributed.watchdog import describe
+from t5like.errors import ConfigError
 
+GROWTH_SECONDS = 20.0  # between two looks at the size of a directory
 Value = TypeVar("Value")
 
 
@@ -62,53 +64,64 @@ def check_shared(workdir: Path) -> None:
 def once_per_file_system(name: str, directory: Path, work: Callable[[], Value]) -> Value:
     """Do work whose result is in a directory: in one process of each file system first, then in the others.
 
-    The others wait as long as the directory grows, at most an hour without growth, and print a line every minute.
+    The others wait as long as the first one makes progress, and print a line every minute. Its progress is the use of a
+    processor, or growth of the directory.
     """
     process = current()
     if process is None:
-        return work()
+        with in_phase(name, mode="computing"), _watch_growth(directory):
+            return work()
     with contextlib.suppress(OSError):  # `work` raises the error
         directory.mkdir(parents=True, exist_ok=True)
     leader = min(sharers(name, directory), default=process.info.process)
     key = f"t5like/{name}/{leader}"
-    process.phase = name
     if leader == process.info.process:
-        done = threading.Event()
-        publish = (process, f"{key}/growth", directory, done)
-        threading.Thread(target=_publish_growth, args=publish, daemon=True).start()
-        value = work()
-        done.set()
+        publish = lambda growth: process.client.key_value_set(f"{key}/growth", growth, allow_overwrite=True)
+        with in_phase(name, mode="computing"), _watch_growth(directory, publish):
+            value = work()
         process.client.key_value_set(f"{key}/done", "yes")
     else:
-        _wait_for_leader(process, key, leader)
-        with watchdog(f"the end of {name}"):
+        with in_phase(f"{name}, which process {leader} does", mode="waiting"):
+            _wait_for_leader(process, key, leader)
+        with in_phase(f"the end of {name}", mode="computing"):
             value = work()
-    all_gather(f"the end of {name}", seconds=PREPARE_SECONDS)  # other file systems may take longer
+    barrier(f"the end of {name}")  # other file systems may take longer
     return value
 
 
 def _wait_for_leader(process: Process, key: str, leader: int) -> None:
-    start = printed = grown = time.monotonic()
+    start = printed = time.monotonic()
     growth = ""
     while wait_for_key(process, f"{key}/done", 2) is None:
-        now, before = time.monotonic(), growth
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             growth = process.client.key_value_try_get(f"{key}/growth")
-        grown = now if growth != before else grown
-        if now - grown > PREPARE_SECONDS:
-            raise ProcessLost(f"{process.describe()}, waited {now - grown:.0f} s without progress for process {leader}")
-        if now - printed > 60:
+        if (now := time.monotonic()) - printed > 60:
             printed = now
             print(
-                f"{process.describe()}, has waited for process {leader} for {(now - start) / 60:.0f} min; "
-                f"{growth or 'nothing'} written so far",
+                f"{describe()}, has waited for {(now - start) / 60:.0f} min; {growth or 'nothing'} written so far",
                 file=sys.stderr,
                 flush=True,
             )
 
 
-def _publish_growth(process: Process, key: str, directory: Path, done: threading.Event) -> None:
-    while not done.wait(20):
-        with contextlib.suppress(OSError):
-            size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-            process.client.key_value_set(key, f"{size / 1e6:,.1f} MB in {directory}", allow_overwrite=True)
+@contextlib.contextmanager
+def _watch_growth(directory: Path, publish: Callable[[str], None] = lambda growth: None) -> Iterator[None]:
+    """Note progress whenever a directory grows during the block; `publish` gets its size as text."""
+    done, phase = threading.Event(), activity.phase
+
+    def watch():
+        before = ""
+        while not done.wait(GROWTH_SECONDS):
+            with contextlib.suppress(OSError, jax.errors.JaxRuntimeError):
+                size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+                growth = f"{size / 1e6:,.1f} MB in {directory}"
+                publish(growth)
+                if growth != before and activity.phase == phase:
+                    activity.progress()
+                before = growth
+
+    threading.Thread(target=watch, daemon=True, name="growth").start()
+    try:
+        yield
+    finally:
+        done.set()

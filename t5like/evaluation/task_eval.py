@@ -106,7 +106,7 @@ class TaskEvaluator:
         """
         with (
             jax.set_mesh(self.mesh),
-            watchdog("task evaluation", times=2 + len(self.examples) // SCORING_ROWS),
+            watchdog("task evaluation", times=2 + len(self.examples) // SCORING_ROWS, mode="computing"),
         ):
             predictions, nats_NC = (self._choose if self._choices else self._generate)(params, progress)
         records = [

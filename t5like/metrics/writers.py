@@ -143,6 +143,10 @@ class Writer:
                 str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
             )  # file names have a resolution of a second: a quick restart must not overwrite the last file
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether the file had a value for the resumed step when it was opened; only on the primary process."""
+        return self._file is not None and (step, name) in self._known
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line. Steps must not decrease."""
         if self._file is None:

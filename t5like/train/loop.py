@@ -30,7 +30,7 @@ from t5like.distributed import processes
 from t5like.distributed.preemption import catch_preemption
 from t5like.distributed.shared_file_systems import once_per_file_system, share
 from t5like.distributed.watchdog import watchdog
-from t5like.errors import CheckpointError, Preempted
+from t5like.errors import CheckpointError
 from t5like.evaluation.heldout import Evaluator
 from t5like.evaluation.samples import samples
 from t5like.evaluation.task_eval import TaskEvaluator, write_predictions
@@ -45,6 +45,7 @@ from t5like.metrics.throughput import Throughput
 from t5like.optim import schedules, step, train_state
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
+from t5like.train import evaluation_steps
 from t5like.train.evidence import Evidence
 from t5like.train.expected_loss import summary
 from t5like.train.initial_state import initial_state, restore_state
@@ -136,10 +137,10 @@ def train(
     with compiling_thread() as pool:
         started = time.monotonic()
         compiling = pool.submit(step.compile_train_step, config, batch, abstract)
-        with watchdog("the first state", start, times=3):
+        with watchdog("making the first state and compiling the step", start, times=3, mode="computing"):
             state = initial.make()
-        train_step = compiling.result()
-        processes.barrier("the first step", step=start)  # without a watchdog: compiling may take minutes
+            train_step = compiling.result()
+        processes.barrier("the first step", step=start)
         show(f"start      {initial.source}, compiled in {time.monotonic() - started:.1f} s")
     history = initial.history
     del initial, weights  # their arrays are a part of the state
@@ -161,11 +162,11 @@ def train(
     def evaluate(done: int, *, early: bool = False) -> None:
         with throughput.pause():
             params = state.params if state.ema is None else state.ema
-            values = evaluator(params)
+            values = evaluator(params, lambda batches: stop.point())
             accuracy = 100 * values["eval/accuracy"]
             text = f"step {done:,}: held-out loss {values['eval/loss']:.3f}, {accuracy:.1f} % of tokens right"
             if tasks and not early:
-                scores, records = tasks(params)
+                scores, records = tasks(params, lambda rows: stop.point())
                 values |= scores
                 text += "".join(f", {name.removeprefix('eval/score/')} {value:.1f} %" for name, value in scores.items())
                 if primary:
@@ -179,7 +180,7 @@ def train(
             progress.note(f"step {done:,}: the token store is verified before the first checkpoint is saved")
             with throughput.pause():
                 verification.wait()
-                processes.all_gather("verifying the data", step=done, seconds=processes.PREPARE_SECONDS)
+                processes.barrier("verifying the data", step=done)
 
     def compare(done: int) -> None:
         with throughput.pause(), watchdog("comparing replicas", done):
@@ -204,10 +205,18 @@ def train(
             jax.tree.map(lambda leaf: leaf.delete(), state)  # before its successor is read
             return restore_state(checkpoints, abstract, target)
 
-    def stopped(done: int) -> Preempted:
-        return Preempted(f"stopped by a signal after step {done:,}; saved in {workdir}; the same command continues")
+    def save_last_step() -> int:
+        """Save the state when a signal stops the run before its next step; returns the number of completed steps."""
+        if pending:
+            report(*pending)
+        if done and not bad_steps.too_many:
+            save(done)
+            finish_saving(done)
+        return done
 
-    with catch_preemption() as preempted, progress:
+    done, pending = start, None  # completed steps, and metrics of the last one until the device computes the next one
+    early, compare_every = evaluation_steps.early_evaluations(config.train), config.train.compare_replicas_every
+    with catch_preemption(save_last_step, workdir) as stop, progress:
         if start == 0:
             if primary:
                 baselines = evaluator.baselines() | (tasks.baselines() if tasks else {})
@@ -215,49 +224,44 @@ def train(
                 uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
                 progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
             evaluate(0)
-        early, compare_every = early_evaluations(config), config.train.compare_replicas_every
-        pending = None  # metrics of the previous step, read while the device computes the next one
+        elif evaluation_steps.is_missing(config.train, start, writer):
+            evaluate(start, early=start in early)
         # On a CPU, dispatching the next step early gains nothing, and its buffers would be a second set.
         synchronous = mesh.devices.flat[0].platform == "cpu"
         rows, size = placement.local_rows(mesh, config.data.batch_size), config.data.batch_size
         upcoming = TrainingBatches(batches, start, config.train.num_steps, rows)
         for index, numpy_batch in upcoming:
+            stop.point()
             profiler.before(index + 1)
             state, values = train_step(state, placement.to_global(numpy_batch, mesh, size))
             if pending:
                 report(*pending)
             pending, done = (index + 1, values), index + 1
             verification.check()
-            stop = preempted(done)  # asked once: a signal may arrive between two calls
             at_end = done == config.train.num_steps
             at_evaluation = done % config.train.eval_every == 0 or at_end
-            at_checkpoint = done % config.train.checkpoint_every == 0 or at_end or stop
+            at_checkpoint = done % config.train.checkpoint_every == 0 or at_end
             if (synchronous or at_evaluation or at_checkpoint or done in early) and not bad_steps.too_many:
                 report(*pending)  # before anything is saved: a diverged state must not become the newest checkpoint
                 pending = None
             if bad_steps.too_many:
                 state, pending = rewind(), None
-                if stop:
-                    raise stopped(int(state.step))
+                done = int(state.step)
                 continue
             if compare_every and (done % compare_every == 0 or at_checkpoint):
                 compare(done)
             if at_evaluation or done in early:
                 evaluate(done, early=not at_evaluation)
             if at_checkpoint:
-                if not stop:
-                    verify(done)
+                verify(done)
                 save(done)
-            if stop and not at_end:
-                finish_saving(done)
-                raise stopped(done)
         finish_saving(config.train.num_steps)
     profiler.stop()
     writer.close()
 
     # ---- Summary ----
     params = state.params if state.ema is None else state.ema
-    with watchdog("showing samples", times=2):
+    with watchdog("showing samples", times=2, mode="computing"):
         text = samples(Generator(config, params, tokenizer), heldout, mesh)
     if primary:
         picture = draw_loss_curve(workdir)
@@ -265,12 +269,6 @@ def train(
         for line in f"\n{text}\n{summary(workdir, config, provenance_record['fingerprints'])}".split("\n"):
             show(line)
         show(f"loss curve  {picture}")
-
-
-def early_evaluations(config: Config) -> set[int]:
-    """Steps before `train.eval_every` that are evaluated too, because the loss curve is steep at its beginning."""
-    every, count = config.train.eval_every, config.train.early_evals
-    return {-(-every // 2**halving) for halving in range(1, min(count, every.bit_length()) + 1)} - {every}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The rendezvous of processes, run as threads: complete, one missing, one too many, one with another config."""
 
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -11,9 +12,9 @@ import pytest
 from conftest import small
 
 from t5like.config.loader import to_json
-from t5like.distributed import rendezvous
+from t5like.distributed import authentication, rendezvous, rendezvous_server
 from t5like.distributed.launchers import ProcessInfo
-from t5like.distributed.rendezvous import bind_address
+from t5like.distributed.rendezvous_server import bind_address
 from t5like.errors import ConfigError, ProcessLost
 
 
@@ -24,10 +25,14 @@ def free_port() -> int:
 
 
 def outcomes(starts, facts=lambda process: {}, seconds=20.0):
-    """Run the rendezvous in all processes at once; returns what it returns or raises in each."""
+    """Run the rendezvous in all processes at once; returns the group or the exception of each."""
     with ThreadPoolExecutor(len(starts)) as pool:
         jobs = [pool.submit(rendezvous.rendezvous, start, facts(start.process), seconds=seconds) for start in starts]
-        return [job.exception() or job.result() for job in jobs]
+        results = [job.exception() or job.result() for job in jobs]
+    for result in results:
+        for connection in result.connections.values() if isinstance(result, rendezvous.Group) else ():
+            connection.close()
+    return results
 
 
 def infos(count, *processes, port=None, counts=None):
@@ -37,7 +42,9 @@ def infos(count, *processes, port=None, counts=None):
 
 def test_all_connect_and_process_0_returns_the_address_to_listen_on():
     results = outcomes(infos(4, 3, 1, 0, 2), lambda process: {"versions": "1"})
-    assert results[2] in ("127.0.0.1", "::1") and [*results[:2], results[3]] == ["", "", ""]
+    assert results[2].address in ("127.0.0.1", "::1") and sorted(results[2].connections) == [1, 2, 3]
+    here = socket.gethostname()
+    assert [(group.address, group.hosts) for group in (*results[:2], results[3])] == [("", {0: here})] * 3
 
 
 def test_all_processes_raise_the_same_message_about_another_config():
@@ -66,7 +73,7 @@ def test_a_missing_process_is_named(monkeypatch):
     ],
 )
 def test_different_numbers_of_processes_and_equal_ranks_are_refused(counts, processes, message, monkeypatch):
-    monkeypatch.setattr(rendezvous, "REPORT_SECONDS", 0.5)
+    monkeypatch.setattr(rendezvous_server, "REPORT_SECONDS", 0.5)
     count = 2 if counts else 3
     results = outcomes(infos(count, *processes, counts=counts))
     assert {type(error) for error in results} == {ConfigError}
@@ -85,7 +92,7 @@ def test_unknown_clients_are_ignored_and_a_port_in_use_is_refused():
                 break
             except OSError:
                 pass
-        assert rendezvous.rendezvous(starts[1], {}, seconds=20) == "" and first.result()
+        assert rendezvous.rendezvous(starts[1], {}, seconds=20).hosts and first.result().address
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = ProcessInfo("a test", f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
         with pytest.raises(ConfigError, match="can't listen at .*: Address already in use; use a free port"):
@@ -93,7 +100,7 @@ def test_unknown_clients_are_ignored_and_a_port_in_use_is_refused():
 
 
 def test_a_slow_unknown_client_delays_nobody(monkeypatch):
-    monkeypatch.setattr(rendezvous, "HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(rendezvous_server, "HELLO_SECONDS", 0.3)
     port, done = free_port(), threading.Event()
 
     def drip():
@@ -108,10 +115,146 @@ def test_a_slow_unknown_client_delays_nobody(monkeypatch):
         begun = time.monotonic()
         [alone] = outcomes(infos(2, 0, port=port), seconds=1.0)
         assert isinstance(alone, ProcessLost) and time.monotonic() - begun < 2
-        assert outcomes(infos(2, 0, 1, port=port))[1] == ""
+        assert outcomes(infos(2, 0, 1, port=port))[1].hosts
     finally:
         done.set()
         client.join()
+
+
+NESTED = b"[" * 10_000 + b"]" * 10_000
+STRANGERS = {
+    "bytes": bytes(range(256)) * 100 + b"\n",
+    "nested lists": NESTED + b"\n",
+    "nested lists in a field": b'{"challenge": "a", "text": ' + NESTED + b"}\n",
+    "nested lists in the text": json.dumps({"challenge": "a", "text": NESTED.decode(), "proof": ""}).encode() + b"\n",
+    "no fields": b"{}\n",
+    "a list": b"[1]\n",
+    "a number for the text": b'{"challenge": "a", "text": 1}\n',
+    **{
+        f"{value!r} as {name}": json.dumps(
+            {
+                "challenge": "a",
+                "text": json.dumps(
+                    {"process": 1, "num_processes": 2, "host": "h", "launcher": "l", "facts": {"config": "x"}}
+                    | {name: value}
+                ),
+            }
+        ).encode()
+        + b"\n"
+        for name, value in [
+            ("process", "1"),
+            ("process", True),
+            ("process", None),
+            ("num_processes", [2]),
+            ("host", 1),
+            ("facts", []),
+            ("facts", {"config": 1}),
+            ("facts", {}),
+        ]
+    },
+    "a line without an end": b"x" * 2**23,
+}
+
+
+def test_nothing_that_a_stranger_sends_ends_or_delays_the_rendezvous():
+    starts = infos(2, 0, 1)
+    port = int(starts[0].coordinator.rpartition(":")[2])
+    facts = {"config": to_json(small())}
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as clients:
+        first = pool.submit(rendezvous.rendezvous, starts[0], facts, seconds=20)
+        for name, data in STRANGERS.items():
+            while not first.done():
+                with contextlib.suppress(ConnectionRefusedError):
+                    client = clients.enter_context(socket.create_connection(("localhost", port), timeout=5))
+                    break
+            with contextlib.suppress(ConnectionError):  # it may be closed before all is sent
+                client.sendall(data)
+            assert not first.done(), (name, first.result())
+        silent = [clients.enter_context(socket.create_connection(("localhost", port), timeout=5)) for _ in range(50)]
+        begun = time.monotonic()
+        group = rendezvous.rendezvous(starts[1], facts, seconds=20)
+        assert time.monotonic() - begun < 1 and first.result().connections.keys() == {1} and silent
+        for each in (group, first.result()):
+            each.connections.popitem()[1].close()
+
+
+def test_processes_with_the_same_secret_connect_and_never_send_it(monkeypatch, capsys):
+    sent = []
+    send = rendezvous.Connection.send
+    monkeypatch.setattr(rendezvous.Connection, "send", lambda self, **m: (sent.append(m), send(self, **m))[1])
+    monkeypatch.setenv(authentication.VARIABLE, "correct horse")
+    assert {type(result) for result in outcomes(infos(3, 0, 1, 2))} == {rendezvous.Group}
+    assert len(sent) >= 6 and "correct horse" not in json.dumps(sent) and capsys.readouterr().err == ""
+    proofs = [message["proof"] for message in sent if "proof" in message]
+    assert len({*proofs}) == len(proofs) == 4 and all(len(proof) == 64 for proof in proofs)
+    monkeypatch.delenv(authentication.VARIABLE)
+    outcomes(infos(3, 0, 1, 2))
+    assert capsys.readouterr().err == (
+        "t5like: T5LIKE_RENDEZVOUS_SECRET is not set: the processes of this run do not authenticate each other\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "secrets, message",
+    [
+        (("a", "b"), "process 1 on .* has another T5LIKE_RENDEZVOUS_SECRET than process 0 at "),
+        (("a", ""), "process 0 at .* has T5LIKE_RENDEZVOUS_SECRET, and process 1 on .* has none; give"),
+        (("", "b"), "process 1 on .* has T5LIKE_RENDEZVOUS_SECRET, and process 0 at .* has none; give"),
+    ],
+)
+def test_a_process_with_another_secret_is_refused_and_the_others_go_on(secrets, message, monkeypatch, capsys):
+    asked = {"MainThread": secrets[1]}  # process 0 runs in another thread
+    monkeypatch.setattr(
+        rendezvous, "shared_secret", lambda: asked.get(threading.current_thread().name, secrets[0]).encode()
+    )
+    monkeypatch.setattr(rendezvous_server, "shared_secret", lambda: secrets[0].encode())
+    starts = infos(2, 0, 1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(rendezvous.rendezvous, starts[0], {}, seconds=20)
+        with pytest.raises(ConfigError, match=message):
+            rendezvous.rendezvous(starts[1], {}, seconds=20)
+        assert not first.done()
+        asked["MainThread"] = secrets[0]  # it is started again
+        for group in (rendezvous.rendezvous(starts[1], {}, seconds=20), first.result()):
+            group.connections.popitem()[1].close()
+    if secrets[0] and secrets[1]:
+        assert "has another T5LIKE_RENDEZVOUS_SECRET; it was refused" in capsys.readouterr().err
+
+
+def test_a_proof_is_valid_for_its_own_connection_side_and_text_only():
+    proof = authentication.prove(b"secret", "process 0", ("a", "b"), "text")
+    valid = lambda *changed: authentication.is_proof(proof, *changed)
+    assert valid(b"secret", "process 0", ("a", "b"), "text")
+    assert not any(
+        (
+            valid(b"other", "process 0", ("a", "b"), "text"),
+            valid(b"secret", "another process", ("a", "b"), "text"),
+            valid(b"secret", "process 0", ("c", "b"), "text"),
+            valid(b"secret", "process 0", ("ab", ""), "text"),
+            valid(b"secret", "process 0", ("a", "b"), "text "),
+            authentication.is_proof(None, b"secret", "process 0", ("a", "b"), "text"),
+        )
+    )
+
+
+def test_a_process_that_ends_while_it_waits_can_be_started_again():
+    starts = infos(3, 0, 1, 2)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(rendezvous.rendezvous, starts[0], {}, seconds=20)
+        killed = None
+        while killed is None:
+            with contextlib.suppress(OSError):
+                killed = socket.create_connection(("localhost", starts[0].coordinator.rpartition(":")[2]), timeout=5)
+        hello = {**starts[1]._asdict(), "host": "h", "facts": {}}
+        killed.sendall(json.dumps({"challenge": "", "text": json.dumps(hello), "proof": ""}).encode() + b"\n")
+        time.sleep(0.2)
+        killed.close()
+        second = pool.submit(rendezvous.rendezvous, starts[2], {}, seconds=20)
+        groups = rendezvous.rendezvous(starts[1], {}, seconds=20), second.result(), first.result()
+        assert groups[2].hosts[1] == socket.gethostname()
+        for group in groups:
+            for connection in group.connections.values():
+                connection.close()
 
 
 def test_the_coordinator_never_listens_on_all_interfaces(monkeypatch):
