@@ -55,10 +55,27 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, truncated, changed or can't be read; an earlier checkpoint may be good."""
+
+
 class Diverged(UserError):
     """The loss or the gradient stopped being finite; starting again would repeat it."""
 
     exit_code = 5
+
+
+class StateNotFinite(Diverged):
+    """A state with NaN or infinity was to be saved; nothing was written.
+
+    Attributes:
+        step: of the state.
+        names: its leaves that are not finite.
+    """
+
+    def __init__(self, message: str, step: int, names: list[str]):
+        super().__init__(message)
+        self.step, self.names = step, names
 
 
 class Preempted(UserError):

@@ -41,15 +41,25 @@ def check_t5like(words: list[str], whole: bool) -> None:
         return
     words = [word for word in words if word != "--config.SECTION.FIELD=VALUE"]
     if not whole:
-        [commands_of] = build_parser()._subparsers._group_actions
-        given = {word.partition("=")[0] for word in words}
-        for action in commands_of.choices[words[0]]._actions if words[0] in commands_of.choices else []:
-            if action.required and not action.option_strings:
-                words = [*words, *([action.metavar] * all(word.startswith("-") for word in words[1:]))]
-            elif action.required and not given & {*action.option_strings}:
-                words = [*words, f"{action.option_strings[0]}={SAMPLES[action.dest]}"]
+        words = with_required(build_parser(), words)
     parsed, overrides = parse(words)
     check_config(getattr(parsed, "config", None), overrides)
+
+
+def with_required(parser, words: list[str]) -> list[str]:
+    """A sentence's command with the flags that it leaves out; without a subject, with the first one."""
+    given = {word.partition("=")[0] for word in words}
+    for action in parser._actions:
+        if not action.required or given & {*action.option_strings}:
+            continue
+        if action.option_strings:
+            words = [*words, f"{action.option_strings[0]}={SAMPLES[action.dest]}"]
+        elif not action.choices:  # values without a flag
+            words = [*words, *([action.metavar] * all(word.startswith("-") for word in words))]
+        else:  # a command, or the subject of one
+            name, *rest = words or [next(iter(action.choices))]
+            words = [name, *(with_required(action.choices[name], rest) if name in action.choices else rest)]
+    return words
 
 
 def check_launch(words: list[str], whole: bool) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from t5like.checkpoint.checkpoints import COMMITTED, Checkpoints
+from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.step_directories import COMMITTED
 from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parent.parent

@@ -22,6 +22,7 @@ MUTABLE_FIELDS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.on_failed_save",
     "train.keep_bad_steps",
     "train.profile_step",
     "train.process_timeout_seconds",

@@ -4,74 +4,78 @@
                         <step>/state/              Orbax arrays, under the names that `tree.flatten` gives the leaves
                                meta/metadata       JSON: step, run, config, tokenizer, every leaf's shape, dtype, digest
                                commit_success.txt  written last: without it the checkpoint is incomplete
+                        <step>.damaged-<time>/     a damaged checkpoint that was set aside
 
-Called by the training loop (save, restore), and by evaluate, generate and export (restore_params, meta), which decide
-when to save and what to do after a failure. Orbax 0.12 writes and reads the bytes. This module adds:
+Called by the training loop (save, restore), and by evaluate, generate and export (restore_params, meta). `recovery`
+chooses the checkpoint when the newest is damaged. Orbax 0.12 writes and reads the bytes. This module adds:
 
 * Orbax recognizes a checkpoint by its directory's name, and its manager caches the list of steps. Here checkpoints are
   written in its commit-file mode, and the list is always read from the disk.
 * Orbax restores flipped bits, casts to the requested dtype, and merges colliding names, all silently. Here names,
   shapes and dtypes are compared before reading, and a digest of every leaf after it.
-* After a failed save, Orbax leaves files that make the next save fail. Here each save has its own writer, and the files
-  of a failed one are removed.
+* A new checkpoint is read again, compared with these digests and flushed to the disk before it is committed, and only
+  then an older one is deleted. A state with NaN or infinity is not saved.
+* After a failed save, Orbax leaves files that make the next save fail. Here each save has its own writer, the files of
+  a failed one are removed, and it is tried again.
 * Orbax reads a checkpoint from any path. Here the metadata contain the step and the run, which must be those of the
   directory.
 """
 
-import contextlib
-import re
+import os
 import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from t5like import tree
-from t5like.checkpoint import metadata
-from t5like.checkpoint.digests import Leaf, describe
+from t5like.checkpoint import metadata, step_directories
+from t5like.checkpoint.agreement import same_failure
+from t5like.checkpoint.digests import describe, examine
 from t5like.checkpoint.metadata import History, Meta
-from t5like.checkpoint.orbax_adapter import checkpoint_errors, make_writer, silence_logs
+from t5like.checkpoint.orbax_adapter import checkpoint_errors, silence_logs
+from t5like.checkpoint.saving import NUM_DATA_FILES, SaveFailed, Saving, num_bytes
+from t5like.checkpoint.state_leaves import differences, leaves_of
+from t5like.checkpoint.verification import damaged_leaves
 from t5like.config.schema import Config
-from t5like.errors import CheckpointError, shorten
+from t5like.distributed import processes
+from t5like.errors import CheckpointError, DamagedCheckpoint, StateNotFinite, printable, shorten
 from t5like.io.atomic import replace_file
 from t5like.io.paths import literal_path
+from t5like.io.storage import is_transient
 from t5like.io.strict_json import loads
 from t5like.types import Array, TrainState, Tree
 
-COMMITTED = "commit_success.txt"
-REQUIRED_FILES = (
-    "_CHECKPOINT_METADATA",
-    "meta/metadata",
-    "state/_METADATA",
-    "state/manifest.ocdbt",
-)  # in each checkpoint
 RUN_ID = "run_id"  # beside the checkpoints
-# TensorStore keeps compressed data in memory until a file is full (2 GiB by default, which is a second copy of a small
-# model), and compresses a chunk as a whole.
-NUM_DATA_FILES = 16  # a file contains 1/16 of all bytes; as much is read in parallel besides the largest array
-MIN_FILE_BYTES, MAX_FILE_BYTES = 32 * 2**20, 2 * 2**30
-CHUNK_BYTES = 16 * 2**20  # of an array, at most
-STEP = re.compile("0|[1-9][0-9]{0,17}")  # names of directories that may be checkpoints
+# Pauses in seconds before a failed operation is tried again: if the storage does not respond, and if it is full,
+# read-only or not permitted, where one more try follows because the files of the failed save are gone.
+PAUSES, PAUSES_IF_FULL = (0.5, 2.0, 8.0), (0.5,)
+TRAINED = ("params/", "opt_state/", "ema/")  # leaves that must be finite
+Value = TypeVar("Value")
 
 
 class Checkpoints:
     """The checkpoints of one run directory. At most one save is in progress; reading never changes the directory."""
 
-    def __init__(self, directory: Path, *, keep: int, keep_every: int = 0):
+    def __init__(self, directory: Path, *, keep: int, keep_every: int = 0, on_failed_save: str = "stop"):
         """Keep the newest `keep` checkpoints, and permanently those at multiples of `keep_every` steps."""
         silence_logs()
         self.directory = Path(directory).absolute()
-        self._keep, self._keep_every = keep, keep_every
-        self._saving: _Saving | None = None
+        self._keep, self._keep_every, self._continue = keep, keep_every, on_failed_save == "continue"
+        self._saving: Saving | None = None
+        self._workdir: os.stat_result | None = None  # the run directory, when it was first seen
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints on disk, ascending; a save in progress is not complete."""
-        return sorted(step for step, path in self._step_directories() if (path / COMMITTED).exists())
+        with checkpoint_errors(self.directory, "can't be read"):
+            if self._workdir is None and self.directory.parent.exists():
+                self._workdir = self.directory.parent.stat()
+            return _retry(lambda: step_directories.complete_steps(self.directory))
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
@@ -88,52 +92,100 @@ class Checkpoints:
     ) -> None:
         """Start to save, and return when the state's arrays have been copied and may be donated.
 
-        A step that is already complete on disk is not saved again: its state was restored from there. Without `history`
-        it is that of a run that starts.
+        A step that is already complete on disk is not saved again: its state was restored from there. If the previous
+        save has failed, this one is completed before the method returns. Without `history` it is that of a run that
+        starts.
 
         Raises:
-            CheckpointError: the previous save failed (then this one is not started), or this one can't start.
+            StateNotFinite: a parameter or a part of the optimizer state is NaN or infinite.
+            CheckpointError: this save can't start, or the previous one has failed and this one too. With
+                `on_failed_save="continue"` that is reported, and nothing is raised.
         """
-        self.wait()
-        step = int(state.step)
-        if step in self.steps():
-            return
-        leaves = _leaves(state)
-        run, versions = self._make_run_id(), metadata.versions()
-        history = history or metadata.first_history(config)
-        meta = Meta(step, run, config, tokenizer, tokenizer_hash, versions, describe(leaves), history)
-        self._saving = _Saving(step, make_writer(partial(self._check_written, step)), contextlib.ExitStack())
-        with self._remove_on_failure("can't be written"):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            directory = self._saving.resources.enter_context(literal_path(self.directory))
-            self._saving.writer.save(  # plain dicts: on disk no Optax tuple or empty state shapes the tree
-                directory / str(step),
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(
-                        tree.nested(leaves),
-                        tree.nested({name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves}),
-                        ocdbt_target_data_file_size=min(
-                            max(_bytes(leaves) // NUM_DATA_FILES, MIN_FILE_BYTES), MAX_FILE_BYTES
-                        ),
-                    ),
-                    meta=ocp.args.JsonSave(metadata.to_dict(meta)),
-                ),
-                force=True,  # over the files of a killed save
-            )
+        rest = config, tokenizer, tokenizer_hash, history or metadata.first_history(config)
+        try:
+            self._complete()
+            self._begin(state, rest)
+        except SaveFailed as failure:
+            try:
+                self._save_again(state, rest, failure)
+            except SaveFailed as last:
+                if not self._continue or processes.is_multi_process():  # the others may have saved
+                    raise
+                report(f"{last}; training continues, the next checkpoint is tried in any case")
 
     def wait(self) -> None:
         """Wait until the save in progress is complete, then delete the checkpoints that need not be kept.
 
         Raises:
-            CheckpointError: the save failed; its files are removed, the earlier checkpoints are unchanged.
+            CheckpointError: the save failed, also when it was tried again, which needs that the arrays of the state
+                still exist. Its files are removed, the earlier checkpoints are unchanged.
         """
-        if self._saving is None:
+        saving = self._saving
+        try:
+            self._complete()
+        except SaveFailed as failure:
+            self._save_again(saving.state, saving.rest, failure)
+
+    def _save_again(self, state: TrainState, rest: tuple[Config, bytes, str, History], failure: SaveFailed) -> None:
+        """Complete a save after a failure, with a bounded number of tries; raises the last failure.
+
+        With several processes there is no other try: only one of them may have failed.
+        """
+        pauses = PAUSES if is_transient(failure) else PAUSES_IF_FULL
+        for pause in () if processes.is_multi_process() else pauses:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
+                break  # donated to a later step
+            report(f"{failure}; saving again in {pause:g} s")
+            time.sleep(pause)
+            try:
+                self._begin(state, rest)
+                self._complete()
+                return
+            except SaveFailed as again:
+                failure = again
+        raise failure
+
+    def _begin(self, state: TrainState, rest: tuple[Config, bytes, str, History]) -> None:
+        step = int(state.step)
+        if step in self.steps():
             return
-        with self._remove_on_failure("could not be written"):
-            self._saving.writer.close()  # waits
-            self._saving.resources.close()
-        self._saving = None
-        self._prune()
+        leaves = leaves_of(state)
+        described, not_finite = examine(leaves)
+        if bad := [name for name in not_finite if name.startswith(TRAINED)]:
+            newest = self.latest()
+            after = "no checkpoint exists" if newest is None else f"the newest checkpoint is that of step {newest}"
+            raise StateNotFinite(
+                f"the state after step {step} is not finite in {shorten(bad, separator='; ')}; it is not saved, and "
+                f"{after}; lower optimizer.learning_rate or raise optimizer.warmup_steps",
+                step,
+                bad,
+            )
+        self._check_workdir()
+        *saved, history = rest
+        meta = Meta(step, self._make_run_id(), *saved, metadata.versions(), described, history)
+        self._saving = Saving(self.directory, state, leaves, meta)
+
+    def _complete(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            self._check_workdir()
+            saving.complete()
+            self._prune()
+
+    def _check_workdir(self) -> None:
+        """Refuse a run directory that was removed, renamed or replaced: it would be made again, without its files.
+
+        Raises:
+            CheckpointError: it is not the one of the first save.
+        """
+        workdir = self.directory.parent
+        with checkpoint_errors(workdir, "is not there any more", "the run directory was removed or renamed"):
+            if self._workdir is None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            now = _retry(workdir.stat)
+        self._workdir = self._workdir or now
+        if not os.path.samestat(now, self._workdir):
+            raise CheckpointError(f"{workdir} was replaced by another directory while the run wrote to it")
 
     def close(self) -> None:
         """The same as `wait`."""
@@ -143,14 +195,13 @@ class Checkpoints:
         """Read everything but the arrays, by default of the newest checkpoint.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it is damaged or incomplete, or its step or run are not those
-                of the directory.
+            DamagedCheckpoint: it is damaged or incomplete.
+            CheckpointError: there is no such checkpoint, or its step or run are not those of the directory.
         """
         step = self._check_complete(step)
         path = self.directory / str(step)
-        for name in REQUIRED_FILES:
-            if not (path / name).is_file():
-                raise CheckpointError(f"{path} is incomplete: it has no file {name}; {self._advice(step)}")
+        if name := step_directories.missing_file(path):
+            raise DamagedCheckpoint(f"{path} is incomplete: it has no file {name}; {self._advice(step)}")
         meta = self._read_meta(step)
         if meta.step != step:
             raise CheckpointError(
@@ -165,6 +216,14 @@ class Checkpoints:
             )
         return meta
 
+    def verify(self, step: int) -> None:
+        """Read everything in a checkpoint, without devices, and compare it with the digests.
+
+        Raises:
+            CheckpointError: as `meta`; DamagedCheckpoint also if an array is not what was saved.
+        """
+        self._refuse_damaged(step, damaged_leaves(self.directory / str(step), self.meta(step).leaves))
+
     def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
         """Read a state onto the given shardings, whatever mesh it was saved from.
 
@@ -173,7 +232,8 @@ class Checkpoints:
             step: default: the newest; with several processes all must use the same.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it does not fit, it can't be read, or it is damaged.
+            DamagedCheckpoint: it can't be read, or it is damaged; in all processes if it is in one.
+            CheckpointError: there is no such checkpoint, or it does not fit.
         """
         return self._restore(abstract_state, step, prefix="")
 
@@ -190,15 +250,22 @@ class Checkpoints:
         step = self._check_complete(step)
         path = self.directory / str(step)
         wanted = {prefix + name: leaf for name, leaf in tree.flatten(abstract).items()}
-        stored = {
-            name: leaf
-            for name, leaf in self.meta(step).leaves.items()
-            if name.startswith(prefix) and not tree.matches(name.removeprefix(prefix), without)
-        }
-        if unfit := differences(stored, wanted):
-            raise CheckpointError(
-                f"{path} does not fit: {shorten(unfit, separator='; ')}; use the config it was saved with"
-            )
+        with same_failure("reading a checkpoint", step):
+            stored = {
+                name: leaf
+                for name, leaf in self.meta(step).leaves.items()
+                if name.startswith(prefix) and not tree.matches(name.removeprefix(prefix), without)
+            }
+            if unfit := differences(stored, wanted):
+                raise CheckpointError(
+                    f"{path} does not fit: {shorten(unfit, separator='; ')}; use the config it was saved with"
+                )
+            with checkpoint_errors(path / "state", "can't be read", self._advice(step), DamagedCheckpoint):
+                restored = _retry(lambda: self._read(step, wanted, partial=bool(prefix)))
+        self._refuse_damaged(step, [name for name, leaf in describe(restored).items() if leaf != stored[name]])
+        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
+
+    def _read(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool) -> dict[str, Array]:
         assert all(leaf.sharding is not None for leaf in wanted.values()), (
             "without shardings Orbax uses the mesh of the save"
         )
@@ -206,31 +273,32 @@ class Checkpoints:
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
             for name, leaf in wanted.items()
         }
-        largest = max(_bytes({name: leaf}) for name, leaf in wanted.items())
+        largest = max(num_bytes({name: leaf}) for name, leaf in wanted.items())
+        # Without Orbax's Checkpointer, which would wait for all processes, also for one that can't read its part.
         handler = ocp.PyTreeCheckpointHandler(
-            restore_concurrent_gb=(largest + _bytes(wanted) // NUM_DATA_FILES + 2**20) / 10**9
+            restore_concurrent_gb=(largest + num_bytes(wanted) // NUM_DATA_FILES + 2**20) / 10**9
         )
-        request = ocp.args.PyTreeRestore(tree.nested(wanted), tree.nested(arguments), partial_restore=bool(prefix))
-        with (
-            checkpoint_errors(path / "state", "can't be read", self._advice(step)),
-            literal_path(self.directory) as directory,
-            ocp.Checkpointer(handler) as reader,
-        ):
-            restored = traverse_util.flatten_dict(
-                reader.restore(directory / str(step) / "state", args=request), sep="/"
-            )
-        damaged = [name for name, leaf in describe(restored).items() if leaf != stored[name]]
-        if damaged:
-            raise CheckpointError(
-                f"{path} is damaged: what was read is not what was saved in {shorten(damaged, separator='; ')}; "
-                f"{self._advice(step)}"
-            )
-        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
+        request = ocp.args.PyTreeRestore(tree.nested(wanted), tree.nested(arguments), partial_restore=partial)
+        with literal_path(self.directory) as directory:
+            restored = handler.restore(directory / str(step) / "state", args=request)
+        return traverse_util.flatten_dict(restored, sep="/")
 
-    def _step_directories(self) -> list[tuple[int, Path]]:
-        with checkpoint_errors(self.directory, "can't be read"):
-            entries = list(self.directory.iterdir()) if self.directory.exists() else []
-        return [(int(path.name), path) for path in entries if STEP.fullmatch(path.name)]
+    def _refuse_damaged(self, step: int, names: Sequence[str]) -> None:
+        if names:
+            raise DamagedCheckpoint(
+                f"{self.directory / str(step)} is damaged: what was read is not what was saved in "
+                f"{shorten(names, separator='; ')}; {self._advice(step)}"
+            )
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that it is no longer a step, from process 0; return its new path.
+
+        Raises:
+            CheckpointError: it can't be renamed.
+        """
+        path = self.directory / str(step)
+        with checkpoint_errors(path, "is damaged and can't be renamed"):
+            return step_directories.set_aside(path)
 
     def _check_complete(self, step: int | None) -> int:
         steps = self.steps()
@@ -242,12 +310,12 @@ class Checkpoints:
 
     def _read_meta(self, step: int) -> Meta:
         file = self.directory / str(step) / "meta" / "metadata"
-        with checkpoint_errors(file, "can't be read", self._advice(step)):
-            values = loads(file.read_bytes())
+        with checkpoint_errors(file, "can't be read", self._advice(step), DamagedCheckpoint):
+            values = loads(_retry(file.read_bytes))
         try:
             return metadata.from_dict(values)
         except CheckpointError as error:
-            raise CheckpointError(f"{file} can't be used: {error}; {self._advice(step)}") from None
+            raise type(error)(f"{file} can't be used: {error}; {self._advice(step)}") from None
 
     def _advice(self, step: int) -> str:
         """Return the advice how to continue without a checkpoint."""
@@ -275,105 +343,53 @@ class Checkpoints:
                 replace_file(self.directory / RUN_ID, f"{run}\n")
         return run
 
-    @contextlib.contextmanager
-    def _remove_on_failure(self, failure: str) -> Iterator[None]:
-        """Remove the files of a failed save, so that a full disk does not stay full."""
-        saving, path = self._saving, self.directory / str(self._saving.step)
-        try:
-            with checkpoint_errors(path, failure):
-                yield
-        except BaseException:
-            self._saving = None
-            saving.resources.close()
-            with contextlib.suppress(OSError):  # deleting may fail as well; the first error is raised
-                if jax.process_index() == 0 and not (path / COMMITTED).exists():
-                    shutil.rmtree(path)
-            raise
-
-    def _check_written(self, step: int) -> None:
-        """Read back a written checkpoint except the bytes of its arrays. Orbax calls this before it commits.
-
-        Orbax merges the files of all processes into one manifest, and raises no error if there are none.
-
-        Raises:
-            CheckpointError: something is missing or different.
-        """
-        path = self.directory / str(step)
-        if not (path / "state" / "manifest.ocdbt").is_file():
-            raise CheckpointError(f"{path} could not be written: its arrays are missing; use another --workdir")
-        expected = {name: (leaf.shape, leaf.dtype) for name, leaf in self._read_meta(step).leaves.items()}
-        with literal_path(self.directory) as directory:
-            read = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state").tree
-        actual = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in tree.flatten(read).items()}
-        if actual != expected:
-            differ = [name for name in {**expected, **actual} if actual.get(name) != expected.get(name)]
-            raise CheckpointError(
-                f"{path} could not be written: {shorten(differ, separator='; ')} can't be read back; use another disk"
-            )
-
     def _prune(self) -> None:
-        """Delete old checkpoints, and the rest of killed saves and deletions. The commit file is deleted first."""
+        """Delete old checkpoints; a failure is reported, and they are deleted after a later save."""
         if jax.process_index() != 0:
             return
         steps = self.steps()
         kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0)}
-        self._delete(path for step, path in self._step_directories() if step not in kept)
+        self._delete(step for step in steps if step not in kept)
 
     def delete_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, for a run that goes back to `step`; no save is in progress."""
+        """Delete the checkpoints of later steps, for a run that goes back to `step`; no save is in progress.
+
+        Raises:
+            CheckpointError: one can't be deleted: a run that is started again would continue after it.
+        """
         if jax.process_index() == 0:
-            self._delete(path for later, path in self._step_directories() if later > step)
+            self._delete((later for later in self.steps() if later > step), required=True)
 
-    def _delete(self, paths: Iterable[Path]) -> None:
-        for path in paths:
-            with checkpoint_errors(path, "can't be deleted"):
-                (path / COMMITTED).unlink(missing_ok=True)
-                if _is_checkpoint(path):
-                    shutil.rmtree(path)
-
-
-def _bytes(leaves: Mapping[str, Array | jax.ShapeDtypeStruct]) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
-
-
-def differences(stored: Mapping[str, Leaf], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """Return how names, shapes and dtypes of stored leaves differ from the wanted ones; empty if they fit."""
-    names = [f"{name} is missing" for name in wanted if name not in stored]
-    names += [f"{name} is not in this model" for name in stored if name not in wanted]
-    return names + [
-        f"{name} is {stored[name]}, not {leaf.dtype}{list(leaf.shape)}"
-        for name, leaf in wanted.items()
-        if name in stored and (stored[name].shape, stored[name].dtype) != (tuple(leaf.shape), str(leaf.dtype))
-    ]
+    def _delete(self, steps: Iterable[int], *, required: bool = False) -> None:
+        for step in steps:
+            path = self.directory / str(step)
+            if path.is_symlink():
+                continue
+            try:
+                with checkpoint_errors(path, "can't be deleted"):
+                    _retry(lambda path=path: step_directories.delete(path))
+            except CheckpointError as error:
+                if required:
+                    raise
+                report(f"{error}; it is tried again after the next save")
 
 
-def _leaves(state: TrainState) -> dict[str, Array]:
-    """Return leaves by name. Refuse names that may collide on disk: Orbax would keep only one of them, silently."""
-    paths = [[tree.name_of([key]) for key in path] for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    bad = ["/".join(path) for path in paths if not all(part and not set(part) & {"/", "."} for part in path)]
-    if bad:
-        raise CheckpointError(
-            f"the state has leaves whose names may collide on disk: {shorten(bad, separator='; ')}; "
-            "no part of a name may be empty or contain a slash or a dot"
-        )
-    return tree.flatten(state)
+def report(text: str) -> None:
+    """Print a line about a checkpoint on standard error, from process 0."""
+    if processes.is_primary():
+        print(f"t5like: {printable(text, longest=2000)}", file=sys.stderr, flush=True)
 
 
-class _Saving(NamedTuple):
-    """A save in progress; `resources` are released at its end."""
-
-    step: int
-    writer: ocp.AsyncCheckpointer
-    resources: contextlib.ExitStack
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a directory contains files of a checkpoint, or nothing, as after a kill during its creation.
-
-    Other directories are not deleted.
-    """
-    has_files = any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "state", "meta"))
-    return has_files or (path.is_dir() and not any(path.iterdir()))
+def _retry(operation: Callable[[], Value]) -> Value:
+    """Call a function again after a pause if the storage does not respond; the last error is raised."""
+    for pause in PAUSES:
+        try:
+            return operation()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+        time.sleep(pause)
+    return operation()
 
 
 def _list_steps(steps: Iterable[int], but: int | None = None) -> str:

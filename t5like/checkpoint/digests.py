@@ -1,9 +1,10 @@
 """Digests of arrays, stored in a checkpoint's metadata, so that a changed bit is never restored silently.
 
-Called by `checkpoints`, before arrays are written and after they are read.
+Called by `checkpoints`, before arrays are written and after they are read onto devices, and by `verification`, which
+reads them in blocks on the host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ import numpy as np
 
 from t5like.types import Array
 
-PART_BYTES = 8 * 2**20  # of an array whose digest is computed at once
+PART_BYTES = 8 * 2**20  # of an array whose digest is computed at once on a device
+HOST_ELEMENTS = 2**15  # of a block, on the host
+KEYS = (0x9E3779B1, 0x7FEB352D)  # of the two lanes
 
 
 class Leaf(NamedTuple):
@@ -27,32 +30,38 @@ class Leaf(NamedTuple):
 
 
 def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
-    """Return shape, dtype and digest of each array.
+    """Return shape, dtype and digest of each array."""
+    return examine(leaves)[0]
+
+
+def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
+    """Return shape, dtype and digest of each array, and the names of those with NaN or infinity.
 
     On one device the leaves are processed sequentially: on a CPU, one program for all of them needs twice the memory.
     """
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
-        digests = {name: jax.device_get(_digest_in_parts(leaf)) for name, leaf in leaves.items()}
+        sums = {name: jax.device_get(_sum_parts(leaf)) for name, leaf in leaves.items()}
     else:
-        digests = jax.device_get(_digests(dict(leaves)))
-    return {
-        name: Leaf(tuple(leaf.shape), str(leaf.dtype), tuple(int(lane) for lane in digests[name]))
+        sums = jax.device_get(_sums(dict(leaves)))
+    described = {
+        name: Leaf(tuple(leaf.shape), str(leaf.dtype), tuple(int(lane) for lane in sums[name][:2]))
         for name, leaf in leaves.items()
     }
+    return described, [name for name in leaves if sums[name][2]]
 
 
 @jax.jit
-def _digests(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+def _sums(leaves: dict[str, Array]) -> dict[str, tuple[Array, Array, Array]]:
     """One program for all leaves: on many CPU devices, programs that run in parallel can block each other."""
     return {name: digest(leaf) for name, leaf in leaves.items()}
 
 
-def _digest_in_parts(x: Array) -> tuple[Array, Array]:
+def _sum_parts(x: Array) -> tuple[Array, Array, Array]:
     """Like `digest`, in parts of some MB: otherwise a CPU needs twice the memory of the largest leaf in addition."""
     rows = max(PART_BYTES // max(x.nbytes // max(x.shape[0], 1), 1), 1) if x.ndim else 1
     if not x.ndim or x.shape[0] <= rows:
         return digest(x)
-    sums = (0, 0)
+    sums = (0, 0, 0)
     for start in range(0, x.shape[0], rows):
         part = jax.lax.dynamic_slice_in_dim(x, start, min(rows, x.shape[0] - start))
         lanes = jax.device_get(digest(part, np.uint32(start)))  # waits, so that only one part exists at a time
@@ -61,11 +70,12 @@ def _digest_in_parts(x: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def digest(x: Array, first_row: Array | int = 0) -> tuple[Array, Array]:
+def digest(x: Array, first_row: Array | int = 0) -> tuple[Array, Array, Array]:
     """Return two uint32 that depend on the bits and the position of every element, but not on the sharding.
 
     Each lane is the wrapping sum of ``mix(bits ^ key(index))``, where mix is MurmurHash3's 32-bit finalizer. That is a
     bijection, so one changed element always changes the digest. `first_row`: index of x's first row in a larger array.
+    The third number counts the elements that are NaN or infinite.
     """
     bits = (
         x.astype(jnp.uint32)
@@ -85,4 +95,47 @@ def digest(x: Array, first_row: Array | int = 0) -> tuple[Array, Array]:
         mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
         return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
-    return lane(0x9E3779B1), lane(0x7FEB352D)
+    not_finite = jnp.zeros((), jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        not_finite = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
+    return *(lane(key) for key in KEYS), not_finite
+
+
+def digest_block(block: np.ndarray, offset: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
+    """Return what a block of an array adds to its digest, computed on the host.
+
+    Args:
+        block: part of the array.
+        offset: index of the block's first element in each dim of the array.
+        shape: of the array.
+    """
+    width = {"bool": np.uint8, 1: np.uint8, 2: np.uint16}.get(
+        "bool" if block.dtype == bool else block.dtype.itemsize, np.uint32
+    )
+    if block.dtype.itemsize == 8:  # as two words, of which `jax.lax.bitcast_convert_type` makes a last dim
+        block, offset, shape = block[..., None].view(np.uint32), (*offset, 0), (*shape, 2)
+    bits = np.ascontiguousarray(block).view(width)
+    index = np.zeros((1,) * bits.ndim, np.uint32)
+    for dim, size in enumerate(shape):
+        position = np.arange(offset[dim], offset[dim] + bits.shape[dim], dtype=np.uint64).astype(np.uint32)
+        index = index * np.uint32(size % 2**32) + position.reshape([-1 if at == dim else 1 for at in range(bits.ndim)])
+    bits, index = bits.reshape(-1), index.reshape(-1)
+    sums = [0, 0]
+    for start in range(0, bits.size, HOST_ELEMENTS):  # each part fits into a processor's cache
+        part = slice(start, start + HOST_ELEMENTS)
+        for lane, key in enumerate(KEYS):
+            sums[lane] += _sum_mixed(bits[part], index[part], key)
+    return sums[0] % 2**32, sums[1] % 2**32
+
+
+def _sum_mixed(bits: np.ndarray, index: np.ndarray, key: int) -> int:
+    mixed = index * np.uint32(key)
+    mixed += np.uint32(key >> 1)
+    mixed ^= bits
+    shifted = mixed >> np.uint32(16)
+    for shift, factor in ((13, 0x85EBCA6B), (16, 0xC2B2AE35)):
+        mixed ^= shifted
+        mixed *= np.uint32(factor)
+        np.right_shift(mixed, np.uint32(shift), out=shifted)
+    mixed ^= shifted
+    return int(mixed.sum(dtype=np.uint32))

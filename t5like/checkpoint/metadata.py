@@ -23,7 +23,7 @@ from t5like.checkpoint.digests import Leaf
 from t5like.config.loader import from_json, to_json
 from t5like.config.schema import Config
 from t5like.data.row_schedule import RowSchedule, Segment, is_valid
-from t5like.errors import CheckpointError, ConfigError
+from t5like.errors import CheckpointError, ConfigError, DamagedCheckpoint
 
 FORMAT = 2  # of a checkpoint; a later version reads older numbers and refuses newer ones
 RUN = re.compile("[0-9a-f]{32}")  # the id of a run
@@ -92,11 +92,12 @@ def from_dict(values: Any) -> Meta:
     """Check and convert the result of `to_dict`.
 
     Raises:
-        CheckpointError: the format is newer, the checksum does not match, or a field of the body is missing or wrong.
-            The message contains the reason, without the file.
+        DamagedCheckpoint: the checksum does not match, or a field of the body is missing or wrong.
+        CheckpointError: the format is newer, or the config is that of another version. Both messages contain the
+            reason, without the file.
     """
     if not isinstance(values, dict) or type(values.get("format")) is not int:
-        raise CheckpointError("it is not the metadata of a t5like checkpoint")
+        raise DamagedCheckpoint("it is not the metadata of a t5like checkpoint")
     if values["format"] > FORMAT:
         raise CheckpointError(
             f"format={values['format']} is newer than {FORMAT}, which t5like {t5like.__version__} reads; "
@@ -104,9 +105,9 @@ def from_dict(values: Any) -> Meta:
         )
     body = values.get("body")
     if _sha256(body) != values.get("sha256"):
-        raise CheckpointError("its checksum does not match")
+        raise DamagedCheckpoint("its checksum does not match")
     if wrong := _wrong_field(body):
-        raise CheckpointError(f"its checksum matches, but its field {wrong!r} is missing or not valid")
+        raise DamagedCheckpoint(f"its checksum matches, but its field {wrong!r} is missing or not valid")
     try:
         config = from_json(body["config"])
     except ConfigError as error:

@@ -51,17 +51,19 @@ def silence_logs() -> None:
 
 
 @contextlib.contextmanager
-def checkpoint_errors(path: Path, failure: str, remedy: str = "") -> Iterator[None]:
-    """Raise errors of Orbax, TensorStore and the file system as a CheckpointError with a message of one line."""
+def checkpoint_errors(
+    path: Path, failure: str, remedy: str = "", error: type[CheckpointError] = CheckpointError
+) -> Iterator[None]:
+    """Raise errors of Orbax, TensorStore and the file system as `error`, with a message of one line."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:
-        cause = error
+    except Exception as failed:
+        cause = failed
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = " ".join(str(cause).split()) or type(cause).__name__
         if len(text) > 300:  # TensorStore's messages begin with the operation and end with the reason
             text = f"{text[:100]} ... {text[-200:]}"
-        raise CheckpointError(f"{path} {failure}: {text}" + f"; {remedy}" * bool(remedy)) from error
+        raise error(f"{path} {failure}: {text}" + f"; {remedy}" * bool(remedy)) from failed

@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import tempfile
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like import tree
+from t5like.checkpoint import recovery
 from t5like.checkpoint.allowed_changes import CHANGEABLE_FIELDS, forbidden_differences, remedy
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
@@ -31,7 +33,8 @@ from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes, shared_file_systems
 from t5like.distributed.watchdog import end, watchdog
 from t5like.errors import CheckpointError, ConfigError, DataError, shorten
-from t5like.io.atomic import replace_file
+from t5like.io.atomic import remove_stale_temporaries, replace_file
+from t5like.io.storage import sync
 from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -52,20 +55,36 @@ class Run(NamedTuple):
 
 def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
     """Return the checkpoints of a run, which are kept as its config requires."""
-    return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_every=config.train.keep_every)
+    train = config.train
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep=train.keep_checkpoints,
+        keep_every=train.keep_every,
+        on_failed_save=train.on_failed_save,
+    )
 
 
 def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -> Run:
-    """Load a run at a checkpoint (default: the newest), on any devices.
+    """Load a run at a checkpoint (default: the newest that is not damaged), on any devices.
 
     It is loaded on one device, or on all devices of all processes: with the run's own mesh if that fits, otherwise
     sharded by fsdp as far as possible, with the batch size rounded up to a multiple of the devices.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, it is damaged, or all are.
     """
     saved = config_of(workdir)
     checkpoints = checkpoints_of(workdir, saved)
+    read = functools.partial(_load_step, workdir, saved, checkpoints, all_devices)
+    steps = checkpoints.steps()
+    if step is not None or not steps:
+        return read(step)
+    readable = recovery.newest_readable(checkpoints, steps, read)
+    recovery.warn(readable)
+    return readable.value
+
+
+def _load_step(workdir: Path, saved: Config, checkpoints: Checkpoints, all_devices: bool, step: int | None) -> Run:
     meta = checkpoints.meta(step)
     tokenizer = Tokenizer.load(workdir / "tokenizer.model", num_sentinels=meta.config.tokenizer.num_sentinels)
     check_checkpoint(meta, saved, tokenizer, workdir)
@@ -223,7 +242,9 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allo
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        sync(workdir.parent)
         lock(workdir, on_taken=partial(end, CheckpointError.exit_code))
+        remove_stale_temporaries(workdir)
         for name, content in (
             ("config.json", loader.to_json(config).encode()),
             ("tokenizer.model", tokenizer.model_bytes),

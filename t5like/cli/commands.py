@@ -17,6 +17,7 @@ from t5like import __version__
 from t5like.config import loader
 from t5like.errors import CheckpointError, ConfigError, printable
 from t5like.io.paths import expand
+from t5like.io.storage import storage_errors
 
 if TYPE_CHECKING:
     from t5like.config.schema import Config
@@ -51,7 +52,10 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
 
     workdir, allowed = expand(options.workdir).absolute(), allowed_changes.parse(options.allow_change)
     facts = {**versions(), "--workdir": str(workdir)}
-    with process_group(options.process, config, facts, debug=options.debug, training=True):
+    with (
+        process_group(options.process, config, facts, debug=options.debug, training=True),
+        storage_errors(workdir),
+    ):
         train(config, workdir, allowed=allowed)
 
 
@@ -263,6 +267,16 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
         raise errors[0]
 
 
+def inspect_checkpoint(options: argparse.Namespace, _) -> None:
+    """`t5like inspect checkpoint`."""
+    from t5like.inspect.checkpoint import inspect_checkpoints, table
+
+    rows, error = inspect_checkpoints(expand(options.workdir).absolute(), verify=options.verify)
+    print(printable(table(rows), kept="\n"))
+    if error:
+        raise error
+
+
 def compare(options: argparse.Namespace, _) -> None:
     """`t5like compare`."""
     from t5like.inspect import compare
@@ -279,6 +293,7 @@ def compare(options: argparse.Namespace, _) -> None:
 
 IMPORTS = {"hf": import_hf, "t5x": import_t5x}
 EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
+INSPECTIONS = {"checkpoint": inspect_checkpoint}
 COMMANDS = {
     "train": train,
     "configs": configs,
@@ -288,6 +303,7 @@ COMMANDS = {
     "replay": replay,
     "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
     "plan": plan,
+    "inspect": lambda options, overrides: INSPECTIONS[options.subject](options, overrides),
     "compare": compare,
     "export": lambda options, overrides: EXPORTS[options.format](options, overrides),
 }

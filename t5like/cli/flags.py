@@ -1,6 +1,7 @@
 """The commands and their flags, and how a command line is parsed. `cli.main` calls `parse`; `cli.commands` runs it."""
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -100,12 +101,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"t5like {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, text: str) -> Parser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--fake_devices", type=int, metavar="N", help="simulate N CPU devices in this process")
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return sub
-
+    command = functools.partial(_add_command, commands)
     for add_command in (
         _add_train,
         _add_configs,
@@ -116,12 +112,20 @@ def build_parser() -> Parser:
         _add_import,
         _add_export,
         _add_plan,
+        _add_inspect,
         _add_compare,
     ):
         add_command(command)
     text = "Submit a command as a job to Slurm, Kubernetes, TPU VMs or processes of this machine."
     commands.add_parser("launch", help=text, add_help=False)  # parsed by `launch.options`
     return parser
+
+
+def _add_command(commands: "argparse._SubParsersAction[Parser]", name: str, text: str) -> Parser:
+    sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.add_argument("--fake_devices", type=int, metavar="N", help="simulate N CPU devices in this process")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return sub
 
 
 def _add_train(command: Callable[[str, str], Parser]) -> None:
@@ -281,6 +285,14 @@ def _add_plan(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("--price", type=float, metavar="X", help="price of one chip for one hour")
     sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="check that this run directory can be written")
     sub.add_argument("--keep", type=parse_path, metavar="DIR", help="keep the compiled programs there")
+
+
+def _add_inspect(command: Callable[[str, str], Parser]) -> None:
+    parser = command("inspect", "Show what a run consists of.")
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=Parser)
+    sub = _add_command(subjects, "checkpoint", "List a run's checkpoints: steps, sizes, dates, and which are good.")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument("--verify", action="store_true", help="read all arrays and compare them with their digests")
 
 
 def _add_compare(command: Callable[[str, str], Parser]) -> None:

@@ -29,6 +29,7 @@ from t5like.distributed.launchers import ProcessInfo, cloud_tpu, detect_process
 from t5like.errors import CheckpointError, ConfigError, UserError, printable
 from t5like.io import signals, streams
 from t5like.io.paths import cache_directory
+from t5like.io.storage import storage_errors
 
 CONVERSIONS = ("import", "export")  # commands that hold each weight once, and return its memory to the system
 FILE_COMMANDS = (*CONVERSIONS, "train", "prepare", "evaluate")  # commands whose result is files; and generate --output
@@ -84,7 +85,8 @@ def run_command(arguments: Sequence[str]) -> int:
     else:
         keep_freed_memory()
     options.process = process_info(options)
-    COMMANDS[options.command](options, overrides)
+    with storage_errors():
+        COMMANDS[options.command](options, overrides)
     sys.stdout.flush()
     return 0
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from t5like.data.sources.lines import parse_json_line, read_json_lines
 from t5like.errors import CheckpointError, ConfigError, DataError, UserError
@@ -113,12 +113,19 @@ def generate_file(
             print(_json_lines(window), end="", flush=True)
         return
     try:
-        done = _resume(output, rows, {**source, "decoding": dataclasses.asdict(decoding)})
+        done, rest = _resume(output, rows, {**source, "decoding": dataclasses.asdict(decoding)})
         bar, written = Progress(len(rows), step=done, unit="prompt"), done
-        with open(output, "a", encoding="utf-8") as file, bar:
+        with open(output, "ab") as file, bar:
             update = bar.timed()
             for window in _predict_windows(generator, decoding, rows, prompts, done):
-                _write(file, _json_lines(window))
+                text = _json_lines(window).encode()
+                if not text.startswith(rest):
+                    raise DataError(
+                        f"--output={output}:{done + 1} has no end, and is not the beginning of the row that belongs "
+                        "there; remove that line, or use another --output"
+                    )
+                _write(file, text[len(rest) :])
+                rest = b""
                 update(written := written + len(window))
     except OSError as error:
         raise CheckpointError(f"--output={output} can't be written: {error.strerror}; use another --output") from None
@@ -198,11 +205,11 @@ def _settings_of(output: Path) -> Path:
     return output.parent / f"{output.name}.settings.json"
 
 
-def _resume(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> int:
-    """Prepare an output for appending; return the number of its rows.
+def _resume(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> tuple[int, bytes]:
+    """Prepare an output for appending; return the number of its rows, and the beginning of the next one.
 
-    Existing lines do not change. A last line without a newline gets one if it is a complete row. It is removed if it is
-    the beginning of the next row, as a killed command leaves it.
+    Existing bytes do not change. A last line without a newline gets one if it is a complete row. It is returned if it
+    may be the beginning of the next row, as a killed command leaves it.
 
     Raises:
         DataError, ConfigError: see `generate_file`.
@@ -227,15 +234,13 @@ def _resume(output: Path, rows: Sequence[dict[str, Any]], settings: dict[str, An
             f"--output={output} has predictions, but {beside.name} with their settings does not exist; "
             "use another --output"
         )
-    if last and truncated:
-        os.truncate(output, complete)
-    elif last:
+    if last and not truncated:
         with open(output, "ab") as file:
             file.write(b"\n")
         count += 1
     if count == 0:  # replaces the settings of an output that was removed
         replace_file(beside, json.dumps(settings, indent=1) + "\n")
-    return count
+    return count, last if truncated else b""
 
 
 def _is_beginning(line: bytes, row: dict[str, Any]) -> bool:
@@ -278,7 +283,7 @@ def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write(file: TextIO, text: str) -> None:
+def _write(file: BinaryIO, text: bytes) -> None:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())

@@ -284,6 +284,7 @@ class TrainConfig:
     checkpoint_every: Positive = 1_000  # steps between checkpoints
     keep_checkpoints: Positive = 3  # number of latest checkpoints to keep
     keep_every: NotNegative = 0  # also keep the checkpoints at multiples of this step; 0: none
+    on_failed_save: Literal["stop", "continue"] = "stop"  # after a save that failed in spite of retries; stop: exit 4
     # A step is a spike if its loss or gradient norm is more than this times the median of recent steps; 0: no check.
     spike_factor: Annotated[float, Range(0, 1e6)] = 0.0
     on_spike: Literal["skip", "keep"] = "skip"  # whether the update of a spike is skipped or made

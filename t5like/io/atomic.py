@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from t5like.errors import CheckpointError, ConfigError, UserError
 from t5like.io.paths import temporary_beside
+from t5like.io.storage import sync
 
 
 def check_free(path: Path, flag: str) -> None:
@@ -57,7 +58,7 @@ def atomic_write(path: Path, error: type[UserError] | None = None, remedy: str =
     """Yield a temporary file, which is renamed to `path` at the end of the with statement if nothing failed.
 
     Args:
-        path: where the file appears, flushed to the disk.
+        path: where the file appears, flushed to the disk with its directory.
         error: the exception that replaces an OSError; None: the OSError is raised as it is.
         remedy: end of that exception's message.
     """
@@ -68,6 +69,7 @@ def atomic_write(path: Path, error: type[UserError] | None = None, remedy: str =
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)  # the new name must survive a loss of power
     except BaseException as failure:
         temporary.unlink(missing_ok=True)
         if error is None or not isinstance(failure, OSError):

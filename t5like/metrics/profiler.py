@@ -1,8 +1,11 @@
 """Profiler traces of a few training steps."""
 
+import sys
 from pathlib import Path
 
 import jax
+
+from t5like.errors import one_line
 
 
 class Profiler:
@@ -20,7 +23,12 @@ class Profiler:
             self.stop()
 
     def stop(self) -> None:
-        """Stop recording and write the trace."""
-        if self._running:
+        """Stop recording and write the trace; the run continues without it if it can't be written."""
+        if not self._running:
+            return
+        self._running = False
+        try:
             jax.profiler.stop_trace()
-            self._running = False
+        except (OSError, RuntimeError) as error:  # JAX raises the second one for a full disk
+            reason = one_line(error) or type(error).__name__
+            print(f"t5like: WARNING: the profile in {self._directory} can't be written: {reason}", file=sys.stderr)

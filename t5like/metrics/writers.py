@@ -10,12 +10,19 @@ not padding), ``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits
 import contextlib
 import json
 import math
+import os
+import socket
+import struct
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from t5like.errors import CheckpointError, DataError
+from t5like.io.appending import AppendingFile
 from t5like.io.atomic import replace_file
 from t5like.io.strict_json import loads
 from t5like.types import COMPONENT_METRICS, Metrics
@@ -109,11 +116,17 @@ class Writer:
 
     Each line is ``{"step": 20, "train/loss": 4.81}``. A value that is not finite is null there, because JSON has no
     NaN; TensorBoard gets the value itself. On resume both drop all later steps, and a value that the file already has
-    for the resumed step is not written again: each name occurs once per step.
+    for the resumed step is not written again: each name occurs once per step. A run continues without these files as
+    long as they can't be written (`io.appending`).
     """
 
     def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
-        """Open the files of a run that continues after `step` updates; unless primary, nothing is ever written."""
+        """Open the files of a run that continues after `step` updates; unless primary, nothing is ever written.
+
+        Raises:
+            CheckpointError: they can't be created.
+            DataError: see `read`.
+        """
         self._file = self._events = None
         self._workdir = workdir
         if primary:
@@ -127,8 +140,6 @@ class Writer:
 
     def _open(self, step: int) -> None:
         workdir = self._workdir
-        import tensorboardX  # imported here: it takes 0.2 s
-
         kept = [record for record in read(workdir) if record["step"] <= step]
         self._known = {(step, name) for record in kept if record["step"] == step for name in record}
         self._step = step
@@ -136,19 +147,22 @@ class Writer:
         path = workdir / FILE
         with _writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
+            self._identity = workdir.stat()
             if path.exists() and path.read_bytes() != text.encode():
                 replace_file(path, text)
-            self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered
-            self._events = tensorboardX.SummaryWriter(
-                str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}"
-            )  # file names have a resolution of a second: a quick restart must not overwrite the last file
+            self._file = AppendingFile(path, _report)
+            self._events = EventFile(workdir / TENSORBOARD, step)
 
     def has(self, step: int, name: str) -> bool:
         """Whether the file had a value for the resumed step when it was opened; only on the primary process."""
         return self._file is not None and (step, name) in self._known
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line. Steps must not decrease."""
+        """Append one line. Steps must not decrease.
+
+        Raises:
+            CheckpointError: the run directory was removed or renamed.
+        """
         if self._file is None:
             return
         assert step >= self._step, f"step {step} after {self._step}"
@@ -156,16 +170,77 @@ class Writer:
         values = {name: float(value) for name, value in values.items() if (step, name) not in self._known}
         if not values:
             return
+        self._check_workdir()
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._file.append(json.dumps({"step": step, **finite}).encode() + b"\n")
+        self._events.write(step, values)
 
     def close(self) -> None:
         """Close both files."""
         if self._file is not None:
             self._file.close()
             self._events.close()
+
+    def _check_workdir(self) -> None:
+        try:
+            same = os.path.samestat(self._workdir.stat(), self._identity)
+        except FileNotFoundError:
+            same = False
+        except OSError:  # the storage does not respond; `AppendingFile` reports that
+            return
+        if not same:
+            raise CheckpointError(
+                f"{self._workdir} is not there any more: the run directory was removed or renamed while the run wrote "
+                "to it; the same command continues after the last checkpoint if it is put back"
+            )
+
+
+class EventFile:
+    """TensorBoard's events: a new file for each start of the run, in the TFRecord format, written by this thread.
+
+    The writer of tensorboardX has a thread and a queue; when its disk is full the thread ends, and the queue blocks the
+    run. Only its messages are used here.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        """Create a file whose events replace those after `step`.
+
+        Raises:
+            OSError: it can't be created.
+        """
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # imported here: it takes 0.2 s
+
+        directory.mkdir(exist_ok=True)
+        # The time has a resolution of a second: a quick restart must not append to the last file.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{step}"
+        self._file = AppendingFile(directory / name, _report)
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._append(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append an event for each value."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        now = time.time()
+        for name, value in values.items():
+            self._append(Event(wall_time=now, step=step, summary=scalar(name, value)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, event: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        size = struct.pack("<Q", len(data))
+        checksums = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
+        self._file.append(size + next(checksums) + data + next(checksums))
+
+
+def _report(text: str) -> None:
+    print(f"t5like: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

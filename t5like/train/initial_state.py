@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t5like.checkpoint import recovery
 from t5like.checkpoint.allowed_changes import CHANGEABLE_FIELDS, DATA
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.init_from import InitialWeights, load_initial_weights
@@ -18,6 +19,7 @@ from t5like.config.schema import Config
 from t5like.data.store.fingerprints import data_differences
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
+from t5like.distributed.watchdog import watchdog
 from t5like.errors import ConfigError, DataError, shorten
 from t5like.optim import bad_steps, train_state
 from t5like.types import Batch, TrainState
@@ -28,10 +30,8 @@ class InitialState(NamedTuple):
 
     Attributes:
         checkpoint: step of the run directory's own newest checkpoint, or None.
-        step: number of updates that this run has already completed.
-        source: where the state comes from, as the line `start` prints it.
+        step: number of updates that this run has already completed; fewer if that checkpoint turns out to be damaged.
         make: makes the state on the devices; call it once.
-        history: of that state; its rows are those of this run's batch size from `step` on.
         previous_config: resolved config of the newest checkpoint; without one that of this run.
         weights: what was read from `init_from.checkpoint`, or None.
         changes: how config and data differ from those of the checkpoint, as ``field: old -> new``.
@@ -39,12 +39,24 @@ class InitialState(NamedTuple):
 
     checkpoint: int | None
     step: int
-    source: str
-    make: Callable[[], TrainState]
-    history: History
+    make: Callable[[], "FirstState"]
     previous_config: Config
     weights: InitialWeights | None = None
     changes: tuple[str, ...] = ()
+
+
+class FirstState(NamedTuple):
+    """A state on the devices.
+
+    Attributes:
+        state: parameters, optimizer state and step.
+        source: where it comes from, as the line `start` prints it.
+        history: of that state; its rows are those of this run's batch size from its step on.
+    """
+
+    state: TrainState
+    source: str
+    history: History
 
 
 def initial_state(
@@ -76,35 +88,75 @@ def initial_state(
     Raises:
         CheckpointError, ConfigError, DataError: the source does not fit this run, or can't be read.
     """
-    saved, init_from = checkpoints.latest(), config.init_from.checkpoint
-    processes.assert_equal("checkpoint", str(saved), "use a --workdir on a file system that all share")
-    previous, history = config, first_history(config)._replace(data=data)
-    if saved is not None:
-        meta = checkpoints.meta(saved)
-        check_checkpoint(meta, requested, tokenizer, workdir)
-        previous = meta.config
-        history, changes = _continued(meta, config, data, allowed, workdir)
+    init_from, steps = config.init_from.checkpoint, checkpoints.steps()
+    newest = max(steps, default=None)
+    processes.assert_equal("checkpoint", str(newest), "use a --workdir on a file system that all share")
+    recovery.report_incomplete(checkpoints)
     random = partial(train_state.new_state, config, batch, abstract)  # all parameters but those that it is given
+    history = first_history(config)._replace(data=data)
 
     # The first of these that applies:
     # 1. The run's own checkpoint: parameters, optimizer state, moving average and step.
     # 2. Imported weights, which `t5like import` stores as the checkpoint of step 0: parameters only.
     # 3. init_from.checkpoint: parameters of another run; those that it does not have are random.
     # 4. Random parameters.
-    if saved:
-        restore = partial(restore_state, checkpoints, abstract, saved)
-        return InitialState(saved, saved, f"after step {saved:,}", restore, history, previous, changes=changes)
-    if saved == 0:
-        if init_from:
-            text = f"init_from.checkpoint={init_from}, but --workdir={workdir} holds imported weights"
-            raise ConfigError(f"{text}; use another --workdir")
-        params = imported_params(workdir, abstract)
-        return InitialState(saved, 0, "from the import", partial(random, params), history, previous)
+    if steps:
+
+        def check(step: int) -> tuple[Meta, History, tuple[str, ...]]:
+            meta = checkpoints.meta(step)
+            check_checkpoint(meta, requested, tokenizer, workdir)
+            return meta, *_continued(meta, config, data, allowed, workdir)
+
+        def read(step: int) -> TrainState:
+            if step:
+                return restore_state(checkpoints, abstract, step)
+            return random(imported_params(workdir, abstract))
+
+        return _from_checkpoints(config, checkpoints, steps, check, read, workdir)
     if init_from:
         weights = load_initial_weights(config, abstract, tokenizer)
         source = f"from step {weights.step:,} of {init_from}"
-        return InitialState(saved, 0, source, partial(random, weights.params), history, previous, weights)
-    return InitialState(saved, 0, "from random parameters", random, history, previous)
+        return InitialState(None, 0, lambda: FirstState(random(weights.params), source, history), config, weights)
+    return InitialState(None, 0, lambda: FirstState(random(), "from random parameters", history), config)
+
+
+def _from_checkpoints(
+    config: Config,
+    checkpoints: Checkpoints,
+    steps: Sequence[int],
+    check: Callable[[int], tuple[Meta, History, tuple[str, ...]]],
+    read: Callable[[int], TrainState],
+    workdir: Path,
+) -> InitialState:
+    """Choose the newest checkpoint whose metadata are good; if its arrays turn out to be damaged, one before it.
+
+    Args:
+        config: the resolved config.
+        checkpoints: this run's.
+        steps: of the complete checkpoints.
+        check: returns metadata, history and changes of a checkpoint that fits.
+        read: returns its state.
+        workdir: this run's directory.
+    """
+
+    def checked_read(step: int) -> FirstState:
+        _, history, _ = check(step)
+        with watchdog("reading a checkpoint", step, times=3):
+            return FirstState(read(step), f"after step {step:,}" if step else "from the import", history)
+
+    def make() -> FirstState:
+        readable = recovery.newest_readable(checkpoints, steps, checked_read)
+        recovery.set_aside(checkpoints, readable)
+        return readable.value
+
+    readable = recovery.newest_readable(checkpoints, steps, check)
+    if readable.step == 0 and (init_from := config.init_from.checkpoint):
+        text = f"init_from.checkpoint={init_from}, but --workdir={workdir} holds imported weights"
+        raise ConfigError(f"{text}; use another --workdir")
+    if readable.step >= config.train.num_steps:  # otherwise a line is printed when they are set aside
+        recovery.warn(readable)
+    meta, _, changes = readable.value
+    return InitialState(max(steps), readable.step, make, meta.config, changes=changes if readable.step else ())
 
 
 def _continued(

@@ -32,22 +32,17 @@ from t5like.distributed.shared_file_systems import once_per_file_system, share
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError
 from t5like.evaluation.heldout import Evaluator
-from t5like.evaluation.samples import samples
 from t5like.evaluation.task_eval import TaskEvaluator, write_predictions
-from t5like.inference.generate import Generator
-from t5like.io.atomic import replace_file
 from t5like.io.paths import cache_directory
 from t5like.metrics import flops, writers
-from t5like.metrics.loss_curve import draw_loss_curve
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
 from t5like.optim import schedules, step, train_state
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
-from t5like.train import evaluation_steps
+from t5like.train import completion, evaluation_steps
 from t5like.train.evidence import Evidence
-from t5like.train.expected_loss import summary
 from t5like.train.initial_state import initial_state, restore_state
 from t5like.train.replicas import compare_replicas
 from t5like.train.report import StepReporter, describe_devices, print_line
@@ -111,12 +106,16 @@ def train(
     checkpoints = checkpoints_of(workdir, config)
     data = fingerprints.describe(config.data.source, prepared.stores)
     initial = initial_state(requested, config, batch, abstract, tokenizer, checkpoints, workdir, data, allowed)
-    start = initial.step
-    if start >= config.train.num_steps:
-        done = f"{start:,} of {config.train.num_steps:,} steps are done"
-        show(f"complete   {done}; nothing is left to train in {workdir}")
+    start, num_steps = initial.step, config.train.num_steps
+    prints = provenance_record["fingerprints"]
+    summarize = partial(completion.write_summary, config, mesh, tokenizer, heldout, workdir, prints)
+    open_directory = partial(open_run_directory, requested, tokenizer, workdir, allowed)
+    if start >= num_steps and (
+        lines := completion.complete_run(checkpoints, start, num_steps, abstract, workdir, open_directory, summarize)
+    ):
+        for line in lines:
+            show(line)
         return
-    batches.follow(initial.history.rows)
     provenance_record["changes"] = initial.changes
     for line in initial.changes:
         show(f"change     {line} from step {start:,} on")
@@ -124,7 +123,7 @@ def train(
         show(f"schedule   {line}")
 
     # ---- The run directory ----
-    open_run_directory(requested, tokenizer, workdir, allowed)
+    open_directory()
     if checkpoints.latest() != initial.checkpoint:
         raise CheckpointError(f"--workdir={workdir} was changed by another process; start again")
     if weights := initial.weights:
@@ -138,11 +137,12 @@ def train(
         started = time.monotonic()
         compiling = pool.submit(step.compile_train_step, config, batch, abstract)
         with watchdog("making the first state and compiling the step", start, times=3, mode="computing"):
-            state = initial.make()
+            state, source, history = initial.make()
+            batches.follow(history.rows)
+            start = int(state.step)  # fewer than `initial.step` if that checkpoint is damaged
             train_step = compiling.result()
         processes.barrier("the first step", step=start)
-        show(f"start      {initial.source}, compiled in {time.monotonic() - started:.1f} s")
-    history = initial.history
+        show(f"start      {source}, compiled in {time.monotonic() - started:.1f} s")
     del initial, weights  # their arrays are a part of the state
 
     # ---- Steps ----
@@ -261,14 +261,8 @@ def train(
 
     # ---- Summary ----
     params = state.params if state.ema is None else state.ema
-    with watchdog("showing samples", times=2, mode="computing"):
-        text = samples(Generator(config, params, tokenizer), heldout, mesh)
-    if primary:
-        picture = draw_loss_curve(workdir)
-        replace_file(workdir / "samples.txt", text, CheckpointError, "move it away")
-        for line in f"\n{text}\n{summary(workdir, config, provenance_record['fingerprints'])}".split("\n"):
-            show(line)
-        show(f"loss curve  {picture}")
+    for line in summarize(params):
+        show(line)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ import pytest
 from small_states import REST, assert_bitwise, new_state, on_mesh, saved
 
 from t5like.checkpoint import digests, metadata
-from t5like.checkpoint.checkpoints import COMMITTED, Checkpoints
+from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import describe, digest
+from t5like.checkpoint.step_directories import COMMITTED
 from t5like.errors import CheckpointError
 from t5like.types import TrainState
 
@@ -259,7 +260,7 @@ def run(program: str, directory: Path) -> subprocess.Popen:
     )
 
 
-def test_a_failed_save_prints_nothing_but_its_error(tmp_path):
+def test_a_failed_save_prints_nothing_but_its_error_and_that_it_is_tried_again(tmp_path):
     output, noise = run(
         """
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
@@ -271,7 +272,8 @@ def test_a_failed_save_prints_nothing_but_its_error(tmp_path):
     """,
         tmp_path,
     ).communicate(timeout=60)
-    assert "could not be written" in output and output.count("\n") == 1 and noise == ""
+    assert "could not be written" in output and output.count("\n") == 1
+    assert noise.endswith("; saving again in 0.5 s\n") and noise.count("\n") == 1
 
 
 def test_a_killed_save_does_not_damage_other_checkpoints(tmp_path):
@@ -302,4 +304,4 @@ def test_the_digest_of_a_large_array_does_not_depend_on_parts(rng, monkeypatch):
     monkeypatch.setattr(digests, "PART_BYTES", 100)
     for shape in [(), (7,), (7, 3, 2), (300,), (2, 500)]:  # bytes of a row below and above a part's, a rest at the end
         x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-        assert describe({"x": x})["x"].digest == tuple(map(int, digest(x))), shape
+        assert describe({"x": x})["x"].digest == tuple(map(int, digest(x)[:2])), shape

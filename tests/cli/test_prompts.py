@@ -104,6 +104,19 @@ def test_lines_of_an_output_never_change(answer, tmp_path):
         assert out == f"predictions  {output}: 2 rows" + f", {kept} of them kept" * (kept > 0) + "\n"
 
 
+def test_a_last_line_without_end_that_this_command_has_not_begun_is_refused_and_unchanged(answer, tmp_path):
+    output = tmp_path / "out.jsonl"
+    answer(output)
+    first, second = output.read_bytes().splitlines(keepends=True)
+    for begun in (first + second[:20] + b'", "mine": 1', b'{"prompt": "\xc3\xa9de", "prediction": "my own words'):
+        output.write_bytes(begun)
+        with pytest.raises(
+            DataError, match=r"out\.jsonl:[12] has no end, and is not the beginning of the row"
+        ) as error:
+            answer(output)
+        assert "\n" not in str(error.value) and output.read_bytes() == begun
+
+
 def test_an_output_of_another_command_is_refused_and_unchanged(answer, two, tmp_path):
     directory = tmp_path / "outputs"
     directory.mkdir()

@@ -66,19 +66,27 @@ def test_a_step_without_a_checkpoint_is_refused(refused, trained):
         assert code == 4 and said == f"{trained}/checkpoints holds no complete checkpoint of step 7; there are 1, 2"
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_earlier_one_named(refused, command, flags, trained, tmp_path):
+def test_a_damaged_checkpoint_is_refused_if_it_is_named_or_the_last_good_one(
+    refused, command, flags, trained, tmp_path
+):
     shutil.copytree(trained, tmp_path / "run")
-    for path in (tmp_path / "run/checkpoints/2/state").rglob("d/*"):
-        path.write_bytes(bytes(byte ^ (index % 4096 == 2000) for index, byte in enumerate(path.read_bytes())))
+
+    def damage(step):
+        for path in (tmp_path / "run/checkpoints" / step / "state").rglob("d/*"):
+            path.write_bytes(bytes(byte ^ (index % 4096 == 2000) for index, byte in enumerate(path.read_bytes())))
+
+    damage("2")
     before = contents(tmp_path)
-    for arguments in (["evaluate"], ["generate", "--prompt=a"], ["train", *flags, "--config.train.num_steps=4"]):
-        code, said = refused(*arguments, f"--workdir={tmp_path}/run")
+    for arguments in (["evaluate"], ["generate", "--prompt=a"], ["export", "--format=hf", f"--output={tmp_path}/out"]):
+        code, said = refused(*arguments, f"--workdir={tmp_path}/run", "--step=2")
         assert code == 4 and said.startswith(f"{tmp_path}/run/checkpoints/2"), said
-    after = contents(tmp_path)
-    assert {name for name in before if before[name] != after.get(name)} <= {
-        "run/config.json"
-    }  # which has the new num_steps
-    assert command("evaluate", f"--workdir={tmp_path}/run", "--step=1")[0] == 0
+    code, out, err = command("generate", "--prompt=a", f"--workdir={tmp_path}/run")
+    assert code == 0 and "WARNING" in err and "the checkpoint of step 1 is used instead" in err
+    assert contents(tmp_path) == before
+    damage("1")
+    for arguments in (["evaluate"], ["train", *flags, "--config.train.num_steps=4"]):
+        code, said = refused(*arguments, f"--workdir={tmp_path}/run")
+        assert code == 4 and said.startswith(f"no checkpoint can be read: {tmp_path}/run/checkpoints/2"), said
 
 
 def test_metrics_that_can_not_be_written_are_printed(command, trained, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from conftest import contents
 from small_states import REST, assert_bitwise, new_state, on_mesh, saved
 
-from t5like.checkpoint import checkpoints
+from t5like.checkpoint import saving
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.config import loader
 from t5like.data.sources.files import matching_files
@@ -73,7 +73,7 @@ def test_a_directory_named_like_a_pattern_does_not_read_matching_directories(tmp
 def test_a_save_without_arrays_is_no_checkpoint_and_deletes_none(tmp_path, monkeypatch):
     directory = tmp_path / "a[b]c"
     saved(directory, 1, keep=1)
-    monkeypatch.setattr(checkpoints, "literal_path", contextlib.nullcontext)  # Orbax then reads a pattern, writes none
+    monkeypatch.setattr(saving, "literal_path", contextlib.nullcontext)  # Orbax then reads a pattern, writes none
     store = Checkpoints(directory, keep=1)
     store.save(new_state(2), **REST)
     with pytest.raises(CheckpointError, match="2 could not be written: its arrays are missing"):
@@ -82,19 +82,19 @@ def test_a_save_without_arrays_is_no_checkpoint_and_deletes_none(tmp_path, monke
 
 
 def test_a_save_is_not_committed_before_its_metadata_were_read_back(tmp_path, monkeypatch):
-    read = checkpoints.ocp.PyTreeCheckpointHandler.metadata
+    read = saving.ocp.PyTreeCheckpointHandler.metadata
     seen = []
 
     def without_a_leaf(self, directory):
-        seen.append((Path(directory).parent / checkpoints.COMMITTED).exists())
+        seen.append((Path(directory).parent / saving.COMMITTED).exists())
         metadata = read(self, directory)
         del metadata.tree["params"]["decoder"]
         return metadata
 
-    monkeypatch.setattr(checkpoints.ocp.PyTreeCheckpointHandler, "metadata", without_a_leaf)
+    monkeypatch.setattr(saving.ocp.PyTreeCheckpointHandler, "metadata", without_a_leaf)
     with pytest.raises(CheckpointError, match="1 could not be written: params/decoder/kernel can't be read back"):
         saved(tmp_path, 1)
-    assert seen == [False] and [path.name for path in tmp_path.iterdir()] == ["run_id"]
+    assert seen == [False, False] and [path.name for path in tmp_path.iterdir()] == ["run_id"]
 
 
 def test_a_name_with_special_characters_is_reached_by_a_temporary_link(tmp_path):

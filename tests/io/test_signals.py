@@ -18,7 +18,7 @@ from t5like.data.store import preparation
 from t5like.io import signals
 from t5like.metrics.writers import read
 from t5like.optim import step
-from t5like.train import loop
+from t5like.train import completion
 
 ROOT = Path(__file__).parents[2]
 ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for
@@ -133,7 +133,7 @@ def test_training_that_is_stopped_outside_its_loop_is_queued_again(number, code,
     phases = {
         "preparing": lambda patch: patch.setattr(preparation, "prepare", lambda _: (send(number), wait())),
         "compiling": lambda patch: patch.setattr(step, "compile_train_step", lambda *_: (send(number), time.sleep(2))),
-        "showing samples": lambda patch: patch.setattr(loop, "samples", lambda *_: (send(number), wait())),
+        "showing samples": lambda patch: patch.setattr(completion, "samples", lambda *_: (send(number), wait())),
     }
     if number != signal.SIGTERM:
         phases = {"preparing": phases["preparing"]}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -243,6 +245,55 @@ def test_tensorboard_reads_the_same_values_and_forgets_what_came_after_the_resum
             for value in event.summary.value:
                 found[event.step] = value.simple_value
     assert found == {step: 10.0 - step for step in (0, 1, 2, 3, 4)}
+
+
+def limit_files(size: int | None) -> None:
+    """Limit the files of this process, so that writing fails as on a full disk; None removes the limit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1] if size is None else size, limits[1]))
+
+
+def test_a_full_disk_neither_stops_nor_blocks_the_metrics_and_they_are_written_later(tmp_path, capsys):
+    writer = Writer(tmp_path)
+    writer.write(0, {"train/loss": 10.0})
+    full = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) + 10  # room for parts of a record
+    limit_files(full)
+    try:
+        for step in range(1, 200):
+            writer.write(step, {"train/loss": 10.0 - step})
+    finally:
+        limit_files(None)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert 1 <= len(lines) < 9 and all(line.endswith(b"}\n") for line in lines)  # no part of a line
+    writer.write(200, {"train/loss": -190.0})
+    writer.close()
+    assert read(tmp_path) == [{"step": step, "train/loss": 10.0 - step} for step in range(201)]
+    [path] = (tmp_path / "tensorboard").iterdir()
+    values = {event.step: value.simple_value for event in events(path) for value in event.summary.value}
+    assert values == {step: 10.0 - step for step in range(201)}
+    err = capsys.readouterr().err
+    assert err.count("can't be written: File too large; the run continues") == 2  # once for each of the two files
+    assert err.count("can be written again; nothing is missing") == 2 and err.count("\n") == 4
+
+
+def test_metrics_that_were_never_written_are_reported_at_the_end(tmp_path, capsys):
+    writer = Writer(tmp_path)
+    limit_files(0)
+    try:
+        writer.write(1, {"train/loss": 10.0})
+        writer.close()
+    finally:
+        limit_files(None)
+    assert "1 records are missing in" in capsys.readouterr().err and read(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", ["remove", "rename"])
+def test_a_run_directory_that_disappears_ends_the_run(tmp_path, change):
+    writer = Writer(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run") if change == "remove" else (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="run is not there any more") as error:
+        writer.write(1, {"train/loss": 10.0})
+    assert error.value.exit_code == 4
 
 
 def events(path) -> list:

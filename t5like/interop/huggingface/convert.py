@@ -30,6 +30,7 @@ from t5like.interop.huggingface import (
     family_keys,
     logits_check,
     safetensors_files,
+    side_files,
     tensor_check,
     tokenizer_files,
     weight_maps,
@@ -42,13 +43,6 @@ from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
 KEPT = "hf"  # the folder of a run directory with the files that an import keeps
-RECORD = "import.json"  # the `ImportRecord`, in the same folder
-SIDE_FILES = (  # files of transformers that are kept for a later export
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    *tokenizer_files.SENTENCEPIECE_FILES,
-)  # fmt: skip
-MAX_SIDE_FILE = 64 * 2**20  # bytes
 
 
 # ---- Import ----
@@ -65,6 +59,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     if not source.is_dir():
         raise CheckpointError(f"--input={source} is not a directory; name one with config.json and model.safetensors")
     check_free(workdir, "--workdir")
+    side_files.check_files(source)
     hf_config = safetensors_files.read_json(source / "config.json")
     tensors = safetensors_files.tensors(source)
     untied = tensor_check.has_own_head(hf_config, tensors)
@@ -95,7 +90,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
             leaves |= _read_params(entry, abstract, record, tensors)
         params = jax.tree.unflatten(jax.tree.structure(shape.params), [leaves.pop(name) for name in abstract])
         run_directory.write_imported(params, config, tokenizer, directory)
-        _keep_files(source, directory / KEPT, record)
+        side_files.keep_files(source, directory / KEPT, record)
     if ignored:
         yield f"           ignored, not weights: {shorten(ignored)}"
     yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
@@ -164,57 +159,16 @@ def _read_params(
     record: tensor_check.ImportRecord,
     tensors: Mapping[str, safetensors_files.Tensor],
 ) -> dict[str, jax.Array]:
-    """The parameters of an entry of the weight map, in float32, read layer by layer.
-
-    Raises:
-        CheckpointError: a value is not finite.
-    """
+    """The parameters of an entry of the weight map, in float32, read layer by layer."""
     arrays = [np.empty(abstract[name].shape, np.float32) for name in entry.params]
     for hf_name, y in entry.names():
-        stored = tensors[record.names[hf_name][0]]
-        tensor = safetensors_files.read(stored)
-        if not np.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{stored.path}: {stored.name} has values that are not finite (NaN or infinity); download it again, or "
-                "use an earlier checkpoint of that model"
-            )
+        tensor = safetensors_files.read(tensors[record.names[hf_name][0]])
+        tensor_check.check_finite(tensors[record.names[hf_name][0]], tensor)
         for array, part in zip(arrays, weight_maps.from_huggingface(entry, tensor), strict=True):
             array[... if y is None else y] = part
     return {
         name: jax.device_put(array, abstract[name].sharding) for name, array in zip(entry.params, arrays, strict=True)
     }
-
-
-def _keep_files(source: Path, target: Path, record: tensor_check.ImportRecord) -> None:
-    """Copy the small files for a later export. References to code (auto_map) are removed: t5like never runs it."""
-    target.mkdir()
-    for path in _side_files(source):
-        content = path.read_bytes()
-        if b'"auto_map"' in content and path.suffix == ".json":
-            values = safetensors_files.read_json(path)
-            values.pop("auto_map", None)
-            content = json.dumps(values, indent=2).encode()
-        (target / path.name).write_bytes(content)
-    (target / RECORD).write_text(json.dumps(record._asdict(), indent=1), encoding="utf-8")
-
-
-def _side_files(directory: Path) -> list[Path]:
-    """The side files of a directory. A link to a file elsewhere is refused: it might name any file of the user.
-
-    In the cache of Hugging Face (``snapshots/REVISION``), every file is a link to ``../../blobs``.
-
-    Raises:
-        CheckpointError: a side file is a link that leaves the directory.
-    """
-    blobs = [directory.absolute().parents[1] / "blobs"] if directory.absolute().parent.name == "snapshots" else []
-    allowed = [path.resolve() for path in (directory, *blobs)]
-    paths = [path for name in SIDE_FILES if (path := directory / name).is_file()]
-    for path in paths:
-        if path.resolve().parent not in allowed:
-            raise CheckpointError(
-                f"{path} is a link to {path.resolve()}, outside of its directory; replace it by a copy of that file"
-            )
-    return [path for path in paths if path.stat().st_size <= MAX_SIDE_FILE]
 
 
 # ---- Export ----
@@ -362,8 +316,8 @@ def _write_other_files(export: Export, directory: Path, workdir: Path) -> str | 
     loaded, config = export.loaded, export.loaded.config
     kept, differs = workdir / KEPT, None
     if export.record:
-        for path in _side_files(kept):
-            if path.name != "config.json":
+        for path in kept.iterdir():
+            if path.name not in (side_files.RECORD, "config.json") and not path.is_symlink():
                 shutil.copyfile(path, directory / path.name)
     else:
         longest = config.row_length if config.model.architecture == "decoder" else config.data.inputs_length
@@ -379,12 +333,12 @@ def _write_other_files(export: Export, directory: Path, workdir: Path) -> str | 
 
 def _load_record(kept: Path) -> tensor_check.ImportRecord | None:
     """The record of the import that created a run, or None."""
-    if not (kept / RECORD).is_file():
+    if not (kept / side_files.RECORD).is_file():
         return None
     try:
-        return tensor_check.ImportRecord(**safetensors_files.read_json(kept / RECORD))
+        return tensor_check.ImportRecord(**safetensors_files.read_json(kept / side_files.RECORD))
     except TypeError:
-        raise CheckpointError(f"{kept / RECORD} is not a record of an import; move it away") from None
+        raise CheckpointError(f"{kept / side_files.RECORD} is not a record of an import; move it away") from None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -156,6 +156,18 @@ def _same(one: safetensors_files.Tensor, other: safetensors_files.Tensor) -> boo
     return np.array_equal(*(safetensors_files.read(tensor).reshape(-1).view(np.uint8) for tensor in (one, other)))
 
 
+def check_finite(tensor: safetensors_files.Tensor, values: np.ndarray) -> None:
+    """Refuse weights with NaN or infinity: every output of such a model is NaN.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"{tensor.path}: the weights {tensor.name} have NaN or infinity; the file is damaged, download it again"
+        )
+
+
 def check(
     weight_map: list[TensorMap],
     params: Mapping[str, Any],

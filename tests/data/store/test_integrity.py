@@ -282,8 +282,19 @@ RUNS = [
     (metadata(other_config), 4, "does not belong to the run in .* optimizer.learning_rate: 0.5 -> 0.01; move it away"),
     (metadata(lambda body: body.update(tokenizer_hash="0")), 3, "tokenizer.model is not the tokenizer of checkpoint 2"),
     (metadata(lambda body: body.update(config="{}")), 4, "its config does not fit: .*" + AWAY),
+    (write("checkpoints/run_id", b""), 4, "run_id is damaged: it must contain 32 hexadecimal digits; remove it"),
+    (directory("checkpoints/run_id"), 4, "run_id can't be read: "),
+    (write("config.json", b""), 4, "config.json can't be read: "),
+    (write("config.json", b"\xff\xfe"), 4, "config.json can't be read: "),
+    (write("tokenizer.model", b"garbage"), 3, "tokenizer.model"),
+    (write("tokenizer.model", b""), 3, "tokenizer.model"),
+    (directory("tokenizer.model"), 3, "tokenizer.model"),
+]
+
+
+DAMAGED = [
     *(
-        (metadata(change), 4, f"its checksum matches, but its field '{name}' is missing or not valid" + AWAY)
+        (metadata(change), f"its checksum matches, but its field '{name}' is missing or not valid" + AWAY)
         for name, change in {
             "step": lambda body: body.pop("step"),
             "run": lambda body: body.update(run="\x1b[31m\n"),
@@ -294,20 +305,13 @@ RUNS = [
         }.items()
     ),
     *(
-        (write(f"checkpoints/2/{name}", None), 4, f"checkpoints/2 is incomplete: it has no file {name}" + AWAY)
+        (write(f"checkpoints/2/{name}", None), f"checkpoints/2 is incomplete: it has no file {name}" + AWAY)
         for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "meta/metadata")
     ),
-    (directory("checkpoints/2/meta/metadata"), 4, "it has no file meta/metadata" + AWAY),
-    (write("checkpoints/2/meta/metadata", b"null"), 4, "it is not the metadata of a t5like checkpoint" + AWAY),
-    (write("checkpoints/2/meta/metadata", NESTED), 4, "metadata can't be read: .*" + AWAY),
-    (write("checkpoints/2/meta/metadata", b"\xff"), 4, "metadata can't be read: .*" + AWAY),
-    (write("checkpoints/run_id", b""), 4, "run_id is damaged: it must contain 32 hexadecimal digits; remove it"),
-    (directory("checkpoints/run_id"), 4, "run_id can't be read: "),
-    (write("config.json", b""), 4, "config.json can't be read: "),
-    (write("config.json", b"\xff\xfe"), 4, "config.json can't be read: "),
-    (write("tokenizer.model", b"garbage"), 3, "tokenizer.model"),
-    (write("tokenizer.model", b""), 3, "tokenizer.model"),
-    (directory("tokenizer.model"), 3, "tokenizer.model"),
+    (directory("checkpoints/2/meta/metadata"), "it has no file meta/metadata" + AWAY),
+    (write("checkpoints/2/meta/metadata", b"null"), "it is not the metadata of a t5like checkpoint" + AWAY),
+    (write("checkpoints/2/meta/metadata", NESTED), "metadata can't be read: .*" + AWAY),
+    (write("checkpoints/2/meta/metadata", b"\xff"), "metadata can't be read: .*" + AWAY),
 ]
 
 
@@ -324,6 +328,22 @@ def test_a_run_directory_that_was_tampered_with_is_refused(command, trained, fla
         assert (got, errors.count("\n")) == (code, 1), errors
         assert errors.startswith("t5like: ") and re.search(line, errors.strip()), errors
         assert contents(run) == before
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGED)))
+def test_a_damaged_checkpoint_is_refused_by_its_step_and_otherwise_passed_over(command, trained, tmp_path, number):
+    change, line = DAMAGED[number]
+    run = shutil.copytree(trained, tmp_path / "run")
+    change(run)
+    before = contents(run)
+    arguments = ("generate", "--prompt=ba", "--max_new_tokens=2", f"--workdir={run}")
+    code, _, errors = command(*arguments, "--step=2")
+    assert (code, errors.count("\n")) == (4, 1), errors
+    assert errors.startswith("t5like: ") and re.search(line, errors.strip()), errors
+    code, out, errors = command(*arguments)
+    assert (code, errors.count("\n")) == (0, 1) and out, errors
+    assert errors.startswith("t5like: WARNING: ") and "; the checkpoint of step 1 is used instead" in errors
+    assert contents(run) == before
 
 
 def test_names_that_are_not_steps_are_not_checkpoints(trained, tmp_path):
