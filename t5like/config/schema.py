@@ -292,8 +292,7 @@ class TrainConfig:
     max_skipped_updates: Positive = 3
     # rewinds to a checkpoint before bad steps, which pass over the batches that led to them, before the run ends (5)
     max_rewinds: NotNegative = 3
-    # bad steps whose rows, texts and gradient norms are kept in RUN/bad_steps; 0: none
-    keep_bad_steps: Annotated[int, Range(0, 10_000)] = 10
+    keep_bad_steps: Annotated[int, Range(0, 10_000)] = 10  # steps whose rows and norms RUN/bad_steps keeps; 0: none
     # steps between comparisons of the replicated state on different devices; the run ends (76) if one differs; 0: none
     compare_replicas_every: NotNegative = 0
     # seconds without progress before the run ends (76); compiling and tokenizing make progress while they compute
