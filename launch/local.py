@@ -144,11 +144,9 @@ def shell_command(job: JobSpec, sweep_run: SweepRun | None) -> list[str]:
 
 
 def newest_step(workdir: str) -> int:
-    """Return the step of the newest checkpoint; 0 if there is none, or the run directory is not a path."""
-    with contextlib.suppress(OSError):
-        steps = [int(name) for name in os.listdir(Path(workdir) / "checkpoints") if name.isdecimal()]
-        return max(steps, default=0)
-    return 0
+    """Return the step of the newest complete checkpoint; 0 if there is none, or the run directory is not a path."""
+    complete = Path(workdir).glob("checkpoints/*/commit_success.txt")  # written last: see checkpoint.checkpoints
+    return max((int(path.parent.name) for path in complete if path.parent.name.isdecimal()), default=0)
 
 
 # --- a job that runs, from another terminal ---------------------------------------------------------------------------

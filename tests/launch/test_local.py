@@ -15,6 +15,7 @@ from documents import ROOT
 from launch import local, local_processes, record
 from launch.job import JobSpec, Secret, SweepRun
 from launch.local_processes import Ending, ending
+from launch.local_script import RUN
 from launch.options import parse_arguments
 from t5like.errors import ConfigError
 
@@ -36,7 +37,9 @@ open(plan, "w").write(" ".join(lines[1:] or lines))
 action = lines[0]
 if action == "save":
     workdir = next(word for word in sys.argv if word.startswith("--workdir=")).partition("=")[2]
-    os.makedirs(os.path.join(workdir, "checkpoints", str(len(lines))), exist_ok=True)
+    checkpoint = os.path.join(workdir, "checkpoints", str(len(lines)))
+    os.makedirs(checkpoint, exist_ok=True)
+    open(os.path.join(checkpoint, "commit_success.txt"), "w").close()
     sys.exit(75)
 if action == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -93,6 +96,17 @@ def test_a_preemption_counts_only_without_a_new_checkpoint(job, capsys):
     assert "from step 4 (0 of 0 retries used)" in capsys.readouterr().err
     assert local.run(job("75 75 0", retries=1)) == 75
     assert local.run(job("75 0", retries=1)) == 0
+
+
+def test_only_complete_checkpoints_are_progress(tmp_path):
+    for name, complete in (("4", True), ("10", True), ("12", False), ("best", True)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if complete:
+            (tmp_path / "checkpoints" / name / "commit_success.txt").touch()
+    assert local.newest_step(str(tmp_path)) == 10 and local.newest_step("gs://bucket/run") == 0
+    newest = RUN.format(rendezvous="", processes=1, rank="", retries=0).rpartition("# prints")[2].partition("\n")[2]
+    done = subprocess.run(["bash", "-c", f"{newest}\nnewest {tmp_path}"], capture_output=True, text=True, check=True)
+    assert done.stdout == "10"
 
 
 def test_a_sweep_goes_on_after_a_failed_run(job, capsys, tmp_path):

@@ -14,7 +14,9 @@ from t5like.errors import ConfigError
 
 def documented() -> list[list[str]]:
     """The submissions that the documents show, as complete command lines, with names for what the reader fills in."""
-    fill = lambda word: word.replace("IMAGE:TAG", "registry.example/t5like:0.1.0").replace("BUCKET", "bucket")
+    fill = lambda word: (
+        word.replace("IMAGE:TAG", "registry.example/t5like:0.1.0").replace("BUCKET", "bucket").replace("CLAIM", "claim")
+    )
     lines = [list(map(fill, words[1:])) for mention in mentions() if mention.whole for words in commands(mention)]
     return [words for words in lines if words[:1] == ["launch"] and words[1] in main.BACKENDS]
 
@@ -25,7 +27,7 @@ def config_of(words: list[str]) -> str:
 
 
 def test_every_backend_has_the_functions_that_the_command_calls():
-    assert set(main.BACKENDS) <= set(BACKENDS)
+    assert set(main.BACKENDS) == set(BACKENDS)
     for name, backend in main.BACKENDS.items():
         functions = ["check", "render", "run" if name == "local" else "submit", "status", "logs", "cancel"]
         assert all(callable(getattr(backend, function)) for function in functions), name

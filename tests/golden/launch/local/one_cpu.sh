@@ -42,6 +42,10 @@ run() {
   done
 }
 
-newest() { ls "$1/checkpoints" 2>/dev/null | grep -x '[0-9]*' | sort -n | tail -n 1; }
+# prints the step of the newest complete checkpoint
+newest() {
+  cd "$1/checkpoints" 2>/dev/null || return 0
+  ls -d [0-9]*/commit_success.txt 2>/dev/null | sort -n | tail -n 1 | tr -dc 0-9
+}
 
 run /runs/a /runs/a/logs python3 -m t5like train --config=tiny --workdir=/runs/a
