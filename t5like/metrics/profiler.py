@@ -16,7 +16,7 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Call before each step. Metrics are read one step late, so after four steps the three are complete."""
-        if self._first and step == self._first:
+        if self._first and step == self._first and not self._running:  # a run may go back while it records
             jax.profiler.start_trace(str(self._directory))
             self._running = True
         elif step == self._first + 4:
