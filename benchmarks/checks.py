@@ -4,8 +4,9 @@
 
 Two trainers of `train_step.py` run alternately, `--steps` steps at a time: without and with `train.spike_factor`.
 Between them the replicas of the state are compared; with N fake devices there are N of them. Prints JSON lines: the
-machine; medians of both step times, and the cost of the spike check as a share of the step, the median over the rounds;
-the time of one comparison, and its share of `--every` steps.
+machine; for the spike check the time of a step without it and what it adds, as a share of the step; for the comparison
+its time, and its share of `--every` steps. Results are medians over the rounds, in wall time, and in CPU time, which
+depends less on what else the machine does (`cpu_`; without meaning on an accelerator).
 """
 
 import argparse
@@ -13,6 +14,8 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import measurement
 from train_step import Trainer
@@ -48,24 +51,33 @@ def main(arguments: list[str]) -> None:
     for trainer in (plain, checked):
         trainer.run(2)
     assert differing_devices(checked.state) == {}  # compiles
-    times: dict[str, list[float]] = {"plain": [], "checked": [], "compare": []}
+    rounds = []
     for index in range(options.rounds):
-        order = [("plain", plain), ("checked", checked)]
-        for name, trainer in order if index % 2 else order[::-1]:
-            times[name].append(statistics.median(trainer.run(options.steps)))
-        begin = time.perf_counter()
-        differing_devices(checked.state)
-        times["compare"].append(time.perf_counter() - begin)
-    shares = [after / before - 1 for before, after in zip(times["plain"], times["checked"], strict=True)]
-    step, compare = (statistics.median(times[name]) for name in ("plain", "compare"))
+        runs = [partial(trainer.run, options.steps) for trainer in (plain, checked)]
+        spent = [measure(run) for run in (runs if index % 2 else runs[::-1])]
+        rounds.append([*(spent if index % 2 else spent[::-1]), measure(partial(differing_devices, checked.state))])
     import jax
 
     measurement.emit(**measurement.machine("jax", "jaxlib"), devices=len(jax.devices()))
-    measurement.emit(
-        check="spikes", step_ms=1e3 * step, checked_ms=1e3 * statistics.median(times["checked"]),
-        share=statistics.median(shares), shares=shares,
-    )  # fmt: skip
-    measurement.emit(check="replicas", compare_ms=1e3 * compare, share=compare / (options.every * step))
+    for prefix, clock in (("", 0), ("cpu_", 1)):
+        before, after, compare = ([each[part][clock] for each in rounds] for part in range(3))
+        step = statistics.median(before) / options.steps
+        shares = [checked / plain - 1 for plain, checked in zip(before, after, strict=True)]
+        measurement.emit(
+            check="spikes",
+            **{f"{prefix}step_ms": 1e3 * step, f"{prefix}share": statistics.median(shares)},
+            shares=shares,
+        )
+        spent = statistics.median(compare)
+        shown = {f"{prefix}compare_ms": 1e3 * spent, f"{prefix}share": spent / (options.every * step)}
+        measurement.emit(check="replicas", **shown)
+
+
+def measure(function: Callable[[], object]) -> tuple[float, float]:
+    """Wall seconds and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 if __name__ == "__main__":
