@@ -277,6 +277,14 @@ def inspect_checkpoint(options: argparse.Namespace, _) -> None:
         raise error
 
 
+def inspect_run(options: argparse.Namespace, _) -> None:
+    """`t5like inspect run`."""
+    from t5like.inspect import run
+
+    for line in run.describe(expand(options.workdir).absolute()):
+        print(printable(line))
+
+
 def compare(options: argparse.Namespace, _) -> None:
     """`t5like compare`."""
     from t5like.inspect import compare
@@ -293,7 +301,7 @@ def compare(options: argparse.Namespace, _) -> None:
 
 IMPORTS = {"hf": import_hf, "t5x": import_t5x}
 EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
-INSPECTIONS = {"checkpoint": inspect_checkpoint}
+INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run}
 COMMANDS = {
     "train": train,
     "configs": configs,

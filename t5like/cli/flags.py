@@ -293,6 +293,8 @@ def _add_inspect(command: Callable[[str, str], Parser]) -> None:
     sub = _add_command(subjects, "checkpoint", "List a run's checkpoints: steps, sizes, dates, and which are good.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--verify", action="store_true", help="read all arrays and compare them with their digests")
+    sub = _add_command(subjects, "run", "Show what happened in a run: starts, changes, rewinds, bad steps, losses.")
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
 
 
 def _add_compare(command: Callable[[str, str], Parser]) -> None:
