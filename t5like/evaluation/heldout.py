@@ -57,10 +57,10 @@ class Evaluator:
         """
         size = self.config.data.batch_size
         mode = "computing" if self._zeros is None else "device"  # the first call compiles
-        if self._zeros is None:
-            self._zeros = eval_step.zero_metrics(self.config, params, pipeline.spec(self.config))
-        total = self._zeros
         with jax.set_mesh(self.mesh), watchdog("evaluation", times=2 + self.num_batches // 16, mode=mode):
+            if self._zeros is None:
+                self._zeros = eval_step.zero_metrics(self.config, params, pipeline.spec(self.config))
+            total = self._zeros
             for index in range(self.num_batches):
                 rows = self.heldout.at(index, self._rows)
                 before, total = total, self._step(params, placement.to_global(rows, self.mesh, size), total)
