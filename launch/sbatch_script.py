@@ -170,7 +170,7 @@ def _own_mounts(job: JobSpec) -> list[Mount]:
 
 
 def pyxis_image(image: str) -> str:
-    """Return an image in enroot's notation, which separates the registry by ``#``: ``registry.example#org/t5like:1.0``."""
+    """Return an image in enroot's notation, which separates the registry by ``#``: ``registry.example#t5like:1.0``."""
     registry, slash, rest = image.partition("/")
     if registry and slash and re.search(r"[.:]|^localhost$", registry):
         return f"{registry}#{rest}"

@@ -83,12 +83,14 @@ def check(job: JobSpec) -> None:
 
 def _check_container(job: JobSpec) -> None:
     if bool(job.image) != bool(job.container):
-        have, need = ("image", "container=pyxis") if job.image else ("container", "image=registry.example/org/t5like:1.0")
+        have, need = ("image", "container=pyxis") if job.image else ("container", "image=registry.example/t5like:1.0")
         raise ConfigError(f"--{have}={getattr(job, have)} needs --{need}")
     if job.mounts and not job.container:
         raise ConfigError(f"--mount={job.mounts[0].source} needs a container; leave it out, or use --container=pyxis")
     if job.container == "pyxis" and "@" in job.image:
-        raise ConfigError(f"--image={job.image}: Pyxis takes a tag, not a digest; use --image=registry.example/org/t5like:1.0")
+        raise ConfigError(
+            f"--image={job.image}: Pyxis takes a tag, not a digest; use --image=registry.example/t5like:1.0"
+        )
     for mount in job.mounts:
         if not mount.source.startswith("/"):
             raise ConfigError(

@@ -143,11 +143,13 @@ def preparation(job: JobSpec) -> list[str]:
         if mount.source.startswith("gs://"):
             lines += bucket_lines(mount.source.removeprefix("gs://"), mount.path, read_only=mount.read_only)
     if job.image:
-        host = job.image.partition("/")[0]
-        if host.endswith(("registry.example")):
-            login = f"sudo gcloud auth configure-docker {shlex.quote(host)} --quiet"
-            lines.append(f"{login} || fail 2 'docker has no login to {host}'")
-        lines.append(f"sudo docker pull --quiet {shlex.quote(job.image)} || fail 2 'the image can not be pulled'")
+        host, image = job.image.partition("/")[0], shlex.quote(job.image)
+        pull = f"sudo docker pull --quiet {image}"
+        lines += [
+            f"{pull} ||  # a private image of the cloud's own registry needs the login of the service account",
+            f"    {{ sudo gcloud auth configure-docker {shlex.quote(host)} --quiet && {pull}; }} ||",
+            "    fail 2 'the image can not be pulled'",
+        ]
         lines.append('sudo docker rm --force "$name" >/dev/null 2>&1  # of a start that was killed')
     elif job.install:
         requirement = f"./{job.install.rsplit('/', 1)[-1]}[tpu]" if is_wheel(job.install) else job.install

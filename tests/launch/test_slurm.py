@@ -46,7 +46,7 @@ JOBS = {
         ),
     ),
     "pyxis": dataclasses.replace(
-        GPUS, image="registry.example/org/t5like:1.0", container="pyxis", mounts=(Mount("/data", "/data", read_only=True),)
+        GPUS, image="registry.example/t5like:1.0", container="pyxis", mounts=(Mount("/data", "/data", read_only=True),)
     ),
     "apptainer": dataclasses.replace(
         GPUS,
@@ -143,7 +143,7 @@ def test_a_value_that_no_option_of_sbatch_can_carry_is_refused(field, value):
         ({"time_limit": 100}, "--grace=120 s must be shorter than --time_limit=100 s; use --grace=50"),
         ({"secrets": (Secret("TOKEN", "a/b"),)}, "use --secret=TOKEN"),
         ({"image": "a/b:1.0"}, "--image=a/b:1.0 needs --container=pyxis"),
-        ({"container": "pyxis"}, "--container=pyxis needs --image=registry.example/org/t5like:1.0"),
+        ({"container": "pyxis"}, "--container=pyxis needs --image=registry.example/t5like:1.0"),
         ({"mounts": (Mount("/a", "/b"),)}, "--mount=/a needs a container"),
         ({"image": "a@sha256:0", "container": "pyxis"}, "Pyxis takes a tag, not a digest"),
         (

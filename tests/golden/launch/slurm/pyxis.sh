@@ -33,7 +33,7 @@ command=(python3 -m t5like train --config=t5_xxl --workdir=/shared/runs/a)
 # would return their signal instead of the exit code.
 step=(
     srun --nodes=8 --ntasks=8 --ntasks-per-node=1 --cpus-per-task=96 --mpi=none --export=ALL --label --kill-on-bad-exit=0 --wait=60
-    '--container-image=registry.example#org/t5like:1.0'
+    '--container-image=registry.example#t5like:1.0'
     --container-mounts=/data:/data:ro,/shared/runs/a:/shared/runs/a,/shared/jax_cache:/shared/jax_cache
 )
 mkdir -p -- /shared/runs/a /shared/jax_cache
