@@ -153,10 +153,6 @@ class Writer:
             self._file = AppendingFile(path, _report)
             self._events = EventFile(workdir / TENSORBOARD, step)
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether the file had a value for the resumed step when it was opened; only on the primary process."""
-        return self._file is not None and (step, name) in self._known
-
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line. Steps must not decrease.
 

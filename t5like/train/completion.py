@@ -13,7 +13,7 @@ import jax
 
 from t5like.checkpoint.checkpoints import Checkpoints, report
 from t5like.checkpoint.step_directories import COMMITTED
-from t5like.config.schema import Config
+from t5like.config.schema import Config, TrainConfig
 from t5like.data.pipeline import Batches
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
@@ -23,6 +23,7 @@ from t5like.evaluation.samples import samples
 from t5like.inference.generate import Generator
 from t5like.io.atomic import replace_file
 from t5like.metrics.loss_curve import PICTURE, draw_loss_curve
+from t5like.train import evaluation_steps
 from t5like.train.expected_loss import summary
 from t5like.types import TrainState, Tree
 
@@ -55,28 +56,32 @@ def write_summary(
 def complete_run(
     checkpoints: Checkpoints,
     step: int,
-    num_steps: int,
+    train: TrainConfig,
     abstract: TrainState,
     workdir: Path,
     open_directory: Callable[[], None],
     summarize: Callable[[Tree], list[str]],
 ) -> list[str] | None:
-    """Return the lines to print about a run that is complete; None if its last checkpoint turns out to be damaged.
+    """Return the lines to print about a run that is complete; None if it is not.
+
+    The last checkpoint may be damaged, or a signal may have interrupted the last evaluation.
 
     Args:
         checkpoints: of the run.
         step: of the newest checkpoint, at least `num_steps`.
-        num_steps: of the config.
+        train: section of the config.
         abstract: shape, dtype and sharding of every leaf of the state.
         workdir: the run directory.
         open_directory: locks the run directory; called before something is written.
         summarize: `write_summary` for the parameters of the run.
     """
-    with watchdog("verifying the last checkpoint", step, times=6):
-        seconds = processes.PREPARE_SECONDS  # process 0 reads all of it
-        if reason := processes.all_gather("the last checkpoint", _damage(checkpoints, step), seconds=seconds)[0]:
+    with watchdog("verifying the last checkpoint", step, mode="computing"):  # process 0 reads all of it
+        if reason := processes.broadcast("the last checkpoint", _damage(checkpoints, step)):
             report(f"WARNING: {reason.partition('; ')[0]}; the run is not complete")
             return None
+    num_steps = train.num_steps
+    if step == num_steps and evaluation_steps.is_missing(train, step, workdir):
+        return None
     lines = []
     unfinished = str(int(step == num_steps and not _has_summary(workdir, step)))
     if processes.broadcast("the summary", unfinished) == "1":

@@ -1,8 +1,10 @@
 """The steps after which the training loop evaluates. Called by `loop`."""
 
+from pathlib import Path
+
 from t5like.config.schema import TrainConfig
 from t5like.distributed import processes
-from t5like.metrics.writers import Writer
+from t5like.metrics import writers
 
 
 def early_evaluations(config: TrainConfig) -> set[int]:
@@ -11,8 +13,9 @@ def early_evaluations(config: TrainConfig) -> set[int]:
     return {-(-every // 2**halving) for halving in range(1, min(count, every.bit_length()) + 1)} - {every}
 
 
-def is_missing(config: TrainConfig, start: int, writer: Writer) -> bool:
-    """Whether the evaluation of the step after which a run continues was interrupted by a signal, in all processes."""
-    if start % config.eval_every and start not in early_evaluations(config):
+def is_missing(config: TrainConfig, step: int, workdir: Path) -> bool:
+    """Whether a signal interrupted the evaluation after a completed step; the same value in all processes."""
+    if step != config.num_steps and step % config.eval_every and step not in early_evaluations(config):
         return False
-    return bool(processes.broadcast("the interrupted evaluation", "" if writer.has(start, "eval/loss") else "missing"))
+    done = processes.is_primary() and any(row["step"] == step and "eval/loss" in row for row in writers.read(workdir))
+    return bool(processes.broadcast("the interrupted evaluation", "" if done else "missing"))

@@ -111,7 +111,7 @@ def train(
     summarize = partial(completion.write_summary, config, mesh, tokenizer, heldout, workdir, prints)
     open_directory = partial(open_run_directory, requested, tokenizer, workdir, allowed)
     if start >= num_steps and (
-        lines := completion.complete_run(checkpoints, start, num_steps, abstract, workdir, open_directory, summarize)
+        lines := completion.complete_run(checkpoints, start, config.train, abstract, workdir, open_directory, summarize)
     ):
         for line in lines:
             show(line)
@@ -224,8 +224,8 @@ def train(
                 uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
                 progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
             evaluate(0)
-        elif evaluation_steps.is_missing(config.train, start, writer):
-            evaluate(start, early=start in early)
+        elif evaluation_steps.is_missing(config.train, start, workdir):
+            evaluate(start, early=start in early and start != num_steps)
         # On a CPU, dispatching the next step early gains nothing, and its buffers would be a second set.
         synchronous = mesh.devices.flat[0].platform == "cpu"
         rows, size = placement.local_rows(mesh, config.data.batch_size), config.data.batch_size

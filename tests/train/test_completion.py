@@ -66,3 +66,17 @@ def test_what_a_kill_after_the_last_checkpoint_has_prevented_is_made_up_for(trai
     before = contents(workdir)
     code, out, _ = train()
     assert code == 0 and "held-out loss" not in out and contents(workdir) == before
+
+
+def test_a_signal_during_the_last_evaluation_leaves_it_to_the_run_that_continues(trained, workdir, train):
+    lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if '"step": 2' not in line or "eval/loss" not in line]
+    assert len(kept) < len(lines)
+    (workdir / "metrics.jsonl").write_text("".join(kept), "utf-8")
+    code, out, err = train()
+    assert code == 0 and "step 2: held-out loss" in err, out + err
+    values = [
+        [record["eval/loss"] for record in writers.read(run) if "eval/loss" in record] for run in (trained, workdir)
+    ]
+    assert values[0] == values[1]
+    assert "nothing is left to train" in train()[1]
