@@ -40,12 +40,15 @@ exec 9>&-
 echo "training: ${plan:-0}"
 case "$plan" in
 wait)
-    trap 'mkdir -p "$checkpoints/7"; exit 75' TERM
+    trap 'mkdir -p "$checkpoints/7"; touch "$checkpoints/7/commit_success.txt"; exit 75' TERM
     touch "$STAND_IN/waiting"
     for ((tick = 0; tick < 1200; tick++)); do [ -f "$STAND_IN/go" ] && exit; sleep 0.05; done
     ;;
 preempted) echo SUSPENDED >"$STAND_IN/state"; exit 143 ;;
-saved) mkdir "$checkpoints/$(($(ls "$checkpoints" | wc -l) + 1))"; exit 75 ;;
+saved)
+    step=$checkpoints/$(($(ls "$checkpoints" | wc -l) + 1))
+    mkdir "$step" && touch "$step/commit_success.txt"
+    exit 75 ;;
 *) exit "${plan:-0}" ;;
 esac
 """

@@ -102,6 +102,7 @@ def job(tmp_path) -> JobSpec:
     """A job whose run directory has a checkpoint."""
     workdir = tmp_path / "run"
     (workdir / "checkpoints" / "20").mkdir(parents=True)
+    (workdir / "checkpoints" / "20" / "commit_success.txt").touch()
     (workdir / "logs").mkdir()
     return dataclasses.replace(CPU, command=("train", f"--workdir={workdir}"), workdir=str(workdir), retries=2)
 
@@ -173,7 +174,7 @@ def test_these_exit_codes_end_the_job(bash, job, tmp_path, code):
 @pytest.mark.parametrize("code, counts", [(75, False), (76, True), (137, True), (139, True), (213, True)])
 def test_these_exit_codes_start_the_job_again(bash, job, tmp_path, code, counts):
     job = dataclasses.replace(job, command=("train", f"--workdir={job.workdir}"), python=str(tmp_path / "save"))
-    save = "#!/bin/bash\nmkdir -p run/checkpoints/40\n"
+    save = "#!/bin/bash\nmkdir -p run/checkpoints/40; touch run/checkpoints/40/commit_success.txt\n"
     script = slurm.render(job).replace(
         'wait "$task"\ncode=$?', f'{save.partition(chr(10))[2].strip()}\nwait "$task"\ncode=$?'
     )
@@ -185,8 +186,9 @@ def test_these_exit_codes_start_the_job_again(bash, job, tmp_path, code, counts)
 
 
 def test_restarts_without_a_new_checkpoint_end_after_the_retries(bash, job, tmp_path):
+    incomplete = 'mkdir -p run/checkpoints/40\nwait "$task"\ncode=$?'
     for used in (1, 2):
-        _, error, *_ = bash(slurm.render(job), 75)
+        _, error, *_ = bash(slurm.render(job).replace('wait "$task"\ncode=$?', incomplete), 75)
         assert f"saved, without a new checkpoint; the job starts again: {used} of 2 restarts are used" in error
     (tmp_path / "scontrol").unlink()
     code, error, *_ = bash(slurm.render(job), 75)

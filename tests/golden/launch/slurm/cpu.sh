@@ -35,8 +35,8 @@ restarts=$logs/$SLURM_JOB_NAME-$job.restarts # contains how many restarts of the
 newest_checkpoint() { # prints its step; -1: there is none; nothing: the run directory is not on this host
     local path newest=-1
     [[ $workdir == /* ]] || return 0
-    for path in "$workdir"/checkpoints/*/; do
-        path=$(basename "$path")
+    for path in "$workdir"/checkpoints/*/commit_success.txt; do # of complete checkpoints
+        path=${path%/*} path=${path##*/}
         if [[ $path =~ ^[0-9]+$ ]] && ((10#$path > newest)); then newest=$((10#$path)); fi
     done
     echo "$newest"

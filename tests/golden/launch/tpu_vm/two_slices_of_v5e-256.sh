@@ -80,7 +80,7 @@ kill_all() { pkill -KILL -s "$(cat pid)"; }
 set -u
 cd "$(dirname "$0")" || exit 2
 alive() { [ -f pid ] && kill -0 "$(cat pid)" 2>/dev/null; }
-newest() { (cd "$workdir/checkpoints" 2>/dev/null && printf '%s\n' [0-9]*) | grep -E '^[0-9]+$' | sort -n | tail -n 1; }
+newest() { (cd "$workdir/checkpoints" 2>/dev/null && printf '%s\n' [0-9]*/commit_success.txt) | grep -Eo '^[0-9]+' | sort -n | tail -n 1; }
 fail() {
     echo "t5like launch: $2 ($(hostname))"
     end_with "$1"
