@@ -1,7 +1,7 @@
 # make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
 # make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
-# make cluster set up, then run the tests of cluster jobs and of the container's installation (tests/cluster)
+# make cluster set up, also Slurm (Debian's packages, as root), then run the tests of cluster jobs (tests/cluster)
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
 # make check   set up, then lint, and check the format
@@ -32,8 +32,18 @@ test: $(INSTALLED)
 parity: $(PEERS)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
 
+# The daemons lie in /usr/sbin, which is not on every PATH. Four cases wait for the scheduler at the same time.
 cluster: $(INSTALLED)
-	@$(BIN)/python -m pytest -q tests/cluster $(ARGS)
+	@for program in slurmctld slurmd srun munged; do \
+	    PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null && continue; \
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	        echo "make cluster needs $$program: install slurm-wlm and munge (packages of Debian and Ubuntu)" >&2; exit 1; \
+	    fi; \
+	    echo "Installing slurm-wlm and munge, once ..."; \
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; } \
+	        </dev/null >$(VENV)/install_slurm.log 2>&1 || { cat $(VENV)/install_slurm.log >&2; exit 1; }; \
+	done
+	@$(BIN)/python tests/cluster/slurm_cluster.py $(BIN)/python -m pytest -q --numprocesses=4 --dist=load tests/cluster $(ARGS)
 
 golden: $(LIBTPU)/installed
 	@PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
