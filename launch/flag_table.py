@@ -69,7 +69,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         _number(
             "memory_gib", "main memory per host in GiB; 0: the backend's default", "64", Range(0, 65536), CLUSTERS[:2]
         ),
-        Option("spot", "use machines that may be taken away", "true", ("kubernetes", "tpu_vm"), "switch"),
+        Option("spot", "use machines that can be preempted", "true", ("kubernetes", "tpu_vm"), "switch"),
         Option("reserved", "use the reservation of the project", "true", ("tpu_vm",), "switch"),
     ),
     "time and restarts": (

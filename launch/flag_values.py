@@ -14,13 +14,16 @@ from t5like.errors import ConfigError, shown
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 VARIABLE = "[A-Za-z_][A-Za-z0-9_]*"
 # A word of a variable's name, between underscores, that ends so: WANDB_API_KEY, PGPASSWORD; TOKENIZERS_PARALLELISM not.
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL)S?(_|$)", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL)S?(_|$)|(^|_|PG|DB)PASS$", re.IGNORECASE
+)
+PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # as in a proxy: http://user:password@proxy:3128
 RANKS = ("T5LIKE_COORDINATOR", "T5LIKE_NUM_PROCESSES", "T5LIKE_PROCESS_ID")  # each process has its own
 
 
 def duration(flag: str, text: str) -> int:
     """Return seconds of a text such as ``90s``, ``45m``, ``12h``, ``2d`` or ``1d12h``; 0 for ``0``."""
-    parts = re.findall(r"(\d{1,9})([smhd])", text)
+    parts = re.findall(r"([0-9]{1,9})([smhd])", text)
     if text != "0" and (not parts or "".join(map("".join, parts)) != text):
         raise ConfigError(
             f"--{flag}={shown(text)[1:-1]} must be a duration with units d, h, m, s; use --{flag}=12h or --{flag}=45m"
@@ -30,7 +33,7 @@ def duration(flag: str, text: str) -> int:
 
 def number(flag: str, text: str, limits: Range, example: str) -> int:
     """Return a whole number in a range."""
-    if not re.fullmatch(r"-?\d{1,18}", text) or int(text) not in limits:
+    if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) not in limits:
         raise ConfigError(f"--{flag}={shown(text)[1:-1]} must be a whole number, {limits}; use --{flag}={example}")
     return int(text)
 
@@ -57,6 +60,10 @@ def variable(flag: str, text: str, environment: Mapping[str, str] = os.environ) 
         if name not in environment:
             raise ConfigError(f"--{flag}={name} is not set in this shell; use --{flag}={name}=VALUE")
         value = environment[name]
+    if PASSWORD_IN_URL.search(value):
+        raise ConfigError(
+            f"--{flag}={name} is a URL with a password, which would be written into the job; use --secret={name}"
+        )
     return name, check_text(f"--{flag}={name}", value)
 
 

@@ -96,7 +96,7 @@ class JobSpec:
         queue, namespace, service_account, priority: of Kubernetes; `queue` is Kueue's.
         node_selector: labels that nodes must have (Kubernetes), such as those of a GPU model.
         project, zone, runtime_version, network: of TPU VMs.
-        spot: use machines that may be taken away (TPU VMs, Kubernetes).
+        spot: use machines that can be preempted (TPU VMs, Kubernetes).
         reserved: use the reservation of the project (TPU VMs).
         install: requirement that TPU VMs install, such as ``t5like[tpu]==1.0`` or a wheel's path.
     """

@@ -22,6 +22,7 @@ from t5like.io.paths import expand
 from t5like.plan.topology import CHIPS, GPUS, Topology, parse
 
 EXAMPLE = "-- train --config=tiny --workdir=runs/a"
+SWITCHES = ("dry_run", "follow", "skip_plan", "workdir_is_shared", "site", "name", "sweep")  # of parser only
 HELP = {
     "local": "processes on this machine, to debug a job of several processes",
     "slurm": "a Slurm cluster, by sbatch",
@@ -104,10 +105,8 @@ def build_parser() -> Parser:
             allow_abbrev=False,
         )
         sub.add_argument("--dry_run", action="store_true", help="print what would be submitted, and submit nothing")
-        if backend != "local":
-            sub.add_argument("--follow", action="store_true", help="follow the log after the submission")
-        else:
-            sub.set_defaults(follow=True)
+        text = "print the log until the job ends" + "; always so with local" * (backend == "local")
+        sub.add_argument("--follow", action="store_true", default=backend == "local", help=text)
         if backend == "slurm":
             text = "submit although --workdir seems to be on a disk of this machine"
             sub.add_argument("--workdir_is_shared", action="store_true", help=text)
@@ -152,8 +151,9 @@ def _unknown(argument: str, action: str) -> str:
     flag = argument.partition("=")[0]
     if option := OPTIONS.get(flag.removeprefix("--")):
         return f"{flag} goes with {', '.join(option.backends)}, not with launch {action}; leave it out"
-    near = difflib.get_close_matches(flag, [f"--{name}" for name in (*OPTIONS, "dry_run", "sweep", "site")], n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"see t5like launch {action} --help"
+    names = (*(name for name, option in OPTIONS.items() if action in option.backends), *SWITCHES)
+    near = difflib.get_close_matches(flag.lstrip("-"), names if action in BACKENDS else ("follow",), n=1)
+    remedy = f"did you mean --{near[0]}?" if near else f"see t5like launch {action} --help"
     return f"launch {action} has no argument {shown(flag)[1:-1]}; {remedy}"
 
 
@@ -187,8 +187,7 @@ def make_job(backend: str, fields: dict[str, Any], name: str | None, command: Se
         raise ConfigError(f"--fake_devices={fake_devices} is another number before --; give it once, before --")
     if fake_devices:
         fields = fields | {"fake_devices": int(fake_devices)}
-    if not fields.get("directory", "/").startswith("/"):
-        raise ConfigError(f"--directory={fields['directory']} must be absolute; use --directory=/home/me/t5like")
+    _check_paths(fields)
     workdir = _absolute(workdir, backend, fields.get("directory", ""))
     pattern = f"[a-z]([a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?"
     name = check_name("--name", job_name(workdir.rstrip("/").rpartition("/")[2]) if name is None else name,
@@ -197,6 +196,15 @@ def make_job(backend: str, fields: dict[str, Any], name: str | None, command: Se
     if backend in ("local", "slurm") and not fields.get("image"):  # the machines see this environment
         fields = {"python": sys.executable} | fields
     return JobSpec(name=name, command=(*command, f"--workdir={workdir}"), workdir=workdir, **fields | machines)
+
+
+def _check_paths(fields: dict[str, Any]) -> None:
+    for field, example in (("directory", "/home/me/t5like"), ("compile_cache", "/shared/jax_cache")):
+        path = fields.get(field, "")
+        if path and not path.startswith("/") and "://" not in path:
+            raise ConfigError(f"--{field}={shown(path)[1:-1]} must be absolute; use --{field}={example}")
+    if (python := fields.get("python", "python3"))[:1] in ("", "-"):
+        raise ConfigError(f"--python={shown(python)[1:-1]} must be the path or name of a program; use --python=python3")
 
 
 def _split_command(command: Sequence[str]) -> tuple[list[str], str, str]:

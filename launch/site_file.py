@@ -62,6 +62,8 @@ def flags(path: Path, backend: str, known: Mapping[str, Collection[str]]) -> lis
     every = {name: True for names in known.values() for name in names}
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
+            if table in TABLES:
+                raise ConfigError(f"{path}: {table}={shown(values)} must be a table; use [{table}]")
             if table in every:
                 raise ConfigError(f"{path}: {table} must be in a table; put it below [default] or [{backend}]")
             raise ConfigError(f"{path}: [{table}] is no table of it; {_nearest(table, TABLES)}")

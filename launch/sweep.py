@@ -66,8 +66,8 @@ def _content(path: Path) -> Any:
             return loads(content)
         return tomllib.loads(content.decode("utf-8"))
     except ValueError as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ConfigError(f"--sweep={path} is not {kind}: {one_line(error)}; correct it, or use a .json file") from None
+        kind, remedy = ("JSON", "") if path.suffix == ".json" else ("TOML", ", or use a .json file")
+        raise ConfigError(f"--sweep={path} is not {kind}: {one_line(error)}; correct it{remedy}") from None
 
 
 def _rows(path: Path, content: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -77,7 +77,11 @@ def _rows(path: Path, content: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
         grid = _flatten(path, content["grid"])
         for field, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise ConfigError(f"--sweep={path}: {field}={shown(values)} must be a list; use {field} = [1, 2]")
+                raise ConfigError(
+                    f"--sweep={path}: {field}={shown(values)} must be a list of values; use {field} = [1, 2]"
+                )
+        if not grid:
+            raise ConfigError(f"--sweep={path}: [grid] has no fields; use seed = [1, 2]")
         if math.prod(map(len, grid.values())) > MOST_RUNS:
             raise ConfigError(f"--sweep={path} has more than {MOST_RUNS:,} runs; use fewer values")
         for values in itertools.product(*grid.values()):

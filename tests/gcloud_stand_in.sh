@@ -38,6 +38,7 @@ if [ "${words[3]}" = create ]; then
     [ -f states ] && sed -i 1d states
     exit 0
 fi
+[ -f unreachable ] && fail "$(cat unreachable)"
 [ -f state ] || fail "NOT_FOUND: Resource '${words[4]}' was not found"
 case "${words[2]} ${words[3]}" in
 'queued-resources describe') case "$format" in *failedData*) echo 'There is no more capacity' ;; *) cat state ;; esac ;;

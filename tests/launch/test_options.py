@@ -57,6 +57,11 @@ REFUSED = [
     (("kubernetes", "--accelerator=v5e:3x3", *TRAIN), "--accelerator=v5e:3x3 is no slice of v5e"),
     (("slurm", "--accelerator=b300:8", *TRAIN), "--accelerator=b300:8 must be cpu"),
     (("slurm", "--env=WANDB_API_KEY=x", *TRAIN), "use --secret=WANDB_API_KEY"),
+    (("slurm", "--env=HTTPS_PROXY=http://me:x@proxy:3128", *TRAIN), "--env=HTTPS_PROXY is a URL with a password"),
+    (("slurm", "--nodes=\u0661", *TRAIN), "must be a whole number"),
+    (("slurm", "--python=", *TRAIN), "--python= must be the path or name of a program"),
+    (("slurm", "--compile_cache=cache", *TRAIN), "--compile_cache=cache must be absolute"),
+    (("slurm", "--skip_plans", *TRAIN), "launch slurm has no argument --skip_plans; did you mean --skip_plan?"),
     (("slurm", "--env=A-B=x", *TRAIN), "--env='A-B' must match"),
     (("slurm", "--env=T5LIKE_PROCESS_ID=1", *TRAIN), "is set for each process"),
     (("slurm", "--env=NOT_SET_ANYWHERE", *TRAIN), "is not set in this shell"),
@@ -115,8 +120,12 @@ def test_durations_have_units():
 
 def test_names_of_secrets_are_recognized_by_their_words():
     secret = ["WANDB_API_KEY", "HF_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "client_secret"]
+    secret += ["PGPASS", "PASS", "DB_PASS", "SSH_PASSPHRASE"]
     assert all(flag_values.SECRET_NAME.search(name) for name in secret)
-    assert not any(flag_values.SECRET_NAME.search(name) for name in ("TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH"))
+    assert not any(
+        flag_values.SECRET_NAME.search(name)
+        for name in ("TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH", "COMPASS", "SSH_AUTH_SOCK", "PASSES")
+    )
 
 
 def test_every_flag_has_a_help_with_an_example_that_it_accepts(monkeypatch):
@@ -167,6 +176,7 @@ def test_the_file_of_the_user_is_used_if_the_directory_has_none(tmp_path):
         ('[slurm]\npartion = "a"', "launch.toml: partion is no option of [slurm]; did you mean partition?"),
         ('[slrum]\npartition = "a"', "[slrum] is no table of it; did you mean slurm?"),
         ('partition = "a"', "partition must be in a table; put it below [default] or [slurm]"),
+        ("slurm = 1", "slurm=1 must be a table; use [slurm]"),
         ('[local]\npartition = "a"', "partition is no option of [local]"),
         ("[slurm]\nnodes = 1.5", "nodes=1.5 in [slurm] must be a text"),
         ("[slurm]\nnodes = 0", "launch.toml: --nodes=0 must be a whole number"),

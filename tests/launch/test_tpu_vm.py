@@ -131,6 +131,14 @@ def test_a_container_gets_the_values_byte_for_byte(cloud, monkeypatch):
     assert file.read_text().split("\0")[:-1] == ["-m", "t5like", *command]
 
 
+def test_a_gcloud_without_login_or_project_ends_the_script_with_its_message(cloud):
+    (cloud / "unreachable").write_text("Failed to find attribute [project].\n- provide the argument `--project`")
+    code, output = ended(start(cloud, local_job(cloud)))
+    assert code == 2
+    assert "can't look up mine: ERROR: (gcloud.compute.tpus) Failed to find attribute [project]. - provide" in output
+    assert not calls(cloud, "create") and not calls(cloud, "delete")
+
+
 def test_machines_of_another_job_with_this_name_are_left_alone(cloud):
     (cloud / "state").write_text("ACTIVE")
     code, output = ended(start(cloud, local_job(cloud)))

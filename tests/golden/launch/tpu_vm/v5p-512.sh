@@ -459,7 +459,11 @@ delete)
     ;;
 *)
     if [ "$state" != DELETED ]; then
-        if [ -n "$state" ]; then say "$name exists; use 'bash $0 attach', 'bash $0 delete' or another --name"; fi
+        if [ -n "$state" ]; then
+            say "$name exists; use 'bash $0 attach', 'bash $0 delete' or another --name"
+        else
+            say "gcloud can't look up $name: $(tr -s '[:space:]' ' ' <"$scratch/error"); nothing was requested"
+        fi
         exit 2
     fi
     known_state=
