@@ -43,7 +43,7 @@ cluster: $(INSTALLED)
 	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; } \
 	        </dev/null >$(VENV)/install_slurm.log 2>&1 || { cat $(VENV)/install_slurm.log >&2; exit 1; }; \
 	done
-	@$(BIN)/python tests/cluster/slurm_cluster.py $(BIN)/python -m pytest -q --numprocesses=4 --dist=load tests/cluster $(ARGS)
+	@PYTEST_ADDOPTS="-q -n 4" $(BIN)/python tests/cluster/slurm_cluster.py $(BIN)/python -m pytest tests/cluster $(ARGS)
 
 golden: $(LIBTPU)/installed
 	@PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
