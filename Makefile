@@ -1,5 +1,7 @@
 # make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
+# make reliability  set up, then kill, stop and starve real runs: minutes; needs Linux, and root for a disk that fills up
+# make soak    set up, then one run under random faults; ARGS="--seed=1 --minutes=10" chooses them
 # make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
 # make cluster set up, also Slurm (Debian's packages, as root), then run the tests of cluster jobs (tests/cluster)
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
@@ -10,7 +12,7 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test parity cluster golden check lock clean
+.PHONY: help train test reliability soak parity cluster golden check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +30,12 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
+
+reliability: $(INSTALLED)
+	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/reliability $(ARGS)
+
+soak: $(INSTALLED)
+	@$(BIN)/python tests/reliability/soak.py $(ARGS)
 
 parity: $(PEERS)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)

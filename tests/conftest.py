@@ -169,6 +169,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flags(texts: Path) -> list[str]:
     """Flags of `t5like train` for the smallest run on a.txt; later flags win over these."""
+    return smallest_flags(texts)
+
+
+def smallest_flags(texts: Path) -> list[str]:
+    """The flags of `flags`, for a directory with a.txt."""
     values = {
         "tokenizer.vocab_size": 400,
         "tokenizer.num_sentinels": 20,

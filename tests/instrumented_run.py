@@ -1,12 +1,15 @@
 """`t5like ...` that records the batches on its devices, and that interrupts itself after a step.
 
     python tests/instrumented_run.py [--records FILE] [--step STEP --signal NUMBER [--after PATH]] -- ARGUMENTS...
+    python tests/instrumented_run.py --step STEP --hold gil -- ARGUMENTS...
 
 When the metrics of step STEP are reported and PATH exists, the process sends itself the signal; from then on each step
-takes 0.2 s longer. Signal 0 sends nothing: from then on the process can't write large files, as on a full disk.
+takes 0.2 s longer. Signal 0 sends nothing: from then on the process can't write large files, as on a full disk. With
+--hold the main thread hangs after that step instead: asleep (`python`), or in C code that keeps the GIL (`gil`).
 """
 
 import argparse
+import ctypes
 import os
 import pickle
 import resource
@@ -49,8 +52,12 @@ def read_records(path: Path) -> list[tuple[int, list]]:
     return records
 
 
-def interrupt(step: int, number: int, after: Path | None, done: int) -> None:
+def interrupt(step: int, number: int, after: Path | None, hold: str | None, done: int) -> None:
     """The hook `on_step` of the training loop."""
+    if done == step and hold:
+        sleep = ctypes.PyDLL(None).sleep if hold == "gil" else time.sleep  # PyDLL keeps the GIL during a call
+        while True:  # a signal ends one sleep
+            sleep(1000)
     if done == step:
         while after and not after.exists():
             time.sleep(0.01)
@@ -68,10 +75,12 @@ if __name__ == "__main__":
     parser.add_argument("--step", type=int)
     parser.add_argument("--signal", type=int, default=0)
     parser.add_argument("--after", type=Path)
+    parser.add_argument("--hold", choices=("python", "gil"))
     parser.add_argument("arguments", nargs="*")
     options = parser.parse_args()
     if options.records:
         placement.to_global = recording(options.records)
     if options.step is not None:
-        loop.train = partial(loop.train, on_step=partial(interrupt, options.step, options.signal, options.after))
+        on_step = partial(interrupt, options.step, options.signal, options.after, options.hold)
+        loop.train = partial(loop.train, on_step=on_step)
     sys.exit(main.main(options.arguments))

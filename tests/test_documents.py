@@ -118,7 +118,9 @@ def check_script(path: str, arguments: list[str]) -> None:
     for word in itertools.takewhile(lambda word: word != "--", arguments):
         if word.startswith("--"):
             assert f'"{word.partition("=")[0]}"' in source, f"{path} has no flag {word}"
-    assert bool(arguments) == ("argv" in source or "add_argument" in source), f"{path}: {arguments}"
+    flags = re.findall(r"add_argument\((.*)\)", source)
+    optional = bool(flags) and all("default=" in flag for flag in flags)
+    assert optional or bool(arguments) == ("argv" in source or "add_argument" in source), f"{path}: {arguments}"
 
 
 def check_make(words: list[str], whole: bool) -> None:
@@ -136,7 +138,9 @@ def check_make(words: list[str], whole: bool) -> None:
     elif "golden" in targets:
         names = [word for word in arguments if word != "NAME"]
         check_script("tests/golden/make_plans.py", names)
-    elif {"test", "parity"} & {*targets}:
+    elif "soak" in targets:
+        check_script("tests/reliability/soak.py", arguments)
+    elif {"test", "reliability", "parity"} & {*targets}:
         check_pytest(arguments)
     elif arguments:
         raise AssertionError(f"make {targets}: no rule for its arguments {arguments}")
