@@ -3,6 +3,7 @@
 `launch.sbatch_script` renders the script, which also decides after each exit code whether the job starts again.
 """
 
+import contextlib
 import glob
 import os
 import re
@@ -121,6 +122,7 @@ def submit(job: JobSpec, text: str) -> Submission:
             raise ConfigError(f"--secret={secret.name} is not set in this shell; export {secret.name} first")
     check_partition(job)
     logs = log_directory(job)
+    missing = [path for path in (logs, job.workdir) if not os.path.exists(path)]
     try:
         os.makedirs(logs, exist_ok=True)  # otherwise the job fails, without a log
     except OSError as error:
@@ -132,6 +134,10 @@ def submit(job: JobSpec, text: str) -> Submission:
     result = programs.run(["sbatch", "--parsable", str(path)], needed_for=NEEDED_FOR)
     number = result.output.strip().partition(";")[0]
     if result.code or not number.isdecimal():
+        path.unlink(missing_ok=True)
+        for directory in missing:
+            with contextlib.suppress(OSError):  # another job writes there
+                os.rmdir(directory)
         reason = printable(" ".join(result.errors.replace("sbatch: ", "").split()), longest=300)
         raise ConfigError(f"sbatch refused the job: {reason}; nothing was submitted")
     log = f"{logs}/{job.name}-{number}{'_*' if job.runs else ''}.log"
@@ -189,10 +195,8 @@ def _tasks(record: Record) -> list[Task]:
     account = programs.run(["sacct", "-X", "-n", "-P", "-j", record.id, fields], needed_for=NEEDED_FOR)
     rows = [line.split("|") for line in account.output.splitlines() if line.count("|") == 3]
     if account.code or not rows:
-        raise ConfigError(
-            f"slurm:{record.id} is not known to Slurm: {one_line(RuntimeError(result.errors))}; "
-            "its log is all that is left, if it has ended"
-        )
+        reason = printable(" ".join(result.errors.split()), longest=300) or "scontrol printed no reason"
+        raise ConfigError(f"slurm:{record.id} is not known to Slurm: {reason}; if it has ended, see its log")
     return [Task(name, state.split(" ")[0], "", _code(code), nodes) for name, state, code, nodes in rows]
 
 

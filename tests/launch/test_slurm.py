@@ -265,9 +265,10 @@ def test_submit_keeps_a_private_script_and_returns_the_commands(cluster, job):
 def test_what_slurm_would_refuse_is_one_line(cluster, job, change, message):
     arguments = cluster("sbatch", "", error="sbatch: error: Invalid account\n", code=1)
     with pytest.raises(ConfigError) as refusal:
-        slurm.submit(dataclasses.replace(job, **change), "#!/bin/bash\n")
+        slurm.submit(dataclasses.replace(job, log_directory=f"{job.workdir}/new", **change), "#!/bin/bash\n")
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert arguments.exists() == (not change)
+    assert not os.path.exists(f"{job.workdir}/new")
 
 
 def test_without_slurm_nothing_is_submitted(job, monkeypatch, tmp_path):
