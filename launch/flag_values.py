@@ -105,7 +105,7 @@ def image(flag: str, text: str) -> str:
     check_text(f"--{flag}", text, longest=512)
     if text.startswith(("/", "./")) or text.endswith((".sif", ".sqsh")):
         return text
-    if not re.fullmatch(r"[^\s@]+(@sha256:[0-9a-f]{64}|:[A-Za-z0-9_][A-Za-z0-9_.-]*)", text):
+    if not re.fullmatch(r"[^\s@-][^\s@]*(@sha256:[0-9a-f]{64}|:[A-Za-z0-9_][A-Za-z0-9_.-]*)", text):
         example = text if re.fullmatch(r"[a-z0-9./-]+", text) else "registry.example/t5like"
         raise ConfigError(f"--{flag}={shown(text)[1:-1]} must end with a tag or a digest; use --{flag}={example}:1.0")
     return text

@@ -109,6 +109,7 @@ def _run(job: JobSpec, sweep_run: SweepRun | None, signals: local_processes.Sign
             local_processes.end(processes)
         logs.poll(last=True)
         details |= {"exit_code": str(ended.code), "reason": ended.reason and _describe(job, ended)}
+        details |= {"stopped": "true"} if signals.received else {}
         _write_record(job, workdir, str(directory), details)
         if ended.code not in (75, 76) or signals.received:
             if ended.code:
@@ -160,7 +161,7 @@ def status(found: Record) -> str:
         return "\n".join(f"{name}  {_run_status(Path(found.workdir) / name)}" for name in details["runs"].split())
     restarts = f", {details.get('restarts', '0')} restarts"
     if code := details.get("exit_code"):
-        waiting = code in ("75", "76") and is_running(found)
+        waiting = code in ("75", "76") and "stopped" not in details and is_running(found)
         state = "restarts" if waiting else {"0": "done", "75": "preempted, saved"}.get(code, "failed")
         reason = f": {details['reason']}" if details.get("reason") else ""
         return printable(f"{found.full_id}  {state}, exit code {code}{restarts}{reason}")

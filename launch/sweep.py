@@ -95,6 +95,8 @@ def _rows(path: Path, content: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
             name = row.get("name", "")
             if name != "":
                 check_name(f"--sweep={path}: name", str(name), pattern=NAME, example='name = "small-1"')
+            if name == "logs":
+                raise ConfigError(f"--sweep={path}: name='logs' is the directory of log files; use name = \"small-1\"")
             yield {key: value for key, value in row.items() if key != "name"}, str(name)
     else:
         raise ConfigError(f"--sweep={path} must have [[runs]] or [grid], and nothing else; see docs/launch.md")

@@ -135,6 +135,10 @@ def submit(job: JobSpec, text: str) -> Submission:
         ConfigError: gcloud is missing, or the request was refused; nothing is left then.
     """
     programs.find("gcloud", needed_for=NEEDED_FOR)
+    if is_wheel(job.install) and not Path(job.install).is_file():
+        raise ConfigError(
+            f"--install={shown(job.install)} is no file; use python -m pip wheel --no-deps --wheel-dir=dist ."
+        )
     directory = state_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     script, log = directory / f"{job.name}.sh", directory / f"{job.name}.log"

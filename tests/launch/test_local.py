@@ -159,7 +159,10 @@ def test_cancel_lets_the_processes_save_and_ends_with_75(job, started, capsys):
     local.cancel(found)
     assert launcher.wait(timeout=30) == 75
     assert local.logs(found, follow=False) == 0 and capsys.readouterr().out.count("saved") == 2
-    assert "preempted, saved, exit code 75" in local.status(record.find(found.workdir))
+    finished = record.find(found.workdir)
+    assert "preempted, saved, exit code 75" in local.status(finished)
+    ending = finished.details | {"started": local.start_time(os.getpid())}  # the launcher has not ended yet
+    assert "preempted, saved" in local.status(finished._replace(id=str(os.getpid()), details=ending))
     with pytest.raises(ConfigError, match="does not run any more"):
         local.cancel(found)
 

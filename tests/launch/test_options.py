@@ -68,6 +68,7 @@ REFUSED = [
     (("slurm", "--env=A=1", "--secret=A", *TRAIN), "--env=A is given by --secret as well"),
     (("slurm", "--image=repository/t5like", *TRAIN), "must end with a tag"),
     (("slurm", "--image=host:5000/t5like", *TRAIN), "must end with a tag"),
+    (("slurm", "--image=-x:1", *TRAIN), "must end with a tag or a digest"),
     (("slurm", "--container=docker", *TRAIN), "must be pyxis or apptainer"),
     (("slurm", "--mount=data:/data", *TRAIN), "must begin with gs://"),
     (("slurm", "--mount=/data:../data", *TRAIN), "must be SOURCE:PATH"),

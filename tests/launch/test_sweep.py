@@ -64,6 +64,7 @@ def test_a_run_is_the_command_with_its_own_directory_and_fields(tmp_path):
         ('[[runs]]\nname = "a"\n[[runs]]\nname = "a"\nseed = 1', "two runs have the name a"),
         ('[[runs]]\nname = "../a"', "must match"),
         ("[grid]\nseed = 1", "seed=1 must be a list of values; use seed = [1, 2]"),
+        ('[[runs]]\nname = "logs"', "name='logs' is the directory of log files"),
         ("[grid]", "[grid] has no fields"),
         ("[grid]\nseed = []", "must be a list"),
         ("[grid]\nseed = " + str(list(range(1001))), "more than 1,000 runs"),

@@ -173,6 +173,13 @@ def test_machines_that_can_never_be_reached_end_the_job_and_are_deleted(cloud):
     assert len(calls(cloud, "create")) == 1 and not (cloud / "state").exists()
 
 
+def test_a_missing_wheel_is_refused_before_the_request(cloud):
+    job = local_job(cloud, install="none/t5like-0.1.0-py3-none-any.whl")
+    with pytest.raises(ConfigError, match="--install='none/t5like-0.1.0-py3-none-any.whl' is no file"):
+        tpu_vm.submit(job, render(job))
+    assert not (cloud / "calls").exists()
+
+
 def test_a_missing_gcloud_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="gcloud is needed for TPU VMs and is not on PATH"):
