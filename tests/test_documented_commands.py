@@ -27,7 +27,8 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "import hf": (),
     "import t5x": "tests/interop/test_t5x.py",
     "plan without compiling": (),
-    "launch": "tests/launch/test_main.py",
+    "launch": "tests/launch/test_launch_main.py",
+    "compare": "tests/inspect/test_compare.py",
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
 }
 
@@ -77,6 +78,7 @@ SCRIPTS = {
     "benchmarks/token_store.py": "tests/test_benchmarks.py",
     "benchmarks/peers.py": "tests/test_benchmarks.py",
     "benchmarks/generate.py": "tests/test_benchmarks.py",
+    "benchmarks/checks.py": "tests/test_benchmarks.py",
     "run.py": "tests/interop/test_stablehlo.py",
 }
 

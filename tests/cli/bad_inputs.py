@@ -225,6 +225,17 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
         (run / "checkpoints/99/commit_success.txt").touch(),
     ),
 }
+DAMAGED = (
+    "metadata cut off",
+    "metadata of something else",
+    "metadata with another checksum",
+    "no metadata",
+    "no arrays",
+    "a flipped bit",
+    "arrays cut off",
+    "no manifest of the arrays",
+    "a stray folder with a commit file",
+)
 
 # ---- Models of Hugging Face; code 4 or 3 ----
 
