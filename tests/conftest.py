@@ -10,7 +10,10 @@ from pathlib import Path
 # XLA's own passes, which sharding, donation and memory depend on, are the same at level 0. Code is not split among
 # threads either: each core has a test of its own.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    os.environ["XLA_FLAGS"]  # a worker of xdist has them already
+    if "--xla_backend_optimization_level=0 " in os.environ.get("XLA_FLAGS", "")
+    else "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1 "
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))

@@ -1,7 +1,9 @@
 """A stand-in for Google Cloud: `gcloud` on PATH plays TPU VMs whose workers are folders of this machine."""
 
 import dataclasses
+import functools
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -99,7 +101,10 @@ def render(job: JobSpec) -> str:
 def start(cloud: Path, job: JobSpec, *arguments: str) -> subprocess.Popen:
     (cloud / "job.sh").write_text(render(job))
     command = ["bash", str(cloud / "job.sh"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A suite in the background ignores SIGINT, and bash can't trap what was ignored when it started.
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipes, preexec_fn=interruptible)
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
