@@ -1,7 +1,7 @@
 """Plans of big models, and small probes, for TPUs that are not here, next to what they were: `make golden`.
 
     make golden                                 all of them, minutes each on one core; exit code 1 if one differs
-    make golden ARGS=--probes                   the small ones, which CI compiles
+    make golden ARGS=--probes                   the small ones; CI compiles the one of T5
     make golden ARGS="--write llama_7b_v5e"     renew those whose names begin so
     make golden ARGS=--keep=DIR                 leave the programs in DIR/NAME, or read what an earlier run left there
 
