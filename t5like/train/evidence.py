@@ -67,6 +67,7 @@ class Evidence:
         batch = placement.to_global(self._batches.at(done - 1, rows), self._mesh, self._config.data.batch_size)
         with watchdog("keeping a bad step", done, times=3), jax.set_mesh(self._mesh):
             norms = jax.device_get(self._gradient_norms(state.params, batch, jnp.int32(done - 1)))
+            self._checkpoints.wait()  # a checkpoint in progress is one before this step
         if not processes.is_primary():
             return
         record = {
