@@ -17,6 +17,7 @@ from launch import local_processes, process_logs, record
 from launch.job import JobSpec, SweepRun, run_directory, t5like_command
 from launch.local_script import log_directory, script
 from launch.record import Record
+from t5like.checkpoint.step_directories import complete_steps
 from t5like.errors import CheckpointError, ConfigError, printable
 from t5like.io import streams
 
@@ -146,8 +147,9 @@ def shell_command(job: JobSpec, sweep_run: SweepRun | None) -> list[str]:
 
 def newest_step(workdir: str) -> int:
     """Return the step of the newest complete checkpoint; 0 if there is none, or the run directory is not a path."""
-    complete = Path(workdir).glob("checkpoints/*/commit_success.txt")  # written last: see checkpoint.checkpoints
-    return max((int(path.parent.name) for path in complete if path.parent.name.isdecimal()), default=0)
+    with contextlib.suppress(OSError):
+        return max(complete_steps(Path(workdir) / "checkpoints"), default=0)
+    return 0
 
 
 # --- a job that runs, from another terminal ---------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import one_device
+
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parent.parent
-ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for
 
 
 def test_the_lines_that_a_new_run_prints(command, flags, tmp_path):
@@ -37,7 +38,7 @@ def test_fake_devices_make_a_mesh_and_a_complete_run_prints_that_it_is_complete(
         [sys.executable, "-m", "t5like", "train", *flags, f"--workdir={tmp_path}/run", *mesh]
         + ["--config.train.num_steps=2"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
+        env={**os.environ, "XLA_FLAGS": one_device.XLA_FLAGS},
         capture_output=True,
         text=True,
         timeout=120,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import one_device
 import pytest
 from documents import ROOT
 
@@ -92,7 +93,7 @@ def output(flags, tmp_path_factory):
         "raise RuntimeError('an internal error')\n"
     )
 
-    environment = {**os.environ, **planted, "XLA_FLAGS": os.environ["XLA_FLAGS"].rpartition(" ")[0]}
+    environment = {**os.environ, **planted, "XLA_FLAGS": one_device.XLA_FLAGS}
     ended = subprocess.run(
         [sys.executable, "-c", program, json.dumps(commands)], cwd=ROOT, env=environment, capture_output=True
     )

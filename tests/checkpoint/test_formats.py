@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import one_device
 import pytest
 
 from t5like.checkpoint import provenance, run_directory
@@ -121,8 +122,8 @@ def test_a_run_of_an_older_format_has_its_parameters_and_logits(number):
 def test_train_continues_a_run_of_an_older_format_with_the_same_losses(number, tmp_path):
     shutil.copytree(GOLDEN / f"format_{number}", tmp_path, dirs_exist_ok=True)
     train = [sys.executable, "-m", "t5like", "train", "--workdir=run", "--config.train.num_steps=4"]
-    one_device = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].rpartition(" ")[0], "JAX_PLATFORMS": "cpu"}
-    subprocess.run(train, cwd=tmp_path, env=one_device, check=True)
+    environment = {**os.environ, "XLA_FLAGS": one_device.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(train, cwd=tmp_path, env=environment, check=True)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
     np.testing.assert_allclose(losses, np.load(tmp_path / "expected.npz")["losses"], rtol=1e-6)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from jobs import ROOT, checkpoints, digests, launch, log, number, scontrol, show, steps, tasks, until, wait
+from one_device import XLA_FLAGS
 from slurm_cluster import free_ports
 
 STEPS = 30
@@ -58,18 +59,13 @@ def without_slurm(workdir: Path, train: list, processes: int, devices: int) -> d
             flags = [f"--coordinator=localhost:{free_ports(1)[0]}", f"--num_processes={processes}"]
             flags += [f"--fake_devices={devices}", f"--workdir={workdir}"]
             command = [sys.executable, "-m", "t5like", *map(str, train), *flags]
-            environment = {**os.environ, "XLA_FLAGS": xla_flags()}
+            environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
             started = [
                 subprocess.Popen([*command, f"--process_id={rank}"], cwd=ROOT, env=environment)
                 for rank in range(processes)
             ]
             assert [each.wait() for each in started] == [0] * processes
     return digests(workdir)
-
-
-def xla_flags() -> str:
-    """The flags of conftest.py but the number of devices."""
-    return os.environ["XLA_FLAGS"].rpartition(" ")[0]
 
 
 @pytest.fixture
@@ -83,7 +79,7 @@ def submit(tmp_path, train):
         python = slow_start if slow else sys.executable
         cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
         command = [*map(str, train), *flags, f"--workdir={tmp_path}/{name}"]
-        own = [f"--nodes={nodes}", f"--python={python}", f"--env=XLA_FLAGS={xla_flags()}", f"--compile_cache={cache}"]
+        own = [f"--nodes={nodes}", f"--python={python}", f"--env=XLA_FLAGS={XLA_FLAGS}", f"--compile_cache={cache}"]
         own += ["--env=JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
         devices = [] if any("fake_devices" in option for option in options) else ["--fake_devices=1"]
         code, out, err = launch(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import one_device
 import pytest
 from conftest import small
 from instrumented_run import read_records, recording
@@ -45,7 +46,7 @@ def start_all(
     """Start processes and return exit code, stdout and stderr of each; `interrupted`: (rank, step, signal)."""
     victim, step, number = interrupted
     flags = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}", "--fake_devices=1"]
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].rpartition(" ")[0]}  # conftest's but the eight
+    environment = {**os.environ, "XLA_FLAGS": one_device.XLA_FLAGS}  # conftest's but the eight
     environment["PYTHONPATH"] = str(ROOT)
     begun = [
         subprocess.Popen(

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import one_device
 import pytest
 
 from t5like.checkpoint.checkpoints import Checkpoints
@@ -21,7 +22,6 @@ from t5like.optim import step
 from t5like.train import completion
 
 ROOT = Path(__file__).parents[2]
-ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def on_a_terminal_that_closes(arguments: list[str], ready: bytes, *, nohup: bool
     with subprocess.Popen(
         [sys.executable, "-c", ON_ITS_TERMINAL, "nohup" if nohup else "", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ONE_DEVICE, "TERM": "xterm"},
+        env={**os.environ, "XLA_FLAGS": one_device.XLA_FLAGS, "TERM": "xterm"},
         start_new_session=True,
         **dict.fromkeys(("stdin", "stdout", "stderr"), end),
     ) as process:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import one_device
 import pytest
 from conftest import write_text
 
@@ -16,8 +17,7 @@ from t5like.io import paths
 from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parents[2]
-ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for
-ASCII = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "XLA_FLAGS": ONE_DEVICE}
+ASCII = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "XLA_FLAGS": one_device.XLA_FLAGS}
 CYRILLIC = "\u0431\u0430"
 
 # ---- The streams of a process ----

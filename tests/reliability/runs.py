@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import one_device
 
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
@@ -20,7 +21,6 @@ from t5like.checkpoint.step_directories import COMMITTED, STEP
 from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parents[2]
-ONE_DEVICE = os.environ["XLA_FLAGS"].rpartition(" ")[0]  # without the eight that conftest asks for
 SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
 LIMIT = 120.0  # seconds for one start; a test that waits longer fails
 LAST = 150  # steps of a run
@@ -59,7 +59,7 @@ class Trainer:
             self.process = subprocess.Popen(
                 [sys.executable, *program, *map(str, arguments)],
                 cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(ROOT), **environment},
+                env={**os.environ, "XLA_FLAGS": one_device.XLA_FLAGS, "PYTHONPATH": str(ROOT), **environment},
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
