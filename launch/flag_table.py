@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from launch import flag_values
 from launch.job import check_text
 from launch.record import BACKENDS
-from t5like.config.schema import Range
+from t5like.config.field_types import Range
 
 CLUSTERS = ("slurm", "kubernetes", "tpu_vm")
 

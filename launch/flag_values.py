@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from launch.job import Mount, Secret, check_name, check_text
-from t5like.config.schema import Range
+from t5like.config.field_types import Range
 from t5like.errors import ConfigError, shown
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -36,6 +36,7 @@ ORDER = (
     "interop",
     "plan",
     "train",
+    "rl",
     "inspect",
     "cli.prompts",
     "cli.flags",

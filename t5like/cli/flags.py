@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t5like import __version__
 from t5like.config import field_help
-from t5like.config.schema import LARGEST, Range
+from t5like.config.field_types import LARGEST, Range
 from t5like.errors import ConfigError, shown
 from t5like.io.paths import expand, why_no_path
 

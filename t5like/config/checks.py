@@ -9,8 +9,9 @@ import re
 from functools import cache
 from typing import Any, get_type_hints
 
+from t5like.config.field_types import Range
 from t5like.config.model_checks import check_model, require
-from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, Range, get, sections
+from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, get, sections
 from t5like.errors import ConfigError, shown
 from t5like.io.paths import check_path
 

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 
 import ml_collections
 
+from t5like.config.field_types import LARGEST, Axis, NotNegative, Positive, Range, Rates, Share
+from t5like.config.rl_schema import RLConfig
+
 Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
 Metric = Literal["exact_match", "f1", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
 Adaptation = Literal["architecture", "vocabulary", "depth"]
@@ -33,38 +36,6 @@ LANGUAGES = (  # codes of ISO 639-1
     "nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq "
     "sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Allowed values of a numeric field: closed ends (`least`, `most`) and open ends (`above`, `below`)."""
-
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        """The range as text, such as ``at least 1 and at most 1,000``."""
-        number = lambda end: f"{end:,}" if isinstance(end, int) else f"{end:g}"
-        ends = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
-        return " and ".join(f"{words} {number(end)}" for words, end in ends.items() if end is not None)
-
-
-LARGEST = 2**31 - 1  # steps and positions are int32
-Positive = Annotated[int, Range(1, LARGEST)]
-NotNegative = Annotated[int, Range(0, LARGEST)]
-Share = Annotated[float, Range(least=0, below=1)]
-Rates = Annotated[tuple[float, ...], Range(0, 1e9)]
-Axis = Annotated[int, Range(-1, 2**20)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -359,6 +330,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     init_from: InitConfig = InitConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    rl: RLConfig = RLConfig()
 
     @property
     def vocab_rows(self) -> int:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config.checks import ranges
-from t5like.config.schema import NotNegative, Range
+from t5like.config.field_types import NotNegative, Range
 from t5like.errors import ConfigError, shown
 
 IMPOSSIBLE = -1e9  # the score of a beam that does not exist yet; finite, as in transformers

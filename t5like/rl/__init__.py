@@ -1,0 +1,1 @@
+"""Training by rewards and from preferences."""
