@@ -10,13 +10,14 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5like import __version__
 from t5like.config import loader
 from t5like.errors import CheckpointError, ConfigError, printable
-from t5like.io.paths import expand
+from t5like.io.paths import cache_directory, expand
 from t5like.io.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
     workdir, allowed = expand(options.workdir).absolute(), allowed_changes.parse(options.allow_change)
     facts = {**versions(), "--workdir": str(workdir)}
     with (
-        process_group(options.process, config, facts, debug=options.debug, training=True),
+        process_group(options.process, config, facts, debug=options.debug, continues=True),
         storage_errors(workdir),
     ):
         train(config, workdir, allowed=allowed)
@@ -65,13 +66,17 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     from t5like.data import pipeline
     from t5like.data.sources.names import source_names
     from t5like.data.store import preparation, statistics
+    from t5like.distributed.process_group import process_group
+    from t5like.distributed.shared_file_systems import once_per_file_system
 
     pipeline.spec(config)
     if options.workdir:
         from t5like.checkpoint.run_directory import check_run_directory, open_run_directory
 
         check_run_directory(config, workdir := expand(options.workdir).absolute())
-    prepared = preparation.prepare(config)
+    directory = cache_directory(config.data.cache_directory)
+    with process_group(None, config, {}, continues=True):
+        prepared = once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
     for note in prepared.notes:
         print(printable(note))
     print(printable(f"tokenizer  {prepared.tokenizer_path}"))

@@ -1,7 +1,7 @@
 """Entry point of the command line: set up the process before JAX starts, run one command, return the exit code.
 
 Exit codes: 0 done; 2 config or command line, 3 data or tokenizer, 4 checkpoint or storage, 5 diverged (one line each,
-no traceback unless --debug); 75 preempted after saving a checkpoint, 76 another process of the run is lost or does not
+no traceback unless --debug); 75 preempted with everything saved, 76 another process of the run is lost or does not
 respond (both: start the same command again); 70 an internal error; 129, 130 and 143 ended by SIGHUP, Ctrl-C and
 SIGTERM with nothing to save.
 
@@ -31,6 +31,7 @@ from t5like.io import signals, streams
 from t5like.io.paths import cache_directory
 from t5like.io.storage import storage_errors
 
+CONTINUING = (["train"], ["prepare"])  # commands that continue when they are started again
 CONVERSIONS = ("import", "export")  # commands that hold each weight once, and return its memory to the system
 FILE_COMMANDS = (*CONVERSIONS, "train", "prepare", "evaluate")  # commands whose result is files; and generate --output
 PROCESS_VARIABLES = {  # flag -> the environment variable that it overrides
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if own else arguments)
     request = None
     try:
-        with run_lock.released(), signals.raise_on_signals(training=arguments[:1] == ["train"]) as request:
+        with run_lock.released(), signals.raise_on_signals(continues=arguments[:1] in CONTINUING) as request:
             code = run_command(arguments)
     except (Exception, KeyboardInterrupt) as error:
         interrupted = request.interrupted if request else None

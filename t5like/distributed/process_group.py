@@ -28,7 +28,7 @@ def process_group(
     facts: Mapping[str, str],
     *,
     debug: bool = False,
-    training: bool = False,
+    continues: bool = False,
 ) -> Iterator[None]:
     """Run the block as one of the run's processes. An error in it ends all of them, this one by `os._exit`.
 
@@ -37,13 +37,14 @@ def process_group(
         config: of the run; it must be equal in all processes.
         facts: other values by name that must be equal, such as versions.
         debug: print the traceback of an error.
-        training: the same command continues the run: a signal of a scheduler ends it with exit code 75 in any phase.
+        continues: the same command, started again, continues: a signal of a scheduler ends it with exit code 75 in any
+            phase.
 
     Raises:
         UserError: before the group is complete; and `Preempted`, which all processes raise at the same step.
     """
     preemption.reset()
-    with watching(config.train), preemption.receive_signals() if training else contextlib.nullcontext():
+    with watching(config.train), preemption.receive_signals() if continues else contextlib.nullcontext():
         if info is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Termination signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 for training.
+"""Termination signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 for `train` and `prepare`.
 
 `raise_on_signals` turns them into an exception in the main thread, so that a command removes its temporary files and
 ends its child processes. One exception is not enough: Python ignores exceptions in callbacks of the garbage collector,
@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __str__(self) -> str:
         if self.exit_code == REQUEUE_EXIT_CODE:
-            return "stopped by a signal outside the training loop; nothing is lost: the same command continues"
+            return "stopped by a signal; nothing is lost: the same command continues"
         return "stopped"
 
 
@@ -54,14 +54,14 @@ class TerminationHandler:
         interrupted: the exception that it raises; None: no signal was received.
     """
 
-    def __init__(self, training: bool, command: FrameType):
+    def __init__(self, continues: bool, command: FrameType):
         self.interrupted: Interrupted | None = None
-        self._training, self._command, self._received_at = training, command, 0.0
+        self._continues, self._command, self._received_at = continues, command, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, or the alarm that repeats it."""
         if self.interrupted is None:
-            requeue = self._training and number != signal.SIGINT
+            requeue = self._continues and number != signal.SIGINT
             self.interrupted = Interrupted(number, REQUEUE_EXIT_CODE if requeue else 128 + number)
             self._received_at = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
@@ -81,15 +81,15 @@ class TerminationHandler:
 
 
 @contextlib.contextmanager
-def raise_on_signals(*, training: bool = False) -> Iterator[TerminationHandler]:
+def raise_on_signals(*, continues: bool = False) -> Iterator[TerminationHandler]:
     """Raise `Interrupted` on a termination signal inside the block, which must run in the main thread.
 
     Args:
-        training: the command is `train`, which continues when it is started again: signals of a scheduler, with
-            SIGUSR1, end it with `REQUEUE_EXIT_CODE`.
+        continues: the command continues when it is started again: signals of a scheduler, with SIGUSR1, end it with
+            `REQUEUE_EXIT_CODE`.
     """
-    handler = TerminationHandler(training, sys._getframe(2))  # frame of the with statement; frame 1 is contextlib's
-    numbers = [*termination_signals(), signal.SIGALRM] + [signal.SIGUSR1] * training
+    handler = TerminationHandler(continues, sys._getframe(2))  # frame of the with statement; frame 1 is contextlib's
+    numbers = [*termination_signals(), signal.SIGALRM] + [signal.SIGUSR1] * continues
     before = {number: signal.signal(number, handler) for number in numbers}
     hook = sys.unraisablehook
     sys.unraisablehook = lambda what: None if isinstance(what.exc_value, Interrupted) else hook(what)

@@ -77,7 +77,8 @@ def test_an_interrupt_is_never_lost(moment, command, monkeypatch):
     monkeypatch.setattr(preparation, "prepare", lambda _: moment())
     begin = time.monotonic()
     code, out, err = command("prepare", "--config=configs/tiny.py")
-    assert (code, out, err) == (143, "", "t5like: stopped\n") and time.monotonic() - begin < 5
+    line = "t5like: stopped by a signal; nothing is lost: the same command continues\n"
+    assert (code, out, err) == (75, "", line) and time.monotonic() - begin < 5
 
 
 def test_cleanup_is_not_interrupted_again(capfd):
@@ -98,7 +99,7 @@ def test_cleanup_is_not_interrupted_again(capfd):
 
 def test_a_hangup_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with signals.raise_on_signals(training=True):
+    with signals.raise_on_signals(continues=True):
         send(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
@@ -108,7 +109,7 @@ def test_a_hangup_that_is_ignored_stays_ignored():
 
 @pytest.mark.parametrize(
     "number, code, line",
-    [(signal.SIGINT, 130, "stopped"), (signal.SIGHUP, 75, "stopped by a signal outside the training loop; nothing is")],
+    [(signal.SIGINT, 130, "stopped"), (signal.SIGHUP, 75, "stopped by a signal; nothing is")],
 )
 def test_a_signal_during_imports_ends_a_command_at_once(number, code, line, flags, tmp_path):
     program = (
@@ -193,7 +194,7 @@ UNDER_NOHUP = """
 import os, sys, time
 from t5like.io import signals, streams
 streams.guard()
-with signals.raise_on_signals(training=True):
+with signals.raise_on_signals(continues=True):
     print("ready", flush=True)
     while os.isatty(1):  # until there is /dev/null in its place
         print("a line", flush=True)

@@ -13,6 +13,7 @@ from runs import (
     deleting,
     last_step,
     run_to_end,
+    settings,
     smallest,
     start_processes,
     step_directories,
@@ -76,6 +77,20 @@ def test_one_process_saves_and_exits_with_75(phase, flags, tmp_path):
         trainer.send(number)
         seconds = trainer.seconds_since_signal()
     check_stopped(trainer, workdir, phase, seconds)
+
+
+def test_prepare_ends_with_75_while_it_trains_a_tokenizer(tmp_path):
+    letters = random.Random(0).choices("abcdefgh     .", k=4_000_000)  # long enough: seconds in SentencePiece's C++
+    (tmp_path / "a.txt").write_text("".join(letters))
+    values = {"data.source": f"text:{tmp_path}/a.txt", "data.cache_directory": tmp_path / "prepared"}
+    arguments = ["prepare", "--config=configs/tiny.py", *settings(**values)]
+    with Trainer(arguments, tmp_path / "log") as trainer:
+        trainer.wait_for(lambda: "training a tokenizer" in trainer.err)
+        time.sleep(1)
+        trainer.send(signal.SIGTERM)
+        seconds = trainer.seconds_since_signal()
+    assert trainer.process.returncode == 75 and seconds < SECONDS, (trainer.process.returncode, seconds)
+    assert "stopped by a signal in preparing the data; nothing is lost" in trainer.err.splitlines()[-1], trainer.err
 
 
 @pytest.mark.parametrize(
