@@ -43,7 +43,7 @@ class RLConfig:
     temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # of sampling, and of the log-probabilities in the loss
     updates_per_rollout: Annotated[int, Range(1, 1000)] = 1  # updates with the same answers (mu in GRPO)
     # Additional rollouts of a step that replace prompts whose answers all have the same reward, with other prompts
-    # (DAPO's dynamic sampling); 0: such prompts stay, with advantage 0.
+    # (DAPO's dynamic sampling); 0: such prompts stay, with advantage 0 (reinforce: that of the step).
     redraws: Annotated[int, Range(0, 100)] = 0
 
     # grpo: (reward - mean) / standard deviation of the prompt's answers. dr_grpo: reward - mean. rloo: reward - mean of
