@@ -89,7 +89,7 @@ def gae(
         (advantages, returns), each float32 [B, G, L], 0 where the mask is 0. Advantages are not whitened (`whiten`).
     """
     mask_BGL = np.asarray(mask_BGL) > 0
-    rewards_BGL = np.where(mask_BGL, np.asarray(rewards_BGL, np.float64), 0.0)
+    rewards_BGL = np.asarray(rewards_BGL, np.float64)
     values_BGL = np.where(mask_BGL, np.asarray(values_BGL, np.float64), 0.0)
     advantages_BGL = np.zeros_like(values_BGL)
     next_value = next_advantage = np.zeros(values_BGL.shape[:-1])
