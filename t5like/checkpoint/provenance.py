@@ -63,16 +63,24 @@ def config_fingerprint(config: Config) -> str:
     return fingerprint(original_names(fixed))
 
 
-def fingerprints(config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore]) -> dict[str, Any]:
-    """Return ``config``, ``tokenizer``, ``stores`` (by source), ``heldout`` (of all sources), ``code``."""
+def fingerprints(
+    config: Config, tokenizer: Tokenizer, stores: Sequence[TokenStore], data: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return ``config``, ``tokenizer``, ``stores`` (by source), ``heldout`` (of all sources), ``code``.
+
+    Without stores, as for records that are read directly, ``stores`` has the texts of `data`.
+    """
+    if not stores:
+        stored, heldout = dict(data or {}), fingerprint(dict(data or {}))
+    else:
+        checksums = [shard_checksums(store) for store in stores]
+        stored = {source: fingerprint(each) for source, each in zip(config.data.source, checksums, strict=True)}
+        heldout = fingerprint([shard_checksums(store, ("heldout",)) for store in stores])
     return {
         "config": config_fingerprint(config),
         "tokenizer": hashlib.sha256(tokenizer.model_bytes).hexdigest()[:12],  # of the file, equal to sha256sum
-        "stores": {
-            source: fingerprint(shard_checksums(store))
-            for source, store in zip(config.data.source, stores, strict=True)
-        },
-        "heldout": fingerprint([shard_checksums(store, ("heldout",)) for store in stores]),
+        "stores": stored,
+        "heldout": heldout,
         "code": code_fingerprint(),
     }
 
@@ -162,18 +170,24 @@ def settings(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def describe(
-    requested: Config, config: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, stores: Sequence[TokenStore]
+    requested: Config,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    stores: Sequence[TokenStore],
+    data: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines a run's result.
 
     Args:
         requested: the config as the run directory stores it, equal on every machine.
         config: resolved on `mesh`.
-        stores: one for each of `data.source`.
+        stores: one for each of `data.source`; empty if the run reads records.
+        data: what identifies the records, by source.
     """
     device = mesh.devices.flat[0]
     return {
-        "fingerprints": fingerprints(requested, tokenizer, stores),
+        "fingerprints": fingerprints(requested, tokenizer, stores, data),
         "processor": processor(),
         "devices": {"kind": device.device_kind, "platform": device.platform, "count": mesh.size},
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},

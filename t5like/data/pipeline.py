@@ -16,7 +16,7 @@ import collections
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -155,6 +155,19 @@ class RowSource(Protocol):
             offset_B: uint64, random per epoch; 0 for held-out rows.
             keys_B: uint64, the key of a row's random numbers.
         """
+
+
+class StepBatches(Protocol):
+    """The training batches of a run, by step."""
+
+    config: Config
+    schedule: RowSchedule
+
+    def at(self, step: int, rows: np.ndarray | None = None) -> Any:
+        """The batch of a step, in numpy; of a global batch only these rows."""
+
+    def follow(self, schedule: RowSchedule) -> None:
+        """Use another schedule of rows from now on."""
 
 
 class _Phase(NamedTuple):
@@ -342,10 +355,10 @@ class Batches:
             return random_bits(random_bits(np.array([key]), 1)[0] ^ number_B, 1)[:, 0]
 
 
-def prefetch(batches: Batches, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+def prefetch(batches: StepBatches, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Any]:
     """The batches of steps [start, stop), up to `data.prefetch` made ahead in a background thread; see `Batches.at`."""
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-    pending: collections.deque[Future[Batch]] = collections.deque()
+    pending: collections.deque[Future[Any]] = collections.deque()
     try:
         for step in range(start, stop):
             pending.append(executor.submit(batches.at, step, rows))

@@ -6,6 +6,7 @@ Pretraining, fine-tuning, the planner and the tests all use `make_train_step`; a
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,13 @@ from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
 from t5like.sharding import placement, xla_options
 from t5like.types import Batch, Metrics, Sum, TrainState, Tree
 
-LossFn = Callable[[Config, Tree, Batch, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
+LossFn = Callable[[Config, Tree, Any, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
+ModelBatch = Callable[[Any], Batch]  # of what a `LossFn` takes, the batch that the model reads
+
+
+def unchanged(batch: Batch) -> Batch:
+    """The `ModelBatch` of losses that take a `Batch`."""
+    return batch
 
 
 def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
@@ -100,9 +107,11 @@ def make_gradient(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[.
 
 
 def make_train_step(
-    config: Config, loss_fn: LossFn = pretrain_loss
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    config: Config, loss_fn: LossFn = pretrain_loss, model_batch: ModelBatch = unchanged
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The function of one update: (state, batch) -> (new state, metrics). Jit it with `jit_train_step`.
+
+    `loss_fn` may take more than a `Batch`: any tree of arrays with one leading dim, whose `Batch` is `model_batch`.
 
     An update that is not finite, or is a spike, is skipped (`bad_steps`): parameters, moments and average stay, the
     step is counted, and the metric `skipped_updates` is 1. The gradient of frozen parameters is not computed and not
@@ -110,8 +119,9 @@ def make_train_step(
     """
     gradient = make_gradient(config, loss_fn)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = gradient(state.params, batch, state.step)
+        batch = model_batch(batch)
         norm = optax.tree.norm(grads)
         optimizer = make_optimizer(config, state.params, parameter_axes(config, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -161,16 +171,23 @@ def split_microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
 
 
-def jit_train_step(config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss):
+def jit_train_step(
+    config: Config, abstract: TrainState, loss_fn: LossFn = pretrain_loss, model_batch: ModelBatch = unchanged
+):
     """The jitted train step: state donated, with the shardings of `abstract_state`; metrics replicated."""
     mesh = mesh_of(abstract)
     out = (shardings_of(abstract), NamedSharding(mesh, PartitionSpec()))
     options = xla_options.of_training(config.train, mesh)
-    return jax.jit(make_train_step(config, loss_fn), donate_argnums=0, out_shardings=out, compiler_options=options)
+    train_step = make_train_step(config, loss_fn, model_batch)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def lower_train_step(
-    config: Config, batch: Batch, abstract: TrainState, loss_fn: LossFn = pretrain_loss
+    config: Config,
+    batch: Any,
+    abstract: TrainState,
+    loss_fn: LossFn = pretrain_loss,
+    model_batch: ModelBatch = unchanged,
 ) -> jax.stages.Lowered:
     """Lower the train step from shapes alone, for the loop (`compile_train_step`) and for planning."""
     mesh = mesh_of(abstract)
@@ -178,14 +195,20 @@ def lower_train_step(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placement.batch_shardings(batch, mesh)
     )
     with jax.set_mesh(mesh):
-        return jit_train_step(config, abstract, loss_fn).lower(abstract, shapes)
+        return jit_train_step(config, abstract, loss_fn, model_batch).lower(abstract, shapes)
 
 
-def compile_train_step(config: Config, batch: Batch, abstract: TrainState) -> jax.stages.Compiled:
+def compile_train_step(
+    config: Config,
+    batch: Any,
+    abstract: TrainState,
+    loss_fn: LossFn = pretrain_loss,
+    model_batch: ModelBatch = unchanged,
+) -> jax.stages.Compiled:
     """The train step for the loop, compiled from shapes alone.
 
     Raises:
         ConfigError: the compiler refuses one of `train.compiler_options`.
     """
     with xla_options.refusals():
-        return lower_train_step(config, batch, abstract).compile()
+        return lower_train_step(config, batch, abstract, loss_fn, model_batch).compile()

@@ -2,10 +2,10 @@
 
 A run is complete when the checkpoint of its last step has been read and every byte of it is good, and loss.png and
 samples.txt exist. After a kill between the last checkpoint and these files, they are made when the run is started
-again. Called by `loop`.
+again. Called by `loop` and `pretraining`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from t5like.errors import CheckpointError, DamagedCheckpoint
 from t5like.evaluation.samples import samples
 from t5like.inference.generate import Generator
 from t5like.io.atomic import replace_file
-from t5like.metrics.loss_curve import PICTURE, draw_loss_curve
+from t5like.metrics.loss_curve import draw_loss_curve
 from t5like.train import evaluation_steps
 from t5like.train.expected_loss import summary
 from t5like.types import TrainState, Tree
@@ -60,6 +60,7 @@ def complete_run(
     abstract: TrainState,
     workdir: Path,
     open_directory: Callable[[], None],
+    summary_files: Sequence[str],
     summarize: Callable[[Tree], list[str]],
 ) -> list[str] | None:
     """Return the lines to print about a run that is complete; None if it is not.
@@ -73,7 +74,8 @@ def complete_run(
         abstract: shape, dtype and sharding of every leaf of the state.
         workdir: the run directory.
         open_directory: locks the run directory; called before something is written.
-        summarize: `write_summary` for the parameters of the run.
+        summary_files: names of the files that `summarize` writes.
+        summarize: writes them for the parameters of the run; returns the lines to print.
     """
     with watchdog("verifying the last checkpoint", step, mode="computing"):  # process 0 reads all of it
         if reason := processes.broadcast("the last checkpoint", _damage(checkpoints, step)):
@@ -83,7 +85,7 @@ def complete_run(
     if step == num_steps and evaluation_steps.is_missing(train, step, workdir):
         return None
     lines = []
-    unfinished = str(int(step == num_steps and not _has_summary(workdir, step)))
+    unfinished = str(int(step == num_steps and not _has_summary(workdir, step, summary_files)))
     if processes.broadcast("the summary", unfinished) == "1":
         open_directory()
         ema = abstract.ema is not None
@@ -104,11 +106,11 @@ def _damage(checkpoints: Checkpoints, step: int) -> str:
         return str(error)
 
 
-def _has_summary(workdir: Path, step: int) -> bool:
+def _has_summary(workdir: Path, step: int, names: Sequence[str]) -> bool:
     """Whether the files of the summary are not older than the last checkpoint, as after a run that was extended."""
     committed = workdir / "checkpoints" / str(step) / COMMITTED
     try:
         since = committed.stat().st_mtime
-        return all((workdir / name).stat().st_mtime >= since for name in (PICTURE, SAMPLES))
+        return all((workdir / name).stat().st_mtime >= since for name in names)
     except OSError:
         return False

@@ -17,5 +17,7 @@ def is_missing(config: TrainConfig, step: int, workdir: Path) -> bool:
     """Whether a signal interrupted the evaluation after a completed step; the same value in all processes."""
     if step != config.num_steps and step % config.eval_every and step not in early_evaluations(config):
         return False
-    done = processes.is_primary() and any(row["step"] == step and "eval/loss" in row for row in writers.read(workdir))
+    done = processes.is_primary() and any(
+        row["step"] == step and any(name.startswith("eval/") for name in row) for row in writers.read(workdir)
+    )
     return bool(processes.broadcast("the interrupted evaluation", "" if done else "missing"))

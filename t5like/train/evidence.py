@@ -25,14 +25,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.config.schema import Config
-from t5like.data.pipeline import Batches
-from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError
 from t5like.io.atomic import atomic_directory
 from t5like.optim import step
-from t5like.sharding import placement
+from t5like.train.task import Task
 from t5like.types import Array, Batch, TrainState, Tree
 
 FOLDER = "bad_steps"  # in a run directory
@@ -46,12 +44,11 @@ class Evidence:
         config: Config,
         workdir: Path,
         mesh: jax.sharding.Mesh,
-        batches: Batches,
-        tokenizer: Tokenizer,
+        task: Task,
         checkpoints: Checkpoints,
     ):
         self._config, self._directory, self._mesh = config, workdir / FOLDER, mesh
-        self._batches, self._tokenizer, self._checkpoints = batches, tokenizer, checkpoints
+        self._task, self._checkpoints = task, checkpoints
 
     def keep(self, state: TrainState, done: int, reason: str, values: Mapping[str, float]) -> None:
         """Write the directory of a bad step, which was update `done` of the run. All processes call it.
@@ -63,8 +60,7 @@ class Evidence:
         full = len(kept) >= self._config.train.keep_bad_steps and str(done) not in kept
         if processes.broadcast("keeping a bad step", "full" if full else "") or not self._config.train.keep_bad_steps:
             return
-        rows = placement.local_rows(self._mesh, self._config.data.batch_size)
-        batch = placement.to_global(self._batches.at(done - 1, rows), self._mesh, self._config.data.batch_size)
+        batch, whole = self._task.rows_of(done - 1)
         with watchdog("keeping a bad step", done, times=3), jax.set_mesh(self._mesh):
             norms = jax.device_get(self._gradient_norms(state.params, batch, jnp.int32(done - 1)))
             self._checkpoints.wait()  # a checkpoint in progress is one before this step
@@ -76,11 +72,10 @@ class Evidence:
             "loss": finite_or_text(values["train/loss"]),
             "grad_norm": finite_or_text(values["train/grad_norm"]),
             "checkpoint": max((saved for saved in self._checkpoints.steps() if saved < done), default=None),
-            "first_row": self._batches.schedule.first_row(done - 1),
+            "first_row": self._task.batches.schedule.first_row(done - 1),
             "batch_size": self._config.data.batch_size,
             "grad_norm_by_parameter": {name: finite_or_text(value) for name, value in norms.items()},
         }
-        whole = self._batches.at(done - 1)
         path = self._directory / str(done)
         shutil.rmtree(path, ignore_errors=True)  # of the same step, before a restart or a rewind
         with atomic_directory(path) as directory:
@@ -95,7 +90,7 @@ class Evidence:
 
     def _texts(self, batch: Batch, first_row: int) -> list[dict[str, Any]]:
         inputs_BS = batch.decoder_BL if batch.encoder_BS is None else batch.encoder_BS
-        decode = lambda ids, where: self._tokenizer.decode(ids[where].tolist(), keep_special=True)
+        decode = lambda ids, where: self._task.tokenizer.decode(ids[where].tolist(), keep_special=True)
         return [
             {
                 "row": first_row + index,
@@ -109,7 +104,7 @@ class Evidence:
 
     @cached_property
     def _gradient_norms(self):
-        gradient = step.make_gradient(self._config)
+        gradient = step.make_gradient(self._config, self._task.loss_fn)
         norms = lambda params, batch, index: norms_by_layer(gradient(params, batch, index)[0])
         return jax.jit(norms, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 

@@ -21,19 +21,11 @@ from t5like.checkpoint.init_from import REPORT, write_report
 from t5like.checkpoint.run_directory import check_run_directory, checkpoints_of, open_run_directory, with_run_tokenizer
 from t5like.config.schema import Config
 from t5like.data import pipeline
-from t5like.data.pipeline import Batches
-from t5like.data.sources.names import source_names
-from t5like.data.store import fingerprints, preparation, statistics
-from t5like.data.store.verification import Verification
-from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.distributed import processes
 from t5like.distributed.preemption import catch_preemption
-from t5like.distributed.shared_file_systems import once_per_file_system, share
+from t5like.distributed.shared_file_systems import share
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError
-from t5like.evaluation.heldout import Evaluator
-from t5like.evaluation.task_eval import TaskEvaluator, write_predictions
-from t5like.io.paths import cache_directory
 from t5like.metrics import flops, writers
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
@@ -44,14 +36,20 @@ from t5like.sharding import mesh as meshes
 from t5like.train import completion, evaluation_steps
 from t5like.train.evidence import Evidence
 from t5like.train.initial_state import initial_state, restore_state
+from t5like.train.pretraining import Pretraining
 from t5like.train.replicas import compare_replicas
 from t5like.train.report import StepReporter, describe_devices, print_line
 from t5like.train.rewind import BadSteps, TrainingBatches
+from t5like.train.task import Task
 from t5like.types import TrainState
 
 
 def train(
-    config: Config, workdir: Path, on_step: Callable[[int], None] | None = None, allowed: Sequence[str] = ()
+    config: Config,
+    workdir: Path,
+    on_step: Callable[[int], None] | None = None,
+    allowed: Sequence[str] = (),
+    open_task: Callable[..., Task] = Pretraining,
 ) -> None:
     """Train until `train.num_steps`, from the run directory's newest checkpoint if it has one.
 
@@ -60,6 +58,7 @@ def train(
         workdir: the run directory.
         on_step: called with the number of completed steps when a step's metrics have been reported.
         allowed: what may change when the run continues (`checkpoint.allowed_changes`).
+        open_task: see `Pretraining.__init__`.
 
     Raises:
         UserError: see `errors`; nothing of an earlier run in `workdir` is lost.
@@ -80,38 +79,22 @@ def train(
         show(line)
 
     # ---- Data ----
-    directory = cache_directory(config.data.cache_directory)
-    prepared = once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
-    for note in prepared.notes:
-        show(note)
-    verification = Verification(prepared.stores)  # created before anything of the stores is read
-    tokenizer = prepared.tokenizer
-    splits = {split: pipeline.open_split(config, prepared.stores, split) for split in ("train", "heldout")}
-    batches = Batches(config, Vocabulary.of(tokenizer), splits["train"])
-    heldout = Batches(config, Vocabulary.of(tokenizer), splits["heldout"], heldout=True)
-    evaluator = Evaluator(config, mesh, heldout, tokenizer)
-    tasks = TaskEvaluator(config, mesh, tokenizer, *splits.values()) if config.evaluate.metrics else None
-    provenance_record = provenance.describe(requested, config, mesh, tokenizer, prepared.stores)
-    for line in statistics.lines(source_names(config.data), prepared.stores, config.data.source):
-        show(f"data       {line}")
-    notes = [part.note for parts in splits.values() for part in parts if getattr(part, "note", "")]
-    for line in [*batches.describe(), *notes]:
-        show(f"           {line}")
-    for line in provenance.lines(provenance_record):
+    task = open_task(config, mesh, workdir, show)
+    batches, tokenizer, verification = task.batches, task.tokenizer, task.verification
+    provenance_record = provenance.describe(requested, config, mesh, tokenizer, task.stores, task.data)
+    for line in [*task.lines, *provenance.lines(provenance_record)]:
         show(line)
-    for name, rule in tasks.describe().items() if tasks else ():
-        show(f"metric     {name.removeprefix('eval/rule/')}: {rule}")
 
     # ---- The source of the initial state; nothing is written until it is known to fit ----
     checkpoints = checkpoints_of(workdir, config)
-    data = fingerprints.describe(config.data.source, prepared.stores)
-    initial = initial_state(requested, config, batch, abstract, tokenizer, checkpoints, workdir, data, allowed)
+    initial = initial_state(requested, config, batch, abstract, tokenizer, checkpoints, workdir, task.data, allowed)
     start, num_steps = initial.step, config.train.num_steps
-    prints = provenance_record["fingerprints"]
-    summarize = partial(completion.write_summary, config, mesh, tokenizer, heldout, workdir, prints)
+    summarize = partial(task.summarize, fingerprints=provenance_record["fingerprints"])
     open_directory = partial(open_run_directory, requested, tokenizer, workdir, allowed)
     if start >= num_steps and (
-        lines := completion.complete_run(checkpoints, start, config.train, abstract, workdir, open_directory, summarize)
+        lines := completion.complete_run(
+            checkpoints, start, config.train, abstract, workdir, open_directory, task.summary_files, summarize
+        )
     ):
         for line in lines:
             show(line)
@@ -135,11 +118,12 @@ def train(
     # ---- The initial state; the step compiles in parallel ----
     with compiling_thread() as pool:
         started = time.monotonic()
-        compiling = pool.submit(step.compile_train_step, config, batch, abstract)
+        compiling = pool.submit(step.compile_train_step, config, task.spec, abstract, task.loss_fn, task.model_batch)
         with watchdog("making the first state and compiling the step", start, times=3, mode="computing"):
             state, source, history = initial.make()
             batches.follow(history.rows)
             start = int(state.step)  # fewer than `initial.step` if that checkpoint is damaged
+            task.start(state)
             train_step = compiling.result()
         processes.barrier("the first step", step=start)
         show(f"start      {source}, compiled in {time.monotonic() - started:.1f} s")
@@ -147,14 +131,14 @@ def train(
 
     # ---- Steps ----
     if verification.pending:
-        verification.start(*share("verifying the data", directory))
+        verification.start(*share("verifying the data", task.directory))
     if primary:
         provenance.append(workdir, start, provenance_record)
     writer = writers.Writer(workdir, step=start, primary=primary)
     progress = Progress(config.train.num_steps, log_every=config.train.log_every, step=start, primary=primary)
     throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()))
     bad_steps = BadSteps(config, history)
-    evidence = Evidence(config, workdir, mesh, batches, tokenizer, checkpoints)
+    evidence = Evidence(config, workdir, mesh, task, checkpoints)
     keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values)
     report = StepReporter(config, writer, progress, throughput, bad_steps, keep_evidence, on_step)
     profiler = Profiler(workdir / "profile", config.train.profile_step)
@@ -162,17 +146,9 @@ def train(
     def evaluate(done: int, *, early: bool = False) -> None:
         with throughput.pause():
             params = state.params if state.ema is None else state.ema
-            values = evaluator(params, lambda batches: stop.point())
-            accuracy = 100 * values["eval/accuracy"]
-            text = f"step {done:,}: held-out loss {values['eval/loss']:.3f}, {accuracy:.1f} % of tokens right"
-            if tasks and not early:
-                scores, records = tasks(params, lambda rows: stop.point())
-                values |= scores
-                text += "".join(f", {name.removeprefix('eval/score/')} {value:.1f} %" for name, value in scores.items())
-                if primary:
-                    write_predictions(workdir, done, records)
+            values, text = task.evaluate(params, done, stop.point, early=early)
             writer.write(done, values)
-            progress.note(text)
+            progress.note(f"step {done:,}: {text}")
 
     def verify(done: int) -> None:
         """Wait until all data that the run has been trained on is verified."""
@@ -219,21 +195,23 @@ def train(
     with catch_preemption(save_last_step, workdir) as stop, progress:
         if start == 0:
             if primary:
-                baselines = evaluator.baselines() | (tasks.baselines() if tasks else {})
-                writer.write(0, baselines)
-                uniform, unigram = baselines["baseline/uniform"], baselines["baseline/unigram"]
-                progress.note(f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats")
+                values, text = task.baselines()
+                writer.write(0, values)
+                progress.note(text)
             evaluate(0)
         elif evaluation_steps.is_missing(config.train, start, workdir):
             evaluate(start, early=start in early and start != num_steps)
         # On a CPU, dispatching the next step early gains nothing, and its buffers would be a second set.
         synchronous = mesh.devices.flat[0].platform == "cpu"
-        rows, size = placement.local_rows(mesh, config.data.batch_size), config.data.batch_size
+        rows = placement.local_rows(mesh, config.data.batch_size)
         upcoming = TrainingBatches(batches, start, config.train.num_steps, rows)
         for index, numpy_batch in upcoming:
-            stop.point()
+            if index % task.updates_per_batch == 0:
+                stop.point()
             profiler.before(index + 1)
-            state, values = train_step(state, placement.to_global(numpy_batch, mesh, size))
+            device_batch, notes = task.device_batch(state, index, numpy_batch)
+            state, values = train_step(state, device_batch)
+            values |= notes
             if pending:
                 report(*pending)
             pending, done = (index + 1, values), index + 1

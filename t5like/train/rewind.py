@@ -11,15 +11,15 @@ the same decisions. Called by `loop` and `report`.
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import History
 from t5like.config.schema import Config
 from t5like.data import pipeline
-from t5like.data.pipeline import Batches
+from t5like.data.pipeline import StepBatches
 from t5like.distributed import processes
 from t5like.errors import Diverged
-from t5like.types import Batch
 
 
 class BadSteps:
@@ -91,7 +91,7 @@ def describe(values: Mapping[str, float]) -> str | None:
 class TrainingBatches:
     """An iterator over (step, batch) that can continue from another step; batches are made ahead in a thread."""
 
-    def __init__(self, batches: Batches, start: int, stop: int, rows):
+    def __init__(self, batches: StepBatches, start: int, stop: int, rows):
         """Steps [start, stop); `rows`: see `Batches.at`."""
         self._batches, self._stop, self._rows = batches, stop, rows
         self.go_to(start)
@@ -101,10 +101,10 @@ class TrainingBatches:
         self._step = step
         self._ahead = pipeline.prefetch(self._batches, step, self._stop, self._rows)
 
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         return self
 
-    def __next__(self) -> tuple[int, Batch]:
+    def __next__(self) -> tuple[int, Any]:
         batch = next(self._ahead)
         self._step += 1
         return self._step - 1, batch
