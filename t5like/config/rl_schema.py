@@ -71,7 +71,7 @@ class RLConfig:
     discount: Annotated[float, Range(0, 1)] = 1.0  # gae: gamma
     gae_lambda: Annotated[float, Range(0, 1)] = 0.95  # gae: lambda
     value_coefficient: Annotated[float, Range(0, 1e6)] = 0.1  # gae: weight of the value loss
-    value_clip: Annotated[float, Range(0, 1e6)] = 0.2  # gae: values further from the old ones are clipped
+    value_clip: Annotated[float, Range(0, 1e6)] = 0.2  # gae: values further from the old ones are clipped; 0: none
 
     # dpo, ipo: beta or tau; orpo: weight of the odds ratio (lambda); simpo: beta
     beta: Annotated[float, Range(1e-9, 1e6)] = 0.1
