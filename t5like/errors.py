@@ -66,7 +66,7 @@ class Diverged(UserError):
 
 
 class StateNotFinite(Diverged):
-    """A state with NaN or infinity was to be saved; nothing was written.
+    """A state with NaN or infinity was to be saved; it is not kept.
 
     Attributes:
         step: of the state.

@@ -25,7 +25,7 @@ from t5like.distributed import processes
 from t5like.distributed.preemption import catch_preemption
 from t5like.distributed.shared_file_systems import share
 from t5like.distributed.watchdog import watchdog
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, StateNotFinite
 from t5like.metrics import flops, writers
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
@@ -182,13 +182,15 @@ def train(
             return restore_state(checkpoints, abstract, target)
 
     def save_last_step() -> int:
-        """Save the state when a signal stops the run before its next step; returns the number of completed steps."""
+        """Save the state when a signal stops the run before its next step; returns the number of saved steps."""
         if pending:
             report(*pending)
-        if done and not bad_steps.too_many:
-            save(done)
-            finish_saving(done)
-        return done
+        with contextlib.suppress(StateNotFinite):  # the run that continues meets it again, and rewinds
+            if done and not bad_steps.too_many:
+                save(done)
+                finish_saving(done)
+                return done
+        return checkpoints.latest() or 0
 
     done, pending = start, None  # completed steps, and metrics of the last one until the device computes the next one
     early, compare_every = evaluation_steps.early_evaluations(config.train), config.train.compare_replicas_every
@@ -232,8 +234,14 @@ def train(
                 evaluate(done, early=not at_evaluation)
             if at_checkpoint:
                 verify(done)
-                save(done)
-        finish_saving(config.train.num_steps)
+                try:
+                    save(done)
+                    if at_end:
+                        finish_saving(done)
+                except StateNotFinite as error:
+                    progress.note(f"step {done:,}: {bad_steps.observe_state(done, error.names)}, not saved")
+                    state, pending = rewind(), None
+                    done = int(state.step)
     profiler.stop()
     writer.close()
 

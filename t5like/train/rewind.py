@@ -2,15 +2,16 @@
 
 A step is bad if its update is not finite or is a spike (`optim.bad_steps` decides that inside the train step). After
 `train.max_skipped_updates` bad steps in a row, the run continues from the newest checkpoint before the first of them
-with the rows after the last one (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, did this by hand). After
-`train.max_rewinds` rewinds, or without such a checkpoint, it ends with exit code 5.
+with the rows after the last one (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, did this by hand). It does the
+same if the state is not finite when it is to be saved, for example if only a second moment is infinite, which makes no
+update bad. After `train.max_rewinds` rewinds, or without such a checkpoint, it ends with exit code 5.
 
 All of this is a function of the metrics and of the checkpoint's `History`. So a run that is killed at any time repeats
 the same decisions. Called by `loop` and `report`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from t5like.checkpoint.checkpoints import Checkpoints
@@ -19,7 +20,7 @@ from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.pipeline import StepBatches
 from t5like.distributed import processes
-from t5like.errors import Diverged
+from t5like.errors import Diverged, shorten
 
 
 class BadSteps:
@@ -39,6 +40,13 @@ class BadSteps:
         reason = describe(values)
         self.history = self.history._replace(bad_steps=self.history.bad_steps + 1 if reason else 0)
         self.last = (done, reason) if reason else self.last
+        return reason
+
+    def observe_state(self, done: int, names: Sequence[str]) -> str:
+        """Take the names of the leaves of a state that are not finite; returns what is wrong, as `observe`."""
+        reason = f"the state is not finite in {shorten(names)}"
+        self.history = self.history._replace(bad_steps=max(self.history.bad_steps, 1))
+        self.last = (done, reason)
         return reason
 
     @property
@@ -64,9 +72,10 @@ class BadSteps:
             why = "there is no checkpoint before them"
             if target:
                 why = f"the run has gone back {self.history.rewinds} times (train.max_rewinds)"
+            steps = "a bad step" if count == 1 else f"{count} bad steps in a row"
             rate = f"{self._learning_rate / 2:g}"
             raise Diverged(
-                f"{count} bad steps in a row up to step {done:,}: {reason}; {why}; lower optimizer.learning_rate, "
+                f"{steps} up to step {done:,}: {reason}; {why}; lower optimizer.learning_rate, "
                 f"as in --config.optimizer.learning_rate={rate} --allow_change=optimizer.learning_rate, or raise "
                 "optimizer.warmup_steps"
             )

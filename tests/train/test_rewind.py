@@ -1,12 +1,17 @@
 """Bad batches in a real run: skipped, passed over after a rewind, recorded, repeated by a resume; then the dead end."""
 
 import json
+import os
+import re
+import signal
 
 import numpy as np
 import pytest
 
+from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.data.row_schedule import Segment
+from t5like.optim import step
 from t5like.sharding import placement
 from t5like.train import rewind
 
@@ -120,6 +125,71 @@ def test_after_too_many_rewinds_the_run_ends_and_continues_with_a_lower_rate(tra
     assert code == 2 and err.endswith("model.mlp_dim: 64 -> 128; use another --workdir\n")
     code, _, err = train("run", "--allow_change=model.mlp_dim", **lower)
     assert code == 2 and "--allow_change=model.mlp_dim must be a field that may change while a run continues" in err
+
+
+class SpoiledMoment:
+    """A `step.compile_train_step` whose step makes one second moment infinite after chosen batches, by their content.
+
+    Attributes:
+        places: indices of the chosen batches, in the order of their first use.
+        rows: the first row of each chosen batch.
+        signal_at: index of the batch after which the process receives SIGTERM; None: none.
+    """
+
+    def __init__(self, places):
+        self.places, self.rows, self.signal_at = set(places), set(), None
+        self._count, self._compile = 0, step.compile_train_step
+
+    def __call__(self, *arguments):
+        compiled = self._compile(*arguments)
+
+        def spoiled(state, batch):
+            row = np.asarray(batch.targets_BL)[0].tobytes()
+            state, metrics = compiled(state, batch)
+            self.rows |= {row} if self._count in self.places else set()
+            if self._count == self.signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self._count += 1
+            if row in self.rows:
+                damage = lambda name, leaf: leaf.at[0, 3].set(np.inf) if name.endswith("nu/embedding") else leaf
+                state = state._replace(opt_state=tree.map_named(damage, state.opt_state))
+            return state, metrics
+
+        return spoiled
+
+
+def test_a_state_with_an_infinite_second_moment_is_not_saved_and_the_run_goes_back(train, tmp_path, monkeypatch):
+    spoiled = SpoiledMoment({3})
+    monkeypatch.setattr(step, "compile_train_step", spoiled)
+    code, _, err = train("run")
+    assert code == 0, err
+    assert re.search(r"step 4: the state is not finite in opt_state/\S+nu/embedding, not saved", err)
+    assert "rewind     to step 2; the batches up to step 4 are passed over" in err
+    meta = saved(tmp_path / "run")
+    assert meta.step == 6 and meta.history.rewinds == 1 and meta.history.bad_steps == 0
+    assert meta.history.rows.segments == (Segment(0, 0, 8), Segment(2, 32, 8))
+
+    assert train("resumed", **{"train.num_steps": 4})[0] == 0  # goes back at its last step
+    assert saved(tmp_path / "resumed").history.rows.segments == meta.history.rows.segments
+    assert train("resumed")[0] == 0
+    again = saved(tmp_path / "resumed")
+    assert again.leaves == meta.leaves and again.history == meta.history
+
+
+def test_a_run_that_is_stopped_with_a_state_that_is_not_finite_keeps_the_checkpoint_before(
+    train, tmp_path, monkeypatch
+):
+    spoiled = SpoiledMoment({2})
+    spoiled.signal_at = 2
+    monkeypatch.setattr(step, "compile_train_step", spoiled)
+    code, _, err = train("run")
+    assert code == 75 and "stopped by a signal after step 2; saved in" in err
+    assert saved(tmp_path / "run").step == 2
+    code, _, err = train("run", **{"train.max_rewinds": 0})
+    message = (
+        r"a bad step up to step 4: the state is not finite in opt_state/\S+nu/embedding; the run has gone back 0 t"
+    )
+    assert code == 5 and re.search(message, err), err
 
 
 SPIKE = "loss 2.000 and gradient norm 90 are a spike"
