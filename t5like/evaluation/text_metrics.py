@@ -112,6 +112,22 @@ def score(
     return {name: float(METRICS[name](predictions, references, rules)) for name in names}
 
 
+def score_answer(name: str, answer: str, references: Sequence[str], language: str = "auto") -> float:
+    """One metric of one answer, from 0 to 1, for use as a reward.
+
+    BLEU counts n-grams up to the length of the answer (sacrebleu's sentence BLEU, ``eff:yes``). Otherwise every answer
+    of fewer than 4 words would score 0, also the right one.
+
+    Raises:
+        ConfigError: as `score`.
+        ValueError: there are no references.
+    """
+    if name == "bleu" and references:
+        rules = rules_for([references], language)
+        return _sacrebleu("BLEU", [answer], [references], tokenize=rules.tokenizer, effective_order=True) / 100
+    return score([name], [answer], [references], language)[name] / 100
+
+
 # ---- Baselines without a model ----
 
 
@@ -176,7 +192,7 @@ def _best(metric: Callable[[str, str], float], predictions: Sequence[str], refer
 # ---- Packages ----
 
 
-def _sacrebleu(kind: str, predictions: Sequence[str], references: References, **options: str) -> float:
+def _sacrebleu(kind: str, predictions: Sequence[str], references: References, **options: str | bool) -> float:
     try:
         from sacrebleu import metrics
     except ImportError:

@@ -39,6 +39,8 @@ def source_names(data: DataConfig) -> tuple[str, ...]:
 def _parts(spec: str) -> list[str]:
     """Candidates for parts of a source's name, the most informative last: its type, its folders, its file."""
     source_type, _, rest = spec.partition(":")
+    if source_type == "reasoning_gym":
+        rest = rest.partition("?")[0]  # without its parameters
     if source_type in ("tfds", "task") or (source_type == "hf" and re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", rest)):
         words = rest.split("/")
         owner = words[:1] if source_type == "hf" and len(words) > 1 else []

@@ -33,10 +33,14 @@ from t5like.data.sources.files import (
 )
 from t5like.data.sources.lines import JsonLines, Lines, TabSeparated
 from t5like.data.sources.parquet_files import ParquetFiles
+from t5like.data.sources.reasoning_gym import open_reasoning_gym
 from t5like.errors import ConfigError, DataError, one_line
 from t5like.io.paths import cache_directory, expand
 
-SOURCE_TYPES = "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, csv:GLOB, tsv:GLOB, hf:NAME, task:NAME"
+SOURCE_TYPES = (
+    "python_stdlib, tfds:NAME, text:GLOB, jsonl:GLOB, parquet:GLOB, csv:GLOB, tsv:GLOB, hf:NAME, task:NAME, "
+    "reasoning_gym:TASK"
+)
 RECORD_FILES = {"jsonl": JsonLines, "parquet": ParquetFiles, "csv": CommaSeparated, "tsv": TabSeparated}
 MIN_FILES_AS_DOCUMENTS = 100  # text files; fewer files are split into passages
 _BLOCK_ROWS = 1024  # rows of a Hugging Face data set in memory at a time
@@ -98,6 +102,8 @@ def open_source(spec: str, data: DataConfig, required: RequiredFields | None = N
             return _open_tfds(spec, rest, data, fields)
         case "task" if rest:
             return _open_task(spec, rest, data, fields)
+        case "reasoning_gym" if rest:
+            return open_reasoning_gym(spec, data.cache_directory, fields)
         case "text" if rest and required:
             raise ConfigError(
                 f"data.source={spec} has no fields, which data.objective=supervised needs; use jsonl:GLOB or csv:GLOB"
