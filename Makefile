@@ -2,7 +2,7 @@
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
 # make reliability  set up, then kill, stop and starve real runs: minutes; needs Linux, and root for a disk that fills up
 # make soak    set up, then one run under random faults; ARGS="--seed=1 --minutes=10" chooses them
-# make parity  set up with PyTorch and transformers (large), then compare with them: models, losses, text
+# make parity  set up with PyTorch, transformers and TRL (large), then compare with them: models, losses, text
 # make cluster set up, also Slurm (Debian's packages, as root), then run the tests of cluster jobs (tests/cluster)
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
@@ -84,7 +84,7 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 $(PEERS): $(INSTALLED)
-	@echo "Installing PyTorch and transformers into $(VENV), once ..."; \
+	@echo "Installing PyTorch, transformers and TRL into $(VENV), once ..."; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parity]' \
 	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@

@@ -30,6 +30,8 @@ def preference_loss(
 ) -> Loss:
     """The loss of `rl.method` "dpo", "ipo", "orpo" or "simpo".
 
+    ORPO's log-likelihood is the mean over the tokens of each chosen answer, as in the paper, so that the loss is a sum
+    over pairs; TRL averages it over all tokens of a batch.
     A pair whose chosen answer has no tokens is padding: it has no effect, whatever its values, and is not counted.
 
     Args:

@@ -1,6 +1,7 @@
 """The policy loss against loops and finite differences in float64, and the traps of sums, masks, ratios and KL."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -74,8 +75,13 @@ def as_float32(x):
     return {name: jnp.asarray(array, jnp.float32) for name, array in x.items()}
 
 
+@functools.cache
+def compiled_loss(rl: RLConfig):
+    return jax.jit(lambda x: policy_loss(rl, LONGEST, **x))
+
+
 def loss_of(rl: RLConfig, x: dict[str, np.ndarray]) -> Loss:
-    return jax.jit(lambda x: policy_loss(rl, LONGEST, **x))(as_float32(x))
+    return compiled_loss(rl)(as_float32(x))
 
 
 def mean_of(loss: Loss) -> float:
@@ -83,14 +89,24 @@ def mean_of(loss: Loss) -> float:
     return float(loss.objective / loss.metrics["loss"].weight)
 
 
-def gradients(rl: RLConfig, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+@functools.cache
+def compiled_gradients(rl: RLConfig):
     def mean(learned, rest):
         loss = policy_loss(rl, LONGEST, **learned, **rest)
-        return loss.objective / loss.metrics["loss"].weight
+        return loss.objective / loss.metrics["loss"].weight, loss
 
+    return jax.jit(jax.grad(mean, has_aux=True))
+
+
+def gradients_and_loss(rl: RLConfig, x: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Loss]:
+    """The gradients of the mean loss."""
     x = as_float32(x)
     learned = {name: x.pop(name) for name in LEARNED if name in x}
-    return jax.jit(jax.grad(mean))(learned, x)
+    return compiled_gradients(rl)(learned, x)
+
+
+def gradients(rl: RLConfig, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return gradients_and_loss(rl, x)[0]
 
 
 @pytest.mark.parametrize("ratio, aggregation", list(itertools.product(["token", "sequence"], AGGREGATIONS)))
@@ -98,8 +114,9 @@ def test_loss_and_gradients_are_those_of_a_loop_in_float64(rng, ratio, aggregati
     cap = 1.3 if ratio == "token" else 0.0  # with both, each token's gradient has its own importance weight
     rl = RLConfig(ratio=ratio, aggregation=aggregation, importance_cap=cap, **EVERYTHING)
     x = example(rng)
-    np.testing.assert_allclose(mean_of(loss_of(rl, x)), loop(rl, x), rtol=1e-5)
-    for name, gradient in gradients(rl, x).items():
+    of_all, loss = gradients_and_loss(rl, x)
+    np.testing.assert_allclose(mean_of(loss), loop(rl, x), rtol=1e-5)
+    for name, gradient in of_all.items():
         for place in np.ndindex(gradient.shape):
             high, low = (loop(rl, x | {name: moved}) for moved in moves(x[name], place))
             np.testing.assert_allclose(gradient[place], (high - low) / 2e-6, atol=2e-5, err_msg=f"{name} {place}")
@@ -120,8 +137,9 @@ def test_on_policy_the_gradient_is_that_of_reinforce(rng):
     for ratio in ("token", "sequence"):
         rl = RLConfig(ratio=ratio, aggregation="token_mean")
         wanted = -x["advantages_BGL"] * x["mask_BGL"] / x["mask_BGL"].sum()
-        np.testing.assert_allclose(gradients(rl, x)["log_p_BGL"], wanted, rtol=1e-5)
-        metrics = loss_of(rl, x).metrics
+        of_all, loss = gradients_and_loss(rl, x)
+        np.testing.assert_allclose(of_all["log_p_BGL"], wanted, rtol=1e-5)
+        metrics = loss.metrics
         assert metrics["ratio/mean"].mean() == 1 and metrics["clip_ratio/region_mean"].mean() == 0
 
 
@@ -137,8 +155,8 @@ def test_a_masked_token_has_no_effect_whatever_its_values(rng):
     spoiled = {name: np.where(x["mask_BGL"] > 0, array, np.nan) for name, array in x.items()}
     spoiled["mask_BGL"] = x["mask_BGL"]
     for ours, wanted in zip(
-        jax.tree.leaves((loss_of(rl, spoiled), gradients(rl, spoiled))),
-        jax.tree.leaves((loss_of(rl, x), gradients(rl, x))),
+        jax.tree.leaves(gradients_and_loss(rl, spoiled)),
+        jax.tree.leaves(gradients_and_loss(rl, x)),
         strict=True,
     ):
         np.testing.assert_array_equal(ours, wanted)
@@ -201,9 +219,9 @@ def test_log_ratios_are_clamped_before_exp(log_ratio):
     }
     for ratio in ("token", "sequence"):
         rl = RLConfig(ratio=ratio, kl_coefficient=1.0, kl_estimator="k3")
-        loss = loss_of(rl, x)
+        of_all, loss = gradients_and_loss(rl, x)
         assert np.isfinite(jax.tree.leaves(loss)).all()
-        assert np.isfinite(gradients(rl, x)["log_p_BGL"]).all()
+        assert np.isfinite(of_all["log_p_BGL"]).all()
         assert float(loss.metrics["ratio/mean"].mean()) == pytest.approx(np.exp(np.sign(log_ratio) * 20), rel=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Losses of pairs against formulas and finite differences in float64; padding, microbatches, extreme probabilities."""
 
+import functools
 import math
 
 import jax
@@ -53,24 +54,32 @@ def loop(rl: RLConfig, x: dict[str, np.ndarray]) -> float:
     return total
 
 
-def loss_of(rl: RLConfig, x: dict[str, np.ndarray]) -> Loss:
-    return jax.jit(lambda x: preference_loss(rl, **x))({name: jnp.asarray(array) for name, array in x.items()})
+@functools.cache
+def compiled(rl: RLConfig):
+    def objective(learned, rest):
+        loss = preference_loss(rl, **learned, **rest)
+        return loss.objective, loss
+
+    return jax.jit(jax.grad(objective, has_aux=True))
 
 
-def gradients(rl: RLConfig, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of every argument but the numbers of tokens."""
+def gradients_and_loss(rl: RLConfig, x: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Loss]:
+    """The gradients of every argument but the numbers of tokens, and the loss."""
     learned = {name: jnp.asarray(array, jnp.float32) for name, array in x.items() if "tokens" not in name}
-    rest = {name: jnp.asarray(array) for name, array in x.items() if "tokens" in name}
-    return jax.jit(jax.grad(lambda learned: preference_loss(rl, **learned, **rest).objective))(learned)
+    return compiled(rl)(learned, {name: jnp.asarray(array) for name, array in x.items() if "tokens" in name})
+
+
+def loss_of(rl: RLConfig, x: dict[str, np.ndarray]) -> Loss:
+    return gradients_and_loss(rl, x)[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradients_are_those_of_a_loop_in_float64(rng, method):
     rl, x = config(method), example(rng)
-    loss = loss_of(rl, x)
+    of_all, loss = gradients_and_loss(rl, x)
     np.testing.assert_allclose(loss.objective, loop(rl, x), rtol=1e-5)
     assert loss.metrics["loss"].total == loss.objective and loss.metrics["loss"].weight == 6
-    for name, gradient in gradients(rl, x).items():
+    for name, gradient in of_all.items():
         for i in range(6):
             moved = [x[name] + sign * 1e-6 * (np.arange(6) == i) for sign in (1, -1)]
             high, low = (loop(rl, x | {name: array}) for array in moved)
@@ -123,11 +132,12 @@ def test_padding_pairs_leave_every_denominator_whatever_their_values(rng, method
     padded = {name: np.append(array, np.nan if array.dtype == float else 0) for name, array in x.items()}
     padded["chosen_tokens_B"] = padded["chosen_tokens_B"].astype(int)
     padded["rejected_tokens_B"] = padded["rejected_tokens_B"].astype(int)
-    for ours, wanted in zip(jax.tree.leaves(loss_of(rl, padded)), jax.tree.leaves(loss_of(rl, x)), strict=True):
+    of_all, loss = gradients_and_loss(rl, padded)
+    wanted_of_all, wanted_loss = gradients_and_loss(rl, x)
+    for ours, wanted in zip(jax.tree.leaves(loss), jax.tree.leaves(wanted_loss), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-6)
-    wanted = gradients(rl, x)
-    for name, gradient in gradients(rl, padded).items():
-        np.testing.assert_allclose(gradient, np.append(wanted[name], 0.0), rtol=1e-6)
+    for name, gradient in of_all.items():
+        np.testing.assert_allclose(gradient, np.append(wanted_of_all[name], 0.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -146,10 +156,9 @@ def log_odds(log_p: float) -> float:
 
 def test_the_odds_ratio_is_exact_near_probability_0_and_1():
     rl = config("orpo", beta=1.0)
-    loss = jax.jit(lambda x: preference_loss(rl, **x).objective)
     for chosen, rejected in [(-1e-5, -2e-5), (-0.69, -0.7), (-40.0, -60.0), (-1e-5, -50.0), (-60.0, -1e-5)]:
         wanted = -chosen + np.logaddexp(0.0, log_odds(rejected) - log_odds(chosen))
-        assert float(loss(one_pair(chosen, rejected))) == pytest.approx(wanted, rel=1e-5)
+        assert float(loss_of(rl, one_pair(chosen, rejected)).objective) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,8 +166,8 @@ def test_losses_and_gradients_are_finite_at_probability_0_and_1(method):
     pairs = [(0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e4, -1.0), (-1e4, 0.0)]
     x = {name: np.repeat(array, len(pairs)) for name, array in one_pair(0.0, 0.0).items()}
     x |= {CHOSEN: np.array(pairs, np.float32)[:, 0], REJECTED: np.array(pairs, np.float32)[:, 1]}
-    assert np.isfinite(loss_of(config(method), x).objective)
-    assert all(np.isfinite(gradient).all() for gradient in gradients(config(method), x).values())
+    of_all, loss = gradients_and_loss(config(method), x)
+    assert np.isfinite(loss.objective) and all(np.isfinite(gradient).all() for gradient in of_all.values())
 
 
 def test_a_reward_model_learns_by_bradley_terry_with_a_margin(rng):
