@@ -35,11 +35,11 @@ from flax import traverse_util
 
 from t5like import tree
 from t5like.checkpoint import metadata, step_directories
-from t5like.checkpoint.agreement import same_failure
+from t5like.checkpoint.agreement import SaveFailed, same_failure
 from t5like.checkpoint.digests import describe, examine
 from t5like.checkpoint.metadata import History, Meta
 from t5like.checkpoint.orbax_adapter import checkpoint_errors, silence_logs
-from t5like.checkpoint.saving import NUM_DATA_FILES, SaveFailed, Saving, num_bytes
+from t5like.checkpoint.saving import NUM_DATA_FILES, Saving, num_bytes
 from t5like.checkpoint.state_leaves import differences, leaves_of
 from t5like.checkpoint.verification import damaged_leaves
 from t5like.config.schema import Config
@@ -109,7 +109,7 @@ class Checkpoints:
             try:
                 self._save_again(state, rest, failure)
             except SaveFailed as last:
-                if not self._continue or processes.is_multi_process():  # the others may have saved
+                if not self._continue:
                     raise
                 report(f"{last}; training continues, the next checkpoint is tried in any case")
 
@@ -129,10 +129,9 @@ class Checkpoints:
     def _save_again(self, state: TrainState, rest: tuple[Config, bytes, str, History], failure: SaveFailed) -> None:
         """Complete a save after a failure, with a bounded number of tries; raises the last failure.
 
-        With several processes there is no other try: only one of them may have failed.
+        A failure is the same in all processes, so all of them try again as often.
         """
-        pauses = PAUSES if is_transient(failure) else PAUSES_IF_FULL
-        for pause in () if processes.is_multi_process() else pauses:
+        for pause in PAUSES if failure.transient else PAUSES_IF_FULL:
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
                 break  # donated to a later step
             report(f"{failure}; saving again in {pause:g} s")

@@ -17,7 +17,7 @@ Called by `train.initial_state`.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like import tree
+from t5like.checkpoint import recovery
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
@@ -108,7 +109,8 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
     """Read the weights of `init_from.checkpoint`, adapted as `init_from.adapt` says.
 
     A parameter whose name matches `init_from.reinitialize` is random. The checkpoint must contain all other ones, and
-    no more. The moving average is used if that run has one.
+    no more. The moving average is used if that run has one. If `init_from.step` names no step, damaged checkpoints are
+    reported, and the newest one before them is used.
 
     Args:
         config: of this run.
@@ -127,12 +129,24 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
         )
     tree.mask(abstract.params, init.reinitialize, field="init_from.reinitialize")
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    meta = checkpoints.meta(None if init.step < 0 else init.step)
+    read = partial(_read, config, abstract, tokenizer, checkpoints)
+    if init.step >= 0:
+        return read(init.step)
+    readable = recovery.newest_readable(checkpoints, checkpoints.steps() or [checkpoints.meta().step], read)
+    recovery.warn(readable)
+    return readable.value
+
+
+def _read(
+    config: Config, abstract: TrainState, tokenizer: Tokenizer, checkpoints: Checkpoints, step: int
+) -> InitialWeights:
+    """Read the weights of one checkpoint; arguments and errors as in `load_initial_weights`."""
+    init, meta = config.init_from, checkpoints.meta(step)
     ema = any(name.startswith("ema/") for name in meta.leaves)
     prefix = "ema/" if ema else "params/"
     stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
     wanted = tree.flatten(abstract.params)
-    _check_adapted(config, meta, stored, wanted, tokenizer, directory)
+    _check_adapted(config, meta, stored, wanted, tokenizer, checkpoints.directory.parent)
     rows = _map_from(config, meta, tokenizer) if "vocabulary" in init.adapt else None
     origins = {name: _origin(config, meta.config, name, leaf, stored) for name, leaf in wanted.items()}
     sources = {

@@ -11,22 +11,49 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from t5like.checkpoint.agreement import Attempt
+from t5like.distributed import processes
 from t5like.errors import CheckpointError
 
 SAVE_SECONDS = 600  # a save that takes longer has failed: a run must not wait for ever for its storage
 
 
-def make_writer(before_commit: Callable[[], None]) -> ocp.AsyncCheckpointer:
-    """Return an asynchronous writer that calls `before_commit` before it writes the commit file."""
-    return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(),
-        async_options=ocp.AsyncOptions(
-            timeout_secs=SAVE_SECONDS,
-            create_directories_asynchronously=False,
-            post_finalization_callback=before_commit,  # of the arrays; the commit file is written after it
-        ),
-        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
-    )
+class Writer(ocp.AsyncCheckpointer):
+    """An asynchronous writer in which all processes fail if one does; it writes into a directory that does not exist.
+
+    In Orbax's own barriers the other processes would wait for one that has failed.
+    """
+
+    def __init__(self, attempt: Attempt, before_commit: Callable[[], None]):
+        """Call `before_commit` in process 0 before the commit file is written."""
+        super().__init__(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_SECONDS,
+                barrier_sync_fn=attempt.barrier,
+                create_directories_asynchronously=False,
+                post_finalization_callback=before_commit,  # of the arrays; the commit file is written after it
+            ),
+            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+            atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+        )
+        self._attempt = attempt
+
+    async def create_temporary_path(self, temporary_path: Any) -> None:
+        """Create the checkpoint's directory in process 0; Orbax calls this before anything is written.
+
+        Raises:
+            SaveFailed: in all processes.
+        """
+        failure = None
+        if processes.is_primary():
+            try:
+                with checkpoint_errors(temporary_path.get_final(), "can't be made"):
+                    await temporary_path.create()
+            except CheckpointError as error:
+                failure = error
+        if shared := self._attempt.outcome("making a checkpoint's directory", failure):
+            raise shared
 
 
 @functools.cache

@@ -7,6 +7,7 @@ tries again after a failure, and deletes older checkpoints only after `complete`
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import orbax.checkpoint as ocp
 
 from t5like import tree
 from t5like.checkpoint import metadata, step_directories
+from t5like.checkpoint.agreement import Attempt, OtherFailed
 from t5like.checkpoint.metadata import Meta
-from t5like.checkpoint.orbax_adapter import checkpoint_errors, make_writer
+from t5like.checkpoint.orbax_adapter import Writer, checkpoint_errors
 from t5like.checkpoint.step_directories import COMMITTED
 from t5like.checkpoint.verification import damaged_leaves
+from t5like.distributed import processes
 from t5like.errors import CheckpointError, shorten
 from t5like.io.paths import literal_path
 from t5like.io.storage import format_bytes, sync, sync_tree
@@ -29,11 +32,8 @@ from t5like.types import Array, TrainState
 # model), and compresses a chunk as a whole.
 NUM_DATA_FILES = 16  # a file contains 1/16 of all bytes; as much is read in parallel besides the largest array
 MIN_FILE_BYTES, MAX_FILE_BYTES = 32 * 2**20, 2 * 2**30
+DISCARD_SECONDS = 5.0  # for removing the files of a failed save
 CHUNK_BYTES = 16 * 2**20  # of an array, at most
-
-
-class SaveFailed(CheckpointError):
-    """Storage failed during a save. Its files are removed, the earlier checkpoints are unchanged."""
 
 
 class Saving:
@@ -60,12 +60,14 @@ class Saving:
         self.rest = meta.config, meta.tokenizer, meta.tokenizer_hash, meta.history
         self._directory, self._path = directory, directory / str(meta.step)
         self._bytes = num_bytes(leaves)
-        self._writer, self._resources = make_writer(self._check_written), contextlib.ExitStack()
-        with self._discard_on_failure("can't be written"):
+        self._attempt, self._resources = Attempt(meta.step), contextlib.ExitStack()
+        self._writer = Writer(self._attempt, self._check_written)
+        with self._same_outcome("can't be written"):
             directory.mkdir(exist_ok=True)
-            if jax.process_index() == 0:  # free space, before it is needed
-                step_directories.delete_incomplete(directory, but=meta.step)
+            if jax.process_index() == 0:  # free space, before it is needed; also from a killed save of this step
+                step_directories.delete_incomplete(directory)
             literal = self._resources.enter_context(literal_path(directory))
+        with self._same_outcome("can't be written"):
             self._writer.save(  # plain dicts: on disk no Optax tuple or empty state shapes the tree
                 literal / str(meta.step),
                 args=ocp.args.Composite(
@@ -78,7 +80,6 @@ class Saving:
                     ),
                     meta=ocp.args.JsonSave(metadata.to_dict(meta)),
                 ),
-                force=True,  # over the files of a killed save
             )
 
     def complete(self) -> None:
@@ -87,7 +88,7 @@ class Saving:
         Raises:
             SaveFailed: it could not be written.
         """
-        with self._discard_on_failure("could not be written"):
+        with self._same_outcome("could not be written"):
             self._writer.close()  # waits
             self._resources.close()
             if jax.process_index() == 0:  # everything else was flushed before the commit
@@ -95,20 +96,46 @@ class Saving:
                     sync(written)
 
     @contextlib.contextmanager
-    def _discard_on_failure(self, failure: str) -> Iterator[None]:
-        """Remove the files of a failed save, so that a full disk does not stay full."""
+    def _same_outcome(self, failure: str) -> Iterator[None]:
+        """Raise SaveFailed in all processes if the block fails in one, and remove the files: a full disk must not stay
+        full.
+        """
+        own = None
         try:
             with checkpoint_errors(self._path, failure):
                 yield
-        except BaseException as error:
-            self._resources.close()
-            space = self._missing_space()
-            with contextlib.suppress(OSError):  # deleting may fail as well; the first error is raised
-                if jax.process_index() == 0:
-                    step_directories.delete(self._path)
-            if isinstance(error, CheckpointError):
-                raise SaveFailed(f"{error}{space}") from error
+        except OtherFailed:
+            pass
+        except CheckpointError as error:
+            own = CheckpointError(f"{error}{self._missing_space()}")
+            own.__cause__ = error
+            self._attempt.fail()
+        except BaseException:
+            self._discard()
             raise
+        if shared := self._attempt.outcome("writing a checkpoint", own):
+            with contextlib.suppress(Exception):  # all have failed
+                self._writer.close()  # waits
+            processes.barrier("removing a checkpoint")
+            self._discard()
+            raise shared from own
+
+    def _discard(self) -> None:
+        """Remove what was written, from process 0.
+
+        After an error, Orbax's other writes go on for a moment and make directories again. So this looks twice. It may
+        fail as well; then the next save removes the files.
+        """
+        self._resources.close()
+        deadline, gone = time.monotonic() + DISCARD_SECONDS, 0
+        while jax.process_index() == 0 and gone < 2 and time.monotonic() < deadline:
+            if step_directories.is_checkpoint(self._path):
+                gone = 0
+                with contextlib.suppress(OSError):
+                    step_directories.delete(self._path)
+            else:
+                gone += 1
+            time.sleep(0.1)
 
     def _missing_space(self) -> str:
         try:

@@ -64,18 +64,16 @@ def delete(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def delete_incomplete(directory: Path, *, but: int | None = None) -> None:
-    """Delete what killed saves and deletions have left; links and other directories are not touched.
+def delete_incomplete(directory: Path) -> None:
+    """Delete what killed saves and deletions have left, while no save is in progress.
 
-    Args:
-        directory: of the checkpoints.
-        but: the step of a save in progress.
+    Links and other directories are not touched.
 
     Raises:
         OSError: a directory can't be deleted.
     """
-    for step, path in list_steps(directory).items():
-        if step != but and not path.is_symlink() and not (path / COMMITTED).exists() and is_checkpoint(path):
+    for path in list_steps(directory).values():
+        if not path.is_symlink() and not (path / COMMITTED).exists() and is_checkpoint(path):
             shutil.rmtree(path)
 
 

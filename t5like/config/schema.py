@@ -296,7 +296,7 @@ class InitConfig:
     # Run directory with the initial parameters of this run, which starts at step 0. The run uses its tokenizer,
     # unless adapt contains vocabulary. A relative path becomes absolute.
     checkpoint: str = ""
-    step: Annotated[int, Range(-1, LARGEST)] = -1  # step of the checkpoint; -1: the latest; an import has step 0
+    step: Annotated[int, Range(-1, LARGEST)] = -1  # step of the checkpoint; -1: the newest good one; 0: an import
     # parameters that start from random values, as regular expressions of their names
     reinitialize: tuple[str, ...] = ()
     # Differences from the model of the checkpoint that are allowed. RUN/init_from.txt has the source of each parameter.

@@ -2,12 +2,14 @@
 
 import dataclasses
 import io
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import sentencepiece
 from conftest import SYLLABLES, random_batch, small
+from test_recovery import flip, half_delete, truncate
 
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
@@ -15,7 +17,7 @@ from t5like.checkpoint.init_from import MEAN_ROW, load_initial_weights, map_voca
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, DamagedCheckpoint
 from t5like.model.transformer import Transformer
 from t5like.optim import train_state
 from t5like.sharding import mesh as meshes
@@ -56,8 +58,10 @@ def saved(directory, config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarr
     mesh = meshes.make_mesh(dataclasses.replace(config, mesh=config.mesh), jax.devices()[:1])
     batch = random_batch(config)
     state = train_state.new_state(config, batch, train_state.abstract_state(config, batch, mesh))
-    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
+    later = state._replace(step=jax.device_put(np.int32(1), state.step.sharding))
+    checkpoints.save(later, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
     checkpoints.close()
     (directory / "config.json").write_text(loader.to_json(config))
     return {name: np.asarray(leaf) for name, leaf in tree.flatten(state.params).items()}
@@ -154,6 +158,22 @@ def test_a_decoder_initializes_an_encoder_decoder_and_a_deeper_stack_repeats_lay
 def test_a_difference_is_refused_with_the_adapt_option_that_allows_it(decoder, tokenizer, model, message):
     with pytest.raises(CheckpointError, match=message):
         begun(decoder, tokenizer, model=model, data={"objective": "prefix_lm"})
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, half_delete])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(decoder, damage, tmp_path, capsys):
+    shutil.copytree(decoder[0], tmp_path / "run")
+    copied = (tmp_path / "run", *decoder[1:])
+    damage(tmp_path / "run" / "checkpoints" / "1")
+    _, params, _ = begun(copied, OLD)
+    assert {name: array.tobytes() for name, array in params.items()} == {
+        name: array.tobytes() for name, array in decoder[2].items()
+    }
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("t5like: WARNING: ") and line.endswith("; the checkpoint of step 0 is used instead")
+    with pytest.raises(DamagedCheckpoint, match="run/checkpoints/1"):
+        begun(copied, OLD, init_from={"step": 1})
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
 def test_a_relative_checkpoint_path_becomes_absolute(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from runs import (
     last_step,
     run_to_end,
     smallest,
+    start_processes,
     step_directories,
+    wait_for_end,
 )
 
 
@@ -57,6 +59,25 @@ def test_a_full_disk_ends_a_run_with_4_and_it_continues_exactly_when_there_is_sp
     (disk / "filler").unlink()
     run_to_end(smallest(flags, workdir), tmp_path / "log-1")
     assert_equal_runs(workdir, straight)
+
+
+def test_two_processes_save_again_or_go_on_together_when_one_of_them_could_not_write(flags, tmp_path):
+    workdir = tmp_path / "run"
+    values = {"mesh__fsdp": 2, "train__num_steps": 25, "train__on_failed_save": "continue"}
+    hooks = {1: ("--step=5", "--failures=1"), 0: ("--step=12", "--failures=2")}  # a save is tried twice on a full disk
+    both = start_processes(2, smallest(flags, workdir, **values), tmp_path / "log", hooks)
+    assert wait_for_end(both, 100) == [0, 0], both[0].err
+    lines = [line for line in both[0].err.splitlines() if line.startswith("t5like: process")]
+    expected = (  # a failure is known at the next save, which then has the newer state
+        (1, 5, "saving again in 0.5 s"),
+        (0, 15, "saving again in 0.5 s"),
+        (0, 20, "training continues, the next checkpoint is tried in any case"),
+    )
+    for line, (rank, step, end) in zip(lines, expected, strict=True):
+        assert line.startswith(f"t5like: process {rank}: {workdir}/checkpoints/{step} could not be written: "), line
+        assert "File too large" in line and line.endswith(end), line
+    assert checkpoints(workdir).steps() == [10, 25] and assert_restorable(workdir) == 25
+    assert {path.name for path in step_directories(workdir)} == {"10", "25"}
 
 
 def test_a_second_trainer_on_a_directory_is_refused_and_the_first_goes_on(straight, flags, tmp_path):

@@ -1,6 +1,7 @@
 """Sources that are files of lines: plain lines, JSON lines, tab-separated values; see `files`.
 
-Files may be compressed with gzip or Zstandard, which is detected by content, not by name. Sequential reading takes
+Files may be compressed with gzip or Zstandard, which is detected by content, not by name; decompression bombs are
+refused. Sequential reading takes
 constant memory, because files are streamed; a line, or a run of blank lines, may have at most `LARGEST_DOCUMENT` bytes.
 Random access works, but may read up to 1024 lines, or a compressed file from its start.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from t5like.data.sources.encoding import GZIP, HEAD, MARK, ZSTANDARD, begins_with, decode_utf8, refuse_other_formats
-from t5like.data.sources.files import LARGEST_DOCUMENT, FileSource, Record
+from t5like.data.sources.files import LARGEST_DOCUMENT, FileSource, Record, refuse_bomb
 from t5like.errors import DataError
 from t5like.io.paths import expand
 from t5like.io.regular_files import open_regular
@@ -40,7 +41,7 @@ class Cursor:
 
     def __init__(self, path: str) -> None:
         self.path, self.document, self.line, self.first_line, self.offset = path, 0, 0, 0, 0
-        self._file = open_regular(path)
+        self._file = self._stored = open_regular(path)
         try:
             with self._data_errors():
                 head = self._file.peek(4)
@@ -96,6 +97,8 @@ class Cursor:
             raise self._failure(error) from None
         self.line += bool(raw)
         self.offset += len(raw)
+        if self.compressed:
+            refuse_bomb(self.path, self.offset, self._stored.tell)
         if len(raw) > LARGEST_DOCUMENT:
             raise DataError(f"{self.path}:{self.line}: more than the 64 MiB of one document; split the line")
         return raw

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5like.data.sources.encoding import decode_utf8
-from t5like.data.sources.files import FileSource, Record, RequiredFields, check_fields
+from t5like.data.sources.files import FileSource, Record, RequiredFields, check_fields, refuse_bomb
 from t5like.errors import DataError, one_line
 from t5like.io.regular_files import open_regular
 
@@ -47,15 +47,10 @@ class ParquetFiles(FileSource):
             with _data_errors(path), _opened(path) as file:
                 _check_columns(path, file.schema_arrow.names, self.required)
                 for group in range(file.num_row_groups):
-                    columns = file.metadata.row_group(group)
-                    if columns.num_rows:
-                        counts.append(columns.num_rows)
+                    if rows := file.metadata.row_group(group).num_rows:
+                        counts.append(rows)
                         row_groups.append((path, group))
-                        size += sum(
-                            column.total_uncompressed_size
-                            for column in map(columns.column, range(columns.num_columns))
-                            if f"{column.path_in_schema}.".startswith(tuple(f"{name}." for name in self.required.names))
-                        )
+                        size += _sizes(file, group, self.required.names)[0]
         if not row_groups:
             raise DataError(f"data.source={self.name}: there are no rows")
         return np.cumsum(counts), row_groups, size
@@ -70,6 +65,8 @@ class _Cursor:
         self._open = contextlib.ExitStack()
         with _data_errors(path):
             file = self._open.enter_context(_opened(path))
+            _, self._stored = _sizes(file, group, names)
+            self._unpacked = 0
             self._batches = file.iter_batches(_ROWS, row_groups=[group], columns=list(names))
 
     def close(self) -> None:
@@ -86,6 +83,8 @@ class _Cursor:
                 batch = next(self._batches, None)
                 if batch is None:
                     raise DataError(f"{where} can't be read: the file has changed; prepare again")
+                self._unpacked += batch.nbytes  # more than the metadata say, if values are repeated
+                refuse_bomb(self.path, self._unpacked, lambda: self._stored)
                 self._columns, self._length = {name: batch.column(name) for name in self._names}, len(batch)
         for name, column in self._columns.items():
             try:
@@ -118,6 +117,17 @@ def _data_errors(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, pyarrow.ArrowException) as error:  # ArrowException includes out of memory
         raise DataError(f"{path} is not a Parquet file that can be read: {one_line(error)}") from None
+
+
+def _sizes(file: Any, group: int, names: tuple[str, ...]) -> tuple[int, int]:
+    """The bytes of these columns in a row group, according to the metadata: decompressed, and stored."""
+    columns = file.metadata.row_group(group)
+    wanted = [
+        column
+        for column in map(columns.column, range(columns.num_columns))
+        if f"{column.path_in_schema}.".startswith(tuple(f"{name}." for name in names))
+    ]
+    return sum(column.total_uncompressed_size for column in wanted), sum(c.total_compressed_size for c in wanted)
 
 
 def _check_columns(path: str, names: list[str], required: RequiredFields) -> None:

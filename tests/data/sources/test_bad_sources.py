@@ -21,6 +21,7 @@ import zstandard
 from t5like.cli import prompts
 from t5like.config import loader
 from t5like.config.schema import DataConfig, TokenizerConfig
+from t5like.data.sources import files
 from t5like.data.sources.source import RECORD_FILES, open_source
 from t5like.data.store import preparation
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
@@ -162,6 +163,22 @@ def test_a_tokenizer_file_is_not_read_beyond_the_size_of_tokenizers(tmp_path):
         file.truncate(2**40)
     with pytest.raises(DataError, match="tokenizer.path=.*/large is larger than 256 MiB"):
         Tokenizer.load(tmp_path / "large", num_sentinels=10)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_small_file_that_unpacks_to_very_much_is_refused_and_text_is_not(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(files, "UNCHECKED_BYTES", 2**20)
+    letters = np.random.default_rng(0).integers(97, 123, 2_000_000, np.uint8).tobytes().decode()
+    honest = [letters[start : start + 1000] for start in range(0, len(letters), 1000)]
+    for name, texts in (("honest", honest), ("bomb", ["a" * 1000] * 4000)):
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": texts}), tmp_path / name)
+        else:
+            lines = [json.dumps({"text": text}) for text in texts] if kind == "jsonl" else ["text", *texts]
+            (tmp_path / name).write_bytes(zstandard.compress("\n".join(lines).encode()))
+    opened = open_source(f"{kind}:{tmp_path}/honest", DataConfig())
+    assert [opened[number] for number in range(len(opened))] == honest
+    assert re.search(r"bomb unpacks to more than 200 times its size \(\d", refused(f"{kind}:{tmp_path}/bomb"))
 
 
 def test_blank_lines_are_skipped_and_gigabytes_of_them_refused(tmp_path):
