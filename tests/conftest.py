@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 import numpy as np
 import pytest
+from shared_directories import made_once
 
 from t5like.cli.main import main
 from t5like.config import loader
@@ -163,10 +164,12 @@ def write_text(path: Path, lines: int = 600, seed: int = 0) -> None:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a.txt and b.txt, a line a document."""
-    directory = tmp_path_factory.mktemp("texts")
-    write_text(directory / "a.txt", seed=1)
-    write_text(directory / "b.txt", lines=300, seed=2)
-    return directory
+
+    def write(directory: Path) -> None:
+        write_text(directory / "a.txt", seed=1)
+        write_text(directory / "b.txt", lines=300, seed=2)
+
+    return made_once(tmp_path_factory, "texts", write)
 
 
 @pytest.fixture(scope="session")
@@ -234,14 +237,13 @@ def refused(command):
 @pytest.fixture(scope="session")
 def trained(flags, tmp_path_factory) -> Path:
     """A finished run of 2 steps with checkpoints at 1 and 2. Read it, copy it, but leave it as it is."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert (
-        main(
-            ["train", *flags, f"--workdir={workdir}", "--config.train.num_steps=2", "--config.train.checkpoint_every=1"]
-        )
-        == 0
-    )
-    return workdir
+    settings = ["--config.train.num_steps=2", "--config.train.checkpoint_every=1"]
+    return made_once(tmp_path_factory, "trained", lambda place: run_at(place, [*flags, *settings])) / "run"
+
+
+def run_at(place: Path, flags: list[str]) -> None:
+    """Train to the end in place/run."""
+    assert main(["train", *flags, f"--workdir={place}/run"]) == 0
 
 
 def contents(directory: Path) -> dict[str, bytes]:

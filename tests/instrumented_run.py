@@ -61,6 +61,7 @@ def read_records(path: Path) -> list[tuple[int, list]]:
 def interrupt(step: int, number: int, after: Path | None, hold: str | None, done: int) -> None:
     """The hook `on_step` of the training loop."""
     if done == step and hold:
+        time.sleep(1.2)  # a heartbeat, one each second, has to tell the others that this step was the last
         sleep = ctypes.PyDLL(None).sleep if hold == "gil" else time.sleep  # PyDLL keeps the GIL during a call
         while True:  # a signal ends one sleep
             sleep(1000)

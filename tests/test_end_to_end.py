@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contents
+from conftest import contents, run_at
+from shared_directories import made_once
 
 from t5like.checkpoint.checkpoints import Checkpoints
-from t5like.cli.main import main
 
 
 @pytest.fixture
@@ -30,17 +30,14 @@ def train(command, flags, tmp_path):
 @pytest.fixture(scope="module")
 def straight(flags, tmp_path_factory) -> Path:
     """An uninterrupted run of 12 steps, with which others are compared."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    assert main(["train", *flags, f"--workdir={workdir}"]) == 0
-    return workdir
+    return made_once(tmp_path_factory, "straight", lambda place: run_at(place, flags)) / "run"
 
 
 @pytest.fixture(scope="module")
 def half(flags, tmp_path_factory) -> Path:
     """A complete run of the first 6 steps of `straight`; copy it before use."""
-    workdir = tmp_path_factory.mktemp("half") / "run"
-    assert main(["train", *flags, f"--workdir={workdir}", "--config.train.num_steps=6"]) == 0
-    return workdir
+    flags = [*flags, "--config.train.num_steps=6"]
+    return made_once(tmp_path_factory, "half", lambda place: run_at(place, flags)) / "run"
 
 
 def records(workdir: Path) -> list[dict]:

@@ -17,6 +17,7 @@ import re
 import sys
 import sysconfig
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -271,9 +272,8 @@ def library() -> Library:
         except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
             continue
         _collect(collected, tree, file.as_posix(), "")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.stmt):
-                collected.expressions += _readings(node, file.as_posix())
+        for children in _children_of_statements(tree):
+            collected.expressions += _readings(children, file.as_posix())
     return collected
 
 
@@ -291,14 +291,13 @@ def _collect(collected: Library, parent: ast.AST, file: str, scope: str) -> None
             word = "def" if isinstance(child, ast.FunctionDef) else "async def"
             signature = f"{word} {child.name}({ast.unparse(child.args)})"
             summary = sentences(text.split("\n\n")[0])[0]
-            function = Function(
-                file, child.lineno, scope + child.name, child.args, signature, summary, _body(child, bool(text))
-            )
+            body = _body(child) if summary else ""  # no task shows the body of a function without a summary
+            function = Function(file, child.lineno, scope + child.name, child.args, signature, summary, body)
             collected.functions.append(function)
 
 
-def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool) -> str:
-    statements = function.body[documented:]
+def _body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    statements = function.body[1:]  # behind the docstring
     dots = lambda each: isinstance(each, ast.Expr) and getattr(each.value, "value", None) is ...
     useless = all(isinstance(each, ast.Pass | ast.Raise) or dots(each) for each in statements[:1])
     if useless or function.end_lineno - statements[0].lineno > LONGEST_BODY:
@@ -306,9 +305,20 @@ def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, documented: bool) ->
     return "\n".join(map(ast.unparse, statements))
 
 
-def _readings(statement: ast.stmt, file: str) -> Iterator[tuple[str, str, str]]:
-    """(key, code, reading) of the short expressions directly in a statement."""
-    for tree in ast.iter_child_nodes(statement):
+def _children_of_statements(module: ast.Module) -> Iterator[list[ast.AST]]:
+    """The children of each statement, in the order of `ast.walk`, which would visit all parts of expressions too."""
+    waiting = deque([module])
+    while waiting:
+        node = waiting.popleft()
+        children = list(ast.iter_child_nodes(node))
+        waiting += (child for child in children if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case))
+        if isinstance(node, ast.stmt):
+            yield children
+
+
+def _readings(children: list[ast.AST], file: str) -> Iterator[tuple[str, str, str]]:
+    """(key, code, reading) of the short expressions among the children of a statement."""
+    for tree in children:
         if (
             isinstance(tree, ast.expr)
             and tree.lineno == tree.end_lineno
