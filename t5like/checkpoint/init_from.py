@@ -44,6 +44,7 @@ ROW_DIMS = {
     "head": 1,
     "head_bias": 0,
 }  # parameters with a row for each token id, and the dim of the rows
+SCALAR_HEAD = "scalar_head/"  # random if the checkpoint has none, ignored if the model has none
 REPORT = "init_from.txt"  # in the run directory
 UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are part of `InitialWeights.report`
     f"model.{name}:"
@@ -154,7 +155,8 @@ def _read(
         for name, origin in origins.items()
         if origin.source
     }
-    read = checkpoints.restore_params(sources, meta.step, ema=ema, without=init.reinitialize)
+    without = init.reinitialize if config.model.scalar_head else (*init.reinitialize, f"{SCALAR_HEAD}.*")
+    read = checkpoints.restore_params(sources, meta.step, ema=ema, without=without)
     last = {origin.source: name for name, origin in origins.items()}  # the last parameter that uses each source
     params = {}
     for name, origin in origins.items():
@@ -262,13 +264,18 @@ def _origin(
     config: Config, old: Config, name: str, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Leaf]
 ) -> ParameterSource:
     source = _source_name(name, old.model.architecture, config.model.architecture)
-    if source is None or tree.matches(name, config.init_from.reinitialize):
+    if _is_new_head(name, stored) or source is None or tree.matches(name, config.init_from.reinitialize):
         return ParameterSource(None)
     layers: tuple[int, ...] = ()
     count = stored[source].shape[0] if "/layers/" in name and source in stored else leaf.shape[0]
     if "depth" in config.init_from.adapt and count < leaf.shape[0]:
         layers = tuple(y % count for y in range(leaf.shape[0]))
     return ParameterSource(source, layers, ROW_DIMS.get(name) if "vocabulary" in config.init_from.adapt else None)
+
+
+def _is_new_head(name: str, stored: Mapping[str, Leaf]) -> bool:
+    """Whether a parameter is part of a scalar head that the checkpoint does not have."""
+    return name.startswith(SCALAR_HEAD) and name not in stored
 
 
 def _as_stored(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,30 @@ def configs(_, __) -> None:
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like train`."""
     config = load_config(options, overrides)
+    if config.rl.method != "none":
+        raise ConfigError(f"rl.method={config.rl.method} is for t5like rl; use t5like rl with the same flags")
+    from t5like.train.loop import train
+
+    _train(options, config, train)
+
+
+def rl(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like rl`."""
+    config = load_config(options, overrides)
+    if options.audit:
+        from t5like.rl.audit_command import audit
+
+        for line in audit(config):
+            print(printable(line))
+        return
+    from t5like.rl.run import run
+
+    _train(options, config, run)
+
+
+def _train(options: argparse.Namespace, config: "Config", train: Callable[..., None]) -> None:
     from t5like.checkpoint import allowed_changes
     from t5like.distributed.process_group import process_group
-    from t5like.train.loop import train
 
     workdir, allowed = expand(options.workdir).absolute(), allowed_changes.parse(options.allow_change)
     facts = {**versions(), "--workdir": str(workdir)}
@@ -309,6 +331,7 @@ EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
 INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run}
 COMMANDS = {
     "train": train,
+    "rl": rl,
     "configs": configs,
     "prepare": prepare,
     "evaluate": heldout,

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
             text = f"{value:g}" if isinstance(value, float) else shown(value)
             raise ConfigError(f"--{flag}={text} must be {limits}; use --{flag}={use}")
     resolve_format(options)
-    if overrides and not getattr(options, "config", None) and options.command != "train":
+    if overrides and not getattr(options, "config", None) and options.command not in ("train", "rl"):
         raise ConfigError(
             f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
         )
@@ -104,6 +104,7 @@ def build_parser() -> Parser:
     command = functools.partial(_add_command, commands)
     for add_command in (
         _add_train,
+        _add_rl,
         _add_configs,
         _add_prepare,
         _add_evaluate,
@@ -129,7 +130,18 @@ def _add_command(commands: "argparse._SubParsersAction[Parser]", name: str, text
 
 
 def _add_train(command: Callable[[str, str], Parser]) -> None:
-    sub = command("train", "Train a model; the same command again continues the run.")
+    _add_run_flags(command("train", "Train a model; the same command again continues the run."))
+
+
+def _add_rl(command: Callable[[str, str], Parser]) -> None:
+    sub = command("rl", "Train a model by rewards, or from pairs of answers; the same command continues the run.")
+    _add_run_flags(sub)
+    sub.add_argument(
+        "--audit", action="store_true", help="score right, empty and junk answers by the rewards, without training"
+    )
+
+
+def _add_run_flags(sub: Parser) -> None:
     sub.shows_fields = True
     sub.add_argument(
         "--config",

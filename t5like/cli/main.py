@@ -31,9 +31,15 @@ from t5like.io import signals, streams
 from t5like.io.paths import cache_directory
 from t5like.io.storage import storage_errors
 
-CONTINUING = (["train"], ["prepare"])  # commands that continue when they are started again
+CONTINUING = (["train"], ["rl"], ["prepare"])  # commands that continue when they are started again
 CONVERSIONS = ("import", "export")  # commands that hold each weight once, and return its memory to the system
-FILE_COMMANDS = (*CONVERSIONS, "train", "prepare", "evaluate")  # commands whose result is files; and generate --output
+FILE_COMMANDS = (
+    *CONVERSIONS,
+    "train",
+    "rl",
+    "prepare",
+    "evaluate",
+)  # commands whose result is files; and generate --output
 PROCESS_VARIABLES = {  # flag -> the environment variable that it overrides
     "coordinator": "T5LIKE_COORDINATOR",
     "num_processes": "T5LIKE_NUM_PROCESSES",
@@ -120,7 +126,7 @@ def process_info(options: argparse.Namespace) -> ProcessInfo | None:
     """
     flags = {name: getattr(options, flag, None) for flag, name in PROCESS_VARIABLES.items()}
     variables = {**os.environ, **{name: value for name, value in flags.items() if value}}
-    if options.command == "train" or (options.command == "evaluate" and options.tasks is None):
+    if options.command in ("train", "rl") or (options.command == "evaluate" and options.tasks is None):
         return detect_process(variables | cloud_tpu(variables))
     if options.command == "prepare":  # several processes may prepare one store in parallel, without a rendezvous
         return None

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from t5like.config.field_types import Range
 from t5like.config.model_checks import check_model, require
+from t5like.config.rl_checks import check_rl
 from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, get, sections
 from t5like.errors import ConfigError, shown
 from t5like.io.paths import check_path
@@ -50,6 +51,7 @@ def check(config: Config) -> None:
         check_model,
         _train,
         _mesh,
+        check_rl,
     ):
         check_part(config)
 

@@ -174,6 +174,8 @@ def resolve(values: Mapping) -> Config:
     if checkpoint and not config.tokenizer.path and "vocabulary" not in config.init_from.adapt:
         path = str(Path(checkpoint) / "tokenizer.model")
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
+    if config.rl.has_scalar_head:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, scalar_head=True))
     check(config)
     return config
 

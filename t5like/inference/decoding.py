@@ -53,7 +53,7 @@ def generate(
     return output.ids_BGL[:, 0]
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "num_texts", "use_beams", "top_k"))
+@partial(jax.jit, static_argnames=("config", "max_new_tokens", "num_texts", "use_beams", "top_k", "sampled_log_p"))
 def decode_texts(
     config: Config,
     params: Tree,
@@ -68,6 +68,7 @@ def decode_texts(
     num_texts: int = 1,
     use_beams: bool = False,
     top_k: int = 0,
+    sampled_log_p: bool = False,
 ) -> DecodeOutput:
     """Encode or prefill the prompts, then decode their texts token by token.
 
@@ -85,6 +86,7 @@ def decode_texts(
         num_texts: texts per prompt that are decoded in parallel: beams or samples.
         use_beams: whether to run a beam search, instead of sampling or greedy decoding.
         top_k: see `DecodingOptions`.
+        sampled_log_p: see `sampling.sample`.
     """
     params = unstack_params(config, params)
     apply = partial(Transformer(config).apply, {"params": params})
@@ -102,7 +104,8 @@ def decode_texts(
     options = {"stop_ids_E": stop_ids_E, "seen_BV": seen_BV, "traced": traced, "max_new_tokens": max_new_tokens}
     if use_beams:
         return beam_search(decode_step, prefill.logits_B1V, cache, num_beams=num_texts, **options)
-    return sample(decode_step, prefill.logits_B1V, cache, keys_B=keys_B, num_texts=num_texts, top_k=top_k, **options)
+    options |= {"keys_B": keys_B, "num_texts": num_texts, "top_k": top_k, "sampled_log_p": sampled_log_p}
+    return sample(decode_step, prefill.logits_B1V, cache, **options)
 
 
 class _Prefill(NamedTuple):

@@ -190,6 +190,7 @@ def sample(
     max_new_tokens: int,
     num_texts: int,
     top_k: int,
+    sampled_log_p: bool = False,
 ) -> DecodeOutput:
     """Greedy texts (no temperature), or `num_texts` independent samples per prompt.
 
@@ -204,14 +205,16 @@ def sample(
         max_new_tokens: length of the result.
         num_texts: G.
         top_k: see `DecodingOptions`.
+        sampled_log_p: whether `DecodeOutput.log_p_BGL` is of the distribution at this temperature.
     """
     rows = logits_B1V.shape[0]
+    scale = 1.0 if traced.temperature is None or not sampled_log_p else traced.temperature
     own_BG = text_numbers(rows, num_texts)
 
     def extend(step, output, done_BG, seen_BGV, logits_BGV):
         """Choose the token of a step and append it."""
         next_BG = jnp.where(done_BG, 0, _choose(logits_BGV, step, seen_BGV, keys_B, traced, top_k))
-        log_p_BG = jnp.where(done_BG, 0.0, log_p_of(logits_BGV, next_BG))
+        log_p_BG = jnp.where(done_BG, 0.0, log_p_of(logits_BGV / scale, next_BG))
         put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, axis=2)
         output = DecodeOutput(
             put(output.ids_BGL, next_BG), put(output.log_p_BGL, log_p_BG), output.scores_BG + log_p_BG

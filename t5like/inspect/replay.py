@@ -25,7 +25,7 @@ from t5like.data.pipeline import Batches
 from t5like.data.row_schedule import RowSchedule, Segment
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, ConfigError
 from t5like.inspect import first_nonfinite
 from t5like.model.intermediates import INTERMEDIATES
 from t5like.model.transformer import compute_intermediates
@@ -58,7 +58,10 @@ def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> N
 
     Raises:
         CheckpointError: there is no checkpoint before it, or none that can be read.
+        ConfigError: it is a run of `t5like rl`.
     """
+    if (method := config_of(workdir).rl.method) != "none":
+        raise ConfigError(f"--workdir={workdir} is a run of rl.method={method}, whose steps can't be replayed")
     prepared = prepare(workdir, number, show)
     with jax.set_mesh(prepared.mesh):
         for line in examine(prepared):

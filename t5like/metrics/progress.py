@@ -106,7 +106,11 @@ def status(text: str, *, show: bool = True) -> Iterator[None]:
 
 def _line(prefix: str, values: dict[str, float], seconds_left: float | None) -> str:
     parts = [prefix]
-    for name, form in (("train/loss", "loss {:.3f}"), ("train/tokens_per_second", "{:,.0f} tokens/s")):
+    for name, form in (
+        ("train/loss", "loss {:.3f}"),
+        ("train/reward", "reward {:.3f}"),
+        ("train/tokens_per_second", "{:,.0f} tokens/s"),
+    ):
         if name in values:
             parts.append(form.format(values[name]))
     if "train/mfu" in values:

@@ -141,13 +141,22 @@ class Attention(nn.Module):
         kernel: Kernel,
         train: bool,
     ) -> jax.Array:
-        """Attention of x [B, L, D] to a source [B, S, D], or to its keys and values: [B, L, D]."""
+        """Attention of x [B, L, D] to a source [B, S, D], or to its keys and values: [B, L, D].
+
+        Several consecutive rows of x may have one row of the source. They become queries of one row, so that its keys
+        and values are computed once; the mask is of these rows.
+        """
+        rows, length = x_BLD.shape[:2]
+        sources = source.k_BKSH.shape[0] if isinstance(source, KeyValues) else source.shape[0]
+        if sources != rows:
+            x_BLD = x_BLD.reshape(sources, rows // sources * length, -1)
         if isinstance(source, KeyValues):
             queries = self.query(x_BLD)
         else:
             keys, values, queries = projections((source, self.key), (source, self.value), (x_BLD, self.query))
             source = self._source(keys, values)
-        return self._attend(self._queries(queries), source, None, mask, kernel, train=train)
+        out_BLD = self._attend(self._queries(queries), source, None, mask, kernel, train=train)
+        return out_BLD.reshape(rows, length, -1)
 
     def __call__(
         self,

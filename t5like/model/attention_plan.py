@@ -39,6 +39,7 @@ def plan_attention(
     keys: int,
     cross_keys: int = 0,
     *,
+    texts: int = 1,
     cached: bool = False,
     branch_start: int | None = None,
 ) -> AttentionPlan:
@@ -53,18 +54,19 @@ def plan_attention(
         queries: L.
         keys: S of self-attention.
         cross_keys: S of cross-attention; 0: there is none.
+        texts: rows for each row of the source of cross-attention, which have their queries in one row of it.
         cached: whether the tokens continue a cache.
         branch_start: see `AttentionPlan`.
     """
     fallback: Kernel = "cpu" if config.kernels == "cpu" else "plain"
-    if config.kernels != "tpu" or cached or rows % batch_parts():
+    if config.kernels != "tpu" or cached or rows // texts % batch_parts():
         return AttentionPlan(queries, keys, fallback, fallback, branch_start)
     parts = context_size() if queries % context_size() == 0 else 1
 
-    def kernel(keys: int, *, biased: bool) -> Kernel:
+    def kernel(queries: int, keys: int, *, biased: bool) -> Kernel:
         fits = tpu_attention.fits(queries // parts, keys, config.head_dim, config.dtype, biased=biased)
         return "tpu" if fits else "plain"
 
-    own = kernel(keys, biased=config.positions == "relative")
-    cross = kernel(cross_keys, biased=False) if cross_keys else "plain"
+    own = kernel(queries, keys, biased=config.positions == "relative")
+    cross = kernel(queries * texts, cross_keys, biased=False) if cross_keys else "plain"
     return AttentionPlan(queries, keys, own, cross, branch_start)

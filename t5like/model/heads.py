@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config.schema import ModelConfig
-from t5like.model.layers import Dense, Norm
+from t5like.model.layers import Dense, Norm, normal
 from t5like.model.mlp import ACTIVATIONS
 from t5like.sharding.logical_axes import constrain
 
@@ -42,6 +42,20 @@ class PairClassifier(nn.Module):
         float32 = dataclasses.replace(self.config, dtype="float32")
         classes = Dense(float32, 2, ("embed", "classes"), name="classes")
         return classes(jnp.tanh(pooler(x_BSD[:, 0])).astype(jnp.float32))
+
+
+class ScalarHead(nn.Module):
+    """A number for each position, x w + b in float32: PPO's value, or the score of a reward model."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        """The output of the last stack [B, L, D] -> float32 [B, L]."""
+        size = self.config.model_dim
+        weights_D = self.param("kernel", normal(size**-0.5, ("embed",)), (size,), jnp.float32)
+        bias = self.param("bias", normal(0.0, ()), (), jnp.float32)
+        return x_BLD.astype(jnp.float32) @ weights_D + bias
 
 
 def embed(table_VD: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:

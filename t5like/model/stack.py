@@ -119,8 +119,16 @@ class Stack(nn.Module):
         rows, queries = x_BLD.shape[:2]
         keys = queries if cache is None else cache_length(cache)
         cross_keys = 0 if encoded_BSD is None else encoded_BSD.shape[1]
+        texts = 1 if encoded_BSD is None else rows // encoded_BSD.shape[0]
         plan = plan_attention(
-            self.config, rows, queries, keys, cross_keys, cached=cache is not None, branch_start=branch_start
+            self.config,
+            rows,
+            queries,
+            keys,
+            cross_keys,
+            texts=texts,
+            cached=cache is not None,
+            branch_start=branch_start,
         )
         bias_1NLS = None if self.relative_bias is None else self.relative_bias(plan, first_query)
         if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values

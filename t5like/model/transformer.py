@@ -62,6 +62,8 @@ class Transformer(nn.Module):
             # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
             head = lay.kernel_init(model, model.model_dim, ("embed", "vocab"), scale=0.5)
             self.head = self.param("head", head, (model.model_dim, config.vocab_rows), jnp.float32)
+        if model.scalar_head:
+            self.scalar_head = heads.ScalarHead(model)
         if model.head == "mlm":
             self.mlm = heads.MlmTransform(model)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
@@ -72,10 +74,16 @@ class Transformer(nn.Module):
         hidden_BLD = self.hidden(batch, train=train).x_BLD
         if self.is_initializing() and self.config.model.token_types and self.config.model.next_sentence_head:
             self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
+        if self.is_initializing() and self.config.model.scalar_head:
+            self.scalars(hidden_BLD)
         return self.logits(hidden_BLD)
 
     def hidden(self, batch: Batch, *, train: bool = False) -> Hidden:
-        """The decoder's output [B, L, D] for a batch; encoder-only: the encoder's, L = S."""
+        """The decoder's output [B, L, D] for a batch; encoder-only: the encoder's, L = S.
+
+        The decoder may have G rows for each row of the encoder, which are consecutive: answers to one prompt, which is
+        encoded once.
+        """
         encoded_BSD, encoder_auxiliary = None, NO_AUXILIARY
         if self.config.model.has_encoder:
             encoded_BSD, _, encoder_auxiliary = self._encode(
@@ -89,7 +97,8 @@ class Transformer(nn.Module):
             return Hidden(encoded_BSD, encoder_auxiliary)
         segments_BL, cross_mask = batch.decoder_segments_BL, MaskSpec()
         if segments_BL is not None and encoded_BSD is not None:
-            cross_mask = MaskSpec(False, segments_BL, batch.encoder_segments_BS)
+            of_inputs_BL = segments_BL.reshape(encoded_BSD.shape[0], -1)  # several texts of one row are its queries
+            cross_mask = MaskSpec(False, of_inputs_BL, batch.encoder_segments_BS)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD, _, auxiliary = self.decoder(
             self._embed(batch.decoder_BL, positions_BL, train=train),
@@ -123,6 +132,10 @@ class Transformer(nn.Module):
     def pair_logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """Whether a pair's second text follows its first: float32 logits [B, 2], yes and no. Needs token types."""
         return self.pairs(hidden_BSD)
+
+    def scalars(self, hidden_BLD: jax.Array) -> jax.Array:
+        """A number for each position: float32 [B, L]. Needs `model.scalar_head`."""
+        return self.scalar_head(hidden_BLD)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """The output head: float32 logits [B, L, V]; vocabulary rows that are padding are masked."""

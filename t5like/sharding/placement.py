@@ -13,9 +13,13 @@ from t5like.types import Batch, LogicalAxes, TrainState
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """Shardings of a batch: rows over data and fsdp, length over context if divisible; None stays None."""
+    """Shardings of a batch: rows over data and fsdp, length over context if divisible; None stays None.
+
+    An array between them, as of the answers to a prompt, is not split along its inner dims.
+    """
+    logical = lambda dims: ("batch", *[None] * (dims - 2), "length")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(("batch", "length"), leaf.shape)), batch)
+        return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(logical(leaf.ndim), leaf.shape)), batch)
 
 
 def state_shardings(state: TrainState, axes: LogicalAxes, mesh: Mesh) -> TrainState:

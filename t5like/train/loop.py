@@ -136,7 +136,8 @@ def train(
         provenance.append(workdir, start, provenance_record)
     writer = writers.Writer(workdir, step=start, primary=primary)
     progress = Progress(config.train.num_steps, log_every=config.train.log_every, step=start, primary=primary)
-    throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()))
+    counted = config.rl.method == "none"  # the FLOPs of sampling are not counted
+    throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()) if counted else None)
     bad_steps = BadSteps(config, history)
     evidence = Evidence(config, workdir, mesh, task, checkpoints)
     keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values)

@@ -1,0 +1,170 @@
+"""Prompts of `t5like rl`, with the fields that rewards need; or pairs of answers to each prompt.
+
+Records are read directly from `data.source`, not from token stores, because rewards need their fields. All prompts are
+tokenized at the start and kept in memory; a record itself is read again when its answers are scored. Every process
+reads all of them. The split into training and held-out prompts is that of `data.store`: by a hash of the inputs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5like.config.schema import Config
+from t5like.data.randomness import permute, random_bits
+from t5like.data.row_schedule import RowSchedule
+from t5like.data.sources.files import RequiredFields
+from t5like.data.sources.source import RecordSource, open_source
+from t5like.data.sources.templates import Part, example_format
+from t5like.data.store.shards import split_draws
+from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.errors import DataError
+from t5like.inference.prompt_format import Prompt, PromptFormat
+from t5like.metrics.progress import Progress
+
+TARGETS = "targets"  # the key of the text of the targets in `Example.row`
+FEWEST = 2  # examples of a source: one is held out
+
+
+class Example(NamedTuple):
+    """One prompt, tokenized.
+
+    Attributes:
+        source: index in `data.source`.
+        record: index in the source.
+        prompt: in the model's format.
+        answers: ids of the chosen and the rejected answer, EOS included; empty without pairs.
+    """
+
+    source: int
+    record: int
+    prompt: Prompt
+    answers: tuple[Sequence[int], ...] = ()
+
+
+class Prompts:
+    """The training and held-out prompts of a run.
+
+    Attributes:
+        train, heldout: the examples of the two splits.
+        data: a text that identifies the data of each source.
+        notes: lines about examples that were left out.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, fields: Sequence[str], *, primary: bool = True):
+        """Read and tokenize all records.
+
+        Args:
+            config: with `data.objective=supervised`.
+            tokenizer: of the run.
+            fields: of the records, in addition to those of the templates.
+            primary: show progress.
+
+        Raises:
+            ConfigError, DataError: a source can't be read, a field is missing, or there are too few usable records.
+        """
+        self._config, self._tokenizer = config, tokenizer
+        self._frame, self._format = PromptFormat.of(config, tokenizer), example_format(config.data)
+        required = self._format.required
+        wanted = RequiredFields(tuple(dict.fromkeys([*required.names, *fields])), required.fix)
+        self._sources: list[RecordSource] = [open_source(spec, config.data, wanted) for spec in config.data.source]
+        self.train: list[Example] = []
+        self.heldout: list[Example] = []
+        self.data: dict[str, str] = {}
+        self.notes: list[str] = []
+        for number, spec in enumerate(config.data.source):
+            self._read(number, spec, primary=primary)
+
+    def row(self, example: Example) -> dict[str, Any]:
+        """The fields of an example's record, and the text of its targets as `TARGETS`, for rewards."""
+        record = self._sources[example.source].record(example.record)
+        target = [part.text for part in self._format.parts(record) if part.is_target][-1:]
+        return {**record.fields, TARGETS: target[0] if target else ""}
+
+    def _read(self, number: int, spec: str, *, primary: bool) -> None:
+        source, digest = self._sources[number], hashlib.sha256()
+        draws, examples, too_long, empty = [], [], 0, 0
+        with Progress(len(source), primary=primary, unit=f"reading {spec}: record") as bar:
+            show = bar.timed()
+            for index in range(len(source)):
+                record = source.record(index)
+                parts = self._format.parts(record)
+                digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
+                if example := self._example(number, index, parts, record.fields) if parts else None:
+                    draws.append(split_draws(parts)[0])
+                    examples.append(example)
+                else:
+                    too_long, empty = too_long + bool(parts), empty + (not parts)
+                if index % 1000 == 999:
+                    show(index + 1)
+        self._check(spec, len(source), examples, draws, too_long)
+        threshold = max(self._config.data.heldout_fraction, np.nextafter(min(draws), 1.0))
+        for draw, example in zip(draws, examples, strict=True):
+            (self.heldout if draw < threshold else self.train).append(example)
+        self.data[spec] = f"{len(source):,} records, {digest.hexdigest()[:12]}"
+        if too_long:
+            self.notes.append(f"data.source={spec}: {too_long:,} of {len(source):,} examples are longer than a row")
+        if empty:
+            self.notes.append(f"data.source={spec}: {empty:,} examples have empty targets and are left out")
+
+    def _check(self, spec: str, records: int, examples: Sequence[Example], draws: Sequence[float], too_long: int):
+        data = self._config.data
+        if too_long and not examples:
+            raise DataError(
+                f"data.source={spec}: all {too_long:,} prompts or answers are longer than "
+                f"data.inputs_length={data.inputs_length} or data.targets_length={data.targets_length}; raise them"
+            )
+        if len(set(draws)) < FEWEST:
+            raise DataError(
+                f"data.source={spec} has {len(set(draws))} different prompts in {records:,} records, and one has to be "
+                "held out; use more"
+            )
+        if max(draws) < data.heldout_fraction:
+            raise DataError(
+                f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} prompts in "
+                f"data.source={spec} to train on; use data.heldout_fraction=0.1"
+            )
+
+    def _example(self, source: int, record: int, parts: Sequence[Part], fields: Mapping) -> Example | None:
+        """The example, or None if it is longer than a row."""
+        data, eos = self._config.data, self._tokenizer.eos_id
+        last = max(index for index, part in enumerate(parts) if part.is_target)
+        inputs = [token for part in parts[:last] for token in (*self._tokenizer.encode(part.text), eos)]
+        prompt, answers = self._frame.input_prompt(inputs), ()
+        if self._config.rl.uses_pairs:
+            names = self._config.rl.chosen_field, self._config.rl.rejected_field
+            answers = tuple([*self._tokenizer.encode(str(fields[name])), eos] for name in names)
+        fits = len(inputs) <= data.inputs_length and all(len(ids) <= data.targets_length for ids in answers)
+        return Example(source, record, prompt, answers) if fits else None
+
+
+class PromptBatches:
+    """The training prompts of each step: a permutation of all prompts in every epoch, as a function of (seed, row)."""
+
+    def __init__(self, config: Config, count: int):
+        """`count`: number of training prompts."""
+        self.config, self._count = config, count
+        self.schedule = RowSchedule.of(config.data.batch_size)
+
+    def follow(self, schedule: RowSchedule) -> None:
+        """Use another schedule of rows from now on."""
+        self.schedule = schedule
+
+    def at(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """The row numbers of a step's prompts, int64 [B]; `rows` is ignored, every process has all of them.
+
+        With `rl.updates_per_rollout`, that many steps have the same prompts.
+        """
+        updates = self.config.rl.updates_per_rollout
+        first = self.schedule.first_row(step - step % updates) // updates
+        return first + np.arange(self.config.data.batch_size)
+
+    def indices(self, rows_B: np.ndarray, redraw: int = 0) -> np.ndarray:
+        """The index of each row's prompt, int64 [B]; another one for each redraw."""
+        epoch_B, position_B = np.divmod(rows_B.astype(np.uint64), np.uint64(self._count))
+        with np.errstate(over="ignore"):
+            base = np.uint64(self.config.seed) * np.uint64(0x100000000) + np.uint64(redraw)
+            keys_B = random_bits(random_bits(np.array([base]), 1)[0] ^ epoch_B, 1)[:, 0]
+        return permute(position_B, np.full(len(rows_B), self._count, np.uint64), keys_B).astype(np.int64)
