@@ -59,7 +59,7 @@ def rl(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like rl`."""
     config = load_config(options, overrides)
     if options.audit:
-        from t5like.rl.audit_command import audit
+        from t5like.rl.rewards.audit import audit
 
         for line in audit(config):
             print(printable(line))

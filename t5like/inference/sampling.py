@@ -198,17 +198,15 @@ def sample(
         decode_step: see `DecodeStep`.
         logits_B1V: after the prompts; very negative for ids that must never be generated.
         cache: for `decode_step`.
-        keys_B: a random key per prompt, so that its samples do not depend on the other rows.
+        keys_B: a random key per prompt.
         stop_ids_E: ids that end a text.
         seen_BV: tokens of the prompts; None without repetition penalty.
-        traced: the options that may change without recompilation.
+        traced, top_k: see `DecodingOptions`.
         max_new_tokens: length of the result.
         num_texts: G.
-        top_k: see `DecodingOptions`.
         sampled_log_p: whether `DecodeOutput.log_p_BGL` is of the distribution at this temperature.
     """
-    rows = logits_B1V.shape[0]
-    scale = 1.0 if traced.temperature is None or not sampled_log_p else traced.temperature
+    rows, scale = logits_B1V.shape[0], 1.0 if traced.temperature is None or not sampled_log_p else traced.temperature
     own_BG = text_numbers(rows, num_texts)
 
     def extend(step, output, done_BG, seen_BGV, logits_BGV):
@@ -216,9 +214,8 @@ def sample(
         next_BG = jnp.where(done_BG, 0, _choose(logits_BGV, step, seen_BGV, keys_B, traced, top_k))
         log_p_BG = jnp.where(done_BG, 0.0, log_p_of(logits_BGV / scale, next_BG))
         put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, step, axis=2)
-        output = DecodeOutput(
-            put(output.ids_BGL, next_BG), put(output.log_p_BGL, log_p_BG), output.scores_BG + log_p_BG
-        )
+        ids_BGL, log_p_BGL = put(output.ids_BGL, next_BG), put(output.log_p_BGL, log_p_BG)
+        output = DecodeOutput(ids_BGL, log_p_BGL, output.scores_BG + log_p_BG)
         if seen_BGV is not None:
             seen_BGV = seen_BGV | is_token(next_BG, seen_BGV.shape[-1])
         return step + 1, output, done_BG | is_stop(next_BG, stop_ids_E), seen_BGV

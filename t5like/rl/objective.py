@@ -58,7 +58,8 @@ def preference_objective(config: Config, params: Tree, experience: Experience, _
 
 def reward_model_objective(config: Config, params: Tree, experience: Experience, _: jax.Array | None) -> Loss:
     """Bradley-Terry of the scores of pairs of answers, without dropout."""
-    return reward_model_loss(config.rl, *_pair(answer_scores(config, params, experience)))
+    real_B = experience.mask_BGL.sum((1, 2)) > 0
+    return reward_model_loss(config.rl, *_pair(answer_scores(config, params, experience)), real_B)
 
 
 def answer_scores(config: Config, params: Tree, experience: Experience) -> Array:
