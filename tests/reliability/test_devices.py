@@ -22,6 +22,7 @@ def batches(path) -> list[dict[str, np.ndarray]]:
     return complete
 
 
+@pytest.mark.long
 def test_a_run_on_one_three_and_two_devices_has_the_batches_and_losses_of_one(flags, tmp_path):
     chain, alone = tmp_path / "chain", tmp_path / "alone"
     for number, (devices, last) in enumerate(CHAIN):

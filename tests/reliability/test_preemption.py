@@ -94,7 +94,10 @@ def test_prepare_ends_with_75_while_it_trains_a_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "phase, rank", [(preparing, 1), (compiling, 0), (training, 1)], ids=["prepare", "compile", "train"]
+    "phase, rank",
+    # In training also tests/distributed/test_processes.py, which CI runs.
+    [(preparing, 1), (compiling, 0), pytest.param(training, 1, marks=pytest.mark.long)],
+    ids=["prepare", "compile", "train"],
 )
 def test_two_processes_stop_together_when_one_of_them_gets_the_signal(phase, rank, flags, tmp_path):
     workdir = tmp_path / "run"

@@ -39,7 +39,7 @@ def fill(disk, leave: int) -> None:
         file.truncate(max(file.tell() - leave, 0))
 
 
-@pytest.mark.parametrize("leave", [0, 50_000])
+@pytest.mark.parametrize("leave", [0, pytest.param(50_000, marks=pytest.mark.long)])
 def test_a_full_disk_ends_a_run_with_4_and_it_continues_exactly_when_there_is_space(
     leave, disk, straight, flags, tmp_path
 ):
@@ -80,6 +80,7 @@ def test_two_processes_save_again_or_go_on_together_when_one_of_them_could_not_w
     assert {path.name for path in step_directories(workdir)} == {"10", "25"}
 
 
+@pytest.mark.long
 def test_a_second_trainer_on_a_directory_is_refused_and_the_first_goes_on(straight, flags, tmp_path):
     workdir = tmp_path / "run"
     with Trainer(smallest(flags, workdir), tmp_path / "log-0") as first:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from t5like.config import loader
-from t5like.config.schema import TokenizerConfig
+from t5like.config.schema import Config, TokenizerConfig
 from t5like.data.store.preparation import prepare
 from t5like.data.store.token_store import TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
@@ -66,12 +66,16 @@ def model(tmp_path_factory):
 def own(tmp_path, model):
     """A config of the test's own: 6000 lines of text, 1.2 MB, so 5 shards; with an existing tokenizer."""
     write(tmp_path / "a.jsonl", lines(6000))
+    return config_of(tmp_path / "a.jsonl", model, tmp_path / "prepared")
+
+
+def config_of(text: Path, model: Path, cache: Path) -> Config:
     return loader.resolve(
         {
             "tokenizer": {"path": str(model), "vocab_size": 360, "num_sentinels": 20},
             "data": {
-                "source": [f"jsonl:{tmp_path}/a.jsonl"],
-                "cache_directory": str(tmp_path / "prepared"),
+                "source": [f"jsonl:{text}"],
+                "cache_directory": str(cache),
                 "num_workers": 1,
                 "heldout_fraction": 0.1,
             },
@@ -198,11 +202,23 @@ def processes_of_group(group: int) -> list[str]:
     return processes
 
 
-@pytest.fixture
-def longer(own, tmp_path):
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory) -> Path:
     """17 shards, so that at a signal some are finished, some in progress and some not started."""
-    write(tmp_path / "a.jsonl", lines(20_000))
-    return own
+    write(path := tmp_path_factory.mktemp("long") / "a.jsonl", lines(20_000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(long_text, model) -> TokenStore:
+    """The store of the long text, made by one process without interruption."""
+    return ready(config_of(long_text, model, long_text.parent / "prepared"))
+
+
+@pytest.fixture
+def longer(long_text, model, tmp_path) -> Config:
+    """A config of the test's own for the long text."""
+    return config_of(long_text, model, tmp_path / "prepared")
 
 
 def wait_for_shards(directory: Path, count: int) -> None:
@@ -213,8 +229,7 @@ def wait_for_shards(directory: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(("workers", "signal_number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
-def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, workers, signal_number):
-    whole = ready(changed(longer, cache_directory=str(tmp_path / "whole")))
+def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, whole, tmp_path, workers, signal_number):
     process = prepare_elsewhere(changed(longer, num_workers=workers), tmp_path, shards=5)
     directory = Path(longer.data.cache_directory)
     wait_for_shards(directory, 5)
@@ -234,15 +249,13 @@ def test_after_a_kill_prepare_continues_to_the_same_bytes(longer, tmp_path, work
     assert {path: path.stat().st_mtime_ns for path in done} == done  # nothing was written twice
 
 
-def test_two_processes_at_once_make_one_good_store(longer, tmp_path):
+def test_two_processes_at_once_make_one_good_store(longer, whole, tmp_path):
     processes = [prepare_elsewhere(longer, tmp_path) for _ in range(2)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     store = ready(longer)
     store.verify()
-    assert contents(store.directory) == contents(
-        ready(changed(longer, cache_directory=str(tmp_path / "whole"))).directory
-    )
+    assert contents(store.directory) == contents(whole.directory)
 
 
 def test_a_shard_without_its_record_is_written_again(own):
