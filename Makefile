@@ -20,7 +20,9 @@ INSTALLED := $(VENV)/installed
 PEERS := $(VENV)/peers_installed
 LIBTPU := .libtpu
 LIBTPU_VERSION := 0.0.52
-unexport PYTHONPATH PYTHONHOME
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
+# Bytecode of what pip has installed, by all processors instead of pip's one; some files are not for this Python.
+COMPILE = { $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null 2>&1 || :; }
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -54,7 +56,7 @@ cluster: $(INSTALLED)
 	@PYTEST_ADDOPTS="-q -n 4" $(BIN)/python tests/cluster/slurm_cluster.py $(BIN)/python -m pytest tests/cluster $(ARGS)
 
 golden: $(LIBTPU)/installed
-	@PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)
@@ -79,14 +81,18 @@ $(INSTALLED): setup.py constraints.txt
 	fi; \
 	echo "Installing t5like into $(VENV) with $$($$python --version), once; this takes a minute or two ..."; \
 	$$python -m venv $(VENV) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	    --editable '.[dev]' \
 	    >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
+	@$(COMPILE)
 	@touch $@
 
 $(PEERS): $(INSTALLED)
 	@echo "Installing PyTorch, transformers and TRL into $(VENV), once ..."; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parity]' \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	    --editable '.[dev,parity]' \
 	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
+	@$(COMPILE)
 	@touch $@
 
 # A folder of its own: in the environment it would slow the start of every process. The version is that of the golden

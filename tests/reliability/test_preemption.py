@@ -54,7 +54,11 @@ def retention(trainer, workdir) -> bool:
 
 OUTSIDE = (preparing, compiling)  # the loop: there is nothing to save
 SIGNALS = {compiling: signal.SIGUSR1, evaluating: signal.SIGUSR1, training: signal.SIGINT}  # others: SIGTERM
-PHASES = (preparing, compiling, training, evaluating, saving, retention)
+LONG = (evaluating, retention)  # each start costs seconds: CI has `saving` and `training`
+PHASES = [
+    pytest.param(phase, marks=[pytest.mark.long] * (phase in LONG), id=phase.__name__)
+    for phase in (preparing, compiling, training, evaluating, saving, retention)
+]
 
 
 def check_stopped(trainer, workdir, phase, seconds) -> None:
@@ -66,7 +70,7 @@ def check_stopped(trainer, workdir, phase, seconds) -> None:
         assert assert_restorable(workdir) == last_step(workdir)
 
 
-@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.__name__)
+@pytest.mark.parametrize("phase", PHASES)
 def test_one_process_saves_and_exits_with_75(phase, flags, tmp_path):
     workdir, number = tmp_path / "run", SIGNALS.get(phase, signal.SIGTERM)
     values = {"data__cache_directory": tmp_path / "prepared"} if phase is preparing else {}
@@ -110,6 +114,7 @@ def test_two_processes_stop_together_when_one_of_them_gets_the_signal(phase, ran
         check_stopped(trainer, workdir, phase, 0)
 
 
+@pytest.mark.long
 def test_a_second_signal_during_the_save_changes_nothing_and_a_kill_leaves_the_checkpoint_before(
     straight, flags, tmp_path
 ):
