@@ -204,6 +204,7 @@ def from_json(text: str | bytes) -> Config:
 
 
 _SOURCE_SEPARATOR = r",(?=\w{2,}:|python_stdlib|$)"  # before a source type; another comma is part of a path
+_REWARD_SEPARATOR = r",(?=[A-Za-z_][\w.]*(?::|,|$))"  # before the name of a reward; another one is part of a pattern
 
 
 def difference(old: Config, new: Config) -> list[str]:
@@ -288,7 +289,7 @@ def _is_text(value: str) -> bool:
 def _parse(name: str, text: str, kind: Any) -> Any:
     """Convert the text of a flag to the annotated type."""
     if typing.get_origin(kind) is tuple:
-        separator = _SOURCE_SEPARATOR if name == "data.source" else ","
+        separator = {"data.source": _SOURCE_SEPARATOR, "rl.rewards": _REWARD_SEPARATOR}.get(name, ",")
         return tuple(_parse(name, part, typing.get_args(kind)[0]) for part in re.split(separator, text)) if text else ()
     try:
         if kind is bool:

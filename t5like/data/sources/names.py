@@ -6,6 +6,7 @@
     | jsonl:wiki/train.jsonl.gz, jsonl:books/train.jsonl  | wiki, books      |
     | text:a/x.txt, text:b/x.txt, text:b/y.txt            | a-x, b-x, y      |
     | tfds:c4/en:3.1.0, hf:allenai/c4/de, python_stdlib   | c4-en, c4-de, python_stdlib |
+    | reasoning_gym:gcd?size=100, reasoning_gym:lcm         | gcd, lcm         |
 
 Called by `pipeline`, `train` and the command line. Names contain only letters, digits, ``_``, ``-`` and ``.``, because
 they become parts of the metrics' names.

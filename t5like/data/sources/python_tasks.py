@@ -1,4 +1,4 @@
-"""Small supervised tasks from the running Python's standard library, as one TFDS builder.
+"""Small supervised tasks, most of them from the running Python's standard library, as one TFDS builder.
 
 They exercise every use of a fine-tuned model offline. Each task is real but small: a score shows that the path works
 and what a model of this size can do, nothing about public benchmarks. `source` opens ``task:NAME``, and
@@ -27,6 +27,7 @@ import tensorflow_datasets as tfds
 
 from t5like.data.sources.python_expressions import gloss
 from t5like.data.sources.python_stdlib import LEFT_OUT
+from t5like.data.sources.small_functions import examples as small_function_examples
 
 LARGEST = 8_000  # examples of a task; if there are more, those with the smallest hashes are kept
 LABELS = ("asyncio", "email", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
@@ -81,8 +82,9 @@ class Library:
 class Tasks(tfds.core.GeneratorBasedBuilder):
     """Small supervised tasks on Python's standard library.
 
-    Each example has the texts `inputs` and `targets`; of `dialogue`, it has `messages`, a sequence of `role` (user or
-    assistant, in turn) and `content`, which reads back as a dict of two lists of equal length.
+    Each example has the texts `inputs` and `targets`, of `small_functions` also `tests`; of `dialogue`, it has
+    `messages`, a sequence of `role` (user or assistant, in turn) and `content`, which reads back as a dict of two lists
+    of equal length.
     """
 
     # Contains the Python version, so that another Python builds another data set.
@@ -91,6 +93,8 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         features = {"inputs": text, "targets": text}
+        if self.builder_config.name == "small_functions":
+            features["tests"] = text
         if self.builder_config.name == "dialogue":
             features = {"messages": tfds.features.Sequence({"role": text, "content": text})}
         return tfds.core.DatasetInfo(
@@ -109,7 +113,8 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
 def examples(name: str) -> list[_Example]:
     """(unique key, features) of each example of the task `name`, the same ones in the same order each time."""
     by_inputs = {}
-    for key, example in TASKS[name](library()):
+    material = Library() if name == "small_functions" else library()
+    for key, example in TASKS[name](material):
         by_inputs.setdefault(str(example.get("inputs", example.get("messages"))), (key, example))
     return sorted(by_inputs.values(), key=lambda pair: (_hash(pair[0]), pair[0]))[:LARGEST]
 
@@ -202,6 +207,11 @@ def text_generation(library: Library) -> Iterator[_Example]:
                 yield f"{key}/{number}", {"inputs": first, "targets": following}
 
 
+def small_functions(_: Library) -> Iterator[_Example]:
+    """What a small function does -> the function; unit tests are in the field `tests`, for `t5like rl`."""
+    yield from small_function_examples()
+
+
 TASKS = {
     "code_generation": code_generation,
     "summarization": summarization,
@@ -210,6 +220,7 @@ TASKS = {
     "translation": translation,
     "dialogue": dialogue,
     "text_generation": text_generation,
+    "small_functions": small_functions,
 }
 NAMES: tuple[str, ...] = tuple(TASKS)
 Tasks.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name, description=task.__doc__) for name, task in TASKS.items()]

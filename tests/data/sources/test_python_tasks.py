@@ -156,6 +156,15 @@ def test_labels_are_many_and_not_named_and_none_has_a_majority():
     assert not any(label in text.lower() for text, label in pairs)
 
 
+def test_small_functions_pass_their_tests_and_no_constant_passes_most_of_them():
+    for _, example in examples("small_functions")[::4]:
+        names = {}
+        exec(example["targets"], names)  # noqa: S102
+        exec(example["tests"], names)  # noqa: S102
+        results = [line.partition(" == ")[2] for line in example["tests"].split("\n")]
+        assert len(results) == 5 and max(Counter(results).values()) <= 3, example
+
+
 def test_targets_of_text_generation_follow_the_inputs_in_the_documentation():
     words = " ".join(" ".join(text.split()) for _, text in library().docstrings)
     from_docstrings = [example for key, example in examples("text_generation") if not key.startswith("topic/")]

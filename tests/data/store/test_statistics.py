@@ -86,6 +86,7 @@ def test_unknown_tokens_are_counted_for_models_without_byte_fallback():
         (["text:a/b/t", "text:a/c/t", "text:d/b/t"], "a-b c d-b"),
         (["text:d/*.en", "text:d/*.de", "text:d/c.de"], "en-d de-d c.de"),
         (["tfds:c4/en:3.1.0", "hf:allenai/c4/de", "python_stdlib"], "c4-en c4-de python_stdlib"),
+        (["reasoning_gym:gcd?size=100&max_value=9", "reasoning_gym:lcm"], "gcd lcm"),
         (["hf:/data/my set", "task:summarization", "text:新聞/*.txt"], "my_set summarization 新聞"),
         (["text:a.txt", "text:a.txt", "text:b.txt"], "a a-2 b"),
         (["text:a.txt", "jsonl:a.txt"], "text jsonl"),

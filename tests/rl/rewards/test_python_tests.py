@@ -2,10 +2,10 @@
 
 import socket
 import time
-from pathlib import Path
 
 import pytest
 from hostile_answers import ENDLESS, HOSTILE
+from process_tree import descendants
 
 from t5like.rl.rewards import python_tests
 from t5like.rl.rewards.python_tests import PythonTests, SandboxServer
@@ -103,17 +103,3 @@ def test_a_killed_server_is_started_again():
     assert server.run(RIGHT, [TESTS], 10.0) == {"passed": 4, "total": 4}
     server.close()
     assert server._process.returncode is not None
-
-
-def descendants(pid):
-    """The processes below one, by the parents of all processes."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, new = [], {pid}
-    while new := {child for child, parent in parents.items() if parent in new}:
-        found += new
-    return found
