@@ -208,7 +208,7 @@ def text_generation(library: Library) -> Iterator[_Example]:
 
 
 def small_functions(_: Library) -> Iterator[_Example]:
-    """What a small function does -> the function; unit tests are in the field `tests`, for `t5like rl`."""
+    """What a small function does -> the function; unit tests are in the field `tests`."""
     yield from small_function_examples()
 
 

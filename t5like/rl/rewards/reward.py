@@ -154,7 +154,7 @@ def _regex(entry: str, pattern: str) -> Regex:
 
 def _reasoning_gym(entry: str, task: str) -> ReasoningGym:
     try:
-        wrong = "" if task == "composite" else task_error(task or "gcd", {})  # composite needs its parameters
+        wrong = task_error(task or "gcd", {})
     except ImportError:
         raise ConfigError(f"rl.rewards={entry} needs the package reasoning-gym; pip install 't5like[rl]'") from None
     if wrong:
