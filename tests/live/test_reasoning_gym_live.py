@@ -6,8 +6,8 @@ import sys
 import pytest
 from reasoning_gym.factory import DATASETS
 
-from t5like.config import loader
-from t5like.config.schema import DataConfig
+from t5like.config.rl_schema import RLConfig
+from t5like.config.schema import Config, DataConfig
 from t5like.data.sources import reasoning_gym
 from t5like.data.sources.files import RequiredFields
 from t5like.data.sources.source import open_source
@@ -29,7 +29,7 @@ def rows_of(spec, data):
 
 
 def reward(entry):
-    [reward] = open_rewards(loader.resolve({"rl": {"rewards": (entry,)}}))
+    [reward] = open_rewards(Config(rl=RLConfig(rewards=(entry,))))
     return reward
 
 

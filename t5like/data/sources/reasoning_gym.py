@@ -8,8 +8,8 @@ the file is then a function of the source's name and of the versions of Python a
     targets  2
     entry    {"task": "gcd", "parameters": {}, "entry": {"question": "Find ...", "answer": "2", "metadata": {...}}}
 
-`entry` is what the task's scorer needs, as JSON (`decode`). Tasks that list no answer have the targets "": they can be
-trained on by their scorer, and have no supervised examples.
+`entry` is what the task's scorer needs, as JSON (`decode`). Tasks that list no answer have the targets "". Records
+with empty targets are left out, so these tasks need another `data.targets_template`, such as ``{inputs}``.
 """
 
 import dataclasses

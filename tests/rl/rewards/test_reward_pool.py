@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from process_tree import descendants
 
-from t5like.config import loader
+from t5like.config.rl_schema import RLConfig
+from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.rl.rewards.functions import Regex
 from t5like.rl.rewards.pool import RewardPool
@@ -45,7 +46,7 @@ def rewards(tmp_path_factory):
     (directory / "scores_of_the_pool.py").write_text(MODULE)
     before = os.getcwd()
     os.chdir(directory)
-    yield open_rewards(loader.resolve({"rl": {"rewards": ("length", "scores_of_the_pool:score")}}))
+    yield open_rewards(Config(rl=RLConfig(rewards=("length", "scores_of_the_pool:score"))))
     os.chdir(before)
 
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from t5like.config import loader
+from t5like.config.rl_schema import RLConfig
+from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.rl.rewards.functions import texts_of
 from t5like.rl.rewards.reward import ModelReward, open_rewards, required_fields
@@ -22,7 +24,7 @@ wrong.fields = "answers"
 
 
 def opened(*entries, **fields):
-    return open_rewards(loader.resolve({"rl": {"rewards": entries, **fields}}))
+    return open_rewards(Config(rl=RLConfig(rewards=entries, **fields)))
 
 
 @pytest.fixture
@@ -135,7 +137,14 @@ def test_a_field_without_texts_is_a_failure_with_its_name(path):
 
 
 def test_a_flag_splits_rewards_at_their_names_only():
-    config = loader.load("tiny", [("rl.rewards", "regex:[0-9]{1,3},chrf:answers,my_rewards:score,length")])
+    config = loader.load(
+        "tiny",
+        [
+            ("data.objective", "supervised"),
+            ("rl.method", "policy"),
+            ("rl.rewards", "regex:[0-9]{1,3},chrf:answers,my_rewards:score,length"),
+        ],
+    )
     assert config.rl.rewards == ("regex:[0-9]{1,3}", "chrf:answers", "my_rewards:score", "length")
 
 
