@@ -72,7 +72,10 @@ def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel) -> jax
     heads, groups = k_BKSH.shape[1], q_BNLH.shape[1] // k_BKSH.shape[1]
     join = lambda x: x.reshape(x.shape[0], heads, -1, x.shape[-1])
     bias_1KLS = None if bias_1NLS is None else join(bias_1NLS)
-    mask = MaskSpec(allowed_B1LS=None if mask_B1LS is None else jnp.tile(mask_B1LS, (1, 1, groups, 1)))
+    if mask_B1LS is not None:  # all queries may have one mask, such as several texts of one prompt
+        mask_B1LS = jnp.broadcast_to(mask_B1LS, (*mask_B1LS.shape[:2], q_BNLH.shape[2], mask_B1LS.shape[3]))
+        mask_B1LS = jnp.tile(mask_B1LS, (1, 1, groups, 1))
+    mask = MaskSpec(allowed_B1LS=mask_B1LS)
     out = attend(join(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1KLS, mask=mask, kernel=kernel)
     return out.reshape(q_BNLH.shape)
 
