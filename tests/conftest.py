@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import os
 import re
 from pathlib import Path
@@ -239,6 +240,37 @@ def trained(flags, tmp_path_factory) -> Path:
     """A finished run of 2 steps with checkpoints at 1 and 2. Read it, copy it, but leave it as it is."""
     settings = ["--config.train.num_steps=2", "--config.train.checkpoint_every=1"]
     return made_once(tmp_path_factory, "trained", lambda place: run_at(place, [*flags, *settings])) / "run"
+
+
+@pytest.fixture(scope="session")
+def rl_flags(flags, trained, tmp_path_factory) -> list[str]:
+    """Flags of `t5like rl` for 4 steps of sorting letters, from the run `trained`; later flags win over these."""
+    place = made_once(tmp_path_factory, "letters", lambda place: write_letters(place / "sort.jsonl"))
+    values = {
+        "init_from.checkpoint": trained,
+        "data.source": f"jsonl:{place}/sort.jsonl",
+        "data.objective": "supervised",
+        "data.batch_size": 8,
+        "train.num_steps": 4,
+        "train.checkpoint_every": 2,
+        "rl.method": "policy",
+        "rl.rewards": "regex:[aeiou]",  # the answers of an untrained model differ in it
+        "rl.reward_workers": 1,
+        "rl.answers_per_prompt": 3,
+        "rl.eval_prompts": 3,
+        "rl.table_every": 1,
+    }
+    return [*flags, *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def write_letters(path: Path, lines: int = 40) -> None:
+    """Letters to sort, with the right answer and a wrong one."""
+    rng, records = np.random.default_rng(0), []
+    for _ in range(lines):
+        letters = rng.choice(list("abcdefg"), rng.integers(2, 6)).tolist()
+        right, given = " ".join(sorted(letters)), " ".join(letters)
+        records.append({"inputs": f"sort {given}", "targets": right, "chosen": right, "rejected": given + " a"})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def run_at(place: Path, flags: list[str]) -> None:

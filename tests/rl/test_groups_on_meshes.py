@@ -1,4 +1,4 @@
-"""Loss and gradients of a step are those of one device, on any mesh and with microbatches, for answers of any length."""
+"""Loss and gradients of a step are those of one device, on any mesh and with microbatches, for ragged answers."""
 
 import dataclasses
 

@@ -59,7 +59,8 @@ def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer(rng, arch
     mask_BGL = experience.mask_BGL > 0
     assert (mask_BGL.sum(-1) == answers.lengths_BG).all()
     # The mask has each token of the answer as a target, its EOS included, and nothing else.
-    targets = [row[mask].tolist() for row, mask in zip(experience.rows().targets_BL, mask_BGL.reshape(24, -1))]
+    rows = zip(experience.rows().targets_BL, mask_BGL.reshape(24, -1), strict=True)
+    targets = [row[mask].tolist() for row, mask in rows]
     assert targets == [ids for of_prompt in answers.ids for ids in of_prompt]
     scored_BGL = jax.jit(lambda params, rows: scores(config, params, rows).log_p_BGL)(params, experience)
     sampled_BGL = in_rows(experience, answers.log_p_BGL)
