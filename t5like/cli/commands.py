@@ -123,11 +123,17 @@ def heldout(options: argparse.Namespace, _) -> None:
         config = run_directory.config_of(workdir)
         with process_group(options.process, config, {**versions(), "--step": str(options.step)}, debug=options.debug):
             loaded = run_directory.load(workdir, options.step, all_devices=True)
-            values, records = heldout.evaluate_run(loaded, workdir / "tokenizer.model")
+            if config.rl.method == "none":
+                values, records = heldout.evaluate_run(loaded, workdir / "tokenizer.model")
+                table = heldout.table
+            else:
+                from t5like.rl.run import evaluate, table
+
+                values, records = evaluate(loaded, workdir)
             if not is_primary():
                 return
         write_evaluation(workdir, str(loaded.step), values, {str(loaded.step): records})
-        print(heldout.table(values), file=sys.stderr)
+        print(table(values), file=sys.stderr)
         return
     from t5like.evaluation import lm_eval
 

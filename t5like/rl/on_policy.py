@@ -174,6 +174,11 @@ class OnPolicy(RecordTask):
         error = values["eval/standard_error"]
         return values, f"held-out reward {values['eval/reward']:.3f} +- {error:.3f} (standard error)"
 
+    def evaluate_all(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Rewards of greedy answers to all held-out prompts, and a record of each answer."""
+        values, parts = self._answer_heldout(params, len(self._prompts.heldout), lambda: None)
+        return values, [record for part in parts for record in self._records(part)]
+
     def _answer_heldout(
         self, params: Tree, count: int, point: Callable[[], None]
     ) -> tuple[dict[str, float], list[Collected]]:
@@ -209,4 +214,4 @@ class OnPolicy(RecordTask):
             lines.append("")
         replace_file(self._workdir / SAMPLES, "\n".join(lines), CheckpointError, "move it away")
         picture, result = draw_reward_curve(self._workdir, "reward", "train/reward", "eval/reward")
-        return ["", *lines, result, f"rewards    {picture}"]
+        return ["", *lines, *(f"WARNING: {line}" for line in self._scorer.failures()), result, f"rewards    {picture}"]

@@ -51,14 +51,22 @@ class Pairs(RecordTask):
         """The accuracy of preferring the longer answer, on the held-out pairs."""
         pairs = [example.answers for example in self._prompts.heldout[: self._config.rl.eval_prompts]]
         longer = np.mean([np.sign(len(chosen) - len(rejected)) / 2 + 0.5 for chosen, rejected in pairs])
-        return {
-            "baseline/longer": float(longer)
-        }, f"baseline: the longer answer is the chosen one in {100 * longer:.1f} %"
+        text = f"baseline: the longer answer is the chosen one in {100 * longer:.1f} %"
+        return {"baseline/longer": float(longer)}, text
 
     def evaluate(self, params: Tree, done: int, point: Callable[[], None], *, early: bool) -> tuple[dict, str]:
         """The loss and its metrics on the first `rl.eval_prompts` held-out pairs."""
-        examples, size = self._prompts.heldout[: self._config.rl.eval_prompts], self._config.data.batch_size
-        total = None
+        values = self._measure(params, self._prompts.heldout[: self._config.rl.eval_prompts], point)
+        accuracy, error = values[f"eval/{ACCURACY}"], values["eval/standard_error"]
+        text = f"accuracy {accuracy:.3f} +- {error:.3f} (standard error)"
+        return values, f"held-out loss {values['eval/loss']:.3f}, {text}"
+
+    def evaluate_all(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The loss and its metrics on all held-out pairs; no records."""
+        return self._measure(params, self._prompts.heldout, lambda: None), []
+
+    def _measure(self, params: Tree, examples: Sequence[Example], point: Callable[[], None]) -> dict[str, float]:
+        size, total = self._config.data.batch_size, None
         for first in range(0, len(examples), size):
             part = examples[first : first + size]
             _, arrays = self._arrays((part * size)[:size])
@@ -74,11 +82,7 @@ class Pairs(RecordTask):
         total = jax.device_get(total)
         values = {f"eval/{name}": value for name, value in host_metrics(total).items()}
         accuracy, count = values[f"eval/{ACCURACY}"], float(total[ACCURACY].weight)
-        error = values["eval/standard_error"] = float(np.sqrt(accuracy * (1 - accuracy) / max(count, 1)))
-        return (
-            values,
-            f"held-out loss {values['eval/loss']:.3f}, accuracy {accuracy:.3f} +- {error:.3f} (standard error)",
-        )
+        return values | {"eval/standard_error": float(np.sqrt(accuracy * (1 - accuracy) / max(count, 1)))}
 
     def summarize(self, params: Tree, fingerprints: Mapping[str, Any]) -> list[str]:
         if not processes.is_primary():

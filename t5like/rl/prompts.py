@@ -5,6 +5,7 @@ tokenized at the start and kept in memory; a record itself is read again when it
 reads all of them. The split into training and held-out prompts is that of `data.store`: by a hash of the inputs.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,10 @@ class Prompts:
             ConfigError, DataError: a source can't be read, a field is missing, or there are too few usable records.
         """
         self._config, self._tokenizer = config, tokenizer
-        self._frame, self._format = PromptFormat.of(config, tokenizer), example_format(config.data)
+        data = config.data
+        if config.rl.uses_pairs and not data.messages_field:  # the split and the count of records need some target
+            data = dataclasses.replace(data, targets_template=f"{{{config.rl.chosen_field}}}")
+        self._frame, self._format = PromptFormat.of(config, tokenizer), example_format(data)
         required = self._format.required
         wanted = RequiredFields(tuple(dict.fromkeys([*required.names, *fields])), required.fix)
         self._sources: list[RecordSource] = [open_source(spec, config.data, wanted) for spec in config.data.source]

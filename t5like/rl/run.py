@@ -1,17 +1,44 @@
-"""`t5like rl`: opens rewards and task, and calls the training loop."""
+"""`t5like rl`, and `t5like evaluate` for its runs: opens rewards and task; the training loop does the rest."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from t5like.checkpoint.run_directory import Run
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.rl.on_policy import OnPolicy
 from t5like.rl.pairs import Pairs
 from t5like.rl.rewards.pool import RewardPool
-from t5like.rl.rewards.reward import ModelReward, open_rewards, required_fields
+from t5like.rl.rewards.reward import ModelReward, open_rewards
 from t5like.rl.scorer import Scorer
 from t5like.train.loop import train
+from t5like.types import TrainState
+
+
+Opener = Callable[..., OnPolicy | Pairs]
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[Opener]:
+    """The task of a config, as a function of (config resolved on a mesh, mesh, run directory, function that prints).
+
+    Raises:
+        ConfigError: a reward can't be used.
+    """
+    if config.rl.uses_pairs:
+        yield Pairs
+        return
+    rewards, rl = open_rewards(config), config.rl
+    in_pool = [reward for reward in rewards if not isinstance(reward, ModelReward)]
+    with RewardPool(in_pool, rl.reward_workers, rl.reward_timeout_seconds) as pool:
+        scorer = Scorer(rewards, pool)
+        yield partial(OnPolicy, scorer=scorer, fields=tuple(scorer.fields))
 
 
 def run(
@@ -24,12 +51,28 @@ def run(
     """
     if config.rl.method == "none":
         raise ConfigError("rl.method=none is for t5like train; use rl.method=policy, or a config of configs/rl")
-    start = partial(train, config, workdir, on_step=on_step, allowed=allowed)
-    if config.rl.uses_pairs:
-        start(open_task=Pairs)
-        return
-    rewards, rl = open_rewards(config), config.rl
-    in_pool = [reward for reward in rewards if not isinstance(reward, ModelReward)]
-    with RewardPool(in_pool, rl.reward_workers, rl.reward_timeout_seconds) as pool:
-        scorer = Scorer(rewards, pool)
-        start(open_task=partial(OnPolicy, scorer=scorer, fields=required_fields(rewards).names))
+    with opened(config) as open_task:
+        train(config, workdir, on_step=on_step, allowed=allowed, open_task=open_task)
+
+
+def evaluate(loaded: Run, workdir: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Rewards of all held-out prompts, with records of the answers; or metrics of all held-out pairs.
+
+    Args:
+        loaded: a run of `t5like rl`.
+        workdir: its directory.
+    """
+    path = str(workdir / "tokenizer.model")
+    config = dataclasses.replace(loaded.config, tokenizer=dataclasses.replace(loaded.config.tokenizer, path=path))
+    with opened(config) as open_task:
+        task = open_task(config, loaded.mesh, workdir, lambda _: None)
+        task.start(TrainState(np.int32(loaded.step), loaded.params, None))
+        values, records = task.evaluate_all(loaded.params)
+    return {"step": loaded.step, **values}, records
+
+
+def table(values: Mapping[str, float]) -> str:
+    """The values of `evaluate` as text, one per line."""
+    width = max(map(len, values))
+    lines = [f"{name:{width}}  {value:.4f}" for name, value in values.items() if name != "step"]
+    return f"held out, step {values['step']:,}\n" + "\n".join(lines)

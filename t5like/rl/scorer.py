@@ -4,12 +4,15 @@ Each process computes the rewards of its own part of the prompts in its workers,
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from t5like.distributed import processes
+from t5like.rl.model_reward import RewardModel
+from t5like.rl.prompts import TARGETS
 from t5like.rl.rewards.pool import RewardPool
 from t5like.rl.rewards.reward import ModelReward, Reward
 
@@ -20,14 +23,23 @@ class Scorer:
     Attributes:
         names: of the rewards, for metrics.
         weights: of the rewards in their sum.
+        fields: of a record that they need.
     """
 
-    def __init__(self, rewards: Sequence[Reward], pool: RewardPool):
+    def __init__(self, rewards: Sequence[Reward | ModelReward], pool: RewardPool):
         """`pool` computes those of `rewards` that are no `ModelReward`, in their order."""
         self.names = [reward.name for reward in rewards]
         self.weights = [reward.weight for reward in rewards]
-        self._rewards, self._pool = rewards, pool
-        self._in_pool = [index for index, reward in enumerate(rewards) if not isinstance(reward, ModelReward)]
+        self._pool = pool
+        self._models = {
+            index: RewardModel(Path(reward.directory))
+            for index, reward in enumerate(rewards)
+            if isinstance(reward, ModelReward)
+        }
+        self._in_pool = [index for index in range(len(rewards)) if index not in self._models]
+        self.fields = dict.fromkeys(
+            name for source in (*rewards, *self._models.values()) for name in source.fields if name != TARGETS
+        )
 
     def __call__(self, rows: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]) -> np.ndarray:
         """float64 [R, B, G], NaN for a reward that failed. All processes call it with all prompts of the batch.
@@ -36,10 +48,20 @@ class Scorer:
             rows: the fields of each prompt's record (`Prompts.row`).
             answers: texts, the same number G for each prompt.
         """
-        rewards_RBG = np.full((len(self._rewards), len(rows), len(answers[0])), np.nan)
+        rewards_RBG = np.full((len(self.names), len(rows), len(answers[0])), np.nan)
         if self._in_pool:
             rewards_RBG[self._in_pool] = self._score_in_pool(rows, answers)
+        for index, model in self._models.items():
+            rewards_RBG[index] = model(rows, answers)
         return rewards_RBG
+
+    def failures(self) -> list[str]:
+        """A line for each reward that has failed in this process: how often, and why the first time."""
+        return [
+            f"reward {name} failed for {count:,} answers; the first time: {self._pool.first_failures.get(name, '')}"
+            for name, count in self._pool.failures.items()
+            if count
+        ]
 
     def _score_in_pool(self, rows: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]) -> np.ndarray:
         rank, count = jax.process_index(), jax.process_count()
