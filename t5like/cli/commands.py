@@ -58,14 +58,12 @@ def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None
 def rl(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like rl`."""
     config = load_config(options, overrides)
-    if options.audit:
-        from t5like.rl.rewards.audit import audit
+    from t5like.rl.run import audit, run
 
+    if options.audit:
         for line in audit(config):
             print(printable(line))
         return
-    from t5like.rl.run import run
-
     _train(options, config, run)
 
 

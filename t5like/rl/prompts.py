@@ -16,16 +16,16 @@ import numpy as np
 from t5like.config.schema import Config
 from t5like.data.randomness import permute, random_bits
 from t5like.data.row_schedule import RowSchedule
-from t5like.data.sources.files import RequiredFields
+from t5like.data.sources.files import Record, RequiredFields
 from t5like.data.sources.source import RecordSource, open_source
-from t5like.data.sources.templates import Part, example_format
+from t5like.data.sources.templates import Chat, Part, Templates, example_format, inputs_text
 from t5like.data.store.shards import split_draws
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import DataError
 from t5like.inference.prompt_format import Prompt, PromptFormat
 from t5like.metrics.progress import Progress
 
-TARGETS = "targets"  # the key of the text of the targets in `Example.row`
+INPUTS, TARGETS = "inputs", "targets"  # keys of the texts in what a reward takes
 FEWEST = 2  # examples of a source: one is held out
 
 
@@ -43,6 +43,25 @@ class Example(NamedTuple):
     record: int
     prompt: Prompt
     answers: tuple[Sequence[int], ...] = ()
+
+
+def reward_row(format: Templates | Chat, record: Record) -> dict[str, Any]:
+    """What a reward takes: the fields of a record, and the texts of inputs and targets under these names."""
+    parts = format.parts(record)
+    targets = [part.text for part in parts if part.is_target]
+    return {INPUTS: inputs_text(parts), **record.fields, TARGETS: targets[-1] if targets else ""}
+
+
+def required_fields(format: Templates | Chat, fields: Sequence[str]) -> RequiredFields:
+    """The fields that templates and rewards need of each record."""
+    return RequiredFields(tuple(dict.fromkeys([*format.required.names, *fields])), format.required.fix)
+
+
+def first_rows(config: Config, fields: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The rows of the first records of all sources, at most `count` of each, for an audit of the rewards."""
+    format = example_format(config.data)
+    sources = [open_source(spec, config.data, required_fields(format, fields)) for spec in config.data.source]
+    return [reward_row(format, source.record(index)) for source in sources for index in range(min(count, len(source)))]
 
 
 class Prompts:
@@ -71,8 +90,7 @@ class Prompts:
         if config.rl.uses_pairs and not data.messages_field:  # the split and the count of records need some target
             data = dataclasses.replace(data, targets_template=f"{{{config.rl.chosen_field}}}")
         self._frame, self._format = PromptFormat.of(config, tokenizer), example_format(data)
-        required = self._format.required
-        wanted = RequiredFields(tuple(dict.fromkeys([*required.names, *fields])), required.fix)
+        wanted = required_fields(self._format, fields)
         self._sources: list[RecordSource] = [open_source(spec, config.data, wanted) for spec in config.data.source]
         self.train: list[Example] = []
         self.heldout: list[Example] = []
@@ -82,10 +100,8 @@ class Prompts:
             self._read(number, spec, primary=primary)
 
     def row(self, example: Example) -> dict[str, Any]:
-        """The fields of an example's record, and the text of its targets as `TARGETS`, for rewards."""
-        record = self._sources[example.source].record(example.record)
-        target = [part.text for part in self._format.parts(record) if part.is_target][-1:]
-        return {**record.fields, TARGETS: target[0] if target else ""}
+        """The row of an example that rewards take; see `reward_row`."""
+        return reward_row(self._format, self._sources[example.source].record(example.record))
 
     def _read(self, number: int, spec: str, *, primary: bool) -> None:
         source, digest = self._sources[number], hashlib.sha256()

@@ -14,12 +14,14 @@ from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.rl.on_policy import OnPolicy
 from t5like.rl.pairs import Pairs
+from t5like.rl.prompts import TARGETS, first_rows
+from t5like.rl.rewards.audit import MOST_ROWS
+from t5like.rl.rewards.audit import audit as rewards_audit
 from t5like.rl.rewards.pool import RewardPool
 from t5like.rl.rewards.reward import ModelReward, open_rewards
 from t5like.rl.scorer import Scorer
 from t5like.train.loop import train
 from t5like.types import TrainState
-
 
 Opener = Callable[..., OnPolicy | Pairs]
 
@@ -53,6 +55,20 @@ def run(
         raise ConfigError("rl.method=none is for t5like train; use rl.method=policy, or a config of configs/rl")
     with opened(config) as open_task:
         train(config, workdir, on_step=on_step, allowed=allowed, open_task=open_task)
+
+
+def audit(config: Config) -> list[str]:
+    """Lines about what the rewards of a config pay for right, empty and junk answers (`rewards.audit`).
+
+    Raises:
+        ConfigError, DataError: a reward or the data can't be used.
+    """
+    if config.rl.method != "policy":
+        raise ConfigError(f"--audit needs rewards, which rl.method={config.rl.method} has not; use rl.method=policy")
+    rewards = open_rewards(config)
+    fields = [name for reward in rewards for name in reward.fields if name != TARGETS]
+    rows = first_rows(config, fields, MOST_ROWS)
+    return [*rewards_audit(rewards, rows, timeout_seconds=config.rl.reward_timeout_seconds).lines]
 
 
 def evaluate(loaded: Run, workdir: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
