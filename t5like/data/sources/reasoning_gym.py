@@ -143,7 +143,7 @@ def _version(spec: str) -> str:
 
 def _generate(spec: str, path: Path, arguments: str) -> None:
     command = [sys.executable, "-P", "-m", "t5like.data.sources.reasoning_gym", str(path), arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "0"}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "0"}, capture_output=True, encoding="utf-8")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise DataError(f"data.source={spec} can't be generated: {last[:300]}")

@@ -78,7 +78,7 @@ def protection(*, namespaces: bool = True) -> str:
                 ("uid_map", f"{user} {user} 1"),
                 ("gid_map", f"{group} {group} 1"),
             ):
-                with open(f"/proc/self/{name}", "w") as file:
+                with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
                     file.write(text)
         else:
             _unshare(CLONE_NEWNET | CLONE_NEWIPC)
@@ -301,7 +301,10 @@ def _kill_user(user: int) -> None:
 def _children() -> list[int]:
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc") if sys.platform == "linux" else ()):
-        with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/stat") as file:
+        with (
+            contextlib.suppress(OSError, IndexError),
+            open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file,
+        ):
             if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
                 found.append(int(name))
     return found
