@@ -47,6 +47,17 @@ def test_the_training_step_is_measured_alone_and_on_request(capfd, monkeypatch):
     assert len(first["step_ms"]) == 1 and len(second["step_ms"]) == 2 and last["peak_rss_mb"] > 0
 
 
+def test_the_cost_of_a_save_is_measured(capfd):
+    import peers
+    import saving
+
+    arguments = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))[3:]
+    saving.main([*arguments, "--rounds=1", "--steps=1"])
+    machine, alone, steps = lines(capfd.readouterr().out)
+    assert machine["devices"] == 8 and alone["state_mb"] > 0 and 0 < alone["stall_s"] < alone["save_s"]
+    assert steps["steps_at_5_percent"] == pytest.approx(20 * steps["added_cpu_s"] / steps["cpu_step_s"], rel=1e-2)
+
+
 def test_the_cost_of_the_checks_is_measured(capfd):
     import checks
     import peers

@@ -36,7 +36,7 @@ from flax import traverse_util
 from t5like import tree
 from t5like.checkpoint import metadata, step_directories
 from t5like.checkpoint.agreement import SaveFailed, same_failure
-from t5like.checkpoint.digests import describe, examine
+from t5like.checkpoint.digests import describe, examine, not_finite, on_one_cpu, snapshot
 from t5like.checkpoint.metadata import History, Meta
 from t5like.checkpoint.orbax_adapter import checkpoint_errors, silence_logs
 from t5like.checkpoint.saving import NUM_DATA_FILES, Saving, num_bytes
@@ -149,8 +149,11 @@ class Checkpoints:
         if step in self.steps():
             return
         leaves = leaves_of(state)
-        described, not_finite = examine(leaves)
-        if bad := [name for name in not_finite if name.startswith(TRAINED)]:
+        if on_one_cpu(leaves):  # the thread that writes computes the digests
+            described, wrong, leaves = {}, not_finite(leaves), snapshot(leaves)
+        else:
+            described, wrong = examine(leaves)
+        if bad := [name for name in wrong if name.startswith(TRAINED)]:
             newest = self.latest()
             after = "no checkpoint exists" if newest is None else f"the newest checkpoint is that of step {newest}"
             raise StateNotFinite(

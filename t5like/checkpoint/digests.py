@@ -34,6 +34,32 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
     return examine(leaves)[0]
 
 
+def on_one_cpu(leaves: Mapping[str, Array]) -> bool:
+    """Whether all arrays are on one CPU device. There a digest takes longer than a step should wait: 1 s for 1 GB."""
+    devices = set().union(*(leaf.sharding.device_set for leaf in leaves.values()))
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def snapshot(leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays on one CPU device that keep these values when the given arrays are donated; their memory is shared.
+
+    XLA:CPU copies a donated array instead of writing into memory that a NumPy view still uses.
+    """
+    return {name: jax.device_put(np.asarray(leaf), leaf.sharding) for name, leaf in leaves.items()}
+
+
+def not_finite(leaves: Mapping[str, Array]) -> list[str]:
+    """Return the names of arrays on one CPU with NaN or infinity, as `examine` does, in a fifth of the time."""
+    floats = [name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return [name for name in floats if not _is_finite(np.asarray(leaves[name]).reshape(-1))]
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether all values are finite; in parts that fit into a processor's cache."""
+    parts = range(0, values.size, HOST_ELEMENTS)
+    return all(np.isfinite(values[start : start + HOST_ELEMENTS]).all() for start in parts)
+
+
 def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
     """Return shape, dtype and digest of each array, and the names of those with NaN or infinity.
 

@@ -7,8 +7,10 @@ tries again after a failure, and deletes older checkpoints only after `complete`
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ import orbax.checkpoint as ocp
 from t5like import tree
 from t5like.checkpoint import metadata, step_directories
 from t5like.checkpoint.agreement import Attempt, OtherFailed
+from t5like.checkpoint.digests import describe
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.orbax_adapter import Writer, checkpoint_errors
 from t5like.checkpoint.step_directories import COMMITTED
@@ -51,10 +54,11 @@ class Saving:
             directory: of the checkpoints.
             state: the state.
             leaves: its leaves by name.
-            meta: the metadata to save.
+            meta: the metadata to save. If they contain no leaves, a thread computes the digests and starts to write;
+                then `leaves` must not be donated.
 
         Raises:
-            SaveFailed: it can't start.
+            SaveFailed: it can't start; of the thread, `complete` raises it.
         """
         self.state, self._meta = state, meta
         self.rest = meta.config, meta.tokenizer, meta.tokenizer_hash, meta.history
@@ -62,6 +66,24 @@ class Saving:
         self._bytes = num_bytes(leaves)
         self._attempt, self._resources = Attempt(meta.step), contextlib.ExitStack()
         self._writer = Writer(self._attempt, self._check_written)
+        self._started: Future[None] = Future()
+        if meta.leaves:
+            self._start(leaves)
+            self._started.set_result(None)
+        else:
+            threading.Thread(target=self._start_later, args=(leaves,), daemon=True, name="save").start()
+
+    def _start_later(self, leaves: Mapping[str, Array]) -> None:
+        """Main function of the thread."""
+        try:
+            self._meta = self._meta._replace(leaves=describe(leaves))
+            self._start(leaves)
+            self._started.set_result(None)
+        except BaseException as error:
+            self._started.set_exception(error)
+
+    def _start(self, leaves: Mapping[str, Array]) -> None:
+        directory, meta = self._directory, self._meta
         with self._same_outcome("can't be written"):
             directory.mkdir(exist_ok=True)
             if jax.process_index() == 0:  # free space, before it is needed; also from a killed save of this step
@@ -88,6 +110,7 @@ class Saving:
         Raises:
             SaveFailed: it could not be written.
         """
+        self._started.result()
         with self._same_outcome("could not be written"):
             self._writer.close()  # waits
             self._resources.close()
