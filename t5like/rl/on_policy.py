@@ -15,7 +15,7 @@ import numpy as np
 
 from t5like.config.schema import Config
 from t5like.distributed import processes
-from t5like.errors import CheckpointError, Diverged, printable
+from t5like.errors import CheckpointError, DataError, Diverged, printable
 from t5like.io.atomic import replace_file
 from t5like.rl import advantages, collection, experience
 from t5like.rl.collection import Collected, Collector
@@ -60,7 +60,7 @@ class OnPolicy(RecordTask):
             ConfigError, DataError: the data can't be used.
         """
         super().__init__(config, mesh, workdir, fields)
-        self._scorer = scorer
+        self._scorer, self._show = scorer, show
         self._collector = Collector(config, mesh, self.tokenizer, self._prompts, scorer)
         self._metrics: Metrics = {}
         rewards = ", ".join(f"{weight:g} x {name}" for name, weight in zip(scorer.names, scorer.weights, strict=True))
@@ -98,8 +98,10 @@ class OnPolicy(RecordTask):
         arrays = arrays._replace(**{name: self._to_devices(getattr(rows, name)) for name in extra})
         if rl.table_every and (index % rl.table_every == 0) and processes.is_primary():
             self._write_table(index, collected)
-        values = collection.metrics(self._scorer, collected)
-        return rows, arrays, values
+        if not np.isfinite(collected.total_BG).any():
+            why = "; ".join(self._scorer.failures())
+            self._show(f"WARNING: step {index + 1:,}: no answer has a reward, so there is no gradient; {why}")
+        return rows, arrays, collection.metrics(self._scorer, collected)
 
     def _check_kl(self, kl_BGL: np.ndarray, mask_BGL: np.ndarray, index: int) -> None:
         """Raise Diverged if the mean of the k3 estimator per token is above `rl.max_kl`."""
@@ -108,7 +110,7 @@ class OnPolicy(RecordTask):
         if limit and kl > limit:
             raise Diverged(
                 f"after step {index:,} the KL divergence from the first weights is {kl:.3g} per token, more than "
-                f"rl.max_kl={limit:g}; look at the answers in {self._workdir / TABLES}: the rewards may pay for "
+                f"rl.max_kl={limit:g}; earlier checkpoints are below it; look at the answers in {self._workdir / TABLES}: the rewards may pay for "
                 "something else than intended; raise rl.kl_coefficient, or lower optimizer.learning_rate"
             )
 
@@ -169,8 +171,15 @@ class OnPolicy(RecordTask):
         return {}, "held-out rewards are those of greedy decoding"
 
     def evaluate(self, params: Tree, done: int, point: Callable[[], None], *, early: bool) -> tuple[dict, str]:
-        """Rewards of greedy answers to the first `rl.eval_prompts` held-out prompts."""
-        values, _ = self._answer_heldout(params, self._config.rl.eval_prompts, point)
+        """Rewards of greedy answers to the first `rl.eval_prompts` held-out prompts.
+
+        Raises:
+            DataError: before the first step, and none of them has a reward; later, the run goes on.
+        """
+        values, parts = self._answer_heldout(params, self._config.rl.eval_prompts, point)
+        if not done and not any(np.isfinite(part.rewards_RBG).any() for part in parts):
+            why = "; ".join(self._scorer.failures())
+            raise DataError(f"rl.rewards: no held-out answer has a reward; {why}; t5like rl --audit tests rewards")
         error = values["eval/standard_error"]
         return values, f"held-out reward {values['eval/reward']:.3f} +- {error:.3f} (standard error)"
 

@@ -31,7 +31,8 @@ class Pairs(RecordTask):
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh, workdir: Path, show: Callable[[str], None]):
         """Read the pairs; see `RecordTask`. `show` prints a line."""
-        super().__init__(config, mesh, workdir, (config.rl.chosen_field, config.rl.rejected_field))
+        paths = config.rl.chosen_field, config.rl.rejected_field
+        super().__init__(config, mesh, workdir, [path.partition("/")[0] for path in paths])
         self._eval_step = eval_step.jit_eval_step(config, mesh, self.loss_fn)
 
     def device_batch(self, state: TrainState, index: int, batch: np.ndarray) -> tuple[Experience, Metrics]:

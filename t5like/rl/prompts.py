@@ -8,7 +8,7 @@ reads all of them. The split into training and held-out prompts is that of `data
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,9 @@ import numpy as np
 from t5like.config.schema import Config
 from t5like.data.randomness import permute, random_bits
 from t5like.data.row_schedule import RowSchedule
-from t5like.data.sources.files import Record, RequiredFields
+from t5like.data.sources.files import Record, RequiredFields, check_fields
 from t5like.data.sources.source import RecordSource, open_source
-from t5like.data.sources.templates import Chat, Part, Templates, example_format, inputs_text
+from t5like.data.sources.templates import Chat, Part, Templates, example_format, inputs_text, text_of
 from t5like.data.store.shards import split_draws
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import DataError
@@ -57,11 +57,19 @@ def required_fields(format: Templates | Chat, fields: Sequence[str]) -> Required
     return RequiredFields(tuple(dict.fromkeys([*format.required.names, *fields])), format.required.fix)
 
 
+def check_reward_fields(record: Record, fields: Sequence[str]) -> None:
+    """Raise DataError if a record lacks a field that a reward needs."""
+    check_fields(record.where, record.fields, RequiredFields(tuple(fields), "name in rl.rewards"))
+
+
 def first_rows(config: Config, fields: Sequence[str], count: int) -> list[dict[str, Any]]:
     """The rows of the first records of all sources, at most `count` of each, for an audit of the rewards."""
     format = example_format(config.data)
     sources = [open_source(spec, config.data, required_fields(format, fields)) for spec in config.data.source]
-    return [reward_row(format, source.record(index)) for source in sources for index in range(min(count, len(source)))]
+    records = [source.record(index) for source in sources for index in range(min(count, len(source)))]
+    for record in records:
+        check_reward_fields(record, fields)
+    return [reward_row(format, record) for record in records]
 
 
 class Prompts:
@@ -90,6 +98,7 @@ class Prompts:
         if config.rl.uses_pairs and not data.messages_field:  # the split and the count of records need some target
             data = dataclasses.replace(data, targets_template=f"{{{config.rl.chosen_field}}}")
         self._frame, self._format = PromptFormat.of(config, tokenizer), example_format(data)
+        self._fields = () if config.rl.uses_pairs else tuple(fields)
         wanted = required_fields(self._format, fields)
         self._sources: list[RecordSource] = [open_source(spec, config.data, wanted) for spec in config.data.source]
         self.train: list[Example] = []
@@ -110,9 +119,10 @@ class Prompts:
             show = bar.timed()
             for index in range(len(source)):
                 record = source.record(index)
+                check_reward_fields(record, self._fields)
                 parts = self._format.parts(record)
                 digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
-                if example := self._example(number, index, parts, record.fields) if parts else None:
+                if example := self._example(number, index, parts, record) if parts else None:
                     draws.append(split_draws(parts)[0])
                     examples.append(example)
                 else:
@@ -147,17 +157,18 @@ class Prompts:
                 f"data.source={spec} to train on; use data.heldout_fraction=0.1"
             )
 
-    def _example(self, source: int, record: int, parts: Sequence[Part], fields: Mapping) -> Example | None:
+    def _example(self, source: int, index: int, parts: Sequence[Part], record: Record) -> Example | None:
         """The example, or None if it is longer than a row."""
         data, eos = self._config.data, self._tokenizer.eos_id
         last = max(index for index, part in enumerate(parts) if part.is_target)
         inputs = [token for part in parts[:last] for token in (*self._tokenizer.encode(part.text), eos)]
         prompt, answers = self._frame.input_prompt(inputs), ()
         if self._config.rl.uses_pairs:
-            names = self._config.rl.chosen_field, self._config.rl.rejected_field
-            answers = tuple([*self._tokenizer.encode(str(fields[name])), eos] for name in names)
+            settings = {f"rl.{name}": getattr(self._config.rl, name) for name in ("chosen_field", "rejected_field")}
+            texts = [text_of(record, path, setting) for setting, path in settings.items()]
+            answers = tuple([*self._tokenizer.encode(text), eos] for text in texts)
         fits = len(inputs) <= data.inputs_length and all(len(ids) <= data.targets_length for ids in answers)
-        return Example(source, record, prompt, answers) if fits else None
+        return Example(source, index, prompt, answers) if fits else None
 
 
 class PromptBatches:

@@ -194,7 +194,9 @@ def train(
         return checkpoints.latest() or 0
 
     done, pending = start, None  # completed steps, and metrics of the last one until the device computes the next one
-    early, compare_every = evaluation_steps.early_evaluations(config.train), config.train.compare_replicas_every
+    compare_every = config.train.compare_replicas_every
+    # A run can stop in an evaluation, but it can only be resumed between batches.
+    early = {s for s in evaluation_steps.early_evaluations(config.train) if s % task.updates_per_batch == 0}
     with catch_preemption(save_last_step, workdir) as stop, progress:
         if start == 0:
             if primary:

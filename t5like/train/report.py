@@ -67,8 +67,9 @@ class StepReporter:
                 self._on_bad_step(done, values)
         if done % self._train.log_every == 0 or done == self._train.num_steps or reason:
             values |= self._throughput.read()
-            if sampling := values.get("train/rollout_seconds", 0) + values.get("train/reward_seconds", 0):
-                values["train/update_seconds"] = max(values.get("train/step_seconds", sampling) - sampling, 0.0)
+            if {"train/rollout_seconds", "train/step_seconds"} <= values.keys():
+                sampling = values["train/rollout_seconds"] + values["train/reward_seconds"]
+                values["train/update_seconds"] = max(values["train/step_seconds"] - sampling, 0.0)
             if self._components:
                 values |= writers.by_component("train", self._names, self._components)
                 self._components = None

@@ -74,7 +74,7 @@ class Templates:
         check_fields(record.where, record.fields, self.required)
         inputs, targets = (
             "".join(
-                _text(record, token, setting) if index % 2 else token  # text, field, text, ..., text
+                text_of(record, token, setting) if index % 2 else token  # text, field, text, ..., text
                 for index, token in enumerate(tokens)
             )
             for setting, tokens in self._templates
@@ -149,8 +149,12 @@ def _parse(setting: str, template: str) -> list[str]:
     return tokens
 
 
-def _text(record: Record, path: str, setting: str) -> str:
-    """The value at a path of field names and list indices, as text."""
+def text_of(record: Record, path: str, setting: str) -> str:
+    """The value at a path of field names and list indices, as text; `setting` names the path.
+
+    Raises:
+        DataError: there is no such field, or it is not a text or number; the message names record, field and setting.
+    """
     value, parents = record.fields, []
     for name in path.split("/"):
         where, inside = record.where, f" in {'/'.join(parents)!r}" if parents else ""

@@ -94,8 +94,8 @@ class _Worker:
         if self.ended:  # give it time for the code of its own
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
+        self.process.kill()  # before its connection is closed, which it would report as an error
         self.connection.close()
-        self.process.kill()
         return self.process.wait()
 
 
