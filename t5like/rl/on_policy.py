@@ -110,8 +110,9 @@ class OnPolicy(RecordTask):
         if limit and kl > limit:
             raise Diverged(
                 f"after step {index:,} the KL divergence from the first weights is {kl:.3g} per token, more than "
-                f"rl.max_kl={limit:g}; earlier checkpoints are below it; look at the answers in {self._workdir / TABLES}: the rewards may pay for "
-                "something else than intended; raise rl.kl_coefficient, or lower optimizer.learning_rate"
+                f"rl.max_kl={limit:g}; earlier checkpoints are below it; look at the answers in "
+                f"{self._workdir / TABLES}: the rewards may pay for something else than intended; raise "
+                "rl.kl_coefficient, or lower optimizer.learning_rate"
             )
 
     def _with_advantages(

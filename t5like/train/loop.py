@@ -25,7 +25,7 @@ from t5like.distributed import processes
 from t5like.distributed.preemption import catch_preemption
 from t5like.distributed.shared_file_systems import share
 from t5like.distributed.watchdog import watchdog
-from t5like.errors import CheckpointError, StateNotFinite
+from t5like.errors import CheckpointError, Diverged, StateNotFinite
 from t5like.metrics import flops, writers
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
@@ -214,7 +214,11 @@ def train(
             if index % task.updates_per_batch == 0:
                 stop.point()
             profiler.before(index + 1)
-            device_batch, notes = task.device_batch(state, index, numpy_batch)
+            try:
+                device_batch, notes = task.device_batch(state, index, numpy_batch)
+            except Diverged:
+                finish_saving(done)  # the newest good checkpoint
+                raise
             state, values = train_step(state, device_batch)
             values |= notes
             if pending:

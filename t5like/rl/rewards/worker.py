@@ -74,7 +74,10 @@ def _describe(error: BaseException) -> str:
 
 def _receive(file: Any) -> Any:
     """The next object, or None at the end of the stream."""
-    header = file.read(LENGTH.size)
+    try:
+        header = file.read(LENGTH.size)
+    except ConnectionError:  # the pool has ended without reading everything
+        return None
     if len(header) < LENGTH.size:
         return None
     data = file.read(LENGTH.unpack(header)[0])
