@@ -34,6 +34,7 @@ from t5like.distributed import processes, shared_file_systems
 from t5like.distributed.watchdog import end, watchdog
 from t5like.errors import CheckpointError, ConfigError, DataError, shorten
 from t5like.io.atomic import remove_stale_temporaries, replace_file
+from t5like.io.paths import expand
 from t5like.io.storage import sync
 from t5like.optim import train_state
 from t5like.sharding import auto
@@ -159,11 +160,13 @@ def is_imported(workdir: Path) -> bool:
 def with_run_tokenizer(config: Config, workdir: Path) -> Config:
     """Fill in fields that the config leaves empty: the tokenizer of imported weights, and the ids that end a text.
 
-    The ids are those of the run that continues, or of the run in `init_from.checkpoint`.
+    The ids are those of the run that continues, or of the run in `init_from.checkpoint`. A run that continues has a
+    copy of its tokenizer, which replaces a file that is gone, such as that of weights it began with.
     """
-    tokenizer, init = config.tokenizer, config.init_from
-    if not tokenizer.path and is_imported(workdir):
-        tokenizer = dataclasses.replace(tokenizer, path=str(workdir / "tokenizer.model"))
+    tokenizer, init, own = config.tokenizer, config.init_from, workdir / "tokenizer.model"
+    gone = tokenizer.path and not expand(tokenizer.path).exists() and (workdir / "config.json").is_file()
+    if (own.is_file() and gone) or (not tokenizer.path and is_imported(workdir)):
+        tokenizer = dataclasses.replace(tokenizer, path=str(own))
     directories = [workdir]
     if init.checkpoint and "vocabulary" not in init.adapt:
         directories.append(Path(init.checkpoint))

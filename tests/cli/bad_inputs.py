@@ -81,6 +81,34 @@ FIELDS_TOGETHER = (
     "tokenizer.vocab_size=2000",
 )
 
+# ---- `t5like rl` and others: the command, and fields beside the flags of `conftest.rl_flags`; code 2 or 3 ----
+
+RL = (
+    "train",
+    "rl rl.method=none",
+    "rl rl.rewards=exactmatch",
+    "rl rl.rewards=exact_match:answer",
+    "rl rl.rewards=no_module:function",
+    "rl rl.rewards=",
+    "rl rl.reward_weights=1,2",
+    "rl rl.answers_per_prompt=1",
+    "rl rl.updates_per_rollout=3",
+    "rl rl.kl_coefficient=0.1",
+    "rl rl.max_kl=1",
+    "rl rl.overlong_tokens=99",
+    "rl rl.advantage=gae rl.ratio=sequence",
+    "rl rl.method=dpo",
+    "rl rl.method=dpo rl.rewards= rl.rejected_field=worse",
+    "rl init_from.checkpoint=",
+    "rl init_from.checkpoint=/proc/nowhere",
+    "rl model.architecture=encoder",
+    "rl data.objective=causal_lm",
+    "rl data.rates=1",
+    "rl data.inputs_length=3",
+    "rl data.inputs_template={question}",
+    "rl data.messages_field=inputs",
+)
+
 # ---- Config files: content of bad.py or bad.json; code 2 ----
 
 CONFIG_FILES: dict[str, tuple[str, bytes]] = {

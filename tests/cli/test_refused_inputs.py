@@ -18,7 +18,7 @@ from t5like.cli.main import main
 TABLE = Path(__file__).parents[1] / "golden" / "refusals.txt"
 COMPARED = 160  # characters of a line
 CODES = {"command line": {2}, "field": {2}, "config file": {2}, "data": {3}, "tokenizer": {3}, "checkpoint": {4}}
-CODES["model"] = {3, 4}  # 3: its tokenizer
+CODES |= {"model": {3, 4}, "rl": {2, 3}}  # 3: its tokenizer; its records
 RENEW = "T5LIKE_RENEW_REFUSALS"  # the environment variable with which the test writes the table
 
 
@@ -33,16 +33,20 @@ def cases() -> list[tuple[str, str]]:
         *(("tokenizer", name) for name in bad_inputs.TOKENIZERS),
         *(("checkpoint", name) for name in bad_inputs.CHECKPOINTS),
         *(("model", name) for name in bad_inputs.MODELS),
+        *(("rl", name) for name in bad_inputs.RL),
     ]
 
 
 def arranged(kind: str, name: str, folder: Path, flags: list[str], trained: Path, model: Path) -> list[str]:
-    """Write the input into a folder; returns the command line that must refuse it."""
+    """Write the input into a folder; returns the command line that must refuse it. `flags`: those of its command."""
     run, cache = f"--workdir={folder}/run", f"--config.data.cache_directory={folder}/prepared"
     if kind == "command line":
         return name.split()
     if kind == "field":
         return ["train", *flags, *(f"--config.{part}" for part in name.split()), run]
+    if kind == "rl":
+        command, *fields = name.split()
+        return [command, *flags, *(f"--config.{field}" for field in fields), run]
     if kind == "config file":
         file, content = bad_inputs.CONFIG_FILES[name]
         (folder / file).write_bytes(content)
@@ -93,8 +97,8 @@ def test_the_table_has_every_input():
 
 
 @pytest.mark.parametrize("kind, name", cases())
-def test_a_wrong_input_is_refused(kind, name, refused, flags, trained, model, tmp_path):
-    arguments = arranged(kind, name, tmp_path, flags, trained, model)
+def test_a_wrong_input_is_refused(kind, name, refused, flags, rl_flags, trained, model, tmp_path):
+    arguments = arranged(kind, name, tmp_path, rl_flags if kind == "rl" else flags, trained, model)
     before = contents(tmp_path)
     code, message = refused(*arguments)
     assert "\n" not in message and code in CODES[kind]
@@ -111,6 +115,7 @@ def test_a_wrong_input_is_refused(kind, name, refused, flags, trained, model, tm
 def shown(message: str, folder: Path) -> str:
     """The begin of a message, without what differs from run to run."""
     message = message.replace(str(folder), "FOLDER").replace(str(Path.cwd()), "HERE")
+    message = re.sub(r"[^ :=]*/letters/", "", message)  # the data of `rl_flags`
     message = re.sub(r"another run \([0-9a-f]{8}", "another run (01234567", message)
     return message[:COMPARED].rstrip()
 
