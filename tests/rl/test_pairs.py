@@ -1,0 +1,42 @@
+"""Training from pairs of answers, with each kind of loss."""
+
+import dataclasses
+import math
+
+import pytest
+
+from t5like.checkpoint.run_directory import load
+from t5like.metrics.writers import read
+from t5like.rl.run import evaluate
+
+LOGPS = {"logps/chosen", "logps/rejected"}
+METRICS = {  # besides those of all methods, with TRL's names
+    "dpo": LOGPS,
+    "orpo": LOGPS | {"nll_loss"},
+    "reward_model": set(),
+}
+OF_ALL = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+
+
+@pytest.mark.parametrize("method", METRICS)
+def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(method, rl_flags, command, tmp_path):
+    values = {"rl.method": method, "rl.rewards": "", "optimizer.learning_rate": 0.003, "train.eval_every": 4}
+    settings = [f"--config.{name}={value}" for name, value in values.items()]
+    code, out, err = command("rl", *rl_flags, *settings, f"--workdir={tmp_path}/run")
+    assert code == 0, err
+    rows = read(tmp_path / "run")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    trained, heldout = ([row for row in rows if f"{kind}/loss" in row] for kind in ("train", "eval"))
+    assert {f"train/{name}" for name in OF_ALL | METRICS[method]} <= trained[0].keys()
+    assert {f"eval/{name}" for name in OF_ALL | METRICS[method]} <= heldout[0].keys()
+    assert trained[-1]["train/loss"] < trained[0]["train/loss"]
+    if method == "dpo":  # the policy is the reference
+        assert heldout[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+    loaded = load(tmp_path / "run")
+    by_size = []
+    for size in (3, 16):  # 10 held-out pairs: neither divides them
+        data = dataclasses.replace(loaded.config.data, batch_size=size)
+        config = dataclasses.replace(loaded.config, data=data)
+        by_size.append(evaluate(loaded._replace(config=config), tmp_path / "run")[0])
+    assert by_size[0] == pytest.approx(by_size[1], rel=1e-4, abs=1e-5)
