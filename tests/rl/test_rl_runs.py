@@ -1,0 +1,160 @@
+"""Whole runs of `t5like rl`: metrics, resuming, limits, and the other commands on their run directories."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from conftest import contents
+
+from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.run_directory import load
+from t5like.cli.main import main
+from t5like.metrics.writers import read
+from t5like.rl.scorer import Scorer
+
+# PPO with all that needs the reference, the values and several updates of one rollout.
+PPO = {
+    "rl.advantage": "gae",
+    "rl.reference": "first",
+    "rl.kl_coefficient": 0.1,
+    "rl.kl_as": "reward",
+    "rl.kl_estimator": "k1",
+    "rl.updates_per_rollout": 2,
+    "train.early_evals": 2,
+    "train.eval_every": 4,
+    "train.checkpoint_every": 4,
+    "train.keep_checkpoints": 3,
+}
+OF_TRL = {  # names that TRL's trainers report, without their prefix
+    "reward",
+    "reward_std",
+    "rewards/length/mean",
+    "rewards/length/std",
+    "frac_reward_zero_std",
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "completions/mean_terminated_length",
+}
+TIMES = ("seconds", "per_second")
+
+
+def settings(values: dict) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def ppo_flags(rl_flags, trained, tmp_path_factory) -> list[str]:
+    """Flags of a run of PPO from weights that a test may remove."""
+    shutil.copytree(trained, weights := tmp_path_factory.mktemp("weights") / "run")
+    return [*rl_flags, *settings({"rl.rewards": "length", "init_from.checkpoint": weights, **PPO})]
+
+
+@pytest.fixture(scope="module")
+def ppo(ppo_flags, tmp_path_factory):
+    """A complete run. Read it, copy it, but leave it as it is."""
+    workdir = tmp_path_factory.mktemp("ppo") / "run"
+    assert main(["rl", *ppo_flags, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def values(workdir) -> list[dict[str, float]]:
+    """All metrics that are not times."""
+    return [{name: x for name, x in row.items() if not name.endswith(TIMES)} for row in read(workdir)]
+
+
+def test_a_run_reports_finite_metrics_by_the_names_of_trl_and_writes_its_answers(ppo):
+    rows = [row for row in read(ppo) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {f"train/{name}" for name in OF_TRL} | {"train/value_loss", "train/sampler_gap"} <= rows[0].keys()
+    assert all(math.isfinite(value) for row in read(ppo) for value in row.values())
+    assert rows[0]["train/ratio/mean"] == pytest.approx(1, abs=1e-5) and rows[0]["train/kl"] == pytest.approx(
+        0, abs=1e-5
+    )
+    assert rows[1]["train/ratio/mean"] != 1 and rows[2]["train/kl"] != 0  # the second update, the second rollout
+    assert rows[0]["train/reward"] == rows[1]["train/reward"] != rows[2]["train/reward"]
+    assert max(row["train/sampler_gap"] for row in rows) < 1e-4
+    assert [row["step"] for row in read(ppo) if "eval/reward" in row] == [0, 2, 4]  # not 1: between two updates
+    assert sorted(path.name for path in (ppo / "answers").iterdir()) == ["0.jsonl", "2.jsonl"]
+    answers = [json.loads(line) for line in (ppo / "answers/2.jsonl").read_text().splitlines()]
+    assert len(answers) == 8 * 3 and all(answer["reward"] == len(answer["answer"]) for answer in answers)
+    assert np.mean([answer["reward"] for answer in answers]) == pytest.approx(rows[2]["train/reward"], rel=1e-6)
+
+
+def test_a_run_stopped_by_a_signal_continues_exactly_without_config_and_first_weights(
+    ppo, ppo_flags, command, monkeypatch, tmp_path
+):
+    workdir, calls, score = tmp_path / "run", [], Scorer.__call__
+
+    def signalled(self, rows, answers):
+        calls.append(len(answers[0]))
+        if calls.count(3) == 1:  # the first rollout; other calls are of evaluations
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(self, rows, answers)
+
+    monkeypatch.setattr(Scorer, "__call__", signalled)
+    code, _, err = command("rl", *ppo_flags, f"--workdir={workdir}")
+    assert code == 75 and "stopped by a signal after step 2" in err, err
+    monkeypatch.undo()
+    weights = next(flag for flag in ppo_flags[::-1] if "init_from.checkpoint" in flag).partition("=")[2]
+    shutil.move(weights, tmp_path / "away")
+    (workdir / "reference").rename(tmp_path / "reference")
+    code, _, err = command("rl", f"--workdir={workdir}")
+    assert code == 4 and err.splitlines()[-1] == (
+        f"t5like: {workdir}/reference is missing; put it back, it has the run's first weights"
+    )
+    shutil.copytree(tmp_path / "reference", workdir / "reference")
+    for path in (workdir / "reference/0/state").glob("**/d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    code, _, err = command("rl", f"--workdir={workdir}")
+    assert code == 4 and err.startswith(f"t5like: {workdir}/reference/0") and len(err.splitlines()) == 1, err
+    shutil.rmtree(workdir / "reference")
+    shutil.move(tmp_path / "reference", workdir / "reference")
+    code, _, err = command("rl", f"--workdir={workdir}")
+    shutil.move(tmp_path / "away", weights)
+    assert code == 0, err
+    assert values(workdir) == values(ppo) and contents(workdir / "answers") == contents(ppo / "answers")
+    leaves = [Checkpoints(path / "checkpoints", keep=3).meta(4).leaves for path in (workdir, ppo)]
+    assert leaves[0] == leaves[1] and len(leaves[0]) > 20  # with their digests
+
+
+def test_the_other_commands_work_on_a_run_directory(ppo, command, tmp_path):
+    shutil.copytree(ppo, workdir := tmp_path / "run")
+    code, out, err = command("rl", f"--workdir={workdir}")
+    assert code == 0 and "complete   4 of 4 steps are done" in out, err
+    code, out, _ = command("evaluate", f"--workdir={workdir}")
+    assert code == 0 and json.loads(out)["eval/rewards/length/mean"] == json.loads(out)["eval/reward"], out
+    code, out, _ = command("generate", f"--workdir={workdir}", "--prompt=sort b a", "--max_new_tokens=4")
+    assert code == 0
+    code, out, _ = command("export", "--format=hf", f"--workdir={workdir}", f"--output={tmp_path}/exported")
+    assert code == 0 and "equal step 4 bit for bit" in out  # the value head is no part of the family
+    code, out, _ = command("inspect", "run", f"--workdir={workdir}")
+    assert code == 0 and "saved      steps" in out
+    code, out, _ = command("compare", workdir, ppo, f"--output={tmp_path}/both.png")
+    assert code == 0 and (tmp_path / "both.png").stat().st_size > 1000
+    for name, rule in (("replay", "whose steps can't be replayed"), ("train", "is for t5like rl")):
+        code, _, err = command(name, f"--workdir={workdir}", *["--step=3"] * (name == "replay"))
+        assert code == 2 and len(err.splitlines()) == 1 and rule in err
+
+
+def test_max_kl_ends_a_run_with_its_newest_checkpoint(rl_flags, command, tmp_path):
+    values = {"rl.rewards": "length", "rl.reference": "first", "rl.max_kl": 1e-6, "train.checkpoint_every": 1}
+    arguments = ["rl", *rl_flags, *settings(values), f"--workdir={tmp_path}/run"]
+    code, _, err = command(*arguments)
+    message = r"t5like: after step 1 the KL divergence .* is \S+ per token, more than rl.max_kl=1e-06; .*"
+    assert code == 5 and re.fullmatch(message, err.splitlines()[-1]), err
+    assert Checkpoints(tmp_path / "run/checkpoints", keep=1).steps() == [1]
+    assert load(tmp_path / "run").step == 1
