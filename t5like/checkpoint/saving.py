@@ -152,12 +152,12 @@ class Saving:
         self._resources.close()
         deadline, gone = time.monotonic() + DISCARD_SECONDS, 0
         while jax.process_index() == 0 and gone < 2 and time.monotonic() < deadline:
-            if step_directories.is_checkpoint(self._path):
-                gone = 0
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if step_directories.is_checkpoint(self._path):
+                    gone = 0
                     step_directories.delete(self._path)
-            else:
-                gone += 1
+                else:
+                    gone += 1
             time.sleep(0.1)
 
     def _missing_space(self) -> str:

@@ -78,6 +78,11 @@ def delete_incomplete(directory: Path) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory contains files of a checkpoint, or nothing, as after a kill during its creation."""
-    has_files = any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "state", "meta"))
-    return has_files or (path.is_dir() and not any(path.iterdir()))
+    """Whether a directory contains files of a checkpoint, or nothing, as after a kill during its creation.
+
+    Orbax writes parts under other names first: ``state.orbax-checkpoint-tmp`` becomes ``state``.
+    """
+    if not path.is_dir():
+        return False
+    names = [entry.name.partition(".")[0] for entry in path.iterdir()]
+    return not names or any(name in ("_CHECKPOINT_METADATA", "state", "meta") for name in names)

@@ -195,3 +195,21 @@ def test_links_to_checkpoints_elsewhere_are_never_deleted(tmp_path):
     (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere" / "1")
     after_save(tmp_path / "run", 2, 3, 4)
     assert (tmp_path / "elsewhere" / "1" / COMMITTED).exists() and (tmp_path / "run" / "1").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "removed"),
+    [
+        ((), True),
+        (("state.orbax-checkpoint-tmp",), True),
+        (("state", "meta"), True),
+        (("notes.txt",), False),
+        (("state", "commit_success.txt"), False),
+    ],
+)
+def test_what_a_failed_save_leaves_is_deleted_and_nothing_else(names, removed, tmp_path):
+    (tmp_path / "20").mkdir()
+    for name in names:
+        (tmp_path / "20" / name).mkdir()
+    step_directories.delete_incomplete(tmp_path)
+    assert (tmp_path / "20").exists() is not removed
