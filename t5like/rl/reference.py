@@ -15,7 +15,7 @@ from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes
 from t5like.distributed.watchdog import watchdog
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, DamagedCheckpoint
 from t5like.types import TrainState, Tree
 
 FOLDER = "reference"  # in a run directory
@@ -47,4 +47,8 @@ def reference_params(config: Config, tokenizer: Tokenizer, workdir: Path, state:
             )
             checkpoints.close()
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
-        return Checkpoints(workdir / FOLDER, keep=1).restore_params(abstract, 0)
+        try:
+            return Checkpoints(workdir / FOLDER, keep=1).restore_params(abstract, 0)
+        except DamagedCheckpoint as error:  # there is no earlier one, which its advice is about
+            reason = str(error).partition("; move ")[0]
+            raise CheckpointError(f"{reason}; put a copy of it back, it has the run's first weights") from error
