@@ -41,8 +41,8 @@ setup(
     ],
     python_requires=">=3.11",
     # The presets lie in a folder of their own, and are installed as a part of the package: --config=NAME finds them.
-    packages=[*find_packages(include=["t5like", "t5like.*", "launch"]), "t5like.configs"],
-    package_dir={"t5like.configs": "configs"},
+    packages=[*find_packages(include=["t5like", "t5like.*", "launch"]), "t5like.configs", "t5like.configs.rl"],
+    package_dir={"t5like.configs": "configs", "t5like.configs.rl": "configs/rl"},
     package_data={"launch": ["*.sh"]},
     entry_points={"console_scripts": ["t5like = t5like.cli.main:main"]},
     install_requires=[

@@ -4,10 +4,10 @@
 
 The state of the config, with random values, is saved `--rounds` times into DIR (default: a temporary directory). Prints
 JSON lines: the machine; the size of the state, and how long the loop waits for a save (`stall_s`, and in CPU time of
-its thread `stall_cpu_s`), the save is in progress (`save_s`), and what it costs all threads in CPU time (`cpu_s`). With
---steps=N, N steps of `train_step.py` without and N steps with a save that starts before the first of them are run in
-turns, and the CPU time that the save adds is printed (`added_cpu_s`), its share of `--every` steps, and the number of
-steps between saves at which it is 5 %. Results are medians over the rounds.
+its thread `stall_cpu_s`), the save is in progress (`save_s`), and what it costs all threads in CPU time (`cpu_s`).
+With --steps=N, N steps of `train_step.py` without and N steps with a save that starts before the first of them are run
+in turns, and the CPU time that the save adds is printed (`added_cpu_s`), its share of `--every` steps, and the number
+of steps between saves at which it is 5 %. Results are medians over the rounds.
 """
 
 import argparse

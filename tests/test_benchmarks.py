@@ -79,6 +79,16 @@ def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):
     assert machine["jax"] and start["sum_gbps"] > 0 and len(first["step_ms"]) == 1 and last["peak_rss_mb"] > 0
 
 
+def test_rollouts_are_measured_beside_generate(trained, capfd):
+    import rollouts
+
+    rollouts.main([f"--workdir={trained}", "--prompts=8", "--answers=2", "--rounds=1"])
+    machine, rollout, *others = lines(capfd.readouterr().out)
+    assert machine["jax"] and machine["cores"] > 0
+    assert rollout["rollout's time / this"] == 1 and len(others) == 2
+    assert min(each["tokens/s"] for each in (rollout, *others)) > 0
+
+
 def test_finished_batches_of_every_objective_are_measured(flags, texts, tmp_path, capfd):
     import input_pipeline
 

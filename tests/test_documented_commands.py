@@ -11,6 +11,7 @@ from conftest import write_text
 from documents import ROOT, commands, mentions
 
 from t5like.cli.flags import parse
+from t5like.config import loader
 
 # Every type of command in the documents: the flags that make it small, or the test that runs such a command instead.
 SMALL: dict[str, tuple[str, ...] | str] = {
@@ -18,6 +19,9 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "train on several devices": "tests/test_end_to_end.py",
     "train on other weights": "tests/evaluation/test_task_eval.py",
     "prepare": ("toy",),
+    "rl": "tests/rl/test_rl_runs.py",
+    "rl from pairs": "tests/rl/test_pairs.py",
+    "rl audit": "tests/rl/rewards/test_audit.py",
     "evaluate": (),
     "evaluate public tasks": "tests/live/test_harness_live.py",
     "generate from a prompt": ("--max_new_tokens=4",),
@@ -42,6 +46,9 @@ def type_of(words: list[str]) -> str:
     if command == "train":
         weights, devices = "init_from.checkpoint" in fields, options.fake_devices
         return command + " on other weights" * weights + " on several devices" * bool(devices)
+    if command == "rl":
+        pairs = loader.load(options.config, overrides).rl.uses_pairs
+        return command + " from pairs" * pairs + " audit" * options.audit
     if command == "generate":
         return f"{command} from a {'file' if options.prompts_file else 'prompt'}"
     if command in ("import", "export"):
@@ -79,6 +86,8 @@ SCRIPTS = {
     "benchmarks/peers.py": "tests/test_benchmarks.py",
     "benchmarks/generate.py": "tests/test_benchmarks.py",
     "benchmarks/checks.py": "tests/test_benchmarks.py",
+    "benchmarks/rollouts.py": "tests/test_benchmarks.py",
+    "benchmarks/saving.py": "tests/test_benchmarks.py",
     "run.py": "tests/interop/test_stablehlo.py",
 }
 

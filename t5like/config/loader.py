@@ -75,10 +75,14 @@ def load_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) ->
 
 
 def presets() -> dict[str, Path]:
-    """Paths of the configs of the package by name: inside an installed package, or beside it in a clone."""
+    """Paths of the configs of the package by name: inside an installed package, or beside it in a clone.
+
+    The name of a config in a folder contains that folder: ``rl/code``.
+    """
     package = Path(__file__).parents[1]
     folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), package)
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if folder.name == "configs"}
+    paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))] if folder.name == "configs" else []
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def description(path: Path) -> str:

@@ -102,7 +102,7 @@ def _rewards(chosen_B, rejected_B, real_B) -> Metrics:
         "rewards/chosen": _mean(chosen_B, real_B),
         "rewards/rejected": _mean(rejected_B, real_B),
         "rewards/margins": _mean(chosen_B - rejected_B, real_B),
-        "rewards/accuracies": _mean(chosen_B > rejected_B, real_B),
+        "rewards/accuracies": _mean(jnp.sign(chosen_B - rejected_B) / 2 + 0.5, real_B),  # half of a tie
     }
 
 

@@ -46,11 +46,12 @@ def test_the_help_of_train_shows_every_field_with_its_default_values_and_comment
 def test_presets_are_listed_with_a_line_each_and_found_by_name_from_anywhere(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = command("configs")
-    files = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [path.stem for path in files]
+    folder = Path(__file__).parents[2] / "configs"
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.py")}
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} == set(files) > {"tiny", "rl/code"}
     assert all(len(line.split()) > 4 for line in out.splitlines())
-    for path in files:
-        assert loader.load(path.stem) == loader.load(path)
+    for name, path in files.items():
+        assert loader.load(name) == loader.load(path)
 
 
 def test_setup_names_presets_licence_author_and_description(monkeypatch):
@@ -58,7 +59,8 @@ def test_setup_names_presets_licence_author_and_description(monkeypatch):
     builder = SimpleNamespace(setup=given.update, find_packages=lambda include: ["t5like"])
     monkeypatch.setitem(sys.modules, "setuptools", builder)  # not installed where pip builds in a place of its own
     runpy.run_path(str(root / "setup.py"))
-    assert "t5like.configs" in given["packages"] and given["package_dir"] == {"t5like.configs": "configs"}
+    folders = {"t5like.configs": "configs", "t5like.configs.rl": "configs/rl"}
+    assert set(folders) < set(given["packages"]) and given["package_dir"] == folders
     assert given["license"] == "Apache-2.0" and given["version"] == __version__ and given["author"]
     assert all("Apache License" in (root / name).read_text() for name in given["license_files"])
     assert given["description"] and given["long_description"].startswith("# t5like")

@@ -19,7 +19,8 @@ from t5like.model import mlp, stack
 from t5like.optim.optimizers import make_optimizer
 from t5like.optim.schedules import learning_rate
 
-FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.py"))
 
 
 # ---- Presets ----
@@ -37,8 +38,8 @@ def test_each_preset_loads_and_is_equal_after_saving(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_docstring_of_each_preset_has_its_command(path):
-    text = path.read_text()
-    assert f"t5like train --config=configs/{path.name} --workdir=" in text.split('"""')[1]
+    command, name = "train" if loader.load(path).rl.method == "none" else "rl", path.relative_to(CONFIGS).as_posix()
+    assert f"t5like {command} --config=configs/{name} --workdir=" in path.read_text().split('"""')[1]
 
 
 def test_t5_small_has_the_published_row_lengths():

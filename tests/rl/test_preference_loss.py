@@ -126,6 +126,13 @@ def test_rewards_and_log_probabilities_are_reported_as_by_trl(rng, method):
     assert 0 < means["rewards/accuracies"] < 1
 
 
+def test_weights_equal_to_the_reference_prefer_half_of_the_pairs(rng):
+    x = example(rng)
+    x[REFERENCES[0]], x[REFERENCES[1]] = x[CHOSEN], x[REJECTED]
+    loss = preference_loss(config("dpo"), **x)
+    assert loss.metrics["rewards/accuracies"].total / 6 == 0.5 and loss.metrics["rewards/margins"].total == 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_pairs_leave_every_denominator_whatever_their_values(rng, method):
     rl, x = config(method), example(rng)

@@ -82,9 +82,9 @@ class Library:
 class Tasks(tfds.core.GeneratorBasedBuilder):
     """Small supervised tasks on Python's standard library.
 
-    Each example has the texts `inputs` and `targets`, of `small_functions` also `tests`; of `dialogue`, it has
-    `messages`, a sequence of `role` (user or assistant, in turn) and `content`, which reads back as a dict of two lists
-    of equal length.
+    Each example has the texts `inputs` and `targets`, of `small_functions` also `tests` and `rejected`; of `dialogue`,
+    it has `messages`, a sequence of `role` (user or assistant, in turn) and `content`, which reads back as a dict of
+    two lists of equal length.
     """
 
     # Contains the Python version, so that another Python builds another data set.
@@ -94,7 +94,7 @@ class Tasks(tfds.core.GeneratorBasedBuilder):
         text = tfds.features.Text()
         features = {"inputs": text, "targets": text}
         if self.builder_config.name == "small_functions":
-            features["tests"] = text
+            features |= {"tests": text, "rejected": text}
         if self.builder_config.name == "dialogue":
             features = {"messages": tfds.features.Sequence({"role": text, "content": text})}
         return tfds.core.DatasetInfo(

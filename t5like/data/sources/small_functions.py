@@ -5,14 +5,18 @@
     tests    assert f(13) == 50
              assert f(2) == 6
              ...
+    rejected def f(x): return x // 7 + 3
 
 The functions are all combinations of a few templates for numbers, lists and texts. The results in the tests are those
 of the target. A function may be written in other ways, which the tests accept, so this is a task for rewards.
+`rejected` is the target of another description for the same type of argument, for training from pairs. Each target is
+rejected once, so that neither an answer alone nor its length tells which of two is right.
 """
 
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 TESTS = 5  # of a function
 NUMBERS = range(2, 13)  # constants
@@ -106,18 +110,59 @@ def functions() -> Iterator[tuple[str, str, str]]:
             yield "text", f"the text x, {first[0] + ', then ' if first[0] else ''}{second[0]}", code
 
 
+class Example(NamedTuple):
+    """A function with the arguments and results of its tests."""
+
+    description: str
+    expression: str
+    arguments: list[Any]
+    results: list[Any]
+
+    def accepts(self, other: "Example") -> bool:
+        """Whether another function passes the tests of this one."""
+        return self.results == _results(other.expression, self.arguments)
+
+    @property
+    def target(self) -> str:
+        """The function as code."""
+        return f"def f(x): return {self.expression}"
+
+    @property
+    def tests(self) -> str:
+        """An assert for each argument."""
+        pairs = zip(self.arguments, self.results, strict=True)
+        return "\n".join(f"assert f({argument!r}) == {_shown(result)}" for argument, result in pairs)
+
+
 def examples() -> Iterator[tuple[str, dict[str, str]]]:
-    """(unique key, inputs, targets and tests) of every function whose tests tell it from a constant."""
+    """(unique key, inputs, targets, tests and rejected) of every function whose tests tell it from a constant."""
+    by_kind: dict[str, list[Example]] = {}
     for kind, description, expression in functions():
         generator = random.Random(description)
-        values = [_argument(kind, generator) for _ in range(TESTS)]
-        function = eval(f"lambda x: {expression}")  # noqa: S307  made above
-        results = [_shown(function(value)) for value in values]
-        if len(set(results)) < 3:  # a constant would pass most of the tests
-            continue
-        tests = "\n".join(f"assert f({value!r}) == {result}" for value, result in zip(values, results, strict=True))
-        target = f"def f(x): return {expression}"
-        yield description, {"inputs": f"f(x): {description}", "targets": target, "tests": tests}
+        arguments = [_argument(kind, generator) for _ in range(TESTS)]
+        results = _results(expression, arguments)
+        if len(set(map(_shown, results))) >= 3:  # else a constant would pass most of the tests
+            by_kind.setdefault(kind, []).append(Example(description, expression, arguments, results))
+    for right in by_kind.values():
+        for each, rejected in zip(right, _wrong(right), strict=True):
+            inputs, fields = f"f(x): {each.description}", {"tests": each.tests, "rejected": rejected.target}
+            yield each.description, {"inputs": inputs, "targets": each.target, **fields}
+
+
+def _wrong(examples: list[Example]) -> list[Example]:
+    """A permutation of the examples; the function at each place does not pass the tests of the example there."""
+    others = random.Random(0).sample(examples, len(examples))
+    for index, example in enumerate(examples):
+        if example.accepts(others[index]):
+            can_swap = lambda j, i=index: not (examples[i].accepts(others[j]) or examples[j].accepts(others[i]))
+            swap = next(filter(can_swap, range(len(examples))))
+            others[index], others[swap] = others[swap], others[index]
+    return others
+
+
+def _results(expression: str, arguments: list[Any]) -> list[Any]:
+    function = eval(f"lambda x: {expression}")  # noqa: S307  of `functions`
+    return [function(argument) for argument in arguments]
 
 
 def _argument(kind: str, generator: random.Random) -> int | list[int] | str:

@@ -165,6 +165,17 @@ def test_small_functions_pass_their_tests_and_no_constant_passes_most_of_them():
         assert len(results) == 5 and max(Counter(results).values()) <= 3, example
 
 
+def test_rejected_small_functions_are_wrong_and_have_the_lengths_of_the_right_ones():
+    texts = [example for _, example in examples("small_functions")]
+    for example in texts:
+        exec(example["rejected"], names := {})  # noqa: S102
+        with pytest.raises(AssertionError):
+            exec(example["tests"], names)  # noqa: S102
+    assert sorted(each["rejected"] for each in texts) == sorted(each["targets"] for each in texts)
+    longer = [len(each["targets"]) > len(each["rejected"]) for each in texts]
+    assert 0.4 < sum(longer) / len(texts) < 0.55  # the others: equal, or shorter
+
+
 def test_targets_of_text_generation_follow_the_inputs_in_the_documentation():
     words = " ".join(" ".join(text.split()) for _, text in library().docstrings)
     from_docstrings = [example for key, example in examples("text_generation") if not key.startswith("topic/")]

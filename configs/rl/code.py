@@ -1,0 +1,22 @@
+"""Training to write small Python functions by their unit tests.
+
+    t5like rl --config=configs/rl/code.py --workdir=runs/code
+        --config.init_from.checkpoint=runs/code_sft
+
+The reward is the share of tests that pass. Train `configs/rl/code_sft.py` first.
+Hardware: two CPU cores. Held-out reward: 0.391 at first, 0.484 after 20 steps (standard error 0.030).
+"""
+
+import code_sft
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = code_sft.get_config()
+    config.rl.update(method="policy", rewards=("python_tests",), answers_per_prompt=8, eval_prompts=256)
+    config.rl.reward_timeout_seconds = 3.0
+    config.data.batch_size = 64
+    config.optimizer.update(learning_rate=3e-4, warmup_steps=5)
+    config.train.update(num_steps=60, eval_every=20, checkpoint_every=20)
+    config.evaluate.metrics = ()
+    return config

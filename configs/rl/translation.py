@@ -1,0 +1,21 @@
+"""Training a translator of Python expressions by chrF.
+
+    t5like rl --config=configs/rl/translation.py --workdir=runs/translation
+        --config.init_from.checkpoint=runs/translation_sft
+
+Train `configs/rl/translation_sft.py` first.
+Hardware: two CPU cores. Held-out chrF: 0.557 at first; the end has not been measured.
+"""
+
+import ml_collections
+import translation_sft
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = translation_sft.get_config()
+    config.rl.update(method="policy", rewards=("chrf",), answers_per_prompt=16, eval_prompts=256)
+    config.data.batch_size = 32
+    config.optimizer.update(learning_rate=3e-4, warmup_steps=5)
+    config.train.update(num_steps=60, eval_every=30, checkpoint_every=30)
+    config.evaluate.metrics = ()
+    return config
