@@ -4,7 +4,7 @@
         --config.init_from.checkpoint=runs/code_sft
 
 The reward is the share of tests that pass. Train `configs/rl/code_sft.py` first.
-Hardware: two CPU cores. Held-out reward: 0.391 at first, 0.484 after 20 steps (standard error 0.030).
+Hardware: two CPU cores. Held-out reward: 0.391 at first, 0.484 after 20 and 40 steps (standard error 0.030).
 """
 
 import code_sft
