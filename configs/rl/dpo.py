@@ -4,7 +4,7 @@
         --config.init_from.checkpoint=runs/code_sft
 
 The wrong function is the right one of another description. Train `configs/rl/code_sft.py` first.
-Hardware: two CPU cores. 1 CPU minute. Held-out accuracy: from 0.484 to 0.982 (standard error 0.008);
+Hardware: two CPU cores, 1 CPU minute. Held-out accuracy: from 0.484 to 0.982 (standard error 0.008);
 the longer answer is the right one in 46.1 %.
 """
 

@@ -5,7 +5,8 @@
 
 The scorer gives 1 for the right word, and less for words with some letters in the right place. Train
 `configs/rl/reasoning_sft.py` first.
-Hardware: two CPU cores. 2 CPU minutes. Held-out reward: from 0.742 to 0.869, the mean of three seeds (standard error 0.016).
+Hardware: two CPU cores, 2 CPU minutes. Held-out reward: from 0.742 to 0.869, the mean of three seeds (standard error
+0.016).
 """
 
 import ml_collections

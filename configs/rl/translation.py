@@ -4,7 +4,8 @@
         --config.init_from.checkpoint=runs/translation_sft
 
 Train `configs/rl/translation_sft.py` first.
-Hardware: two CPU cores. Held-out chrF: 0.557 at first, 0.562 after 30 steps (standard error 0.011).
+Hardware: two CPU cores. Held-out chrF: 0.557 at first, 0.560 at the end (standard error 0.010): the start needs more
+steps of fine-tuning.
 """
 
 import ml_collections
