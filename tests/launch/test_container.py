@@ -1,4 +1,4 @@
-"""The container images: locked requirements, build context, user. `tests/cluster` installs one of them."""
+"""The container images: locked requirements, build context, user. `tests/container` installs one of them."""
 
 import ast
 import re

@@ -22,28 +22,8 @@ from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).parents[3]
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "\u2581",
-    "\t",
-    "é",
-    "中文",
-    "😀",
-    "<extra_id_0>",
-    "</s>",
-    "",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+WORDS += ["\u2581", "\t", "é", "中文", "😀", "<extra_id_0>", "</s>", ""]
 
 
 def lines(count, seed=0):
