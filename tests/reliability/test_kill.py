@@ -71,8 +71,12 @@ def test_the_other_process_ends_within_five_seconds_and_two_restarted_ones_equal
     arguments = smallest(flags, workdir, mesh__fsdp=2)
     for number, victim in enumerate((1, 0)):
         both = start_processes(2, arguments, tmp_path / f"log-{number}")
-        before = last_step(workdir)
-        both[victim].wait_for(lambda before=before: last_step(workdir) >= before + 7)
+        before, saved = last_step(workdir), checkpoints(workdir).latest()
+        both[victim].wait_for(
+            lambda before=before, saved=saved: (
+                last_step(workdir) >= before + 7 and checkpoints(workdir).latest() != saved
+            )
+        )
         both[victim].send(signal.SIGKILL)
         codes = wait_for_end(both, NOTICE_SECONDS)
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 76, both[1 - victim].err

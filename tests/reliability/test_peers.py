@@ -25,7 +25,7 @@ def seconds_to_end(trainers, since: float, seconds: float) -> list[float | None]
     return ended
 
 
-@pytest.mark.parametrize("hold", ["stopped", "python", "gil"])
+@pytest.mark.parametrize("hold", ["stopped", "python", pytest.param("gil", marks=pytest.mark.long)])
 def test_a_process_that_hangs_ends_the_run_with_76_and_a_dump_of_all_stacks(hold, flags, tmp_path):
     workdir = tmp_path / "run"
     arguments = smallest(flags, workdir, mesh__fsdp=2, **LIMITS)
@@ -45,7 +45,7 @@ def test_a_process_that_hangs_ends_the_run_with_76_and_a_dump_of_all_stacks(hold
         assert "instrumented_run.py" in both[1].err and "Thread 0x" in both[1].err, both[1].err
 
 
-@pytest.mark.parametrize("hold", ["python", "gil"])
+@pytest.mark.parametrize("hold", [pytest.param("python", marks=pytest.mark.long), "gil"])
 def test_a_single_process_that_hangs_ends_with_76_and_a_dump_of_all_stacks(hold, flags, tmp_path):
     workdir = tmp_path / "run"
     arguments = smallest(flags, workdir, **LIMITS)

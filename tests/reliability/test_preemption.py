@@ -54,7 +54,7 @@ def retention(trainer, workdir) -> bool:
 
 OUTSIDE = (preparing, compiling)  # the loop: there is nothing to save
 SIGNALS = {compiling: signal.SIGUSR1, evaluating: signal.SIGUSR1, training: signal.SIGINT}  # others: SIGTERM
-LONG = (evaluating, retention)  # each start costs seconds: CI has `saving` and `training`
+LONG = (preparing, evaluating, retention)  # each start costs seconds: CI has the others
 PHASES = [
     pytest.param(phase, marks=[pytest.mark.long] * (phase in LONG), id=phase.__name__)
     for phase in (preparing, compiling, training, evaluating, saving, retention)
@@ -83,6 +83,7 @@ def test_one_process_saves_and_exits_with_75(phase, flags, tmp_path):
     check_stopped(trainer, workdir, phase, seconds)
 
 
+@pytest.mark.long
 def test_prepare_ends_with_75_while_it_trains_a_tokenizer(tmp_path):
     letters = random.Random(0).choices("abcdefgh     .", k=4_000_000)  # long enough: seconds in SentencePiece's C++
     (tmp_path / "a.txt").write_text("".join(letters))
@@ -100,7 +101,11 @@ def test_prepare_ends_with_75_while_it_trains_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     "phase, rank",
     # In training also tests/distributed/test_processes.py, which CI runs.
-    [(preparing, 1), (compiling, 0), pytest.param(training, 1, marks=pytest.mark.long)],
+    [
+        pytest.param(preparing, 1, marks=pytest.mark.long),
+        (compiling, 0),
+        pytest.param(training, 1, marks=pytest.mark.long),
+    ],
     ids=["prepare", "compile", "train"],
 )
 def test_two_processes_stop_together_when_one_of_them_gets_the_signal(phase, rank, flags, tmp_path):

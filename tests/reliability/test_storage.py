@@ -61,6 +61,7 @@ def test_a_full_disk_ends_a_run_with_4_and_it_continues_exactly_when_there_is_sp
     assert_equal_runs(workdir, straight)
 
 
+@pytest.mark.long
 def test_two_processes_save_again_or_go_on_together_when_one_of_them_could_not_write(flags, tmp_path):
     workdir = tmp_path / "run"
     values = {"mesh__fsdp": 2, "train__num_steps": 25, "train__on_failed_save": "continue"}

@@ -1,5 +1,6 @@
 """Two processes that go back to a checkpoint because of bad steps end in the same state as one process."""
 
+import pytest
 from runs import Trainer, checkpoints, metrics_of, smallest, start_processes, state_of, wait_for_end
 
 from t5like.data.row_schedule import Segment
@@ -8,6 +9,7 @@ STEPS = 12
 HOOK = ("--nan_rows", "48", "71")  # those of steps 7, 8 and 9, after the checkpoint of step 5
 
 
+@pytest.mark.long
 def test_two_processes_rewind_together_and_end_as_one_process_with_two_devices(flags, tmp_path):
     values = {"mesh__fsdp": 2, "train__num_steps": STEPS}
     two = start_processes(2, smallest(flags, tmp_path / "two", **values), tmp_path / "log", {0: HOOK, 1: HOOK})
