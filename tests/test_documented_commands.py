@@ -141,7 +141,7 @@ STEPS = ("--config.train.num_steps=1", "--config.train.eval_batches=1")
 def test_preparation_training_and_evaluation(run, folder):
     assert "held out" in run("prepare")
     assert "held-out loss" in run("train") and (folder / "runs/mine/checkpoints/1").is_dir()
-    assert json.loads(run("evaluate"))["eval/loss"] > 0
+    assert json.loads(run("evaluate", workdir="runs/mine"))["eval/loss"] > 0
 
 
 def test_texts_and_exchange(run, folder):

@@ -23,6 +23,13 @@ KEYWORDS = {("trust_remote_code", True), ("allow_pickle", True), ("shell", True)
 # Where one of them is needed: the file, what it calls, and what it runs there.
 ALLOWED = {
     ("t5like/config/loader.py", "exec_module"): "a config file in Python, which is code: README.md says so",
+    ("t5like/data/sources/small_functions.py", "eval"): "expressions that the module itself makes",
+    ("t5like/rl/rewards/functions.py", "importlib.import_module"): "a reward function of the user, which is code",
+    ("t5like/rl/rewards/worker.py", "pickle.loads"): "messages of the process that started this one",
+    ("t5like/rl/rewards/sandbox_server.py", "compile"): "answers and their tests, in a sandbox",
+    ("t5like/rl/rewards/sandbox_server.py", "exec"): "answers and their tests, in a sandbox",
+    ("tests/rl/rewards/test_rewards.py", "pickle.loads"): "a copy, as worker processes get it",
+    ("tests/data/sources/test_python_tasks.py", "exec"): "functions and tests of this repository",
     ("tests/instrumented_run.py", "pickle.load"): "records that the test itself wrote",
     ("tests/data/tokenizers/test_huggingface_model.py", "pickle.loads"): "a copy, as worker processes get it",
     ("tests/data/sources/test_csv_files.py", "pickle.loads"): "a copy, as worker processes get it",

@@ -36,6 +36,8 @@ def describe(leaves: Mapping[str, Array]) -> dict[str, Leaf]:
 
 def on_one_cpu(leaves: Mapping[str, Array]) -> bool:
     """Whether all arrays are on one CPU device. There a digest takes longer than a step should wait: 1 s for 1 GB."""
+    if not all(isinstance(leaf, jax.Array) for leaf in leaves.values()):
+        return False
     devices = set().union(*(leaf.sharding.device_set for leaf in leaves.values()))
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 

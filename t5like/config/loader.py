@@ -111,8 +111,9 @@ def _returned(path: Path) -> dict:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path} must be a Python file, such as configs/tiny.py, or a run's config.json")
     module = importlib.util.module_from_spec(spec)
-    search_path = list(sys.path)
+    search_path, write_no_bytecode = list(sys.path), sys.dont_write_bytecode
     sys.path.insert(0, str(path.resolve().parent))  # a config may import another one of its folder
+    sys.dont_write_bytecode = True  # no __pycache__ beside the files of a user
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
             spec.loader.exec_module(module)
@@ -131,7 +132,7 @@ def _returned(path: Path) -> dict:
         reason = one_line(error, longest=LONGEST_VALUE)
         raise ConfigError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     finally:
-        sys.path[:] = search_path
+        sys.path[:], sys.dont_write_bytecode = search_path, write_no_bytecode
     raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
 
 
