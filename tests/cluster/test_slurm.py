@@ -7,6 +7,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,7 +135,9 @@ def test_the_time_limit_saves_and_starts_again(submit, reference, tmp_path):
     job, workdir = submit("--time_limit=1m", "--grace=10s"), tmp_path / "run"
     restarts = int(wait(job, *ENDED)["Restarts"])  # on a slow machine the second start reaches the limit as well
     assert_finished(job, workdir, reference, restarts)
-    assert restarts and "preempted and saved; the job starts again" in log(workdir)
+    # On a slow machine the first start may reach the limit before it has anything to save.
+    again = r"preempted and saved(, without a new checkpoint)?; the job starts again"
+    assert restarts and re.search(again, log(workdir))
 
 
 def test_a_preempted_job_comes_back(submit, reference, tmp_path):
