@@ -25,7 +25,7 @@ from t5like.data.objectives import text_rows
 from t5like.data.objectives.denoisers import denoisers
 from t5like.data.objectives.text_rows import TextRows
 from t5like.data.objectives.windows import Denoiser
-from t5like.data.randomness import permute, random_bits
+from t5like.data.randomness import keyed_bits, permute
 from t5like.data.row_schedule import RowSchedule
 from t5like.data.sources.names import source_names
 from t5like.data.store.token_store import Stream, TokenStore
@@ -280,14 +280,14 @@ class Batches:
         if self.heldout:
             return self._heldout_batch(row_B)
         component_B, index_B, offset_B = self.locate(row_B)
-        return self._make_rows(component_B, index_B, offset_B, self._random_bits(CORRUPTION, row_B))
+        return self._make_rows(component_B, index_B, offset_B, keyed_bits(self.config.seed, CORRUPTION, row_B))
 
     def _heldout_batch(self, row_B: np.ndarray) -> Batch:
         real_B = row_B < self.num_heldout
         row_B = np.minimum(row_B, np.uint64(self.num_heldout - 1))
         component_R, index_R = self._heldout_order
         component_B, index_B = component_R[row_B.astype(np.int64)], index_R[row_B.astype(np.int64)]
-        keys_B = self._random_bits(CORRUPTION, row_B + (np.uint64(1) << np.uint64(63)))
+        keys_B = keyed_bits(self.config.seed, CORRUPTION, row_B + (np.uint64(1) << np.uint64(63)))
         batch = self._make_rows(component_B, index_B, np.zeros(len(row_B), np.uint64), keys_B)
         if batch.follows_B1 is not None:
             batch = batch._replace(follows_B1=np.where(real_B[:, None], batch.follows_B1, -1))
@@ -307,8 +307,8 @@ class Batches:
         count_B = self.num_rows[component_B].astype(np.uint64)
         epoch_B, index_B = index_B // count_B, index_B % count_B
         epoch_B = epoch_B * np.uint64(len(self.row_sources)) + component_B.astype(np.uint64)
-        index_B = permute(index_B, count_B, self._random_bits(SHUFFLE, epoch_B))
-        return component_B, index_B.astype(np.int64), self._random_bits(OFFSET, epoch_B)
+        index_B = permute(index_B, count_B, keyed_bits(self.config.seed, SHUFFLE, epoch_B))
+        return component_B, index_B.astype(np.int64), keyed_bits(self.config.seed, OFFSET, epoch_B)
 
     def _assign_components(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Component of each training row, and how many training rows of that component precede it in the run.
@@ -323,7 +323,7 @@ class Batches:
         for phase_index in np.unique(phase_B):
             in_phase_B, phase = phase_B == phase_index, self._phases[phase_index]
             block_N, position_N = np.divmod(row_B[in_phase_B] - np.uint64(phase.first_row), np.uint64(BLOCK))
-            key_N = self._random_bits(MIXTURE, block_N + (np.uint64(phase_index) << np.uint64(40)))
+            key_N = keyed_bits(self.config.seed, MIXTURE, block_N + (np.uint64(phase_index) << np.uint64(40)))
             position_N = permute(position_N, np.full(len(position_N), BLOCK, np.uint64), key_N)
             ends_C = np.cumsum(phase.counts_C)
             component_N = np.searchsorted(ends_C, position_N, side="right")
@@ -347,12 +347,6 @@ class Batches:
                 if part_values is not None:
                     values[of_component_B] = part_values
         return batch._replace(component_B1=component_B[:, None].astype(np.int32))
-
-    def _random_bits(self, purpose: int, number_B: np.ndarray) -> np.ndarray:
-        """uint64 [B]: random bits keyed by (seed, purpose, number)."""
-        with np.errstate(over="ignore"):
-            key = np.uint64(self.config.seed) * np.uint64(0x100000000) + np.uint64(purpose)
-            return random_bits(random_bits(np.array([key]), 1)[0] ^ number_B, 1)[:, 0]
 
 
 def prefetch(batches: StepBatches, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Any]:

@@ -19,6 +19,13 @@ def random_bits(keys_B: np.ndarray, count: int) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
+def keyed_bits(seed: int, purpose: int, number_B: np.ndarray) -> np.ndarray:
+    """uint64 [B]: random bits keyed by (seed, purpose, number); both below 2^32."""
+    with np.errstate(over="ignore"):
+        key = np.uint64(seed) * np.uint64(0x100000000) + np.uint64(purpose)
+        return random_bits(random_bits(np.array([key]), 1)[0] ^ number_B, 1)[:, 0]
+
+
 def random_parts(bits_BN: np.ndarray, parts: int) -> np.ndarray:
     """Partition N + 1 items into `parts` parts of at least one item: int64 lengths [B, parts], uniformly distributed.
 

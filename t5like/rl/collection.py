@@ -127,25 +127,25 @@ def metrics(scorer: Scorer, collected: Collected) -> dict[str, Sum]:
     answers, total_BG = collected.answers, collected.total_BG
     lengths_BG, complete_BG = answers.lengths_BG, ~answers.truncated_BG
     values = {
-        "reward": _mean(total_BG),
-        "reward_std": _mean(_spread(total_BG)),
+        "reward": mean(total_BG),
+        "reward_std": mean(_spread(total_BG)),
         "frac_reward_zero_std": 1 - advantages.has_spread(total_BG).mean(),
         "completions/mean_length": lengths_BG.mean(),
         "completions/min_length": lengths_BG.min(),
         "completions/max_length": lengths_BG.max(),
         "completions/clipped_ratio": answers.truncated_BG.mean(),
-        "completions/mean_terminated_length": _mean(np.where(complete_BG, lengths_BG, np.nan)),
+        "completions/mean_terminated_length": mean(np.where(complete_BG, lengths_BG, np.nan)),
         "failed_rewards": np.isnan(collected.rewards_RBG).sum(),
         "rollout_seconds": collected.seconds[0],
         "reward_seconds": collected.seconds[1],
         "rollout_tokens_per_second": lengths_BG.sum() / max(collected.seconds[0], 1e-9),
     }
     for name, values_BG in zip(scorer.names, collected.rewards_RBG, strict=True):
-        values |= {f"rewards/{name}/mean": _mean(values_BG), f"rewards/{name}/std": _mean(_spread(values_BG))}
+        values |= {f"rewards/{name}/mean": mean(values_BG), f"rewards/{name}/std": mean(_spread(values_BG))}
     return {name: Sum(np.float32(value), np.float32(1)) for name, value in values.items()}
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
     """The mean of the values that are known; 0 without any."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else 0.0

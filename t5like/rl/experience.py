@@ -47,6 +47,10 @@ class Experience(NamedTuple):
     old_values_BGL: Array | None = None
     returns_BGL: Array | None = None
 
+    def answers(self) -> "Experience":
+        """The answers alone, without what only a loss needs."""
+        return Experience(*self[: Experience._fields.index("advantages_BGL")])
+
     def rows(self) -> Batch:
         """The batch that the model reads: one decoder row for each answer, one encoder row for each prompt."""
         flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
@@ -105,6 +109,11 @@ def in_rows(experience: Experience, values_BGL: np.ndarray) -> np.ndarray:
     lengths_BG = experience.mask_BGL.sum(-1).astype(int)
     in_rows_BGL[experience.mask_BGL > 0] = values_BGL[np.arange(values_BGL.shape[-1]) < lengths_BG[..., None]]
     return in_rows_BGL
+
+
+def last_tokens(mask_BGL: Array) -> Array:
+    """float32 [B, G, L]: 1 at the last token of each answer, 0 elsewhere; of NumPy or JAX arrays."""
+    return mask_BGL * (mask_BGL.cumsum(-1) == mask_BGL.sum(-1, keepdims=True))
 
 
 def spec(config: Config) -> Experience:

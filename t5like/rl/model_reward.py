@@ -64,8 +64,7 @@ class RewardModel:
         size = -(-len(rows) // run.mesh.size) * run.mesh.size
         repeated = lambda values: [*values, *values[:1] * (size - len(values))]
         experience = answer_rows(run.config, repeated(prompts), repeated(ids))
-        local = placement.local_rows(run.mesh, size)
-        arrays = placement.to_global(jax.tree.map(lambda x: x[local], experience), run.mesh, size)
+        arrays = placement.all_to_global(experience, run.mesh, size)
         with jax.set_mesh(run.mesh):
             scores_BG = to_host(self._scores(run.params, arrays))[: len(rows)]
         return np.where(fits_BG, scores_BG.astype(np.float64), np.nan)

@@ -5,7 +5,7 @@ import jax
 from t5like.config.schema import Config
 from t5like.optim.losses import Loss
 from t5like.optim.step import LossFn
-from t5like.rl.experience import Experience
+from t5like.rl.experience import Experience, last_tokens
 from t5like.rl.policy_loss import policy_loss
 from t5like.rl.preference_loss import preference_loss, reward_model_loss
 from t5like.rl.scoring import scores
@@ -67,8 +67,7 @@ def answer_scores(config: Config, params: Tree, experience: Experience) -> Array
 
     That position has all tokens of the answer but the last one, EOS, as its input.
     """
-    is_last_BGL = experience.mask_BGL * (experience.mask_BGL.cumsum(-1) == experience.mask_BGL.sum(-1, keepdims=True))
-    return (scores(config, params, experience).values_BGL * is_last_BGL).sum(-1)
+    return (scores(config, params, experience).values_BGL * last_tokens(experience.mask_BGL)).sum(-1)
 
 
 def _pair(values_BG: Array) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ more updates with the loss of `objective`. `train.loop` does the rest: checkpoin
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from t5like.io.atomic import replace_file
 from t5like.rl import advantages, collection, experience
 from t5like.rl.collection import Collected, Collector
 from t5like.rl.experience import Experience, answer_rows, in_rows
-from t5like.rl.prompts import TARGETS
 from t5like.rl.record_task import SAMPLES, RecordTask
 from t5like.rl.reward_curve import PICTURE, draw_reward_curve
+from t5like.rl.rewards.functions import TARGETS
 from t5like.rl.scorer import Scorer
 from t5like.sharding.placement import to_host
 from t5like.types import Metrics, TrainState, Tree
@@ -44,7 +44,6 @@ class OnPolicy(RecordTask):
         show: Callable[[str], None],
         *,
         scorer: Scorer,
-        fields: Sequence[str],
     ):
         """Read the prompts.
 
@@ -54,12 +53,11 @@ class OnPolicy(RecordTask):
             workdir: the run directory.
             show: prints a line.
             scorer: computes the rewards.
-            fields: of the records that the rewards need.
 
         Raises:
             ConfigError, DataError: the data can't be used.
         """
-        super().__init__(config, mesh, workdir, fields)
+        super().__init__(config, mesh, workdir, scorer.fields)
         self._scorer, self._show = scorer, show
         self._collector = Collector(config, mesh, self.tokenizer, self._prompts, scorer)
         self._metrics: Metrics = {}
@@ -90,7 +88,7 @@ class OnPolicy(RecordTask):
                 kl_BGL = (sampler_BGL - to_host(arrays.reference_log_p_BGL)) * rows.mask_BGL
                 self._check_kl(kl_BGL, rows.mask_BGL, index)
             if experience.needs_old(self._config):
-                scored = self._scores(state.params, arrays)
+                scored = self._scores(state.params, arrays.answers())
                 arrays = arrays._replace(old_log_p_BGL=scored.log_p_BGL)
         values_BGL = to_host(scored.values_BGL) if rl.advantage == "gae" else None
         rows = self._with_advantages(rows, collected, kl_BGL if rl.kl_as == "reward" else None, values_BGL)
@@ -128,9 +126,8 @@ class OnPolicy(RecordTask):
                 total_BG = total_BG - rl.kl_coefficient * kl_BGL.sum(-1)
             advantages_BG = advantages.advantages(rl.advantage, total_BG)
             return rows._replace(mask_BGL=counted_BGL, advantages_BGL=advantages_BG[..., None] * counted_BGL)
-        is_last_BGL = mask_BGL * (mask_BGL.cumsum(-1) == mask_BGL.sum(-1, keepdims=True))
         counted_BGL = counted_BGL * np.isfinite(total_BG)[..., None]  # an answer without reward is not learned from
-        rewards_BGL = is_last_BGL * np.nan_to_num(total_BG)[..., None]
+        rewards_BGL = experience.last_tokens(mask_BGL) * np.nan_to_num(total_BG)[..., None]
         if kl_BGL is not None:
             rewards_BGL = rewards_BGL - rl.kl_coefficient * kl_BGL
         advantages_BGL, returns_BGL = advantages.gae(rewards_BGL, values_BGL, mask_BGL, rl.discount, rl.gae_lambda)
@@ -203,7 +200,7 @@ class OnPolicy(RecordTask):
         total_N = joined(lambda part: part.total_BG[:, 0])
         known_N = total_N[np.isfinite(total_N)]
         values = {
-            "eval/reward": float(known_N.mean()) if known_N.size else 0.0,
+            "eval/reward": collection.mean(total_N),
             "eval/standard_error": float(known_N.std(ddof=1) / np.sqrt(known_N.size)) if known_N.size > 1 else 0.0,
             "eval/failed_rewards": float(total_N.size - known_N.size),
             "eval/completions/mean_length": float(joined(lambda part: part.answers.lengths_BG).mean()),
@@ -211,7 +208,7 @@ class OnPolicy(RecordTask):
         }
         for number, name in enumerate(self._scorer.names):
             reward_N = joined(partial(lambda part, number: part.rewards_RBG[number], number=number))
-            values[f"eval/rewards/{name}/mean"] = float(np.nanmean(reward_N)) if np.isfinite(reward_N).any() else 0.0
+            values[f"eval/rewards/{name}/mean"] = collection.mean(reward_N)
         return values, parts
 
     def summarize(self, params: Tree, fingerprints: Mapping[str, Any]) -> list[str]:

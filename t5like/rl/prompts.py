@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5like.config.schema import Config
-from t5like.data.randomness import permute, random_bits
+from t5like.data.randomness import keyed_bits, permute
 from t5like.data.row_schedule import RowSchedule
 from t5like.data.sources.files import Record, RequiredFields, check_fields
 from t5like.data.sources.source import RecordSource, open_source
@@ -24,8 +24,8 @@ from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import DataError
 from t5like.inference.prompt_format import Prompt, PromptFormat
 from t5like.metrics.progress import Progress
+from t5like.rl.rewards.functions import INPUTS, TARGETS
 
-INPUTS, TARGETS = "inputs", "targets"  # keys of the texts in what a reward takes
 FEWEST = 2  # examples of a source: one is held out
 
 
@@ -195,7 +195,5 @@ class PromptBatches:
     def indices(self, rows_B: np.ndarray, redraw: int = 0) -> np.ndarray:
         """The index of each row's prompt, int64 [B]; another one for each redraw."""
         epoch_B, position_B = np.divmod(rows_B.astype(np.uint64), np.uint64(self._count))
-        with np.errstate(over="ignore"):
-            base = np.uint64(self.config.seed) * np.uint64(0x100000000) + np.uint64(redraw)
-            keys_B = random_bits(random_bits(np.array([base]), 1)[0] ^ epoch_B, 1)[:, 0]
+        keys_B = keyed_bits(self.config.seed, redraw, epoch_B)
         return permute(position_B, np.full(len(rows_B), self._count, np.uint64), keys_B).astype(np.int64)

@@ -91,12 +91,10 @@ class RecordTask:
 
     def _to_devices(self, rows: Any) -> Any:
         """This process's part of host arrays as global arrays."""
-        size = self._config.data.batch_size
-        local = placement.local_rows(self._mesh, size)
-        return placement.to_global(jax.tree.map(lambda x: x[local], rows), self._mesh, size)
+        return placement.all_to_global(rows, self._mesh, self._config.data.batch_size)
 
     def _with_reference(self, arrays: Experience) -> Experience:
         """Device arrays with the log-probabilities of the reference."""
         with watchdog("scoring answers", times=2, mode="computing"), jax.set_mesh(self._mesh):
-            log_p_BGL = self._scores(self._reference, arrays._replace(advantages_BGL=None)).log_p_BGL
+            log_p_BGL = self._scores(self._reference, arrays.answers()).log_p_BGL
         return arrays._replace(reference_log_p_BGL=log_p_BGL)

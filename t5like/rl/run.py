@@ -14,11 +14,11 @@ from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.rl.on_policy import OnPolicy
 from t5like.rl.pairs import Pairs
-from t5like.rl.prompts import TARGETS, first_rows
+from t5like.rl.prompts import first_rows
 from t5like.rl.rewards.audit import MOST_ROWS
 from t5like.rl.rewards.audit import audit as rewards_audit
 from t5like.rl.rewards.pool import RewardPool
-from t5like.rl.rewards.reward import ModelReward, open_rewards
+from t5like.rl.rewards.reward import ModelReward, open_rewards, required_fields
 from t5like.rl.scorer import Scorer
 from t5like.train.loop import train
 from t5like.types import TrainState
@@ -39,8 +39,7 @@ def opened(config: Config) -> Iterator[Opener]:
     rewards, rl = open_rewards(config), config.rl
     in_pool = [reward for reward in rewards if not isinstance(reward, ModelReward)]
     with RewardPool(in_pool, rl.reward_workers, rl.reward_timeout_seconds) as pool:
-        scorer = Scorer(rewards, pool)
-        yield partial(OnPolicy, scorer=scorer, fields=tuple(scorer.fields))
+        yield partial(OnPolicy, scorer=Scorer(rewards, pool))
 
 
 def run(
@@ -66,8 +65,7 @@ def audit(config: Config) -> list[str]:
     if config.rl.method != "policy":
         raise ConfigError(f"--audit needs rewards, which rl.method={config.rl.method} has not; use rl.method=policy")
     rewards = open_rewards(config)
-    fields = [name for reward in rewards for name in reward.fields if name != TARGETS]
-    rows = first_rows(config, fields, MOST_ROWS)
+    rows = first_rows(config, required_fields(rewards).names, MOST_ROWS)
     return [*rewards_audit(rewards, rows, timeout_seconds=config.rl.reward_timeout_seconds).lines]
 
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from t5like.distributed import processes
 from t5like.rl.model_reward import RewardModel
-from t5like.rl.prompts import TARGETS
 from t5like.rl.rewards.pool import RewardPool
-from t5like.rl.rewards.reward import ModelReward, Reward
+from t5like.rl.rewards.reward import ModelReward, Reward, required_fields
 
 
 class Scorer:
@@ -37,9 +36,7 @@ class Scorer:
             if isinstance(reward, ModelReward)
         }
         self._in_pool = [index for index in range(len(rewards)) if index not in self._models]
-        self.fields = dict.fromkeys(
-            name for source in (*rewards, *self._models.values()) for name in source.fields if name != TARGETS
-        )
+        self.fields = required_fields([*rewards, *self._models.values()]).names
 
     def __call__(self, rows: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]) -> np.ndarray:
         """float64 [R, B, G], NaN for a reward that failed. All processes call it with all prompts of the batch.

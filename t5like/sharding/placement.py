@@ -69,6 +69,12 @@ def to_global(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
     return jax.tree.map(to_array, batch_shardings(batch, mesh), batch)
 
 
+def all_to_global(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """Like `to_global`, of a batch that every process has all rows of."""
+    rows = local_rows(mesh, batch_size)
+    return to_global(jax.tree.map(lambda x: x[rows], batch), mesh, batch_size)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """A global array as numpy in every process; all processes must call it."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5like.errors import printable
-from t5like.rl.rewards.functions import TARGETS
+from t5like.rl.rewards.functions import INPUTS, TARGETS
 from t5like.rl.rewards.pool import RewardPool
 from t5like.rl.rewards.reward import ModelReward, Reward
 
@@ -22,13 +22,12 @@ MOST_ROWS = 20
 COLUMN = 9  # characters of a column of the table
 NUMBER = "7919"
 LEAST_PAY = 0.02  # as a part of the right answer's reward, from which on junk is called paid
-PROMPT = "inputs"  # the key of the prompt's text in a row
 # Answers by name, as functions of the row.
 ANSWERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "right": lambda row: str(row.get(TARGETS, "")),
     "empty": lambda row: "",
     "x": lambda row: "x",
-    "prompt": lambda row: str(row.get(PROMPT, "")),
+    "prompt": lambda row: str(row.get(INPUTS, "")),
     "number": lambda row: NUMBER,
 }
 JUNK = tuple(name for name in ANSWERS if name != "right")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from t5like.evaluation.text_metrics import score_answer
 
 Row = Mapping[str, Any]
-TARGETS = "targets"  # the key of the text of data.targets_template in a row
+INPUTS, TARGETS = "inputs", "targets"  # keys of the texts of the templates in a row
 
 
 class RewardFunction(Protocol):

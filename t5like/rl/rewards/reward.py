@@ -82,7 +82,7 @@ def open_rewards(config: Config) -> list[Reward | ModelReward]:
 
 def required_fields(rewards: Sequence[Reward | ModelReward]) -> RequiredFields:
     """The fields that all rewards need of a record."""
-    names = dict.fromkeys(name for reward in rewards for name in reward.fields)
+    names = dict.fromkeys(name for reward in rewards for name in reward.fields if name != TARGETS)
     return RequiredFields(tuple(names), "name in rl.rewards")
 
 
