@@ -41,6 +41,7 @@ ORDER = (
     "cli.prompts",
     "cli.flags",
     "cli.commands",
+    "cli.inspections",
     "launch",
     "cli",
 )

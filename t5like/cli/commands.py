@@ -208,15 +208,6 @@ def generate(options: argparse.Namespace, _) -> None:
             prompts.interactive(generator, decoding)
 
 
-def replay(options: argparse.Namespace, _) -> None:
-    """`t5like replay`."""
-    if options.step < 1:
-        raise ConfigError(f"--step={options.step} must be at least 1: the first update is step 1; use --step=1")
-    from t5like.inspect import replay
-
-    replay.replay(expand(options.workdir).absolute(), options.step, lambda line: print(printable(line), flush=True))
-
-
 def import_hf(options: argparse.Namespace, _) -> None:
     """`t5like import --format=hf`."""
     from t5like.interop.huggingface.convert import import_run
@@ -298,52 +289,16 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
         raise errors[0]
 
 
-def inspect_checkpoint(options: argparse.Namespace, _) -> None:
-    """`t5like inspect checkpoint`."""
-    from t5like.inspect.checkpoint import inspect_checkpoints, table
-
-    rows, error = inspect_checkpoints(expand(options.workdir).absolute(), verify=options.verify)
-    print(printable(table(rows), kept="\n"))
-    if error:
-        raise error
-
-
-def inspect_run(options: argparse.Namespace, _) -> None:
-    """`t5like inspect run`."""
-    from t5like.inspect import run
-
-    for line in run.describe(expand(options.workdir).absolute()):
-        print(printable(line))
-
-
-def compare(options: argparse.Namespace, _) -> None:
-    """`t5like compare`."""
-    from t5like.inspect import compare
-
-    runs, empty = compare.load([expand(path) for path in options.runs])
-    for path in empty:
-        print(printable(f"{path} holds no run yet"), file=sys.stderr)
-    comparison = compare.compare(runs)
-    print(json.dumps(comparison, indent=1) if options.json else compare.text(comparison))
-    picture = options.output or Path("compare.png")
-    compare.draw(runs, picture)
-    print(printable(f"loss curves  {picture}"), file=sys.stderr if options.json else sys.stdout)
-
-
 IMPORTS = {"hf": import_hf, "t5x": import_t5x}
 EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
-INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run}
-COMMANDS = {
+COMMANDS = {  # and those of `cli.inspections`
     "train": train,
     "rl": rl,
     "configs": configs,
     "prepare": prepare,
     "evaluate": heldout,
     "generate": generate,
-    "replay": replay,
     "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
     "plan": plan,
-    "inspect": lambda options, overrides: INSPECTIONS[options.subject](options, overrides),
-    "compare": compare,
     "export": lambda options, overrides: EXPORTS[options.format](options, overrides),
 }

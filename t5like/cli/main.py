@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t5like.checkpoint import run_lock
-from t5like.cli.commands import COMMANDS
+from t5like.cli import commands, inspections
 from t5like.cli.flags import parse
 from t5like.distributed.launchers import ProcessInfo, cloud_tpu, detect_process
 from t5like.errors import CheckpointError, ConfigError, UserError, printable
@@ -31,6 +31,7 @@ from t5like.io import signals, streams
 from t5like.io.paths import cache_directory
 from t5like.io.storage import storage_errors
 
+COMMANDS = {**commands.COMMANDS, **inspections.COMMANDS}
 CONTINUING = (["train"], ["rl"], ["prepare"])  # commands that continue when they are started again
 CONVERSIONS = ("import", "export")  # commands that hold each weight once, and return its memory to the system
 FILE_COMMANDS = (

@@ -20,6 +20,7 @@ from types import FrameType
 from t5like.io.streams import write_error
 
 REQUEUE_EXIT_CODE = 75  # of a run that should be queued again
+COMMANDS = ("t5like.cli.commands", "t5like.cli.inspections")  # modules whose functions are commands
 REPEAT_SECONDS = 0.1  # until the exception is raised again
 FORCE_EXIT_SECONDS = 1.0  # after which a second Ctrl-C ends the process without cleanup
 
@@ -72,7 +73,7 @@ class TerminationHandler:
         importer = _importer(frame, self._command)
         if importer is None:
             raise self.interrupted.with_traceback(None)
-        if importer.f_globals.get("__name__") == "t5like.cli.commands":  # imports of a command: no work has started yet
+        if importer.f_globals.get("__name__") in COMMANDS:  # imports of a command: no work has started yet
             self._end()
 
     def _end(self) -> None:
