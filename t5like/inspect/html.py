@@ -155,7 +155,8 @@ def page(title: str, sections: Iterable[tuple[str, Content]], *, style: str = ""
 STYLE = """
 :root { --page: #fff; --text: #1b1f24; --soft: #5b6470; --line: #d5dae0; --panel: #f5f7f9; --link: #0a5ea8;
   --good: #e3f4ea; --warning: #fff3d6; --bad: #fde5e1; --good-edge: #0b7a4b; --warning-edge: #a66a00;
-  --bad-edge: #b8321a;  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b5488a; --c4: #a07800; --c5: #3aa0dc; --c6: #6b7280;
+  --bad-edge: #b8321a;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b5488a; --c4: #a07800; --c5: #3aa0dc; --c6: #6b7280;
   --c7: #5b3fa0; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --text: #e6e9ec; --soft: #a0a9b3; --line: #363c43;
   --panel: #1d2125; --link: #7cc0ff; --good: #12301f; --warning: #362a0c; --bad: #3d1a14; --good-edge: #4cc38a;
