@@ -10,7 +10,7 @@ An array in the model, losses, objectives and generation ends in its logical sha
 The shape is logical: it does not change with the sharding. Nothing here imports JAX: named tuples are pytrees anyway.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,16 @@ class Sum(NamedTuple):
         return float(self.total) / max(float(self.weight), 1e-30)
 
 
+class Largest(NamedTuple):
+    """The largest of values that are not negative, over microbatches, devices, hosts, and steps until it is printed."""
+
+    value: Array
+
+    def mean(self) -> float:
+        """Return the value, under the name that `Sum` has for what is printed."""
+        return float(self.value)
+
+
 class TrainState(NamedTuple):
     """Everything that training changes; the arrays of a checkpoint.
 
@@ -88,7 +98,7 @@ class TrainState(NamedTuple):
     recent: Array | None = None
 
 
-Metrics = dict[str, Sum]
+Metrics = dict[str, Sum | Largest]
 
 
 class Auxiliary(NamedTuple):
@@ -122,10 +132,21 @@ NO_AUXILIARY = Auxiliary({}, {})
 COMPONENT_METRICS = ("by_component", "rows_by_component")
 
 
+def add_metrics(left: Metrics, right: Metrics, maximum: Callable[[Array, Array], Array] = np.maximum) -> Metrics:
+    """Metrics of two parts as those of both; the names are those of `left`. `maximum` is JAX's for arrays of JAX."""
+
+    def add(a: Sum | Largest, b: Sum | Largest) -> Sum | Largest:
+        if isinstance(a, Largest):
+            return Largest(maximum(a.value, b.value))
+        return Sum(a.total + b.total, a.weight + b.weight)
+
+    return {name: add(value, right[name]) for name, value in left.items()}
+
+
 def host_metrics(metrics: Metrics) -> dict[str, float]:
-    """Return the mean of each metric as a Python float, without `COMPONENT_METRICS`."""
+    """Return each metric as a Python float (a `Sum` as its mean), without `COMPONENT_METRICS`."""
     return {
-        name: Sum(np.asarray(value.total), np.asarray(value.weight)).mean()
+        name: type(value)(*map(np.asarray, value)).mean()
         for name, value in metrics.items()
         if name not in COMPONENT_METRICS
     }

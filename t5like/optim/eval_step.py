@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from t5like.config.schema import Config
 from t5like.optim.step import LossFn, pretrain_loss, split_microbatches
 from t5like.sharding import xla_options
-from t5like.types import Batch, Metrics, Tree
+from t5like.types import Batch, Metrics, Tree, add_metrics
 
 
 def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
@@ -19,7 +19,7 @@ def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[
 
     def eval_step(params: Tree, batch: Batch, total: Metrics) -> Metrics:
         def add(total, rows):
-            return jax.tree.map(jnp.add, total, loss_fn(config, params, rows, None).metrics), None
+            return add_metrics(total, loss_fn(config, params, rows, None).metrics, jnp.maximum), None
 
         if microbatches == 1:
             return add(total, batch)[0]

@@ -21,7 +21,7 @@ from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
 from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
 from t5like.sharding import placement, xla_options
-from t5like.types import Batch, Metrics, Sum, TrainState, Tree
+from t5like.types import Batch, Metrics, Sum, TrainState, Tree, add_metrics
 
 LossFn = Callable[[Config, Tree, Any, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
 ModelBatch = Callable[[Any], Batch]  # of what a `LossFn` takes, the batch that the model reads
@@ -95,7 +95,8 @@ def make_gradient(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[.
 
             def accumulate(sums, part):
                 index, rows = part
-                return jax.tree.map(jnp.add, sums, of_part(params, rows, jax.random.fold_in(key, index))), None
+                grads, metrics = of_part(params, rows, jax.random.fold_in(key, index))
+                return (jax.tree.map(jnp.add, sums[0], grads), add_metrics(sums[1], metrics, jnp.maximum)), None
 
             shapes = jax.eval_shape(of_part, params, jax.tree.map(lambda x: x[0], parts), key)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -123,32 +123,38 @@ def _replace_equal(old: Collected, new: Collected) -> Collected:
 
 
 def metrics(scorer: Scorer, collected: Collected) -> dict[str, Sum]:
-    """Metrics of sampled answers, named as TRL names them; means over the answers whose reward is known."""
+    """Metrics of sampled answers, named as TRL names them, over the answers whose reward is known."""
     answers, total_BG = collected.answers, collected.total_BG
     lengths_BG, complete_BG = answers.lengths_BG, ~answers.truncated_BG
+    sampling, scoring = collected.seconds
     values = {
-        "reward": mean(total_BG),
-        "reward_std": mean(_spread(total_BG)),
-        "frac_reward_zero_std": 1 - advantages.has_spread(total_BG).mean(),
-        "completions/mean_length": lengths_BG.mean(),
-        "completions/min_length": lengths_BG.min(),
-        "completions/max_length": lengths_BG.max(),
-        "completions/clipped_ratio": answers.truncated_BG.mean(),
-        "completions/mean_terminated_length": mean(np.where(complete_BG, lengths_BG, np.nan)),
-        "failed_rewards": np.isnan(collected.rewards_RBG).sum(),
-        "rollout_seconds": collected.seconds[0],
-        "reward_seconds": collected.seconds[1],
-        "rollout_tokens_per_second": lengths_BG.sum() / max(collected.seconds[0], 1e-9),
+        "reward": _sum(total_BG),
+        "reward_std": _sum(_spread(total_BG)),
+        "frac_reward_zero_std": _sum(1.0 - advantages.has_spread(total_BG)),
+        "completions/mean_length": _sum(lengths_BG),
+        "completions/min_length": Sum(lengths_BG.min(), 1),
+        "completions/max_length": Sum(lengths_BG.max(), 1),
+        "completions/clipped_ratio": _sum(answers.truncated_BG),
+        "completions/mean_terminated_length": _sum(np.where(complete_BG, lengths_BG, np.nan)),
+        "failed_rewards": Sum(np.isnan(collected.rewards_RBG).sum(), 1),
+        "rollout_seconds": Sum(sampling, 1),
+        "reward_seconds": Sum(scoring, 1),
+        "rollout_tokens_per_second": Sum(lengths_BG.sum(), sampling),
     }
     for name, values_BG in zip(scorer.names, collected.rewards_RBG, strict=True):
-        values |= {f"rewards/{name}/mean": mean(values_BG), f"rewards/{name}/std": mean(_spread(values_BG))}
-    return {name: Sum(np.float32(value), np.float32(1)) for name, value in values.items()}
+        values |= {f"rewards/{name}/mean": _sum(values_BG), f"rewards/{name}/std": _sum(_spread(values_BG))}
+    return {name: Sum(*map(np.float32, value)) for name, value in values.items()}
 
 
 def mean(values: np.ndarray) -> float:
     """The mean of the values that are known; 0 without any."""
+    return _sum(values).mean()
+
+
+def _sum(values: np.ndarray) -> Sum:
+    """The sum of the values that are known, and their number."""
     known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else 0.0
+    return Sum(known.sum(), known.size)
 
 
 def _spread(values_BG: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ sum, which is divided once by the weight of the metric `loss`. One device, a mes
 
 Metrics, as sums; the mean is over tokens, or over answers with * if `rl.ratio` is "sequence":
     loss: its weight is the denominator of the aggregation.
-    ratio/mean*: ratio of the probability to that before the first update with these answers.
+    ratio/mean*, ratio/max: ratio of the probability to that before the first update with these answers; the largest.
     clip_ratio/low_mean*, clip_ratio/high_mean*, clip_ratio/region_mean*: share that is clipped, below, above, either.
     sampler_gap, sampler_kl: |log p - log p of the sampler|; KL(sampler || trainer) by k3.
     importance_weight/mean, importance_weight/capped: the weight; the share at the cap.
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from t5like.config.rl_schema import RLConfig
 from t5like.optim.losses import Loss
-from t5like.types import Metrics, Sum
+from t5like.types import Largest, Metrics, Sum
 
 LARGEST_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp, which is 4.9e8: finite also in sums of squares
 
@@ -135,6 +135,7 @@ def _surrogate(rl, log_p_BGL, old_BGL, advantages_BGL, mask_BGL) -> tuple[jax.Ar
     is_high_BGL = (ratio_BGL > high) & (advantages_BGL > 0)
     return loss_BGL, {
         "ratio/mean": mean(ratio_BGL, mask_BGL),
+        "ratio/max": Largest(jnp.max(ratio_BGL * mask_BGL)),
         "clip_ratio/low_mean": mean(is_low_BGL, mask_BGL),
         "clip_ratio/high_mean": mean(is_high_BGL, mask_BGL),
         "clip_ratio/region_mean": mean(is_low_BGL | is_high_BGL, mask_BGL),

@@ -1,9 +1,8 @@
 """The metrics of each step: read from the device, summed, written and printed. Used by `loop`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
 
 from t5like import tree
 from t5like.config.schema import Config
@@ -15,7 +14,9 @@ from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
 from t5like.sharding import mesh as meshes
 from t5like.train.rewind import BadSteps
-from t5like.types import COMPONENT_METRICS, Metrics, TrainState, host_metrics
+from t5like.types import COMPONENT_METRICS, Metrics, TrainState, add_metrics, host_metrics
+
+LAST = ("tokens", "grad_norm", "learning_rate", "skipped_updates", "spikes")  # metrics of the last step alone
 
 
 def print_line(text: str) -> None:
@@ -26,8 +27,8 @@ def print_line(text: str) -> None:
 class StepReporter:
     """Reads each step's metrics from the device and passes them to the metric files and the progress bar.
 
-    Metrics of components (`pipeline.components`) are means over the steps since the last log, because one step may
-    have few rows of each.
+    Metrics of components (`pipeline.components`) and all of `t5like rl` are over the steps since the last log, because
+    one step has few rows of each component, and few answers.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class StepReporter:
             on_bad_step: called with the number of completed steps and the metrics of a bad step.
             on_step: called with the number of completed steps at the end of each report.
         """
-        self._train, self._writer, self._progress, self._throughput = config.train, writer, progress, throughput
+        self._config, self._train = config, config.train
+        self._writer, self._progress, self._throughput = writer, progress, throughput
         self._bad_steps, self._on_bad_step, self._on_step = bad_steps, on_bad_step, on_step
         self._names = pipeline.component_names(config)
-        self._components = None  # sums since the last log
+        self._sums: Metrics = {}  # since the last log
 
     def __call__(self, done: int, on_device: Metrics) -> None:
         """Report a completed step. Then `bad_steps` is up to date."""
@@ -57,22 +59,21 @@ class StepReporter:
             sums = jax.device_get(on_device)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
         self._throughput.tick(values.pop("train/tokens"))
-        if "by_component" in sums:
-            new = {name: sums[name] for name in COMPONENT_METRICS}
-            self._components = jax.tree.map(np.add, self._components, new) if self._components else new
+        of_rl = self._config.rl.method != "none"
+        new = {name: value for name, value in sums.items() if name in COMPONENT_METRICS or (of_rl and name not in LAST)}
+        self._sums = add_metrics(self._sums, new) if self._sums else new
         if reason := self._bad_steps.observe(done, values):
             action = "update skipped" if values["train/skipped_updates"] else "update made"
             self._progress.note(f"step {done:,}: {reason}, {action} ({self._bad_steps.history.bad_steps} in a row)")
             with self._throughput.pause():
                 self._on_bad_step(done, values)
         if done % self._train.log_every == 0 or done == self._train.num_steps or reason:
+            values |= {f"train/{name}": value for name, value in host_metrics(self._sums).items()}
             values |= self._throughput.read()
-            if {"train/rollout_seconds", "train/step_seconds"} <= values.keys():
-                sampling = values["train/rollout_seconds"] + values["train/reward_seconds"]
-                values["train/update_seconds"] = max(values["train/step_seconds"] - sampling, 0.0)
-            if self._components:
-                values |= writers.by_component("train", self._names, self._components)
-                self._components = None
+            values |= _of_updates(values, self._config.rl.updates_per_rollout)
+            if "by_component" in self._sums:
+                values |= writers.by_component("train", self._names, self._sums)
+            self._sums = {}
             self._writer.write(done, values)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
         if self._on_step:
@@ -82,9 +83,21 @@ class StepReporter:
         """Continue after an earlier step; its later metrics are removed."""
         bad = self._bad_steps.last[0]
         self._progress.note(f"rewind     to step {step:,}; the batches up to step {bad:,} are passed over")
-        self._components = None
+        self._sums = {}
         self._writer.go_back(step)
         self._progress.go_back(step)
+
+
+def _of_updates(values: Mapping[str, float], updates_per_rollout: int) -> dict[str, float]:
+    """Time and speed of the updates of `t5like rl`, without sampling and rewards; nothing for other runs."""
+    if not {"train/rollout_seconds", "train/step_seconds"} <= values.keys():
+        return {}
+    sampling = (values["train/rollout_seconds"] + values["train/reward_seconds"]) / updates_per_rollout
+    seconds = values["train/step_seconds"] - sampling
+    if seconds <= 0:
+        return {}
+    tokens = values["train/tokens_per_second"] * values["train/step_seconds"]
+    return {"train/update_seconds": seconds, "train/update_tokens_per_second": tokens / seconds}
 
 
 def describe_devices(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> list[str]:

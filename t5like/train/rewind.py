@@ -34,6 +34,7 @@ class BadSteps:
     def __init__(self, config: Config, history: History):
         self._train, self._learning_rate = config.train, config.optimizer.learning_rate
         self.history, self.last = history, (0, "")
+        self._updates = config.rl.updates_per_rollout
 
     def observe(self, done: int, values: Mapping[str, float]) -> str | None:
         """Take the metrics of a completed step; return what is wrong with it, or None."""
@@ -80,7 +81,8 @@ class BadSteps:
                 "optimizer.warmup_steps"
             )
         checkpoints.delete_after(target)
-        rows, rewinds = self.history.rows.passing_over(target, done), self.history.rewinds + 1
+        end = -(-done // self._updates) * self._updates  # the steps of a rollout share its prompts
+        rows, rewinds = self.history.rows.passing_over(target, end), self.history.rewinds + 1
         self.history = self.history._replace(rows=rows, rewinds=rewinds, bad_steps=0)
         return target
 

@@ -1,17 +1,23 @@
 """What a step learns from: failed rewards, groups without spread, cut and overlong answers, further rollouts."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_encode_once import shape_of
 
+from t5like.checkpoint.metadata import first_history
 from t5like.inference.prompt_format import Prompt
+from t5like.metrics.throughput import Throughput
 from t5like.rl import collection, experience
 from t5like.rl.collection import Collected
 from t5like.rl.on_policy import OnPolicy
 from t5like.rl.prompts import Example, PromptBatches
 from t5like.rl.rollouts import Answers
+from t5like.train.report import StepReporter
+from t5like.train.rewind import BadSteps
+from t5like.types import Largest, Sum
 
 NAN = float("nan")
 PROMPTS, ANSWERS = 16, 3
@@ -65,7 +71,7 @@ def test_an_answer_whose_reward_failed_has_no_advantage_and_is_in_no_baseline(mo
     np.testing.assert_array_equal(step.total_BG, [[NAN, 1, 2]] * 8)
     np.testing.assert_array_equal(learned(step).advantages_BGL[..., 0], [[0, -0.5, 0.5]] * 8)
     values = collection.metrics(Scores(None), step)
-    assert values["failed_rewards"].total == 8 and values["reward"].total == 1.5
+    assert values["failed_rewards"].mean() == 8 and values["reward"] == (24.0, 16.0)
     zero, _ = collected(monkeypatch, fails, failed_reward="zero")
     np.testing.assert_array_equal(zero.total_BG, [[0, 1, 2]] * 8)
     np.testing.assert_array_equal(learned(zero).advantages_BGL[..., 0], [[-1, 0, 1]] * 8)
@@ -84,7 +90,7 @@ def test_a_step_without_any_reward_or_spread_has_no_gradient_and_finite_metrics(
         assert not rows.advantages_BGL.any()
         assert (advantage == "gae") != rows.mask_BGL.any()
     values = collection.metrics(Scores(None), step)
-    assert all(np.isfinite(value.total) for value in values.values()) and values["frac_reward_zero_std"].total == 1
+    assert all(np.isfinite(value.total) for value in values.values()) and values["frac_reward_zero_std"].mean() == 1
 
 
 def test_masked_cut_answers_are_in_the_baseline_and_have_no_loss(monkeypatch):
@@ -94,7 +100,7 @@ def test_masked_cut_answers_are_in_the_baseline_and_have_no_loss(monkeypatch):
     np.testing.assert_array_equal(masked.mask_BGL.sum(-1), [[3, 4, 0]] * 8)
     np.testing.assert_array_equal(masked.advantages_BGL[:, :2], kept.advantages_BGL[:, :2])
     assert kept.advantages_BGL[0, 0, 0] == -1 and not masked.advantages_BGL[:, 2].any()
-    assert collection.metrics(Scores(None), step)["completions/clipped_ratio"].total == np.float32(1 / 3)
+    assert collection.metrics(Scores(None), step)["completions/clipped_ratio"] == (8, 24)
 
 
 def test_the_overlong_penalty_counts_tokens(monkeypatch):
@@ -133,3 +139,32 @@ def test_prompts_of_a_step_depend_on_seed_row_and_redraw_alone():
     epochs = batches.indices(np.arange(32)).reshape(2, PROMPTS)
     assert (np.sort(epochs) == np.arange(PROMPTS)).all() and (epochs[0] != epochs[1]).any()
     assert (batches.indices(np.arange(32), redraw=1) != epochs.ravel()).any()
+
+
+def test_a_rewind_in_the_middle_of_a_rollout_passes_over_all_of_its_prompts():
+    config = shape_of(rl={"updates_per_rollout": 4})
+    batches, bad = PromptBatches(config, PROMPTS), BadSteps(config, first_history(config))
+    seen = [batches.at(step).tolist() for step in (0, 4)]
+    bad.last, bad.history = (6, "the loss is not finite"), bad.history._replace(bad_steps=1)
+    checkpoints = SimpleNamespace(wait=lambda: None, steps=lambda: [4], delete_after=lambda step: None)
+    assert bad.rewind(checkpoints) == 4
+    batches.follow(bad.history.rows)
+    assert batches.at(0).tolist() == seen[0]
+    assert batches.at(4).tolist() == batches.at(7).tolist() == list(range(16, 24))  # those of rollouts 0, 1: below 16
+    assert batches.at(8).tolist() == list(range(24, 32))
+
+
+def test_metrics_are_over_all_steps_since_the_last_line():
+    config = shape_of(rl={"method": "policy"})
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=2, num_steps=8))
+    lines, ignored = [], SimpleNamespace(update=lambda *_: None, note=lambda _: None)
+    writer = SimpleNamespace(write=lambda step, values: lines.append((step, values)))
+    bad = BadSteps(config, first_history(config))
+    report = StepReporter(config, writer, ignored, Throughput(0.0, None), bad, lambda *_: None)
+    one = Sum(np.float32(1), np.float32(1))
+    for done, (total, weight) in enumerate([(3, 1), (1, 3), (5, 1), (5, 1)], start=1):
+        same = {"loss": one, "grad_norm": one, "skipped_updates": Sum(np.float32(0), np.float32(1)), "tokens": one}
+        largest = Largest(np.float32(total))
+        report(done, same | {"reward": Sum(np.float32(total), np.float32(weight)), "ratio/max": largest})
+    values = [(step, values["train/reward"], values["train/ratio/max"]) for step, values in lines]
+    assert values == [(2, 1.0, 3.0), (4, 5.0, 5.0)]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from t5like.config.rl_schema import RLConfig
 from t5like.optim.losses import Loss
 from t5like.rl.policy_loss import kl, policy_loss
-from t5like.types import Sum
+from t5like.types import Sum, add_metrics
 
 LONGEST = 7  # max_answer_tokens
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
@@ -182,8 +182,11 @@ def test_microbatches_add_up_to_the_whole_batch(rng, aggregation):
     x = example(rng, groups=4)
     whole = loss_of(rl, x)
     parts = [loss_of(rl, {name: array[[i]] for name, array in x.items()}) for i in range(4)]
-    total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-    for ours, wanted in zip(jax.tree.leaves(total), jax.tree.leaves(whole), strict=True):
+    objective, metrics = (
+        sum(part.objective for part in parts),
+        functools.reduce(add_metrics, [part.metrics for part in parts]),
+    )
+    for ours, wanted in zip(jax.tree.leaves((objective, metrics)), jax.tree.leaves(tuple(whole)), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
     assert abs(np.mean([mean_of(part) for part in parts]) - mean_of(whole)) > 1e-3
 
@@ -243,7 +246,7 @@ def test_clipped_tokens_are_counted_and_have_no_gradient():
     metrics = {name: value.mean() for name, value in loss.metrics.items()}
     assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == pytest.approx(1 / 6)
     assert metrics["clip_ratio/region_mean"] == pytest.approx(2 / 6)
-    assert metrics["ratio/mean"] == pytest.approx(3.5 / 3)
+    assert metrics["ratio/mean"] == pytest.approx(3.5 / 3) and metrics["ratio/max"] == pytest.approx(2)
     assert float(loss.objective) == pytest.approx(-(0.5 + 1 + 1.28) + (0.8 + 1 + 2), rel=1e-6)
     np.testing.assert_allclose(
         gradients(rl, x)["log_p_BGL"], np.array([[[-0.5, -1, 0], [0, 1, 2]]]) / 6, rtol=1e-5, atol=1e-7

@@ -144,7 +144,7 @@ class RewardPool:
         self._starter.shutdown()
 
     def score(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]) -> np.ndarray:
-        """The rewards of G answers to each of B rows.
+        """The rewards of G answers to each of B rows. Equal answers to equal rows are scored once.
 
         Args:
             rows: per prompt, the fields of its record, and its text of `data.targets_template` under ``targets``.
@@ -161,7 +161,8 @@ class RewardPool:
             raise ValueError(f"{len(rows)} rows need as many lists of answers, of equal length")
         values_RBG = np.full(shape, self._failed_value)
         failures: dict[_Item, str] = {}
-        waiting = _chunks(shape, self._count)
+        first = _first_of_equals(rows, answers)
+        waiting = _chunks(shape[0], [place for place in first if first[place] == place], self._count)
         with self._lock:
             while waiting or any(worker.items for worker in self._workers):
                 for worker in self._workers:
@@ -176,6 +177,13 @@ class RewardPool:
                 for worker in [*self._workers]:
                     if worker.ended or time.monotonic() >= worker.limit(self._timeout):
                         self._replace(worker, waiting, failures)
+        for (row, answer), (first_row, first_answer) in first.items():
+            values_RBG[:, row, answer] = values_RBG[:, first_row, first_answer]
+            failures |= {
+                (reward, row, answer): failures[reward, first_row, first_answer]
+                for reward in range(shape[0])
+                if (reward, first_row, first_answer) in failures
+            }
         self._count_failures(failures)
         return values_RBG
 
@@ -229,9 +237,21 @@ class RewardPool:
         return _Worker(process, ours, time.monotonic())
 
 
-def _chunks(shape: tuple[int, int, int], workers: int) -> deque[tuple[_Item, ...]]:
-    """All rewards, in messages that are small enough to keep all processes busy until the end."""
-    rewards, rows, answers = map(range, shape)
-    items = [(reward, row, answer) for row in rows for answer in answers for reward in rewards]
+def _first_of_equals(
+    rows: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[str]]
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """For each (row, answer of the row) the first one that has equal fields and an equal text."""
+    known: dict[tuple[bytes, str], tuple[int, int]] = {}
+    first = {}
+    for row, texts in enumerate(answers):
+        fields = pickled(dict(rows[row]))
+        for answer, text in enumerate(texts):
+            first[row, answer] = known.setdefault((fields, text), (row, answer))
+    return first
+
+
+def _chunks(rewards: int, places: Sequence[tuple[int, int]], workers: int) -> deque[tuple[_Item, ...]]:
+    """All rewards of (row, answer) pairs, in messages that are small enough to keep all processes busy to the end."""
+    items = [(reward, *place) for place in places for reward in range(rewards)]
     size = min(MOST_ITEMS, max(1, len(items) // (4 * workers)))
     return deque(tuple(items[begin : begin + size]) for begin in range(0, len(items), size))

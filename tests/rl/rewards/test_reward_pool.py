@@ -31,6 +31,7 @@ def score(row, answer):
     if answer == "hang": time.sleep(1000)
     if answer == "die": os._exit(0)
     if answer == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if answer == "counted": open("counted", "a").write("x")
     if answer == "print": print("printed")
     if answer == "signals": os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)
     if answer == "change": row["targets"] = "changed"
@@ -99,6 +100,15 @@ def test_values_dont_depend_on_the_number_of_processes(rewards, pool):
     np.testing.assert_array_equal(pool.score(rows, answers)[1], expected)
 
 
+def test_equal_answers_to_equal_rows_are_scored_once(pool, rewards):
+    rows, answers = [{"number": 1}, {"number": 2}, {"number": 1}], [["counted", "nan", "counted"]] * 3
+    before = pool.failures[rewards[1].name]
+    values_RBG = pool.score(rows, answers)
+    np.testing.assert_array_equal(values_RBG[1], [[8, np.nan, 8], [9, np.nan, 9], [8, np.nan, 8]])
+    assert Path("counted").read_text() == "xx"
+    assert pool.failures[rewards[1].name] - before == 3
+
+
 def test_no_prompts_and_no_rewards_give_empty_arrays(pool):
     assert pool.score([], []).shape == (2, 0, 0)
     with RewardPool([], 1, 1.0) as empty:
@@ -128,7 +138,7 @@ with RewardPool([Reward("tests", 1.0, PythonTests("tests", 100.0))], 2, 100.0) a
     print("ready", flush=True)
     loop = "import os, time\\nif not os.fork(): os.setsid()\\nos.fork()\\ntime.sleep(1000)"
     if "end" not in sys.argv:
-        pool.score([{"tests": "assert x == 1"}], [[loop] * 4])
+        pool.score([{"tests": "assert x == 1"}], [[f"{loop} + {i}" for i in range(4)]])
 """
 
 
