@@ -31,6 +31,7 @@ from t5like.checkpoint import recovery
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
+from t5like.checkpoint.run_directory import check_initial_run
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -124,10 +125,7 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
     """
     init = config.init_from
     directory = expand(init.checkpoint)
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"init_from.checkpoint={init.checkpoint} contains no run; use the directory of a trained one"
-        )
+    check_initial_run(config, None)
     tree.mask(abstract.params, init.reinitialize, field="init_from.reinitialize")
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     read = partial(_read, config, abstract, tokenizer, checkpoints)

@@ -162,7 +162,11 @@ def with_run_tokenizer(config: Config, workdir: Path) -> Config:
 
     The ids are those of the run that continues, or of the run in `init_from.checkpoint`. A run that continues has a
     copy of its tokenizer, which replaces a file that is gone, such as that of weights it began with.
+
+    Raises:
+        CheckpointError: see `check_initial_run`.
     """
+    check_initial_run(config, workdir)
     tokenizer, init, own = config.tokenizer, config.init_from, workdir / "tokenizer.model"
     gone = tokenizer.path and not expand(tokenizer.path).exists() and (workdir / "config.json").is_file()
     if (own.is_file() and gone) or (not tokenizer.path and is_imported(workdir)):
@@ -223,6 +227,17 @@ def check_run_directory(config: Config, workdir: Path, allowed: Sequence[str] = 
             ) from None
     except OSError as error:
         raise CheckpointError(f"--workdir={workdir} can't be used: {error.strerror}; use another --workdir") from None
+
+
+def check_initial_run(config: Config, workdir: Path | None) -> None:
+    """Raise CheckpointError if `init_from.checkpoint` holds no run, and is needed: the run in `workdir` has not begun.
+
+    Called before anything of that run is read, such as its tokenizer, so that the message names the field to change.
+    """
+    checkpoint = config.init_from.checkpoint
+    begun = workdir and (workdir / "config.json").is_file()
+    if checkpoint and not begun and not (expand(checkpoint) / "config.json").is_file():
+        raise CheckpointError(f"init_from.checkpoint={checkpoint} contains no run; use the directory of a trained one")
 
 
 def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allowed: Sequence[str] = ()) -> None:

@@ -83,6 +83,7 @@ def _train(options: argparse.Namespace, config: "Config", train: Callable[..., N
 def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like prepare`."""
     config = load_config(options, overrides)
+    from t5like.checkpoint.run_directory import check_initial_run, check_run_directory, open_run_directory
     from t5like.data import pipeline
     from t5like.data.sources.names import source_names
     from t5like.data.store import preparation, statistics
@@ -90,10 +91,10 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     from t5like.distributed.shared_file_systems import once_per_file_system
 
     pipeline.spec(config)
-    if options.workdir:
-        from t5like.checkpoint.run_directory import check_run_directory, open_run_directory
-
-        check_run_directory(config, workdir := expand(options.workdir).absolute())
+    workdir = expand(options.workdir).absolute() if options.workdir else None
+    check_initial_run(config, workdir)
+    if workdir:
+        check_run_directory(config, workdir)
     directory = cache_directory(config.data.cache_directory)
     with process_group(None, config, {}, continues=True):
         prepared = once_per_file_system("preparing the data", directory, partial(preparation.prepare, config))
@@ -103,7 +104,7 @@ def prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     directories = [f"in {store.directory}" for store in prepared.stores]
     for line in statistics.lines(source_names(config.data), prepared.stores, directories):
         print(printable(f"data       {line}"))
-    if options.workdir:
+    if workdir:
         open_run_directory(config, prepared.tokenizer, workdir)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5like.checkpoint.run_directory import check_run_directory, with_run_tokenizer
+from t5like.checkpoint.run_directory import check_initial_run, check_run_directory, with_run_tokenizer
 from t5like.config.schema import Config
 from t5like.data.store import preparation
 from t5like.errors import UserError
@@ -30,6 +30,10 @@ class Check(NamedTuple):
 
 def run_checks(config: Config, workdir: Path | None) -> list[Check]:
     """All checks; `config` is valid and its batch divides over the mesh, which the caller has checked."""
+    try:
+        check_initial_run(config, workdir)
+    except UserError as error:  # its tokenizer, on which all other checks depend, is there too
+        return [Check("init_from", "wrong", str(error), error)]
     if workdir is not None:
         config = with_run_tokenizer(config, workdir)
     checks = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]

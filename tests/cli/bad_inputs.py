@@ -81,7 +81,7 @@ FIELDS_TOGETHER = (
     "tokenizer.vocab_size=2000",
 )
 
-# ---- `t5like rl` and others: the command, and fields beside the flags of `conftest.rl_flags`; code 2 or 3 ----
+# ---- `t5like rl` and others: the command, and fields beside the flags of `conftest.rl_flags`; code 2, 3 or 4 ----
 
 RL = (
     "train",
@@ -101,6 +101,7 @@ RL = (
     "rl rl.method=dpo rl.rewards= rl.rejected_field=worse",
     "rl init_from.checkpoint=",
     "rl init_from.checkpoint=/proc/nowhere",
+    "prepare init_from.checkpoint=/proc/nowhere",
     "rl model.architecture=encoder",
     "rl data.objective=causal_lm",
     "rl data.rates=1",

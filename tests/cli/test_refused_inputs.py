@@ -18,7 +18,7 @@ from t5like.cli.main import main
 TABLE = Path(__file__).parents[1] / "golden" / "refusals.txt"
 COMPARED = 160  # characters of a line
 CODES = {"command line": {2}, "field": {2}, "config file": {2}, "data": {3}, "tokenizer": {3}, "checkpoint": {4}}
-CODES |= {"model": {3, 4}, "rl": {2, 3}}  # 3: its tokenizer; its records
+CODES |= {"model": {3, 4}, "rl": {2, 3, 4}}  # 3: its tokenizer; its records; 4: its first weights
 RENEW = "T5LIKE_RENEW_REFUSALS"  # the environment variable with which the test writes the table
 
 
