@@ -4,7 +4,7 @@ Called by `train`, which decides which values are written; `types.host_metrics` 
 ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
 ``train/step_seconds``, ``train/mfu`` (0 to 1), ``train/packing_efficiency`` (0 to 1: share of token positions that are
 not padding), ``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits_per_byte``, ``baseline/uniform``,
-``baseline/unigram``, those of `by_component`, and the scores of `evaluation.task_eval`.
+``baseline/unigram``, those of `time_spent` and `by_component`, and the scores of `evaluation.task_eval`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from t5like.errors import CheckpointError, DataError
 from t5like.io.appending import AppendingFile
 from t5like.io.atomic import replace_file
 from t5like.io.strict_json import loads
+from t5like.metrics.time_spent import PREFIX
 from t5like.types import COMPONENT_METRICS, Metrics
 
 FILE = "metrics.jsonl"  # in a run directory
@@ -111,6 +112,13 @@ def _record(line: bytes) -> dict[str, float | None] | None:
     return record if all(map(fits, record.values())) else None
 
 
+def seconds_spent(records: Iterable[Mapping[str, float | None]]) -> float:
+    """The sum of all parts of `time_spent` in some records."""
+    return math.fsum(
+        value for record in records for name, value in record.items() if name.startswith(PREFIX) and value is not None
+    )
+
+
 class Writer:
     """Writes values to metrics.jsonl and to TensorBoard events, in the run directory, from one process.
 
@@ -118,6 +126,9 @@ class Writer:
     NaN; TensorBoard gets the value itself. On resume both drop all later steps, and a value that the file already has
     for the resumed step is not written again: each name occurs once per step. A run continues without these files as
     long as they can't be written (`io.appending`).
+
+    Attributes:
+        undone_seconds: of the later steps that were dropped, all parts of `time_spent` together.
     """
 
     def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
@@ -128,6 +139,7 @@ class Writer:
             DataError: see `read`.
         """
         self._file = self._events = None
+        self.undone_seconds = 0.0
         self._workdir = workdir
         if primary:
             self._open(step)
@@ -140,7 +152,9 @@ class Writer:
 
     def _open(self, step: int) -> None:
         workdir = self._workdir
-        kept = [record for record in read(workdir) if record["step"] <= step]
+        records = read(workdir)
+        kept = [record for record in records if record["step"] <= step]
+        self.undone_seconds = seconds_spent(record for record in records if record["step"] > step)
         self._known = {(step, name) for record in kept if record["step"] == step for name in record}
         self._step = step
         text = "".join(json.dumps(record) + "\n" for record in kept)

@@ -30,6 +30,7 @@ from t5like.metrics import flops, writers
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
+from t5like.metrics.time_spent import TimeSpent
 from t5like.optim import schedules, step, train_state
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
@@ -63,7 +64,7 @@ def train(
     Raises:
         UserError: see `errors`; nothing of an earlier run in `workdir` is lost.
     """
-    batch = pipeline.spec(config)
+    batch, spent = pipeline.spec(config), TimeSpent()
     config = with_run_tokenizer(config, workdir)
     check_run_directory(config, workdir, allowed)
     primary = processes.is_primary()
@@ -141,11 +142,11 @@ def train(
     bad_steps = BadSteps(config, history)
     evidence = Evidence(config, workdir, mesh, task, checkpoints)
     keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values)
-    report = StepReporter(config, writer, progress, throughput, bad_steps, keep_evidence, on_step)
+    report = StepReporter(config, writer, progress, throughput, spent, bad_steps, keep_evidence, on_step)
     profiler = Profiler(workdir / "profile", config.train.profile_step)
 
     def evaluate(done: int, *, early: bool = False) -> None:
-        with throughput.pause():
+        with throughput.pause(), spent.of("evaluate"):
             params = state.params if state.ema is None else state.ema
             values, text = task.evaluate(params, done, stop.point, early=early)
             writer.write(done, values)
@@ -155,26 +156,26 @@ def train(
         """Wait until all data that the run has been trained on is verified."""
         if verification.pending:
             progress.note(f"step {done:,}: the token store is verified before the first checkpoint is saved")
-            with throughput.pause():
+            with throughput.pause(), spent.of("pauses"):
                 verification.wait()
                 processes.barrier("verifying the data", step=done)
 
     def compare(done: int) -> None:
-        with throughput.pause(), watchdog("comparing replicas", done):
+        with throughput.pause(), spent.of("pauses"), watchdog("comparing replicas", done):
             compare_replicas(state, done, checkpoints.wait)
 
     def save(done: int) -> None:
-        with throughput.pause(), watchdog("saving a checkpoint", done, times=2):
+        with throughput.pause(), spent.of("save"), watchdog("saving a checkpoint", done, times=2):
             saved = {"config": config, "tokenizer": tokenizer.model_bytes, "tokenizer_hash": tokenizer.hash}
             checkpoints.save(state, **saved, history=bad_steps.history)
 
     def finish_saving(done: int) -> None:
-        with watchdog("completing a checkpoint", done, times=2):
+        with spent.of("save"), watchdog("completing a checkpoint", done, times=2):
             checkpoints.wait()
 
     def rewind() -> TrainState:
         """Go back to the checkpoint before the bad steps, and pass over the batches that led to them."""
-        with throughput.pause(), watchdog("rewinding", times=3):
+        with throughput.pause(), spent.of("pauses"), watchdog("rewinding", times=3):
             target = bad_steps.rewind(checkpoints)
             batches.follow(bad_steps.history.rows)
             upcoming.go_to(target)
@@ -209,17 +210,19 @@ def train(
         # On a CPU, dispatching the next step early gains nothing, and its buffers would be a second set.
         synchronous = mesh.devices.flat[0].platform == "cpu"
         rows = placement.local_rows(mesh, config.data.batch_size)
-        upcoming = TrainingBatches(batches, start, config.train.num_steps, rows)
+        upcoming = TrainingBatches(batches, start, config.train.num_steps, rows, spent)
         for index, numpy_batch in upcoming:
             if index % task.updates_per_batch == 0:
                 stop.point()
             profiler.before(index + 1)
             try:
-                device_batch, notes = task.device_batch(state, index, numpy_batch)
+                with spent.of("inputs"):
+                    device_batch, notes = task.device_batch(state, index, numpy_batch)
             except Diverged:
                 finish_saving(done)  # the newest good checkpoint
                 raise
-            state, values = train_step(state, device_batch)
+            with spent.of("device"):
+                state, values = train_step(state, device_batch)
             values |= notes
             if pending:
                 report(*pending)
@@ -250,6 +253,7 @@ def train(
                     state, pending = rewind(), None
                     done = int(state.step)
     profiler.stop()
+    writer.write(done, spent.read())  # with the last evaluation and checkpoint
     writer.close()
 
     # ---- Summary ----

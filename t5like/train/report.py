@@ -12,6 +12,7 @@ from t5like.errors import printable
 from t5like.metrics import writers
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
+from t5like.metrics.time_spent import TimeSpent
 from t5like.sharding import mesh as meshes
 from t5like.train.rewind import BadSteps
 from t5like.types import COMPONENT_METRICS, Metrics, TrainState, add_metrics, host_metrics
@@ -37,6 +38,7 @@ class StepReporter:
         writer: writers.Writer,
         progress: Progress,
         throughput: Throughput,
+        spent: TimeSpent,
         bad_steps: BadSteps,
         on_bad_step: Callable[[int, dict[str, float]], None],
         on_step: Callable[[int], None] | None = None,
@@ -49,13 +51,16 @@ class StepReporter:
         """
         self._config, self._train = config, config.train
         self._writer, self._progress, self._throughput = writer, progress, throughput
+        self._spent = spent
+        spent.add_undone(writer.undone_seconds)
+        spent.begin_steps()
         self._bad_steps, self._on_bad_step, self._on_step = bad_steps, on_bad_step, on_step
         self._names = pipeline.component_names(config)
         self._sums: Metrics = {}  # since the last log
 
     def __call__(self, done: int, on_device: Metrics) -> None:
         """Report a completed step. Then `bad_steps` is up to date."""
-        with watchdog("a training step", done):
+        with self._spent.of("device"), watchdog("a training step", done):
             sums = jax.device_get(on_device)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
         self._throughput.tick(values.pop("train/tokens"))
@@ -65,7 +70,7 @@ class StepReporter:
         if reason := self._bad_steps.observe(done, values):
             action = "update skipped" if values["train/skipped_updates"] else "update made"
             self._progress.note(f"step {done:,}: {reason}, {action} ({self._bad_steps.history.bad_steps} in a row)")
-            with self._throughput.pause():
+            with self._throughput.pause(), self._spent.of("pauses"):
                 self._on_bad_step(done, values)
         if done % self._train.log_every == 0 or done == self._train.num_steps or reason:
             values |= {f"train/{name}": value for name, value in host_metrics(self._sums).items()}
@@ -74,6 +79,8 @@ class StepReporter:
             if "by_component" in self._sums:
                 values |= writers.by_component("train", self._names, self._sums)
             self._sums = {}
+            if done != self._train.num_steps:  # there, the loop writes them after the last checkpoint
+                values |= self._spent.read()
             self._writer.write(done, values)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
         if self._on_step:
@@ -85,6 +92,7 @@ class StepReporter:
         self._progress.note(f"rewind     to step {step:,}; the batches up to step {bad:,} are passed over")
         self._sums = {}
         self._writer.go_back(step)
+        self._spent.add_undone(self._writer.undone_seconds)
         self._progress.go_back(step)
 
 

@@ -21,6 +21,7 @@ from t5like.data import pipeline
 from t5like.data.pipeline import StepBatches
 from t5like.distributed import processes
 from t5like.errors import Diverged, shorten
+from t5like.metrics.time_spent import TimeSpent
 
 
 class BadSteps:
@@ -102,9 +103,9 @@ def describe(values: Mapping[str, float]) -> str | None:
 class TrainingBatches:
     """An iterator over (step, batch) that can continue from another step; batches are made ahead in a thread."""
 
-    def __init__(self, batches: StepBatches, start: int, stop: int, rows):
-        """Steps [start, stop); `rows`: see `Batches.at`."""
-        self._batches, self._stop, self._rows = batches, stop, rows
+    def __init__(self, batches: StepBatches, start: int, stop: int, rows, spent: TimeSpent):
+        """Steps [start, stop); `rows`: see `Batches.at`; `spent` measures the time of waiting."""
+        self._batches, self._stop, self._rows, self._spent = batches, stop, rows, spent
         self.go_to(start)
 
     def go_to(self, step: int) -> None:
@@ -116,6 +117,7 @@ class TrainingBatches:
         return self
 
     def __next__(self) -> tuple[int, Any]:
-        batch = next(self._ahead)
+        with self._spent.of("data"):
+            batch = next(self._ahead)
         self._step += 1
         return self._step - 1, batch

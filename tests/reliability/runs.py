@@ -18,10 +18,11 @@ import one_device
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.step_directories import COMMITTED, STEP
+from t5like.metrics.time_spent import PARTS
 from t5like.metrics.writers import read
 
 ROOT = Path(__file__).parents[2]
-SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu"}
+SPEED = {"train/tokens_per_second", "train/step_seconds", "train/mfu", *(f"time/{part}" for part in PARTS)}
 LIMIT = 120.0  # seconds for one start; a test that waits longer fails
 LAST = 150  # steps of a run
 
