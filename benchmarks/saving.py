@@ -4,7 +4,8 @@
 
 The state of the config, with random values, is saved `--rounds` times into DIR (default: a temporary directory). Prints
 JSON lines: the machine; the size of the state, and how long the loop waits for a save (`stall_s`, and in CPU time of
-its thread `stall_cpu_s`), the save is in progress (`save_s`), and what it costs all threads in CPU time (`cpu_s`).
+its thread `stall_cpu_s`), the save is in progress (`save_s`), what it costs all threads in CPU time (`cpu_s`), and the
+part of it for the digests of all arrays (`digest_cpu_s`).
 With --steps=N, N steps of `train_step.py` without and N steps with a save that starts before the first of them are run
 in turns, and the CPU time that the save adds is printed (`added_cpu_s`), its share of `--every` steps, and the number
 of steps between saves at which it is 5 %. Results are medians over the rounds.
@@ -87,6 +88,9 @@ def save_alone(checkpoints: "Checkpoints", config: Config, rounds: int) -> None:
     """Measure saves while nothing else runs."""
     import jax
 
+    from t5like.checkpoint import digests
+    from t5like.checkpoint.checkpoints import leaves_of
+
     state, spent = random_state(config), []
     for index in range(rounds):
         begin, cpu = time.perf_counter(), time.process_time()
@@ -98,7 +102,18 @@ def save_alone(checkpoints: "Checkpoints", config: Config, rounds: int) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     stall, own, whole, cpu = (statistics.median(part) for part in zip(*spent, strict=True))
     stalls = [each[0] for each in spent]
-    measurement.emit(state_mb=size / 1e6, stall_s=stall, stall_cpu_s=own, save_s=whole, cpu_s=cpu, stalls_s=stalls)
+    begin = time.process_time()
+    digests.examine(leaves_of(state))
+    digest = time.process_time() - begin
+    measurement.emit(
+        state_mb=size / 1e6,
+        stall_s=stall,
+        stall_cpu_s=own,
+        save_s=whole,
+        cpu_s=cpu,
+        digest_cpu_s=digest,
+        stalls_s=stalls,
+    )
 
 
 def save_during_steps(checkpoints: "Checkpoints", config: Config, options: argparse.Namespace) -> None:
