@@ -16,6 +16,7 @@ MUTABLE_FIELDS = (
     "mesh.",
     "train.num_steps",
     "train.log_every",
+    "train.stats_every",
     "train.eval_every",
     "train.early_evals",
     "train.eval_batches",

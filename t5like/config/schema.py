@@ -250,6 +250,9 @@ class TrainConfig:
     label_smoothing: Share = 0.0  # probability that moves from the target to all other tokens, as in T5X
     loss_chunk: NotNegative = 0  # target tokens per chunk of the loss computation; 0: all in one chunk
     log_every: Positive = 10  # steps between lines of training metrics
+    # Steps between statistics of each layer and parameter in the metrics (norms, update ratios, activations); 0: none.
+    # Such a step takes about two and a half times as long.
+    stats_every: NotNegative = 0
     eval_every: Positive = 1_000  # steps between evaluations; the first is before step 1, the last at the end
     # additional evaluations of the loss after 1/2, 1/4, 1/8, ... of eval_every
     early_evals: Annotated[int, Range(0, 31)] = 4

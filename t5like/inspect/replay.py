@@ -27,13 +27,13 @@ from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.errors import CheckpointError, ConfigError
 from t5like.inspect import first_nonfinite
-from t5like.model.intermediates import INTERMEDIATES
-from t5like.model.transformer import compute_intermediates
+from t5like.model.layer_values import compute_intermediates
 from t5like.optim import step, train_state
+from t5like.optim.layer_statistics import norms_by_layer
 from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
-from t5like.train.evidence import norms_by_layer, read_record
+from t5like.train.evidence import read_record
 from t5like.train.initial_state import restore_state
 from t5like.types import Batch, TrainState, host_metrics
 
@@ -194,7 +194,7 @@ def where(name: str, leaf: jax.Array) -> str:
 
 def layer_table(config: Config, params, batch: Batch, norms: dict[str, Any]) -> list[str]:
     """A line for each layer: largest absolute values inside of it, without dropout, and its gradient norm."""
-    names = [name for name in INTERMEDIATES if name != "cross_attention_weights"]
+    names = ("residual", "attention_weights", "mlp_input")
 
     @jax.jit
     def largest(params, batch):

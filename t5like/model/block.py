@@ -90,20 +90,23 @@ class Block(nn.Module):
             cache=cache and cache.own,
             first_query=inputs.first_query,
         )
+        intermediates.record(self, "attention_output", lambda: y_BLD)
         x_BLD = self._add(self.attention_norm, x_BLD, y_BLD, train=train)
         if self.cross:
-            y_BLD = self.cross_attention.cross(
+            cross_BLD = self.cross_attention.cross(
                 self._input(self.cross_attention_norm, x_BLD),
                 cache.cross if cache else inputs.encoded_BSD,
                 mask=inputs.cross_mask,
                 kernel=plan.cross_attention,
                 train=train,
             )
-            x_BLD = self._add(self.cross_attention_norm, x_BLD, y_BLD, train=train)
+            intermediates.record(self, "cross_attention_output", lambda: cross_BLD)
+            x_BLD = self._add(self.cross_attention_norm, x_BLD, cross_BLD, train=train)
         mlp_input_BLD = self._input(self.mlp_norm, x_BLD)
         intermediates.record(self, "mlp_input", lambda: mlp_input_BLD)
-        y_BLD, auxiliary = self.mlp(mlp_input_BLD, train=train)
-        x_BLD = self._add(self.mlp_norm, x_BLD, y_BLD, train=train)
+        mlp_BLD, auxiliary = self.mlp(mlp_input_BLD, train=train)
+        intermediates.record(self, "mlp_output", lambda: mlp_BLD)
+        x_BLD = self._add(self.mlp_norm, x_BLD, mlp_BLD, train=train)
         intermediates.record(self, "residual", lambda: x_BLD)
         return LayerOutput(x_BLD, cache and Cache(own, cache.cross), auxiliary)
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from t5like.config.schema import ModelConfig
+from t5like.model import intermediates
 from t5like.model.kernels import tpu_matmul
 from t5like.model.layers import Dense, dropout, projections
 from t5like.sharding.logical_axes import constrain
@@ -39,5 +40,6 @@ class Mlp(nn.Module):
             h_BLF = activate(gate_BLF) * wide_BLF
         else:
             h_BLF = activate(wide(x_BLD))
+        intermediates.record(self, "mlp_hidden", lambda: h_BLF)
         h_BLF = dropout(self, constrain(h_BLF, "batch", "length", "act_mlp"), config.dropout_rate, train=train)
         return Dense(config, config.model_dim, ("mlp", "embed"), residual=True, name="out")(h_BLF), NO_AUXILIARY

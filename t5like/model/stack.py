@@ -174,7 +174,7 @@ class Stack(nn.Module):
             options = {"plan": plan, "train": train, "rngs": rngs, "mutable": names or False}
             output = block.apply({"params": params}, x_BLD, inputs, cache, **options)
             output, variables = output if names else (output, {})
-            recorded = {name: jax.tree.leaves(value)[0] for name, value in variables.items()}
+            recorded = intermediates.returned(self.name, variables)
             return output.x_BLD, (output.cache, output.auxiliary, recorded)
 
         if self.config.remat != "none":

@@ -5,7 +5,6 @@ Embeddings in front of its stacks (`stack`), heads behind them. Called by `step`
 al. 2019, section 3, and the released code).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,17 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config.schema import Config
-from t5like.errors import ConfigError
 from t5like.model import heads
 from t5like.model import layers as lay
 from t5like.model.block import LayerOutput
 from t5like.model.cache import Caches
-from t5like.model.intermediates import INTERMEDIATES
 from t5like.model.kernels import cpu
 from t5like.model.masks import MaskSpec
 from t5like.model.stack import Stack
 from t5like.sharding.logical_axes import constrain
-from t5like.types import MASKED, NO_AUXILIARY, Auxiliary, Batch, Tree
+from t5like.types import MASKED, NO_AUXILIARY, Auxiliary, Batch
 
 
 class Hidden(NamedTuple):
@@ -228,24 +225,3 @@ class Transformer(nn.Module):
 def _positions(ids_BL: jax.Array, positions_BL: jax.Array | None) -> jax.Array:
     """The positions; if they are None, counted from 0 along the row."""
     return jnp.broadcast_to(jnp.arange(ids_BL.shape[1])[None], ids_BL.shape) if positions_BL is None else positions_BL
-
-
-def compute_intermediates(config: Config, params: Tree, batch: Batch, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Values inside of the layers on a batch, without dropout: {"decoder/residual": [Y, B, L, D], ...}.
-
-    Args:
-        config: a resolved one.
-        params: the model's parameters.
-        batch: as in training.
-        names: of `INTERMEDIATES`; each is returned for every stack that has it.
-
-    Raises:
-        ConfigError: a name does not exist.
-    """
-    for name in names:
-        if name not in INTERMEDIATES:
-            raise ConfigError(f"intermediates={name} must be one of {', '.join(INTERMEDIATES)}")
-    _, variables = Transformer(config).apply({"params": params}, batch, method="hidden", mutable=list(names))
-    return {
-        f"{stack}/{name}": values["layers"] for name, stacks in variables.items() for stack, values in stacks.items()
-    }

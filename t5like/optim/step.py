@@ -192,11 +192,9 @@ def lower_train_step(
 ) -> jax.stages.Lowered:
     """Lower the train step from shapes alone, for the loop (`compile_train_step`) and for planning."""
     mesh = mesh_of(abstract)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placement.batch_shardings(batch, mesh)
-    )
     with jax.set_mesh(mesh):
-        return jit_train_step(config, abstract, loss_fn, model_batch).lower(abstract, shapes)
+        program = jit_train_step(config, abstract, loss_fn, model_batch)
+        return program.lower(abstract, placement.abstract_batch(batch, mesh))
 
 
 def compile_train_step(

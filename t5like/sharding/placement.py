@@ -22,6 +22,13 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
         return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(logical(leaf.ndim), leaf.shape)), batch)
 
 
+def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch, of which only shapes and dtypes are read."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, batch_shardings(batch, mesh)
+    )
+
+
 def state_shardings(state: TrainState, axes: LogicalAxes, mesh: Mesh) -> TrainState:
     """A sharding for each leaf of a (possibly abstract) state.
 

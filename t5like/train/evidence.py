@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.config.schema import Config
 from t5like.distributed import processes
@@ -30,8 +29,9 @@ from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError
 from t5like.io.atomic import atomic_directory
 from t5like.optim import step
+from t5like.optim.layer_statistics import norms_by_layer
 from t5like.train.task import Task
-from t5like.types import Array, Batch, TrainState, Tree
+from t5like.types import Batch, TrainState
 
 FOLDER = "bad_steps"  # in a run directory
 
@@ -107,16 +107,6 @@ class Evidence:
         gradient = step.make_gradient(self._config, self._task.loss_fn)
         norms = lambda params, batch, index: norms_by_layer(gradient(params, batch, index)[0])
         return jax.jit(norms, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
-
-
-def norms_by_layer(params: Tree) -> dict[str, Array]:
-    """The L2 norm of each leaf by name; of a leaf that stacks layers, those of its layers: float32 [Y] or scalar."""
-
-    def norm(name: str, leaf: Array) -> Array:
-        dims = tuple(range(1 if "layers" in name.split("/") else 0, leaf.ndim))
-        return jnp.sqrt(jnp.sum(leaf.astype(jnp.float32) ** 2, dims))
-
-    return {name: norm(name, leaf) for name, leaf in tree.flatten(params).items()}
 
 
 def finite_or_text(value: Any) -> Any:

@@ -9,8 +9,7 @@ and writes.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from t5like.train.pretraining import Pretraining
 from t5like.train.replicas import compare_replicas
 from t5like.train.report import StepReporter, describe_devices, print_line
 from t5like.train.rewind import BadSteps, TrainingBatches
+from t5like.train.statistics import LayerStatistics, compiling_thread
 from t5like.train.task import Task
 from t5like.types import TrainState
 
@@ -120,6 +120,7 @@ def train(
     with compiling_thread() as pool:
         started = time.monotonic()
         compiling = pool.submit(step.compile_train_step, config, task.spec, abstract, task.loss_fn, task.model_batch)
+        statistics = LayerStatistics(pool, config, task, abstract)
         with watchdog("making the first state and compiling the step", start, times=3, mode="computing"):
             state, source, history = initial.make()
             batches.follow(history.rows)
@@ -221,6 +222,7 @@ def train(
             except Diverged:
                 finish_saving(done)  # the newest good checkpoint
                 raise
+            notes |= statistics(state, index + 1, device_batch)
             with spent.of("device"):
                 state, values = train_step(state, device_batch)
             values |= notes
@@ -260,13 +262,3 @@ def train(
     params = state.params if state.ema is None else state.ema
     for line in summarize(params):
         show(line)
-
-
-@contextlib.contextmanager
-def compiling_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread for compiling. Exceptions in the main thread do not wait for it: compiling may take minutes."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False)

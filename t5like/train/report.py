@@ -14,6 +14,7 @@ from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
 from t5like.metrics.time_spent import TimeSpent
 from t5like.sharding import mesh as meshes
+from t5like.train import statistics
 from t5like.train.rewind import BadSteps
 from t5like.types import COMPONENT_METRICS, Metrics, TrainState, add_metrics, host_metrics
 
@@ -62,6 +63,7 @@ class StepReporter:
         """Report a completed step. Then `bad_steps` is up to date."""
         with self._spent.of("device"), watchdog("a training step", done):
             sums = jax.device_get(on_device)
+        layers = statistics.take(sums)
         values = {f"train/{name}": value for name, value in host_metrics(sums).items()}
         self._throughput.tick(values.pop("train/tokens"))
         of_rl = self._config.rl.method != "none"
@@ -82,6 +84,8 @@ class StepReporter:
             if done != self._train.num_steps:  # there, the loop writes them after the last checkpoint
                 values |= self._spent.read()
             self._writer.write(done, values)
+        if layers:
+            self._writer.write(done, layers)
         self._progress.update(done, values, self._throughput.seconds_left(self._train.num_steps - done))
         if self._on_step:
             self._on_step(done)

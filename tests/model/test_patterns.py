@@ -10,8 +10,8 @@ from model_variants import init, logits, loss_and_gradients, with_model
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
+from t5like.model.layer_values import compute_intermediates
 from t5like.model.stack import layer_configs
-from t5like.model.transformer import compute_intermediates
 from t5like.optim import step
 
 
