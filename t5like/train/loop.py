@@ -222,8 +222,8 @@ def train(
             except Diverged:
                 finish_saving(done)  # the newest good checkpoint
                 raise
-            notes |= statistics(state, index + 1, device_batch)
             with spent.of("device"):
+                notes |= statistics(state, index + 1, device_batch)
                 state, values = train_step(state, device_batch)
             values |= notes
             if pending:
