@@ -121,5 +121,6 @@ if __name__ == "__main__":
         write_again_after(options.failures)
     if options.step is not None:
         on_step = partial(interrupt, options.step, options.signal, options.after, options.hold)
-        loop.train = partial(loop.train, on_step=on_step)
+        train = loop.train
+        loop.train = lambda *arguments, **named: train(*arguments, **named | {"on_step": on_step})
     sys.exit(main.main(options.arguments))

@@ -39,8 +39,9 @@ def reference_params(config: Config, tokenizer: Tokenizer, workdir: Path, state:
         if not exists and int(state.step) > 0:
             raise CheckpointError(f"{workdir / FOLDER} is missing; put it back, it has the run's first weights")
         if not exists:
+            zero = jax.jit(jnp.zeros_like, out_shardings=state.step.sharding)(state.step)  # on all processes
             checkpoints.save(
-                TrainState(jnp.zeros((), jnp.int32), state.params, None),
+                TrainState(zero, state.params, None),
                 config=config,
                 tokenizer=tokenizer.model_bytes,
                 tokenizer_hash=tokenizer.hash,
