@@ -25,6 +25,7 @@ FORMATS = {
 RANGES = {
     "fake_devices": (Range(1, 1024), 8),
     "step": (Range(0, LARGEST), 0),
+    "rows": (Range(1, 4096), 8),
     "limit": (Range(1, LARGEST), 5),
     "num_fewshot": (Range(0, 1000), 5),
     "prompt_length": (Range(1, 2**20), 64),
@@ -305,8 +306,24 @@ def _add_inspect(command: Callable[[str, str], Parser]) -> None:
     sub = _add_command(subjects, "checkpoint", "List a run's checkpoints: steps, sizes, dates, and which are good.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--verify", action="store_true", help="read all arrays and compare them with their digests")
+    _add_inspect_data(subjects)
     sub = _add_command(subjects, "run", "Show what happened in a run: starts, changes, rewinds, bad steps, losses.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+
+
+def _add_inspect_data(subjects: "argparse._SubParsersAction[Parser]") -> None:
+    text = "Show the rows of a step token by token, statistics of the sources, and warnings."
+    sub = _add_command(subjects, "data", text)
+    _add_config_or_run(sub)
+    sub.add_argument("--step", type=int, default=1, metavar="N", help="update N, from 1; default: 1")
+    sub.add_argument("--rows", type=int, default=8, metavar="N", help="number of rows to show; default: 8")
+    sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write a page of HTML")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_config_or_run(sub: Parser) -> None:
+    sub.add_argument("--config", metavar="FILE", help="a config; --config.SECTION.FIELD=VALUE sets a field")
+    sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="or a run directory")
 
 
 def _add_compare(command: Callable[[str, str], Parser]) -> None:

@@ -8,9 +8,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from t5like.errors import ConfigError, printable
+from t5like.config import loader
+from t5like.errors import CheckpointError, ConfigError, printable
+from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
+
+if TYPE_CHECKING:
+    from t5like.config.schema import Config
 
 
 def inspect_checkpoint(options: argparse.Namespace, _) -> None:
@@ -29,6 +35,46 @@ def inspect_run(options: argparse.Namespace, _) -> None:
 
     for line in run.describe(expand(options.workdir).absolute()):
         print(printable(line))
+
+
+def config_or_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config | None":
+    """The config of --config, or None with --workdir.
+
+    Raises:
+        ConfigError: neither is given, or both.
+    """
+    if (options.config is None) == (options.workdir is None):
+        command = f"t5like inspect {options.subject}"
+        raise ConfigError(f"{command} needs either --config or --workdir; use --config=tiny, or --workdir=RUN")
+    return loader.load(options.config, overrides) if options.config is not None else None
+
+
+def inspect_data(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like inspect data`."""
+    config = config_or_run(options, overrides)
+    if options.step < 1:
+        raise ConfigError(f"--step={options.step} must be at least 1: the first update is step 1; use --step=1")
+    from t5like.inspect import data, data_page, data_text, step_data
+
+    if config is not None:
+        plan = step_data.plan_of_config(config, options.step)
+    else:
+        plan = step_data.plan_of_run(expand(options.workdir).absolute(), options.step)
+    report = data.inspect_data(plan, options.rows)
+    if options.html:
+        write_page(options.html, data_page.render(report))
+    print(json.dumps(report, indent=1)) if options.json else data_text.show(report)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page of HTML.
+
+    Raises:
+        CheckpointError: it can't be written.
+    """
+    path = expand(path)
+    replace_file(path, text.encode(), CheckpointError, "use another --html")
+    print(printable(f"page       {path}"), file=sys.stderr)
 
 
 def compare(options: argparse.Namespace, _) -> None:
@@ -54,7 +100,7 @@ def replay(options: argparse.Namespace, _) -> None:
     replay.replay(expand(options.workdir).absolute(), options.step, lambda line: print(printable(line), flush=True))
 
 
-INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run}
+INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run, "data": inspect_data}
 COMMANDS = {
     "inspect": lambda options, overrides: INSPECTIONS[options.subject](options, overrides),
     "compare": compare,

@@ -252,19 +252,24 @@ class Batches:
         component_R, _ = self._heldout_order
         return np.flatnonzero(np.array([each.source for each in self.components])[component_R] == source)
 
+    def drawn_rows(self) -> np.ndarray:
+        """float64 [components]: rows of each component in all steps of the run."""
+        data, steps = self.config.data, self.config.train.num_steps
+        steps_P = np.diff([0, *(min(stop, steps) for stop in data.phase_boundaries), steps])
+        return steps_P @ self.rates_PC * data.batch_size
+
     def describe(self) -> list[str]:
         """Lines for the user: the number of epochs of each component in the run's steps, and its rates."""
         data, lines = self.config.data, []
-        stops = [*data.phase_boundaries, max(self.config.train.num_steps, *data.phase_boundaries, 0)]
-        steps_P = np.diff([0, *np.minimum(stops, self.config.train.num_steps)])
-        drawn_C = steps_P @ self.rates_PC * data.batch_size
+        drawn_C = self.drawn_rows()
         for each, rows, drawn, rates_P in zip(self.components, self.row_sources, drawn_C, self.rates_PC.T, strict=True):
-            count = rows.count
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
             where = f" of {source_names(data)[each.source]}" if len(data.source) > 1 else ""
             share = f", {rate} of the rows" if len(self.components) > 1 else ""
             packed = "" if each.denoiser else f", packing efficiency {100 * rows.efficiency:.0f} %"
-            lines.append(f"{each.name}{where}: {count:,} rows an epoch{packed}, {drawn / count:.2f} epochs{share}")
+            lines.append(
+                f"{each.name}{where}: {rows.count:,} rows an epoch{packed}, {drawn / rows.count:.2f} epochs{share}"
+            )
         return lines
 
     def at(self, step: int, rows: np.ndarray | None = None) -> Batch:

@@ -28,10 +28,13 @@ class TextRows:
 
     def batch(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
         """See `RowSource`. Each epoch starts at another offset of the circular stream, so window borders differ."""
+        return make_rows(self.config, self.denoiser, self.vocabulary, self.text(index_B, offset_B, keys_B))
+
+    def text(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> TextWindows:
+        """The windows of text from which `batch` makes the same rows."""
         num_tokens, window = self.stream.num_tokens, self.denoiser.window
         offset_B = (offset_B % np.uint64(num_tokens)).astype(np.int64)
-        text = self._read((index_B * window.stride + offset_B) % num_tokens, keys_B)
-        return make_rows(self.config, self.denoiser, self.vocabulary, text)
+        return self._read((index_B * window.stride + offset_B) % num_tokens, keys_B)
 
     def _read(self, start_B: np.ndarray, keys_B: np.ndarray) -> TextWindows:
         length = self.denoiser.window.length
