@@ -33,6 +33,7 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "plan without compiling": (),
     "launch": "tests/launch/test_launch_main.py",
     "compare": "tests/inspect/test_compare.py",
+    "inspect data": "tests/inspect/test_inspect_data.py",
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
 }
 
@@ -53,6 +54,8 @@ def type_of(words: list[str]) -> str:
         return f"{command} from a {'file' if options.prompts_file else 'prompt'}"
     if command in ("import", "export"):
         return f"{command} {options.format}"
+    if command == "inspect":
+        return f"{command} {options.subject}"
     return (
         command
         + (" public tasks" if getattr(options, "tasks", None) else "")

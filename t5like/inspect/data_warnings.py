@@ -108,7 +108,7 @@ def _vocabulary(source: dict[str, Any]) -> list[Finding]:
         for script in source["train"]["scripts"]
         if script["in_bytes"] > MOST_SCRIPT_IN_BYTES and script["share"] >= LEAST_SCRIPT
     ]
-    remedy = "train a tokenizer on this text (tokenizer.path=), or use a larger tokenizer.vocab_size or coverage"
+    remedy = "use a tokenizer that was trained on this text, a larger tokenizer.vocab_size or character_coverage"
     for script in scripts:
         text = (
             f"{source['name']}: {script['in_bytes']:.0%} of the {script['name']} letters ({script['share']:.1%} of all "
