@@ -19,6 +19,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from t5like.metrics.profiler import activity
+
 PREFIX = "time/"
 PARTS = ("start", "data", "inputs", "device", "evaluate", "save", "pauses", "host", "undone")
 
@@ -39,11 +41,12 @@ class TimeSpent:
 
     @contextlib.contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Count the block as `part`."""
+        """Count the block as `part`, under whose name it also appears in profiles."""
         self._pass()
         self._parts.append(part)
         try:
-            yield
+            with activity(part):
+                yield
         finally:
             self._pass()
             self._parts.pop()

@@ -35,7 +35,7 @@ from t5like.plan.hlo_text import (
     trip_count,
 )
 
-_COLLECTIVES = (
+COLLECTIVES = (  # opcodes
     "all-gather",
     "all-reduce",
     "reduce-scatter",
@@ -44,7 +44,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-_FREE = (
+FREE = (  # opcodes that take no time of their own
     "parameter",
     "tuple",
     "get-tuple-element",
@@ -167,8 +167,8 @@ def _library_flops(computation: dict[str, Instruction], item: Instruction) -> fl
     return 2.0 * math.prod(dims(item.type)) * math.prod(left[int(dim)] for dim in re.findall(r"\d+", contracted[1]))
 
 
-class _Module:
-    """The computations of a module, how often each of them runs, and its loops."""
+class Module:
+    """The computations of a module, how often each of them runs, and its loops; FLOPs of any instruction."""
 
     def __init__(self, text: str):
         self.computations, entry = parse(text)
@@ -208,10 +208,14 @@ class _Module:
             self._inner[name] = instructions
         return self._inner[name]
 
+    def inside_of(self, item: Instruction) -> list[tuple[dict[str, Instruction], Instruction]]:
+        """What an instruction calls, as `inside`; empty for one that calls nothing, such as an addition."""
+        return self.inside(called_computation(item)) if "%" in item.rest else []
+
     def threaded(self, start: Instruction) -> list[tuple[dict[str, Instruction], Instruction]]:
         """Collectives that this instruction starts on another thread, each with the computation that contains it."""
         return [
-            each for each in self.inside(called_computation(start)) if each[1].op.removesuffix("-start") in _COLLECTIVES
+            each for each in self.inside(called_computation(start)) if each[1].op.removesuffix("-start") in COLLECTIVES
         ]
 
     def flops(self, computation: dict[str, Instruction], item: Instruction) -> float:
@@ -238,20 +242,20 @@ def _category(item: Instruction, flops: float) -> str:
 
 def analyze(text: str) -> Analysis:
     """Compute what one run of a program does on one device, from its text."""
-    module = _Module(text)
+    module = Module(text)
     work, collectives, custom, tensors = [], _Collectives(module), defaultdict(int), {}
     slices_bytes = 0.0
     for name, runs in list(module.runs.items()):
         computation = module.computations[name]
         for item in computation.values():
-            if item.op in _FREE:
+            if item.op in FREE:
                 continue
             flops, cycles, source = module.flops(computation, item), _cycles(item), source_of(item)
             base = re.sub("-(start|done)$", "", item.op)
             if item.op == "custom-call":
                 target = re.search(r'custom_call_target="([^"]*)"', item.rest)
                 custom[target[1] if target else "?"] += runs
-            if base in _COLLECTIVES:
+            if base in COLLECTIVES:
                 if not item.op.endswith("-done"):
                     collectives.plain(name, item)
             elif item.op in ("async-start", "call-start"):
@@ -281,7 +285,7 @@ def _note_tensor(tensors: dict[tuple[str, str], Tensor], item: Instruction, sour
 class _Collectives:
     """All collectives of a program. One that is distributed over several fusions counts once."""
 
-    def __init__(self, module: _Module):
+    def __init__(self, module: Module):
         self._module = module
         self._plain: list[Collective] = []
         self._fused: dict[str, Collective] = {}  # by channel
@@ -325,7 +329,7 @@ class _Collectives:
         inside = self._module.inside(fused)
         for parent, item in inside:
             base = item.op.removesuffix("-start")
-            if base not in _COLLECTIVES:
+            if base not in COLLECTIVES:
                 continue
             is_async = "async_collective_fusion" in fused + item.rest or any(
                 "AsyncCollective" in inner.rest for _, inner in inside

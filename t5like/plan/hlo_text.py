@@ -6,6 +6,7 @@ The text has no specification. The forms below were found by compiling probes of
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}
@@ -20,6 +21,14 @@ class Instruction(NamedTuple):
     op: str
     rest: str  # operands and attributes
     is_root: bool
+
+
+class Frame(NamedTuple):
+    """A line of Python that led to an instruction."""
+
+    file: str
+    function: str  # qualified: Attention._attend
+    line: int
 
 
 def num_bytes(type_text: str) -> int:
@@ -85,6 +94,35 @@ def source_of(instruction: Instruction) -> str:
     """The `op_name` of an instruction: its path in the JAX program."""
     match = re.search(r'op_name="([^"]*)"', instruction.rest)
     return match[1] if match else ""
+
+
+def stack_frames(text: str) -> Mapping[int, tuple[Frame, ...]]:
+    """The Python stacks of a module by ``stack_frame_id``, innermost frame first.
+
+    The module begins with four tables: names of files and functions, locations, and frames. A frame's parent is written
+    as its number + 1; a frame that is its own parent's number has none.
+    """
+    head = text[: text.find("\n%")] if "\nStackFrames" in text else ""
+    table = lambda name: re.search(rf"^{name}\n((?:\d+ .*\n)*)", head, re.MULTILINE)[1] if head else ""
+    names = {
+        each: dict(re.findall(r'^(\d+) "(.*)"$', table(each), re.MULTILINE)) for each in ("FileNames", "FunctionNames")
+    }
+    location = r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)"
+    locations = {
+        number: Frame(names["FileNames"][file], names["FunctionNames"][function], int(line))
+        for number, file, function, line in re.findall(location, table("FileLocations"), re.MULTILINE)
+    }
+    stacks: dict[int, tuple[Frame, ...]] = {}
+    frame = r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)"
+    for number, place, parent in re.findall(frame, table("StackFrames"), re.MULTILINE):
+        stacks[int(number)] = (locations[place], *stacks.get(int(parent) - 1, ()))
+    return stacks
+
+
+def frames_of(instruction: Instruction, stacks: Mapping[int, tuple[Frame, ...]]) -> tuple[Frame, ...]:
+    """The Python stack of an instruction, innermost frame first; empty if the compiler made the instruction."""
+    match = re.search(r"stack_frame_id=(\d+)", instruction.rest)
+    return stacks.get(int(match[1]), ()) if match else ()
 
 
 def _constant(instruction: Instruction | None) -> int | None:

@@ -37,6 +37,7 @@ from t5like.train import completion, evaluation_steps
 from t5like.train.evidence import Evidence
 from t5like.train.initial_state import initial_state, restore_state
 from t5like.train.pretraining import Pretraining
+from t5like.train.profile_summary import explain
 from t5like.train.replicas import compare_replicas
 from t5like.train.report import StepReporter, describe_devices, print_line
 from t5like.train.rewind import BadSteps, TrainingBatches
@@ -144,7 +145,7 @@ def train(
     evidence = Evidence(config, workdir, mesh, task, checkpoints)
     keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values)
     report = StepReporter(config, writer, progress, throughput, spent, bad_steps, keep_evidence, on_step)
-    profiler = Profiler(workdir / "profile", config.train.profile_step)
+    profiler = Profiler(workdir / "profile", config.train.profile_step, explain(train_step, progress.note))
 
     def evaluate(done: int, *, early: bool = False) -> None:
         with throughput.pause(), spent.of("evaluate"):
