@@ -8,25 +8,15 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from t5like.checkpoint import run_lock
-from t5like.config import loader
-from t5like.config.schema import Config, flatten
+from t5like.config.schema import flatten
 from t5like.errors import CheckpointError, ConfigError, printable
-from t5like.metrics import loss_curve, writers
+from t5like.inspect import run_files
+from t5like.inspect.run_files import Run, state
+from t5like.metrics import loss_curve
 
 LONGEST_CELL = 48  # characters of a value in a table
-
-
-class Run(NamedTuple):
-    """What is compared of one run directory."""
-
-    name: str  # the shortest path that tells the runs apart
-    path: Path
-    config: Config
-    records: list[dict[str, float | None]]  # of metrics.jsonl
-    is_running: bool
 
 
 # ---- Reading ----
@@ -49,10 +39,7 @@ def load(paths: Sequence[Path]) -> tuple[list[Run], list[Path]]:
         empty += others
     unique = list({path.resolve(): path for path in directories}.values())
     names = _short_names([path.absolute() for path in unique])
-    return [
-        Run(name, path, _config(path), writers.read(path), run_lock.is_locked(path))
-        for name, path in zip(names, unique, strict=True)
-    ], empty
+    return [run_files.read(path, name) for name, path in zip(names, unique, strict=True)], empty
 
 
 def _run_directories(path: Path) -> tuple[list[Path], list[Path]]:
@@ -72,15 +59,6 @@ def _run_directories(path: Path) -> tuple[list[Path], list[Path]]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Order names so that run2 comes before run10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
-
-
-def _config(path: Path) -> Config:
-    try:
-        return loader.from_json((path / "config.json").read_bytes())
-    except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'} can't be read: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path / 'config.json'} can't be read: {error.strerror}; check the path") from None
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -126,7 +104,7 @@ def summary(run: Run) -> dict[str, Any]:
         "name": run.name,
         "path": str(run.path),
         "state": state(run),
-        "step": run.records[-1]["step"] if run.records else 0,
+        "step": run.step,
         "num_steps": run.config.train.num_steps,
         "train_loss": last("train/loss"),
         "eval_loss": last("eval/loss"),
@@ -135,19 +113,6 @@ def summary(run: Run) -> dict[str, Any]:
         "bits_per_byte": dict(series["eval/bits_per_byte"]).get(best[1]),
         "tokens_per_second": statistics.median(rates) if rates else None,
     }
-
-
-def state(run: Run) -> str:
-    """Return ``running``, ``done``, ``diverged``, ``stopped`` (it can be continued), or ``no metrics yet``."""
-    if run.is_running:
-        return "running"
-    if not run.records:
-        return "no metrics yet"
-    if run.records[-1]["step"] >= run.config.train.num_steps:
-        return "done"
-    skipped = [record["train/skipped_updates"] for record in run.records if "train/skipped_updates" in record]
-    most = run.config.train.max_skipped_updates
-    return "diverged" if len(skipped) >= most and all(skipped[-most:]) else "stopped"
 
 
 # ---- Output ----

@@ -14,6 +14,7 @@ from conftest import contents
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.run_directory import load
 from t5like.cli.main import main
+from t5like.metrics.time_spent import PREFIX
 from t5like.metrics.writers import read
 from t5like.rl.scorer import Scorer
 
@@ -71,7 +72,10 @@ def ppo(ppo_flags, tmp_path_factory):
 
 def values(workdir) -> list[dict[str, float]]:
     """All metrics that are not times."""
-    return [{name: x for name, x in row.items() if not name.endswith(TIMES)} for row in read(workdir)]
+    return [
+        {name: x for name, x in row.items() if not (name.endswith(TIMES) or name.startswith(PREFIX))}
+        for row in read(workdir)
+    ]
 
 
 def test_a_run_reports_finite_metrics_by_the_names_of_trl_and_writes_its_answers(ppo):
