@@ -80,7 +80,7 @@ PATH_OF_A_BATCH = (
     "optim/schedules",
     "tree",
 )
-MOST_FILES, MOST_LINES = 28, 4180
+MOST_FILES, MOST_LINES = 28, 4200
 
 # Needed by others when they run, never imported here: package -> by what.
 INDIRECT = {

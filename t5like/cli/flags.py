@@ -307,8 +307,10 @@ def _add_inspect(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--verify", action="store_true", help="read all arrays and compare them with their digests")
     _add_inspect_data(subjects)
-    sub = _add_command(subjects, "run", "Show what happened in a run: starts, changes, rewinds, bad steps, losses.")
+    sub = _add_command(subjects, "run", "Say whether a run is healthy, and show what happened in it.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument("--verify", action="store_true", help="read all checkpoints and compare them with their digests")
+    sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write one page with plots")
 
 
 def _add_inspect_data(subjects: "argparse._SubParsersAction[Parser]") -> None:

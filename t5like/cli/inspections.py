@@ -33,8 +33,13 @@ def inspect_run(options: argparse.Namespace, _) -> None:
     """`t5like inspect run`."""
     from t5like.inspect import run
 
-    for line in run.describe(expand(options.workdir).absolute()):
+    report = run.read_report(expand(options.workdir).absolute(), verify=options.verify)
+    for line in run.describe(report):
         print(printable(line))
+    if options.html:
+        from t5like.inspect.run_page import run_page
+
+        write_page(options.html, run_page(report), report.run.path)
 
 
 def config_or_run(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> "Config | None":
@@ -66,14 +71,23 @@ def inspect_data(options: argparse.Namespace, overrides: list[tuple[str, str]]) 
     print(json.dumps(report, indent=1)) if options.json else data_text.show(report)
 
 
-def write_page(path: Path, text: str) -> None:
+def write_page(path: Path, text: str, *runs: Path) -> None:
     """Write a page of HTML.
 
+    Args:
+        path: of the file.
+        text: the document.
+        runs: directories of runs, which are not changed.
+
     Raises:
+        ConfigError: the page would lie in one of the runs.
         CheckpointError: it can't be written.
     """
     path = expand(path)
-    replace_file(path, text.encode(), CheckpointError, "use another --html")
+    inside = next((run for run in runs if path.resolve().is_relative_to(run.resolve())), None)
+    if inside:
+        raise ConfigError(f"--html={path} lies in the run {inside}, which is not changed; use another path")
+    replace_file(path, text, CheckpointError, "use another --html")
     print(printable(f"page       {path}"), file=sys.stderr)
 
 

@@ -25,6 +25,7 @@ class Series(NamedTuple):
         name: in the legend.
         xs: ascending.
         ys: as many; a value that is None or not finite leaves a gap.
+        zero: the vertical axis begins at 0, for values that are not negative.
         marked: whether each point has a dot, for few points.
     """
 
@@ -37,22 +38,31 @@ class Series(NamedTuple):
 # ---- Charts ----
 
 
-def line_plot(title: str, series: Sequence[Series], *, x: str, y: str, log_y: bool = False) -> Markup:
+def line_plot(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    zero: bool = False,
+) -> Markup:
     """Return a figure with lines, axes, and a legend if there are several series.
 
     Args:
         title: caption of the figure.
         series: what is drawn; more than eight repeat their colours.
         x, y: names of the axes, with units.
-        log_y: logarithmic scale; values of 0 and less leave a gap.
+        log_x, log_y: logarithmic scale; a place or a value of 0 and less leaves a gap.
     """
-    kept = [_finite(each, positive=log_y) for each in series]
+    kept = [_finite(each, log_x, log_y) for each in series]
     points = [point for each in kept for part in each for point in part]
     if not points:
         return _figure(title, element("p", "No values.", class_="soft"))
     xs, ys = zip(*points, strict=True)
-    across = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
-    up = Scale(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log=log_y)
+    across = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log=log_x)
+    up = Scale(0.0 if zero else min(ys), max(ys), HEIGHT - BOTTOM, TOP, log=log_y)
     drawn = [_axes(across, up, x, y)]
     for index, (each, parts) in enumerate(zip(series, kept, strict=True)):
         drawn += [_line(part, across, up, index, each.name) for part in parts]
@@ -147,7 +157,7 @@ def _decades(low: float, high: float) -> list[float]:
         for digit in digits
         if low - 1e-9 <= power + math.log10(digit) <= high + 1e-9
     ]
-    return found[:: max(1, math.ceil(len(found) / 6))] or [10.0**low, 10.0**high]
+    return found[:: math.ceil(len(found) / 6)] if len(found) > 2 else _round_ticks(10.0**low, 10.0**high)
 
 
 def tick_label(value: float) -> str:
@@ -165,11 +175,11 @@ def tick_label(value: float) -> str:
 # ---- Parts of a chart ----
 
 
-def _finite(series: Series, *, positive: bool) -> list[list[tuple[float, float]]]:
+def _finite(series: Series, log_x: bool, log_y: bool) -> list[list[tuple[float, float]]]:
     """The points of a series in parts without gaps."""
     parts: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(series.xs, series.ys, strict=True):
-        if y is None or not math.isfinite(y) or (positive and y <= 0):
+        if y is None or not math.isfinite(y) or (log_x and x <= 0) or (log_y and y <= 0):
             parts.append([])
         else:
             parts[-1].append((x, y))

@@ -182,7 +182,8 @@ th { color: var(--soft); font-weight: 600; } .number { text-align: right; font-v
 .notice.good { background: var(--good); border-color: var(--good-edge); }
 .notice.warning { background: var(--warning); border-color: var(--warning-edge); }
 .notice.bad { background: var(--bad); border-color: var(--bad-edge); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 1.5rem; }
+.grid { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 1rem 1.5rem; }
 summary { cursor: pointer; color: var(--link); }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .15rem; }
 svg { display: block; width: 100%; max-width: 44rem; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
@@ -190,7 +191,7 @@ svg { display: block; width: 100%; max-width: 44rem; height: auto; } svg text { 
 .series { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; color: var(--soft); }
 .legend svg { display: inline-block; width: 1.6rem; height: .7rem; margin-right: .35rem; }
-.share { display: flex; height: 1.4rem; border-radius: .3rem; overflow: hidden; gap: 2px; }
+.share { max-width: 48rem; display: flex; height: 1.4rem; border-radius: .3rem; overflow: hidden; gap: 2px; }
 .share div { min-width: 1px; }
 """ + "".join(
     f".s{index} {{ stroke: var(--c{index}); }} .f{index} {{ fill: var(--c{index}); background: var(--c{index}); }}\n"
