@@ -147,7 +147,8 @@ def _init_from(config: Config) -> None:
 def _objectives(config: Config) -> None:
     data, model = config.data, config.model
     for objective in data.objective:
-        if model.architecture not in ARCHITECTURES[objective]:
+        scores_only = objective == "supervised" and config.rl.method == "reward_model"  # it generates nothing
+        if model.architecture not in ARCHITECTURES[objective] and not scores_only:
             raise ConfigError(
                 f"data.objective={objective} needs model.architecture={' or '.join(ARCHITECTURES[objective])}, "
                 f"not {model.architecture}"

@@ -20,10 +20,11 @@ class Experience(NamedTuple):
     """Answers, and what the loss needs about them. L is the length of a decoder row: see `answer_rows`.
 
     Attributes:
-        encoder_BS, encoder_segments_BS: int32 prompts of an encoder-decoder; None: decoder-only.
-        decoder_BGL, targets_BGL: int32 as in `Batch`, for each answer.
+        encoder_BS, encoder_segments_BS: int32 prompts of an encoder-decoder; None: decoder-only or encoder-only.
+        decoder_BGL, targets_BGL: int32 as in `Batch`, for each answer; of an encoder-only model the same ids, prompt
+            and answer, which its encoder reads.
         segments_BGL: int32, 0 for padding; None: nothing is padding (encoder-decoder: it is behind all targets).
-        prefix_BGL: bool, see `Batch.prefix_BL`; None: encoder-decoder.
+        prefix_BGL: bool, see `Batch.prefix_BL`; None: no decoder-only model.
         mask_BGL: float32, 1 for tokens that are trained on: the answer, its EOS included.
         advantages_BGL: float32; None: pairs.
         sampler_log_p_BGL: float32 log-probabilities when the answers were sampled.
@@ -54,6 +55,9 @@ class Experience(NamedTuple):
     def rows(self) -> Batch:
         """The batch that the model reads: one decoder row for each answer, one encoder row for each prompt."""
         flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
+        if self.encoder_BS is None and self.prefix_BGL is None:  # encoder-only
+            targets = flat(self.targets_BGL), flat(self.mask_BGL)
+            return Batch(None, *targets, flat(self.decoder_BGL), flat(self.segments_BGL))
         return Batch(
             flat(self.decoder_BGL),
             flat(self.targets_BGL),
@@ -65,10 +69,21 @@ class Experience(NamedTuple):
         )
 
 
+def fits(config: Config, prompt: Prompt, answers: Sequence[Sequence[int]]) -> bool:
+    """Whether a prompt and its answers are no longer than their rows."""
+    data = config.data
+    longest = max(map(len, answers), default=0)
+    if config.model.architecture == "encoder":
+        return len(prompt.ids) + longest <= data.inputs_length
+    start = config.model.architecture == "decoder"  # its start token is not counted
+    return len(prompt.ids) - start <= data.inputs_length and longest <= data.targets_length
+
+
 def answer_rows(config: Config, prompts: Sequence[Prompt], answers: Sequence[Sequence[Sequence[int]]]) -> Experience:
     """Prompts and the ids of their answers as rows, as in supervised training.
 
     A row of an encoder-decoder has `data.targets_length` tokens, one of a decoder-only model also those of the prompt.
+    An encoder-only model reads prompt and answer together in `data.inputs_length` tokens (`fits`).
 
     Args:
         config: of the run.
@@ -89,6 +104,16 @@ def answer_rows(config: Config, prompts: Sequence[Prompt], answers: Sequence[Seq
                 targets_BGL[b, g, start:end], mask_BGL[b, g, start:end] = answer, 1
                 segments_BGL[b, g, : max(end, 1)] = 1
         return Experience(None, None, decoder_BGL, targets_BGL, segments_BGL, prefix_BGL, mask_BGL)
+    if config.model.architecture == "encoder":
+        shape = len(prompts), count, data.inputs_length
+        ids_BGL, segments_BGL, mask_BGL = (np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.float32))
+        for b, (prompt, of_prompt) in enumerate(zip(prompts, answers, strict=True)):
+            start = len(prompt.ids)
+            for g, answer in enumerate(of_prompt):
+                end = start + len(answer)
+                ids_BGL[b, g, :end], mask_BGL[b, g, start:end] = [*prompt.ids, *answer], 1
+                segments_BGL[b, g, :end] = 1
+        return Experience(None, None, ids_BGL, ids_BGL, segments_BGL, None, mask_BGL)
     encoder_BS, segments_BS = (np.zeros((len(prompts), data.inputs_length), np.int32) for _ in range(2))
     shape = len(prompts), count, data.targets_length
     decoder_BGL, targets_BGL = (np.zeros(shape, np.int32) for _ in range(2))

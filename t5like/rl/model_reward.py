@@ -14,7 +14,7 @@ from t5like.data.sources.files import Record
 from t5like.data.sources.templates import Templates
 from t5like.errors import ConfigError
 from t5like.inference.prompt_format import PromptFormat
-from t5like.rl.experience import answer_rows
+from t5like.rl.experience import answer_rows, fits
 from t5like.rl.objective import answer_scores
 from t5like.sharding import placement
 from t5like.sharding.placement import to_host
@@ -49,18 +49,25 @@ class RewardModel:
 
         All processes call it with the same arguments.
         """
-        run, data, encode = self._run, self._run.config.data, self._run.tokenizer.encode
+        run, encode = self._run, self._run.tokenizer.encode
         eos = run.tokenizer.eos_id
         inputs = [[*encode(self._template.parts(Record(dict(row), "a prompt"))[0].text), eos] for row in rows]
+        prompts = [self._format.input_prompt(ids) for ids in inputs]
         ids = [[[*encode(text), eos] for text in of_prompt] for of_prompt in answers]
         fits_BG = np.array(
             [
-                [len(prompt) <= data.inputs_length and len(answer) <= data.targets_length for answer in of_prompt]
-                for prompt, of_prompt in zip(inputs, ids, strict=True)
+                [fits(run.config, prompt, [answer]) for answer in of_prompt]
+                for prompt, of_prompt in zip(prompts, ids, strict=True)
             ]
         )
-        prompts = [self._format.input_prompt(prompt[: data.inputs_length]) for prompt in inputs]
-        ids = [[answer[: data.targets_length] for answer in of_prompt] for of_prompt in ids]
+        short = [eos]  # takes the place of what is longer than a row
+        prompts = [
+            prompt if fits(run.config, prompt, [short]) else self._format.input_prompt(short) for prompt in prompts
+        ]
+        ids = [
+            [answer if fit else short for answer, fit in zip(of_prompt, fit_G, strict=True)]
+            for of_prompt, fit_G in zip(ids, fits_BG, strict=True)
+        ]
         size = -(-len(rows) // run.mesh.size) * run.mesh.size
         repeated = lambda values: [*values, *values[:1] * (size - len(values))]
         experience = answer_rows(run.config, repeated(prompts), repeated(ids))

@@ -65,7 +65,7 @@ def reward_model_objective(config: Config, params: Tree, experience: Experience,
 def answer_scores(config: Config, params: Tree, experience: Experience) -> Array:
     """The reward model's score of each answer, float32 [B, G]: its scalar head where the last token is predicted.
 
-    That position has all tokens of the answer but the last one, EOS, as its input.
+    In a decoder that position has all tokens of the answer but the last one, EOS, as its input; in an encoder also EOS.
     """
     return (scores(config, params, experience).values_BGL * last_tokens(experience.mask_BGL)).sum(-1)
 

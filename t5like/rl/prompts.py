@@ -24,6 +24,7 @@ from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import DataError
 from t5like.inference.prompt_format import Prompt, PromptFormat
 from t5like.metrics.progress import Progress
+from t5like.rl.experience import fits
 from t5like.rl.rewards.functions import INPUTS, TARGETS
 
 FEWEST = 2  # examples of a source: one is held out
@@ -159,7 +160,7 @@ class Prompts:
 
     def _example(self, source: int, index: int, parts: Sequence[Part], record: Record) -> Example | None:
         """The example, or None if it is longer than a row."""
-        data, eos = self._config.data, self._tokenizer.eos_id
+        eos = self._tokenizer.eos_id
         last = max(index for index, part in enumerate(parts) if part.is_target)
         inputs = [token for part in parts[:last] for token in (*self._tokenizer.encode(part.text), eos)]
         prompt, answers = self._frame.input_prompt(inputs), ()
@@ -167,8 +168,7 @@ class Prompts:
             settings = {f"rl.{name}": getattr(self._config.rl, name) for name in ("chosen_field", "rejected_field")}
             texts = [text_of(record, path, setting) for setting, path in settings.items()]
             answers = tuple([*self._tokenizer.encode(text), eos] for text in texts)
-        fits = len(inputs) <= data.inputs_length and all(len(ids) <= data.targets_length for ids in answers)
-        return Example(source, index, prompt, answers) if fits else None
+        return Example(source, index, prompt, answers) if fits(self._config, prompt, answers) else None
 
 
 class PromptBatches:

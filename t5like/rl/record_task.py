@@ -74,8 +74,10 @@ class RecordTask:
         """The arrays of a recent step, and all of its rows on the host: one for each answer."""
         rows, arrays = self._kept(index)
         batch, answers = rows.rows(), rows.mask_BGL.shape[1]
+        if rows.encoder_BS is None:
+            return arrays, batch
         encoder = {name: getattr(batch, name) for name in ("encoder_BS", "encoder_segments_BS")}
-        repeated = {name: None if x is None else np.repeat(x, answers, axis=0) for name, x in encoder.items()}
+        repeated = {name: np.repeat(x, answers, axis=0) for name, x in encoder.items()}
         return arrays, batch._replace(**repeated)
 
     def _keep(self, index: int, rows: Experience, arrays: Experience) -> None:

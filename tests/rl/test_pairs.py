@@ -3,24 +3,34 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from t5like.checkpoint.run_directory import load
 from t5like.metrics.writers import read
+from t5like.rl.model_reward import RewardModel
 from t5like.rl.run import evaluate
 
+# An encoder reads prompt and answer in one row. It starts from random weights.
+ENCODER = {"model.architecture": "encoder", "init_from.checkpoint": "", "data.inputs_length": 48}
 LOGPS = {"logps/chosen", "logps/rejected"}
 METRICS = {  # besides those of all methods, with TRL's names
     "dpo": LOGPS,
     "orpo": LOGPS | {"nll_loss"},
     "reward_model": set(),
+    "reward_model of an encoder": set(),
 }
 OF_ALL = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
 
 
 @pytest.mark.parametrize("method", METRICS)
-def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(method, rl_flags, command, tmp_path):
-    values = {"rl.method": method, "rl.rewards": "", "optimizer.learning_rate": 0.003, "train.eval_every": 4}
+def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(
+    method, rl_flags, trained, command, tmp_path
+):
+    values = {"rl.method": method.split()[0], "rl.rewards": "", "optimizer.learning_rate": 0.003}
+    values |= {"train.eval_every": 4}
+    if "encoder" in method:
+        values |= ENCODER | {"tokenizer.path": trained / "tokenizer.model"}
     settings = [f"--config.{name}={value}" for name, value in values.items()]
     code, out, err = command("rl", *rl_flags, *settings, f"--workdir={tmp_path}/run")
     assert code == 0, err
@@ -40,3 +50,11 @@ def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(
         config = dataclasses.replace(loaded.config, data=data)
         by_size.append(evaluate(loaded._replace(config=config), tmp_path / "run")[0])
     assert by_size[0] == pytest.approx(by_size[1], rel=1e-4, abs=1e-5)
+
+    if method.startswith("reward_model"):
+        scorer = RewardModel(tmp_path / "run")
+        rows = [{"inputs": "sort b a"}, {"inputs": "sort " + "c d e " * 40}]  # the second one is longer than a row
+        scores_BG = scorer(rows, [["a b", "b a", "a " * 40], ["a b", "b a", ""]])
+        assert np.isfinite(scores_BG[0]).tolist() == [True, True, False] and np.isnan(scores_BG[1]).all()
+        alone_BG = scorer(rows[:1], [["b a"]])
+        assert scores_BG[0, 1] == pytest.approx(alone_BG[0, 0], abs=1e-5) != scores_BG[0, 0]
