@@ -88,6 +88,18 @@ class RLConfig:
         return self.method in PAIR_METHODS
 
     @property
+    def answers(self) -> int:
+        """Answers of each prompt in the loss; 1 of each row without reinforcement learning."""
+        if self.uses_pairs:
+            return 2
+        return self.answers_per_prompt if self.method == "policy" else 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss needs the log-probabilities of the run's first weights."""
+        return self.method in ("dpo", "ipo") or (self.method == "policy" and self.reference == "first")
+
+    @property
     def has_scalar_head(self) -> bool:
         """Whether the model has a scalar head: of values, or of a reward model."""
         return self.method == "reward_model" or (self.method == "policy" and self.advantage == "gae")

@@ -15,6 +15,7 @@ from t5like.config.schema import Config
 from t5like.data.store import preparation
 from t5like.errors import UserError
 from t5like.optim import schedules
+from t5like.sharding.memory import sampling_cache
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -39,6 +40,8 @@ def run_checks(config: Config, workdir: Path | None) -> list[Check]:
     checks = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
     checks += _data(config)
     checks.append(Check("learning rate", "ok", learning_rate(config)))
+    if config.rl.method != "none":
+        checks.append(Check("rl", "missing", not_counted(config)))
     if workdir is None:
         return checks
     try:
@@ -47,6 +50,15 @@ def run_checks(config: Config, workdir: Path | None) -> list[Check]:
         return [*checks, Check("run directory", "ok", f"{workdir} {text}")]
     except UserError as error:
         return [*checks, Check("run directory", "wrong", str(error), error)]
+
+
+def not_counted(config: Config) -> str:
+    """What a plan leaves out of a run of `t5like rl`: it is that of a supervised step with one answer per prompt."""
+    cache, reference = sampling_cache(config), "the reference (as large as the parameters)"
+    parts = [f"{config.rl.answers} answers per prompt (memory and time are those of one)"]
+    parts += [f"sampling (keys and values: at most {cache / 2**20:,.1f} MiB on all devices)"] if cache else []
+    parts += [reference] if config.rl.needs_reference else []
+    return f"not counted: {', '.join(parts)}"
 
 
 def _data(config: Config) -> list[Check]:

@@ -144,25 +144,19 @@ def last_tokens(mask_BGL: Array) -> Array:
 def spec(config: Config) -> Experience:
     """Shapes and dtypes of a step's experience, from the config alone, as arrays of zeros that take no memory."""
     rl, size = config.rl, config.data.batch_size
-    answers = 2 if rl.uses_pairs else rl.answers_per_prompt
     start = [0] if config.model.architecture == "decoder" else []
-    rows = answer_rows(config, [Prompt([1, *start], 1)], [[[1]] * answers])
-    values_BGL = np.zeros((1, answers, rows.mask_BGL.shape[-1]), np.float32)
+    rows = answer_rows(config, [Prompt([1, *start], 1)], [[[1]] * rl.answers])
+    values_BGL = np.zeros((1, rl.answers, rows.mask_BGL.shape[-1]), np.float32)
     policy, with_values = rl.method == "policy", rl.method == "policy" and rl.advantage == "gae"
     rows = rows._replace(
         advantages_BGL=values_BGL if policy else None,
         sampler_log_p_BGL=values_BGL if policy else None,
         old_log_p_BGL=values_BGL if needs_old(config) else None,
-        reference_log_p_BGL=values_BGL if needs_reference(config) else None,
+        reference_log_p_BGL=values_BGL if rl.needs_reference else None,
         old_values_BGL=values_BGL if with_values else None,
         returns_BGL=values_BGL if with_values else None,
     )
     return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), (size, *x.shape[1:])), rows)
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether the loss needs the log-probabilities of the run's first weights."""
-    return config.rl.method in ("dpo", "ipo") or (config.rl.method == "policy" and config.rl.reference == "first")
 
 
 def needs_old(config: Config) -> bool:

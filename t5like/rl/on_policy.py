@@ -83,7 +83,7 @@ class OnPolicy(RecordTask):
         rows = rows._replace(sampler_log_p_BGL=sampler_BGL)
         arrays, scored, kl_BGL = self._to_devices(rows), None, None
         with jax.set_mesh(self._mesh):
-            if experience.needs_reference(self._config):
+            if rl.needs_reference:
                 arrays = self._with_reference(arrays)
                 kl_BGL = (sampler_BGL - to_host(arrays.reference_log_p_BGL)) * rows.mask_BGL
                 self._check_kl(kl_BGL, rows.mask_BGL, index)

@@ -13,7 +13,6 @@ from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, printable
 from t5like.io.atomic import replace_file
 from t5like.optim import eval_step
-from t5like.rl import experience
 from t5like.rl.experience import Experience, answer_rows
 from t5like.rl.prompts import Example
 from t5like.rl.record_task import SAMPLES, RecordTask
@@ -46,7 +45,7 @@ class Pairs(RecordTask):
             self._config, [example.prompt for example in examples], [example.answers for example in examples]
         )
         arrays = self._to_devices(rows)
-        return rows, self._with_reference(arrays) if experience.needs_reference(self._config) else arrays
+        return rows, self._with_reference(arrays) if self._config.rl.needs_reference else arrays
 
     def baselines(self) -> tuple[dict[str, float], str]:
         """The accuracy of preferring the longer answer, on the held-out pairs."""

@@ -24,6 +24,7 @@ from t5like.sharding import placement
 from t5like.types import Batch, TrainState, Tree
 
 SAMPLES = "samples.txt"  # in a run directory
+NOT_PACKED = "data.packing has no effect in t5like rl: each answer has a row of its own"
 
 
 class RecordTask:
@@ -59,7 +60,7 @@ class RecordTask:
         self.data, self.batches = self._prompts.data, PromptBatches(config, len(self._prompts.train))
         self.lines = [
             f"data       {len(self._prompts.train):,} prompts, {len(self._prompts.heldout):,} held out",
-            *(f"           {note}" for note in self._prompts.notes),
+            *(f"           {note}" for note in (*self._prompts.notes, *([NOT_PACKED] * config.data.packing))),
         ]
         self._scores: Callable[[Tree, Experience], Any] = jit_scores(config, mesh, self.spec)
         self._reference: Tree = None
@@ -67,7 +68,7 @@ class RecordTask:
 
     def start(self, state: TrainState) -> None:
         """Keep the first weights, or read them again, if the loss needs a reference."""
-        if experience.needs_reference(self._config):
+        if self._config.rl.needs_reference:
             self._reference = reference_params(self._config, self.tokenizer, self._workdir, state)
 
     def rows_of(self, index: int) -> tuple[Experience, Batch]:

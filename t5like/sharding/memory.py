@@ -60,11 +60,13 @@ def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax
         "parameters": local * _bytes_per_device(abstract.params),
         f"state of optimizer.name={config.optimizer.name}": local * _bytes_per_device(abstract.opt_state),
         "moving average (optimizer.ema_decay)": local * _bytes_per_device(abstract.ema or {}),
+        "reference (rl.reference)": local * _bytes_per_device(abstract.params if config.rl.needs_reference else {}),
     }
     share = local / mesh.size
     rows = {
         "batch": share * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)),
         "hidden values and scores of a microbatch": share * _hidden(config),
+        "keys and values of sampled answers": share * sampling_cache(config),
     }
     needed = {name: int(size) for name, size in (state | rows).items() if size}
     if sum(needed.values()) <= available:
@@ -89,6 +91,16 @@ def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax
     )
 
 
+def sampling_cache(config: Config) -> int:
+    """Bytes of the decoder's keys and values while a step of `t5like rl` samples its answers; 0 for other runs."""
+    data, rl = config.data, config.rl
+    if rl.method != "policy":
+        return 0
+    cross = data.inputs_length * (config.model.architecture == "encoder_decoder")
+    positions = cross + _cached_positions(config, data.inputs_length, data.targets_length, rl.answers_per_prompt)
+    return data.batch_size * positions * _bytes_per_position(config)
+
+
 def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
     """Refuse to generate texts whose key-value cache does not fit in memory, even for one prompt.
 
@@ -101,12 +113,9 @@ def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
     Raises:
         ConfigError: with the needed and the available bytes.
     """
-    model, width = config.model, _width(config)
-    layers = model.decoder_layers
-    positions = new * texts + prompt * (model.architecture == "decoder")
-    keys = 2 * layers * positions * model.kv_heads * model.head_dim * width
+    keys = _cached_positions(config, prompt, new, texts) * _bytes_per_position(config)
     logits = 4 * texts * config.vocab_rows
-    scores = prompt**2 * width * (model.kernels != "tpu")
+    scores = prompt**2 * _width(config) * (config.model.kernels != "tpu")
     needed, available = keys + logits + scores, of_devices(jax.local_devices())
     if available and needed > available:
         raise ConfigError(
@@ -114,6 +123,17 @@ def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
             f"{gigabytes(needed)} of memory, and there are {gigabytes(available)}; "
             "use a smaller --max_new_tokens, such as 64, or fewer texts"
         )
+
+
+def _cached_positions(config: Config, prompt: int, new: int, texts: int) -> int:
+    """Positions of self-attention in the cache of a prompt and its texts."""
+    return new * texts + prompt * (config.model.architecture == "decoder")
+
+
+def _bytes_per_position(config: Config) -> int:
+    """Bytes of keys and values of one position, in all layers of the decoder."""
+    model = config.model
+    return 2 * model.decoder_layers * model.kv_heads * model.head_dim * _width(config)
 
 
 def gigabytes(size: int) -> str:
@@ -134,8 +154,12 @@ def _width(config: Config) -> int:
 def _hidden(config: Config) -> int:
     """Bytes of a microbatch's hidden values between two layers, and of one head's scores, of the longest stack."""
     model, data = config.model, config.data
-    length = {"decoder": config.row_length, "encoder": data.inputs_length}.get(
-        model.architecture, max(data.inputs_length, data.targets_length)
-    )
+    answers = config.rl.answers
+    shapes = {  # rows of each prompt, and their length
+        "decoder": [(answers, config.row_length)],
+        "encoder": [(answers, data.inputs_length)],
+        "encoder_decoder": [(1, data.inputs_length), (answers, data.targets_length)],
+    }[model.architecture]
     rows = data.batch_size // config.train.microbatches
-    return rows * length * (model.model_dim + length * (model.kernels != "tpu")) * _width(config)
+    values = [count * length * (model.model_dim + length * (model.kernels != "tpu")) for count, length in shapes]
+    return rows * max(values) * _width(config)
