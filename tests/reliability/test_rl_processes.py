@@ -9,6 +9,7 @@ import pytest
 from runs import Trainer, checkpoints, restored, run_to_end, settings, start_processes, state_of, wait_for_end
 
 from t5like.checkpoint.step_directories import COMMITTED
+from t5like.metrics.time_spent import PREFIX
 from t5like.metrics.writers import read
 
 LAST = 6  # steps; three rollouts
@@ -46,8 +47,9 @@ def answers_of(workdir: Path) -> dict[str, list[dict]]:
 
 def metrics_of(workdir: Path) -> list[dict]:
     """The metrics without times."""
-    times = ("seconds", "per_second")
-    return [{name: value for name, value in record.items() if not name.endswith(times)} for record in read(workdir)]
+    is_time = lambda name: name.endswith(("seconds", "per_second")) or name.startswith(PREFIX)
+    rows = [{name: value for name, value in record.items() if not is_time(name)} for record in read(workdir)]
+    return [row for row in rows if row.keys() > {"step"}]
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])

@@ -10,6 +10,7 @@ from test_encode_once import shape_of
 from t5like.checkpoint.metadata import first_history
 from t5like.inference.prompt_format import Prompt
 from t5like.metrics.throughput import Throughput
+from t5like.metrics.time_spent import TimeSpent
 from t5like.rl import collection, experience
 from t5like.rl.collection import Collected
 from t5like.rl.on_policy import OnPolicy
@@ -158,9 +159,9 @@ def test_metrics_are_over_all_steps_since_the_last_line():
     config = shape_of(rl={"method": "policy"})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=2, num_steps=8))
     lines, ignored = [], SimpleNamespace(update=lambda *_: None, note=lambda _: None)
-    writer = SimpleNamespace(write=lambda step, values: lines.append((step, values)))
+    writer = SimpleNamespace(write=lambda step, values: lines.append((step, values)), undone_seconds=0.0)
     bad = BadSteps(config, first_history(config))
-    report = StepReporter(config, writer, ignored, Throughput(0.0, None), bad, lambda *_: None)
+    report = StepReporter(config, writer, ignored, Throughput(0.0, None), TimeSpent(), bad, lambda *_: None)
     one = Sum(np.float32(1), np.float32(1))
     for done, (total, weight) in enumerate([(3, 1), (1, 3), (5, 1), (5, 1)], start=1):
         same = {"loss": one, "grad_norm": one, "skipped_updates": Sum(np.float32(0), np.float32(1)), "tokens": one}
