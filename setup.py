@@ -69,6 +69,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda12]>=0.10,<0.11"],
         "hf": ["datasets>=4,<6", "tokenizers>=0.22,<0.24", "transformers>=5,<6"],
+        "wandb": ["wandb>=0.20,<0.32"],
+        "mlflow": ["mlflow-skinny>=3,<4"],
+        "trackio": ["trackio>=0.20,<0.44"],
         "launch": ["kubernetes>=37,<38"],
         "rl": [
             "rouge-score>=0.1.2,<0.2",

@@ -48,6 +48,7 @@ MUTABLE_FIELDS = (
     "tokenizer.path",
     "tokenizer.extra_eos_ids",
     "evaluate.",
+    "metrics.",
 )
 CHANGEABLE_FIELDS = (
     "optimizer.learning_rate",

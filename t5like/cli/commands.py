@@ -70,7 +70,10 @@ def rl(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
 def _train(options: argparse.Namespace, config: "Config", train: Callable[..., None]) -> None:
     from t5like.checkpoint import allowed_changes
     from t5like.distributed.process_group import process_group
+    from t5like.metrics import trackers
 
+    if options.process is None or options.process.process == 0:
+        trackers.check(config)
     workdir, allowed = expand(options.workdir).absolute(), allowed_changes.parse(options.allow_change)
     facts = {**versions(), "--workdir": str(workdir)}
     with (

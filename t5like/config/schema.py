@@ -18,6 +18,7 @@ from t5like.config.rl_schema import RLConfig
 
 Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
 Metric = Literal["exact_match", "f1", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Adaptation = Literal["architecture", "vocabulary", "depth"]
 MlpKind = Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"]
 ARCHITECTURES: dict[str, tuple[str, ...]] = {  # the architectures that each objective supports
@@ -325,6 +326,14 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    # Where metrics go besides metrics.jsonl; empty: nowhere. wandb, mlflow and trackio need their packages, and their
+    # own environment variables for addresses and keys. A tracker that fails does not stop the run.
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    project: str = "t5like"  # the project of wandb and trackio, the experiment of mlflow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # random seed of parameters, order of rows, masks and dropout
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -335,6 +344,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     init_from: InitConfig = InitConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    metrics: MetricsConfig = MetricsConfig()
     rl: RLConfig = RLConfig()
 
     @property

@@ -26,6 +26,7 @@ from t5like.io.appending import AppendingFile
 from t5like.io.atomic import replace_file
 from t5like.io.strict_json import loads
 from t5like.metrics.time_spent import PREFIX
+from t5like.metrics.trackers import Tracker, close
 from t5like.types import COMPONENT_METRICS, Metrics
 
 FILE = "metrics.jsonl"  # in a run directory
@@ -131,8 +132,20 @@ class Writer:
         undone_seconds: of the later steps that were dropped, all parts of `time_spent` together.
     """
 
-    def __init__(self, workdir: Path, *, step: int = 0, primary: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int = 0,
+        primary: bool = True,
+        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
+    ):
         """Open the files of a run that continues after `step` updates; unless primary, nothing is ever written.
+
+        Args:
+            tensorboard: whether events are written.
+            trackers: which also get all values; `close` closes them.
 
         Raises:
             CheckpointError: they can't be created.
@@ -140,14 +153,14 @@ class Writer:
         """
         self._file = self._events = None
         self.undone_seconds = 0.0
-        self._workdir = workdir
+        self._workdir, self._tensorboard, self._trackers = workdir, tensorboard, trackers
         if primary:
             self._open(step)
 
     def go_back(self, step: int) -> None:
         """Continue after an earlier step, as a new `Writer` would."""
         if self._file is not None:
-            self.close()
+            self._close_files()
             self._open(step)
 
     def _open(self, step: int) -> None:
@@ -165,7 +178,7 @@ class Writer:
             if path.exists() and path.read_bytes() != text.encode():
                 replace_file(path, text)
             self._file = AppendingFile(path, _report)
-            self._events = EventFile(workdir / TENSORBOARD, step)
+            self._events = EventFile(workdir / TENSORBOARD, step) if self._tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line. Steps must not decrease.
@@ -183,12 +196,20 @@ class Writer:
         self._check_workdir()
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.append(json.dumps({"step": step, **finite}).encode() + b"\n")
-        self._events.write(step, values)
+        if self._events is not None:
+            self._events.write(step, values)
+        for tracker in self._trackers:
+            tracker.send(step, values)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files, and end the trackers."""
+        self._close_files()
+        close(self._trackers)
+
+    def _close_files(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self._events is not None:
             self._events.close()
 
     def _check_workdir(self) -> None:

@@ -25,7 +25,7 @@ from t5like.distributed.preemption import catch_preemption
 from t5like.distributed.shared_file_systems import share
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, Diverged, StateNotFinite
-from t5like.metrics import flops, writers
+from t5like.metrics import flops, trackers, writers
 from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
@@ -137,7 +137,13 @@ def train(
         verification.start(*share("verifying the data", task.directory))
     if primary:
         provenance.append(workdir, start, provenance_record)
-    writer = writers.Writer(workdir, step=start, primary=primary)
+    writer = writers.Writer(
+        workdir,
+        step=start,
+        primary=primary,
+        tensorboard="tensorboard" in config.metrics.trackers,
+        trackers=trackers.start(config, workdir) if primary else (),
+    )
     progress = Progress(config.train.num_steps, log_every=config.train.log_every, step=start, primary=primary)
     counted = config.rl.method == "none"  # the FLOPs of sampling are not counted
     throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()) if counted else None)
