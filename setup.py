@@ -43,7 +43,7 @@ setup(
     # The presets lie in a folder of their own, and are installed as a part of the package: --config=NAME finds them.
     packages=[*find_packages(include=["t5like", "t5like.*", "launch"]), "t5like.configs", "t5like.configs.rl"],
     package_dir={"t5like.configs": "configs", "t5like.configs.rl": "configs/rl"},
-    package_data={"launch": ["*.sh"]},
+    package_data={"launch": ["*.sh"], "t5like": ["py.typed"]},
     entry_points={"console_scripts": ["t5like = t5like.cli.main:main"]},
     install_requires=[
         "array_record>=0.8.1,<0.9",

@@ -38,6 +38,7 @@ ORDER = (
     "train",
     "rl",
     "inspect",
+    "run",
     "cli.prompts",
     "cli.flags",
     "cli.commands",

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from t5like.data.sources.lines import parse_json_line, read_json_lines
 from t5like.errors import CheckpointError, ConfigError, DataError, UserError
 from t5like.inference.generate import Answer, Generator
-from t5like.inference.infilling import fill
+from t5like.inference.infilling import completed
 from t5like.inference.sampling import DecodingOptions
 from t5like.io.atomic import replace_file
 from t5like.io.strict_json import loads
@@ -175,8 +175,7 @@ def _generate(generator: Generator, decoding: DecodingOptions, prompt: str) -> l
 
 def _filled(generator: Generator, prompt: str, text: str) -> str:
     """The prompt with its <extra_id_N> spans replaced, if it has any; else the generated text."""
-    infilling = "<extra_id_" in prompt and generator.config.model.has_decoder
-    return fill(prompt, text) if infilling else text
+    return completed(prompt, text) if generator.config.model.has_decoder else text
 
 
 # ---- Files ----

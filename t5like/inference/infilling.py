@@ -11,6 +11,11 @@ def fill(prompt: str, answer: str) -> str:
     return re.sub(r"<extra_id_\d+>", lambda match: spans(answer).get(match[0], match[0]), prompt)
 
 
+def completed(prompt: str, answer: str) -> str:
+    """The prompt with its sentinels replaced, if it has any; else the generated answer."""
+    return fill(prompt, answer) if "<extra_id_" in prompt else answer
+
+
 def spans(answer: str) -> dict[str, str]:
     """The text after each sentinel of an answer, at its first occurrence."""
     _, *parts = re.split(r"(<extra_id_\d+>)", answer)
