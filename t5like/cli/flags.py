@@ -307,6 +307,7 @@ def _add_inspect(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--verify", action="store_true", help="read all arrays and compare them with their digests")
     _add_inspect_data(subjects)
+    _add_inspect_model(subjects)
     sub = _add_command(subjects, "run", "Say whether a run is healthy, and show what happened in it.")
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument("--verify", action="store_true", help="read all checkpoints and compare them with their digests")
@@ -319,6 +320,16 @@ def _add_inspect_data(subjects: "argparse._SubParsersAction[Parser]") -> None:
     _add_config_or_run(sub)
     sub.add_argument("--step", type=int, default=1, metavar="N", help="update N, from 1; default: 1")
     sub.add_argument("--rows", type=int, default=8, metavar="N", help="number of rows to show; default: 8")
+    sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write a page of HTML")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_inspect_model(subjects: "argparse._SubParsersAction[Parser]") -> None:
+    text = "Show every parameter: shape, axes, split, bytes, initial values, optimizer; totals and FLOPs by part."
+    sub = _add_command(subjects, "model", text)
+    _add_config_or_run(sub)
+    sub.add_argument("--topology", metavar="NAME", help="v5e:16x16, h100:4x8, cpu:8; default: the mesh of the config")
+    sub.add_argument("--num_slices", type=int, default=1, metavar="N", help="number of slices of that topology")
     sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write a page of HTML")
     sub.add_argument("--json", action="store_true", help="print JSON instead of text")
 

@@ -6,6 +6,7 @@ the heavy modules that it needs itself. Called by `cli.main`.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,14 +62,30 @@ def inspect_data(options: argparse.Namespace, overrides: list[tuple[str, str]]) 
         raise ConfigError(f"--step={options.step} must be at least 1: the first update is step 1; use --step=1")
     from t5like.inspect import data, data_page, data_text, step_data
 
-    if config is not None:
-        plan = step_data.plan_of_config(config, options.step)
-    else:
-        plan = step_data.plan_of_run(expand(options.workdir).absolute(), options.step)
+    runs = [] if options.workdir is None else [expand(options.workdir).absolute()]
+    plan = step_data.plan_of_run(*runs, options.step) if runs else step_data.plan_of_config(config, options.step)
     report = data.inspect_data(plan, options.rows)
     if options.html:
-        write_page(options.html, data_page.render(report))
+        write_page(options.html, data_page.render(report), *runs)
     print(json.dumps(report, indent=1)) if options.json else data_text.show(report)
+
+
+def inspect_model(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like inspect model`."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves an accelerator of this machine to other programs
+    config = config_or_run(options, overrides)
+    if options.num_slices != 1 and options.topology is None:
+        raise ConfigError(f"--num_slices={options.num_slices} goes with --topology; use --topology=v5e:16x16")
+    from t5like.checkpoint.run_directory import config_of
+    from t5like.inspect import model, model_text
+    from t5like.plan import topology
+
+    machine = topology.parse(options.topology, options.num_slices) if options.topology is not None else None
+    runs = [] if options.workdir is None else [expand(options.workdir).absolute()]
+    report = model.inspect_model(config_of(*runs) if runs else config, machine)
+    if options.html:
+        write_page(options.html, model_text.render(report), *runs)
+    print(json.dumps(report, indent=1) if options.json else model_text.text(report))
 
 
 def write_page(path: Path, text: str, *runs: Path) -> None:
@@ -114,7 +131,7 @@ def replay(options: argparse.Namespace, _) -> None:
     replay.replay(expand(options.workdir).absolute(), options.step, lambda line: print(printable(line), flush=True))
 
 
-INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run, "data": inspect_data}
+INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run, "data": inspect_data, "model": inspect_model}
 COMMANDS = {
     "inspect": lambda options, overrides: INSPECTIONS[options.subject](options, overrides),
     "compare": compare,

@@ -49,7 +49,12 @@ def stack_shapes(config: Config) -> list[StackShape]:
 
 
 def forward_flops(config: Config) -> ForwardFlops:
-    """FLOPs of one row's forward pass by part of the model.
+    """FLOPs of one row's forward pass, summed over the parts of the model."""
+    return ForwardFlops(*map(sum, zip(*flops_by_part(config).values(), strict=True)))
+
+
+def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
+    """FLOPs of one row's forward pass in ``encoder``, ``decoder`` and ``head``.
 
     A matmul of [m, k] and [k, n] takes 2 m k n. With S input and L target tokens (decoder-only: L is the row;
     encoder-only: S is the row, and the head reads all of it, L = S):
@@ -66,22 +71,24 @@ def forward_flops(config: Config) -> ForwardFlops:
     pairs of tokens, also those that a causal or segment mask removes; embedding look-ups, token types included, norms,
     softmax and biases count nothing.
     """
-    model = config.model
+    model, parts = config.model, {}
     queries = model.num_heads * model.head_dim
     keys = model.kv_heads * model.head_dim
     mlp_kernels = 3 if model.mlp.startswith("gated") else 2
-    projections = attention = mlp = vocabulary = 0
-    for stack in stack_shapes(config):
+    names = [name for name in ("encoder", "decoder") if getattr(model, f"has_{name}")]
+    for name, stack in zip(names, stack_shapes(config), strict=True):
+        projections = attention = 0
         for length in stack.keys:
             projections += stack.layers * 4 * model.model_dim * (stack.queries * queries + length * keys)
             attention += stack.layers * 4 * stack.queries * length * queries
-        mlp += stack.layers * mlp_kernels * 2 * stack.queries * model.model_dim * model.mlp_dim
+        mlp = stack.layers * mlp_kernels * 2 * stack.queries * model.model_dim * model.mlp_dim
+        parts[name] = ForwardFlops(projections, attention, mlp, 0)
     targets = stack.queries  # of the last stack
-    vocabulary += 2 * targets * model.model_dim * config.vocab_rows
+    vocabulary = 2 * targets * model.model_dim * config.vocab_rows
     if model.architecture == "encoder":
         vocabulary += 2 * targets * model.model_dim**2 if model.head == "mlm" else 0
         vocabulary += 2 * model.model_dim**2 + 2 * 2 * model.model_dim if "mlm_nsp" in config.data.objective else 0
-    return ForwardFlops(projections, attention, mlp, vocabulary)
+    return parts | {"head": ForwardFlops(0, 0, 0, vocabulary)}
 
 
 def model_flops(config: Config) -> int:

@@ -12,6 +12,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from t5like.config.schema import ModelConfig
 from t5like.model.kernels import cpu, tpu_matmul
@@ -20,9 +21,22 @@ from t5like.model.kernels import cpu, tpu_matmul
 MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}
 
 
+@struct.dataclass
+class Parameter(nn.LogicallyPartitioned):
+    """The box of a parameter: a logical axis for each dim, mean and standard deviation of its initial values."""
+
+    mean: float = struct.field(default=0.0, pytree_node=False)
+    std: float = struct.field(default=0.0, pytree_node=False)
+
+
 def normal(std: float, axes: tuple[str, ...]):
     """An initializer: N(0, std) in float32, with a logical axis for each dim."""
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return lambda *arguments: Parameter(nn.initializers.normal(std)(*arguments), axes, std=std)
+
+
+def constant(value: float, axes: tuple[str, ...]):
+    """An initializer: one value, with a logical axis for each dim."""
+    return lambda *arguments: Parameter(nn.initializers.constant(value)(*arguments), axes, mean=value)
 
 
 def kernel_init(config: ModelConfig, fan_in: int, axes: tuple[str, ...], *, residual: bool = False, scale: float = 1.0):
@@ -62,7 +76,7 @@ class Dense(nn.Module):
         init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
         kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(config.dtype)
         if config.biases:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            zeros = constant(0.0, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype)
         return kernel, bias
 
@@ -86,7 +100,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         config, dim = self.config, x_BLD.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (dim,), jnp.float32)
+        scale = self.param("scale", constant(1.0, ("norm",)), (dim,), jnp.float32)
         x = x_BLD.astype(jnp.float32)
         if config.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
@@ -96,9 +110,7 @@ class Norm(nn.Module):
             * jnp.broadcast_to(scale, x.shape)
         )
         if config.norm == "layer":
-            bias = self.param(
-                "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (dim,), jnp.float32
-            )
+            bias = self.param("bias", constant(0.0, ("norm",)), (dim,), jnp.float32)
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(config.dtype)
 

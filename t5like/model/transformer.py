@@ -63,8 +63,7 @@ class Transformer(nn.Module):
             self.scalar_head = heads.ScalarHead(model)
         if model.head == "mlm":
             self.mlm = heads.MlmTransform(model)
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-            self.head_bias = self.param("head_bias", zeros, (config.vocab_rows,), jnp.float32)
+            self.head_bias = self.param("head_bias", lay.constant(0.0, ("vocab",)), (config.vocab_rows,), jnp.float32)
 
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""

@@ -55,6 +55,12 @@ def parameter_axes(config: Config, batch: Batch) -> LogicalAxes:
     return {tree.name_of(path): box.names for path, box in boxes}
 
 
+def initial_values(config: Config, batch: Batch) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each parameter's initial values, by name, from its initializer."""
+    boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxes(config, batch), is_leaf=_is_box)
+    return {tree.name_of(path): (box.mean, box.std) for path, box in boxes}
+
+
 def _is_box(node: object) -> bool:
     return isinstance(node, nn.meta.AxisMetadata)
 
