@@ -3,12 +3,14 @@
 `t5like replay` reads the newest checkpoint before update N, or makes the random state of a run that has none, repeats
 the updates up to N - 1 with the trainer's own step, and examines update N: its metrics, statistics of each layer, and
 where the first NaN or infinity comes from. The rows are those of the run: if it kept evidence of a bad step N
-(`train.evidence`), those of that step, otherwise those of its schedule. Nothing is written.
+(`train.evidence`), those of that step, otherwise those of its schedule. In a run of `t5like rl` the answers are sampled
+and scored again. Nothing is written.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +27,13 @@ from t5like.data.pipeline import Batches
 from t5like.data.row_schedule import RowSchedule, Segment
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
-from t5like.errors import CheckpointError, ConfigError
+from t5like.errors import CheckpointError
 from t5like.inspect import first_nonfinite
 from t5like.model.layer_values import compute_intermediates
 from t5like.optim import step, train_state
 from t5like.optim.layer_statistics import norms_by_layer
 from t5like.optim.optimizers import make_optimizer
+from t5like.rl.run import opened as open_rl
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 from t5like.train.evidence import read_record
@@ -44,13 +47,16 @@ class Replay(NamedTuple):
     Attributes:
         config: of the run at that step, resolved on one device.
         state: before the step.
-        batch: of the step, on the device.
+        batch: of the step, on the device: what `loss_fn` takes.
+        loss_fn, model_batch: see `optim.step`.
     """
 
     config: Config
     mesh: jax.sharding.Mesh
     state: TrainState
-    batch: Batch
+    batch: Any
+    loss_fn: step.LossFn = step.pretrain_loss
+    model_batch: step.ModelBatch = step.unchanged
 
 
 def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> None:
@@ -58,10 +64,7 @@ def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> N
 
     Raises:
         CheckpointError: there is no checkpoint before it, or none that can be read.
-        ConfigError: it is a run of `t5like rl`.
     """
-    if (method := config_of(workdir).rl.method) != "none":
-        raise ConfigError(f"--workdir={workdir} is a run of rl.method={method}, whose steps can't be replayed")
     prepared = prepare(workdir, number, show)
     with jax.set_mesh(prepared.mesh):
         for line in examine(prepared):
@@ -75,22 +78,60 @@ def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> 
     config = config_at(workdir, checkpoints, number)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
-    batches = open_batches(config, rows_of(workdir, checkpoints, start, number))
+    schedule = rows_of(workdir, checkpoints, start, number)
+    first = schedule.first_row(number - 1)
     shape = pipeline.spec(config)
     abstract = train_state.abstract_state(config, shape, mesh)
-    first = batches.schedule.first_row(number - 1)
     show(
         f"replay     step {number:,}, from {f'checkpoint {start:,}' if start else 'random parameters'}, rows {first:,} "
         f"to {first + config.data.batch_size - 1:,}, on one {mesh.devices.flat[0].device_kind}"
     )
     state = restore_state(checkpoints, abstract, start) if start else train_state.new_state(config, shape, abstract)
-    place = lambda index: placement.to_global(batches.at(index), mesh, config.data.batch_size)
-    train_step = step.compile_train_step(config, shape, abstract) if number - 1 > start else None
-    for index in range(start, number - 1):
-        state, metrics = train_step(state, place(index))
-        values = host_metrics(jax.device_get(metrics))
-        show(f"step {index + 1:,}: loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}")
-    return Replay(config, mesh, state, place(number - 1))
+    with opened(config, workdir, mesh, state, schedule) as steps:
+        train_step = None
+        if number - 1 > start:
+            train_step = step.compile_train_step(config, steps.spec, abstract, steps.loss_fn, steps.model_batch)
+        for index in range(start, number - 1):
+            state, metrics = train_step(state, steps.batch(state, index))
+            values = host_metrics(jax.device_get(metrics))
+            show(f"step {index + 1:,}: loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}")
+        return Replay(config, mesh, state, steps.batch(state, number - 1), steps.loss_fn, steps.model_batch)
+
+
+class Steps(NamedTuple):
+    """What a run trains on.
+
+    Attributes:
+        batch: (state, number of completed updates) -> the arrays of the next step.
+        spec: their shapes.
+        loss_fn, model_batch: see `optim.step`.
+    """
+
+    batch: Callable[[TrainState, int], Any]
+    spec: Any
+    loss_fn: step.LossFn
+    model_batch: step.ModelBatch
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, workdir: Path, mesh: jax.sharding.Mesh, state: TrainState, schedule: RowSchedule
+) -> Iterator[Steps]:
+    """The steps of a run, whose rewards need processes of their own; `state` is that of the first of them."""
+    if config.rl.method == "none":
+        batches = open_batches(config, schedule)
+        place = lambda _, index: placement.to_global(batches.at(index), mesh, config.data.batch_size)
+        yield Steps(place, pipeline.spec(config), step.pretrain_loss, step.unchanged)
+        return
+    tokenizer = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.model"))
+    rl = dataclasses.replace(config.rl, table_every=0, max_kl=0.0)  # nothing is written; no step ends the run
+    config = dataclasses.replace(config, tokenizer=tokenizer, rl=rl)
+    with open_rl(config) as open_task:
+        task = open_task(config, mesh, workdir, lambda _: None)
+        task.batches.follow(schedule)
+        task.start(state)
+        batch = lambda state, index: task.device_batch(state, index, task.batches.at(index))[0]
+        yield Steps(batch, task.spec, task.loss_fn, task.model_batch)
 
 
 def start_before(checkpoints: Checkpoints, number: int) -> int:
@@ -150,17 +191,18 @@ def examine(prepared: Replay) -> list[str]:
     """Lines for the user: metrics of the step, statistics of each layer, the first value that is not finite."""
     config, state, batch = prepared.config, prepared.state, prepared.batch
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="unroll", remat="none"))
-    gradient = step.make_gradient(config)
+    gradient = step.make_gradient(config, prepared.loss_fn)
     grads, metrics = jax.jit(gradient)(state.params, batch, state.step)
     norms = jax.device_get(norms_by_layer(grads))
     loss, norm = metrics["loss"].total / metrics["loss"].weight, math.sqrt(sum(np.sum(x**2) for x in norms.values()))
     lines = [f"step {int(state.step) + 1:,}: loss {float(loss):.4f}, gradient norm {norm:.4g}"]
-    lines += layer_table(config, state.params, batch, norms)
-    return [*lines, f"first      {first_wrong(config, state, batch, gradient, grads)}"]
+    rows = prepared.model_batch(batch)
+    lines += layer_table(config, state.params, rows, norms)
+    return [*lines, f"first      {first_wrong(config, state, batch, rows, gradient, grads)}"]
 
 
-def first_wrong(config: Config, state: TrainState, batch: Batch, gradient, grads) -> str:
-    """The first value of a step that is not finite, as text."""
+def first_wrong(config: Config, state: TrainState, batch: Any, rows: Batch, gradient, grads) -> str:
+    """The first value of a step that is not finite, as text; `rows` are those of the batch that the model reads."""
     names = ("params", "opt_state", "ema")
     for name, leaf in tree.flatten({name: getattr(state, name) for name in names}).items():
         if value := first_nonfinite.nonfinite(leaf):
@@ -175,7 +217,7 @@ def first_wrong(config: Config, state: TrainState, batch: Batch, gradient, grads
             return f"the batch: {origin.scope} is {origin.value}"
         backward = " in the backward pass" if origin.backward else ""
         return f"{origin.scope}: {origin.operation} gives {origin.value} from finite inputs{backward} ({origin.source})"
-    axes = train_state.parameter_axes(config, batch)
+    axes = train_state.parameter_axes(config, rows)
     updates, _ = jax.jit(make_optimizer(config, state.params, axes).update)(grads, state.opt_state, state.params)
     for name, leaf in tree.flatten(updates).items():
         if value := first_nonfinite.nonfinite(leaf):

@@ -70,7 +70,7 @@ def test_an_overflow_in_an_activation_is_named_with_its_layer_and_operation():
     gradient = step.make_gradient(config)
     with jax.set_mesh(mesh):
         grads, _ = jax.jit(gradient)(state.params, batch, state.step)
-        found = replay.first_wrong(config, state, batch, gradient, grads)
+        found = replay.first_wrong(config, state, batch, batch, gradient, grads)
     assert found.startswith("decoder/layer_1/mlp/out: dot_general gives inf from finite inputs (")
 
 
