@@ -118,6 +118,8 @@ def build_parser() -> Parser:
         _add_compare,
     ):
         add_command(command)
+    sub = command("completion", "Print a script that completes commands, flags, config fields and values.")
+    sub.add_argument("shell", choices=("bash", "zsh"))
     text = "Submit a command as a job to Slurm, Kubernetes, TPU VMs or processes of this machine."
     commands.add_parser("launch", help=text, add_help=False)  # parsed by `launch.options`
     return parser

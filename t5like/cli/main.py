@@ -85,6 +85,12 @@ def run_command(arguments: Sequence[str]) -> int:
     except SystemExit:  # --help
         sys.stdout.flush()
         raise
+    if options.command == "completion":
+        from t5like.cli import completion
+
+        print(completion.script(options.shell), end="")
+        sys.stdout.flush()
+        return 0
     if options.command in FILE_COMMANDS or getattr(options, "output", None):
         streams.ignore_lost_output()
     start_devices(options.fake_devices)
