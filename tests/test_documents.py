@@ -25,7 +25,7 @@ from t5like.config.schema import Config, default
 # Flags that a sentence may leave out of a command.
 SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
 SAMPLES |= {"format": "hf", "prompt": "TEXT", "step": "1"}
-NOT_FIELDS = ("py", "model", "json", "txt")  # of files that have the name of a section: tokenizer.json
+NOT_FIELDS = ("py", "model", "json", "jsonl", "txt")  # of files that have the name of a section: tokenizer.json
 NOT_FLAGS = ("--xla",)  # flags of XLA
 
 

@@ -36,8 +36,7 @@ def test_the_help_of_train_shows_every_field_with_its_default_values_and_comment
         for name in names:
             assert f"\n--config.{prefix}{name}=" in text and field_help.comments(cls)[name], name
     assert (
-        "\n--config.train.log_every=10\n    whole number, at least 1 and at most 2,147,483,647\n    steps between lines "
-        in text
+        "\n--config.train.log_every=10\n    whole number, at least 1 and at most 2,147,483,647\n" in text
         and "\n--config.model.biases=false\n    true | false\n    biases on all dense layers\n" in text
         and "\n--config.model.norm=rms\n    rms | layer\n" in text
         and "\n--config.model.rotary.base=10000.0\n    number, at least 1 and at most 1e+12\n" in text
