@@ -58,7 +58,8 @@ def with_required(parser, words: list[str]) -> list[str]:
             words = [*words, *([action.metavar] * all(word.startswith("-") for word in words))]
         else:  # a command, or the subject of one
             name, *rest = words or [next(iter(action.choices))]
-            words = [name, *(with_required(action.choices[name], rest) if name in action.choices else rest)]
+            parsers = action.choices if isinstance(action.choices, dict) else {}  # else it is a value
+            words = [name, *(with_required(parsers[name], rest) if name in parsers else rest)]
     return words
 
 
