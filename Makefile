@@ -4,6 +4,7 @@
 # make soak    set up, then one run under random faults; ARGS="--seed=1 --minutes=10" chooses them
 # make parity  set up with PyTorch, transformers and TRL (large), then compare with them: models, losses, text
 # make cluster set up, also Slurm (Debian's packages, as root), then run the tests of cluster jobs (tests/cluster)
+# make browser  set up, also Chromium (Debian's package, as root), then open the pages of `t5like inspect` in it
 # make container  set up, then install the locked requirements of the container image `cpu`, and run t5like there
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
@@ -13,7 +14,7 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test reliability soak parity cluster container golden check lock clean
+.PHONY: help train test reliability soak parity cluster browser container golden check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +56,17 @@ cluster: $(INSTALLED)
 	        </dev/null >$(VENV)/install_slurm.log 2>&1 || { cat $(VENV)/install_slurm.log >&2; exit 1; }; \
 	done
 	@PYTEST_ADDOPTS="-q -n 4" $(BIN)/python tests/cluster/slurm_cluster.py $(BIN)/python -m pytest tests/cluster $(ARGS)
+
+browser: $(INSTALLED)
+	@if ! command -v chromium >/dev/null; then \
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	        echo "make browser needs chromium: install the package of that name (Debian)" >&2; exit 1; \
+	    fi; \
+	    echo "Installing chromium, once ..."; \
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; } \
+	        </dev/null >$(VENV)/install_chromium.log 2>&1 || { cat $(VENV)/install_chromium.log >&2; exit 1; }; \
+	fi
+	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 container: $(INSTALLED)
 	@$(BIN)/python -m pytest -q tests/container $(ARGS)

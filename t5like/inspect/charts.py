@@ -161,12 +161,10 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Return a short number: ``12k``, ``3.5M``, ``0.002``, ``1e-5``."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if limit <= abs(value) < 1e15:
-            scale = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}[unit]
-            return f"{value / scale:.4g}{unit}"
-    if value and not 1e-3 <= abs(value) < 1e15:
+    """Return a short number: ``12k``, ``3.5M``, ``0.002``, ``1e-5``, ``1e13``."""
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value / 1e3:.4g}k"
+    if value and not 1e-3 <= abs(value) < 1e9:
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.6g}"

@@ -90,15 +90,21 @@ def summary(run: Run) -> dict[str, Any]:
     """Return the final and best metrics of a run; None for what it has not measured.
 
     ``train_loss`` is the last one, ``eval_loss`` the last and ``best_eval_loss`` the lowest held-out loss, in nats per
-    target token; ``bits_per_byte`` is of the best one; ``tokens_per_second`` is the median.
+    target token; ``bits_per_byte`` is of the best one; ``tokens_per_second`` is the median. Of `t5like rl`, ``reward``
+    and ``kl`` are the last of training, ``eval_reward`` is the last and ``best_eval_reward`` the highest one held out.
     """
     series = {
         name: [(record["step"], record[name]) for record in run.records if name in record]
-        for name in ("train/loss", "eval/loss", "eval/bits_per_byte", "train/tokens_per_second")
+        for name in (
+            *("train/loss", "eval/loss", "eval/bits_per_byte", "train/tokens_per_second"),
+            *("train/reward", "eval/reward", "train/kl"),
+        )
     }
     last = lambda name: series[name][-1][1] if series[name] else None
     heldout = [(value, step) for step, value in series["eval/loss"] if value is not None]
     best = min(heldout, default=(None, None))
+    rewards = [(value, -step) for step, value in series["eval/reward"] if value is not None]
+    best_reward = max(rewards, default=(None, None))
     rates = [value for _, value in series["train/tokens_per_second"] if value is not None]
     return {
         "name": run.name,
@@ -112,6 +118,11 @@ def summary(run: Run) -> dict[str, Any]:
         "best_eval_step": best[1],
         "bits_per_byte": dict(series["eval/bits_per_byte"]).get(best[1]),
         "tokens_per_second": statistics.median(rates) if rates else None,
+        "reward": last("train/reward"),
+        "eval_reward": last("eval/reward"),
+        "best_eval_reward": best_reward[0],
+        "best_eval_reward_step": None if best_reward[0] is None else -best_reward[1],
+        "kl": last("train/kl"),
     }
 
 
@@ -134,9 +145,14 @@ def text(comparison: dict[str, Any]) -> str:
         parts = [_table(["run", *differences], rows)]
     header = ["run", "state", "step", "train/loss", "eval/loss", "best", "at step", "bits/byte", "tokens/s"]
     parts.append(_table(header, [_metrics(run) for run in runs]))
+    if rewarded := [run for run in runs if run["reward"] is not None or run["eval_reward"] is not None]:
+        header = ["run", "train/reward", "eval/reward", "best", "at step", "KL"]
+        parts.append(_table(header, [_rewards(run) for run in rewarded]))
     measured = [run for run in runs if run["best_eval_loss"] is not None]
     if len(measured) > 1:
-        if any(name.startswith("tokenizer.") for name in differences):
+        if "rl.method" in differences:
+            parts.append("The methods differ: their losses are not comparable.")
+        elif any(name.startswith("tokenizer.") for name in differences):
             parts.append("The tokenizers differ: losses per token are not comparable, bits/byte are.")
         else:
             best = min(measured, key=lambda run: run["best_eval_loss"])
@@ -151,6 +167,12 @@ def _metrics(run: dict[str, Any]) -> list[str]:
     losses = [_number(run[name]) for name in ("train_loss", "eval_loss", "best_eval_loss")]
     done = f"{run['step']:,} of {run['num_steps']:,}"
     return [run["name"], run["state"], done, *losses, step, _number(run["bits_per_byte"]), rate]
+
+
+def _rewards(run: dict[str, Any]) -> list[str]:
+    step = "-" if run["best_eval_reward_step"] is None else f"{run['best_eval_reward_step']:,}"
+    rewards = [_number(run[name]) for name in ("reward", "eval_reward", "best_eval_reward")]
+    return [run["name"], *rewards, step, "-" if run["kl"] is None else f"{run['kl']:.3g}"]
 
 
 def _number(value: float | None) -> str:
@@ -171,7 +193,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(runs: Sequence[Run], picture: Path) -> None:
-    """Draw the loss curves of all runs that have metrics.
+    """Draw the loss or reward curves of all runs that have metrics.
 
     Raises:
         ConfigError: the picture would lie in a run.

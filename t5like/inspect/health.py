@@ -22,6 +22,7 @@ OVER_UNIFORM = 1.02  # loss over that of a uniform guess
 FEWEST_STEPS = 20  # below it, rates and trends say nothing
 SKIPPED_SHARE = 0.01  # of the steps
 GRADIENT_RISE = 10.0  # of the last window over the median
+LARGEST_RATIO = 1e6  # above it the parameter was 0, as one that starts at 0
 UPDATE_RATIO = 0.1  # norm of an update over that of its parameter; 1e-3 is common
 DATA_SHARE = 0.2  # of the time of steps
 SAVE_SHARE, EVALUATE_SHARE = 0.1, 0.3  # of the time after the start
@@ -189,9 +190,10 @@ def _gradients(run: Run) -> Iterator[Finding]:
     ratios = {name: value for name, value in last_update_ratios(run).items() if value > UPDATE_RATIO}
     if ratios:
         name = max(ratios, key=lambda each: ratios[each])
+        most = f"most {layer_of(name)}: {ratios[name]:.2g} of its norm"
         yield Finding(
             "bad",
-            f"one update changes {len(ratios)} layers by much, most of all {name}: {ratios[name]:.2g} of its norm",
+            f"an update changes {len(ratios)} parameters by much, {most}",
             f"update/parameter ratio above {UPDATE_RATIO:g}; 0.001 is common",
             f"lower optimizer.learning_rate ({rate:g}; try {rate / 10:.2g}), or raise optimizer.warmup_steps",
         )
@@ -304,12 +306,18 @@ def _rewards(run: Run) -> Iterator[Finding]:
 def last_update_ratios(run: Run) -> dict[str, float]:
     """The last update/parameter ratio of each layer, from the statistics of `train.stats_every`; empty without them."""
     names = dict.fromkeys(name for record in run.records for name in record if is_update_ratio(name))
-    return {name: value for name in names if (value := _last(run, name)) is not None}
+    last = {name: _last(run, name) for name in names}
+    return {name: value for name, value in last.items() if value is not None and value < LARGEST_RATIO}
 
 
 def is_update_ratio(name: str) -> bool:
-    """Whether a metric is the update/parameter ratio of a layer."""
-    return name.startswith("stats/") and "update_ratio" in name
+    """Whether a metric is the update/parameter ratio of a parameter (`optim.layer_statistics`)."""
+    return name.startswith("stats/") and name.endswith("/update_ratio")
+
+
+def layer_of(name: str) -> str:
+    """The parameter in the name of a ratio: ``stats/decoder/layer_1/update_ratio`` gives ``decoder/layer_1``."""
+    return name.removeprefix("stats/").removesuffix("/update_ratio")
 
 
 def _last(run: Run, name: str) -> float | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from t5like.checkpoint.run_directory import config_of
 from t5like.config.schema import Config, flatten
 from t5like.inspect import health, run_files, run_time
-from t5like.inspect.health import Finding, trend
+from t5like.inspect.health import Finding, layer_of, trend
 from t5like.inspect.run_files import Events, Run
 from t5like.inspect.run_time import TimeUse
 from t5like.metrics.loss_curve import points
@@ -96,7 +96,10 @@ def training(run: Run) -> Iterator[tuple[str, str]]:
         yield "rate", f"{rates[-1]:.3g} ({optimizer.name}, {optimizer.schedule}, peak {optimizer.learning_rate:g})"
     if ratios := health.last_update_ratios(run):
         low, high = (choose(ratios, key=lambda name: ratios[name]) for choose in (min, max))
-        yield "updates", f"update/parameter ratio {ratios[low]:.2g} ({low}) to {ratios[high]:.2g} ({high})"
+        yield (
+            "updates",
+            f"update/parameter ratio {ratios[low]:.2g} ({layer_of(low)}) to {ratios[high]:.2g} ({layer_of(high)})",
+        )
     skipped, spikes = (
         sum(map(bool, points(run.records, f"train/{name}")[1])) for name in ("skipped_updates", "spikes")
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t5like.errors import CheckpointError
 from t5like.inspect import health
-from t5like.inspect.charts import Series, line_plot, shares
+from t5like.inspect.charts import COLORS, Series, line_plot, shares
 from t5like.inspect.html import (
     Content,
     Markup,
@@ -23,7 +23,7 @@ from t5like.inspect.html import (
 )
 from t5like.inspect.run import Report, changed_fields, happened, progress, time_facts, training
 from t5like.io.storage import format_bytes
-from t5like.metrics.loss_curve import points
+from t5like.metrics.loss_curve import has_exploded, points
 from t5like.train.completion import SAMPLES
 
 TEXTS = {  # what the names of facts mean, for those that are short in a terminal
@@ -115,14 +115,16 @@ def _losses(report: Report) -> Markup | str:
             values = points(report.run.records, name)[1]
             whole += [Series(label, [max(first, 1), last], [values[-1]] * 2) for _ in values[-1:] if last > 1]
     nats = "nats per target token"
+    losses = [loss for name in ("eval", "train") for loss in points(report.run.records, f"{name}/loss")[1]]
+    scale = "log" if has_exploded(losses) else "linear"
     kinds = ("objective", "source", "denoiser")
     parts = [
-        (f"{title} by {kind}", series, nats, "linear")
+        (f"{title} by {kind}", series, nats, scale)
         for kind in kinds
         for title, prefix in (("Training loss", "train"), ("Held-out loss", "eval"))
         if len(series := _named(report, f"{prefix}/loss/{kind}/")) > (kind == "denoiser")
     ]
-    return _plots(("Loss", whole, nats, "linear"), *parts, log_x=True)
+    return _plots(("Loss", whole, nats, scale), *parts, log_x=True)
 
 
 def _rewards(report: Report) -> Markup | str:
@@ -138,12 +140,18 @@ def _rewards(report: Report) -> Markup | str:
 
 
 def _updates(report: Report) -> Markup | str:
-    names = dict.fromkeys(name for record in report.run.records for name in record if health.is_update_ratio(name))
-    ratios = _series(report, *((name.removeprefix("stats/"), name) for name in names))
+    last = health.last_update_ratios(report.run)
+    names = sorted(last, key=lambda name: -last[name])[:COLORS]
+    ratios = _series(report, *((health.layer_of(name), name) for name in names))
     return _plots(
         ("Learning rate", _series(report, ("learning rate", "train/learning_rate")), "learning rate", "linear"),
         ("Gradient norm", _series(report, ("norm", "train/grad_norm")), "global norm, before clipping", "log"),
-        ("Update/parameter ratio by layer", ratios, "norm of update / norm of parameter", "log"),
+        (
+            f"Update/parameter ratio, the {len(names)} largest of {len(last)}",
+            ratios,
+            "norm of update / norm of parameter",
+            "log",
+        ),
     )
 
 

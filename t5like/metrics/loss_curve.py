@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURE = "loss.png"  # in a run directory
+EXPLODED = 3.0  # times the first loss
 Records = Sequence[Mapping[str, float | None]]
 Points = tuple[list[float], list[float]]  # steps and values
 
@@ -65,6 +66,12 @@ def points(records: Records, name: str) -> Points:
     return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
 
 
+def has_exploded(losses: Sequence[float]) -> bool:
+    """Whether losses, of which the first is that of an untrained model, need a logarithmic axis."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return bool(finite) and min(finite) > 0 and max(finite) > EXPLODED * finite[0]
+
+
 def label_axes(axes: "Axes", steps: Sequence[float]) -> tuple[float, list[float]]:
     """Scale and label the axes of a loss curve with these steps; return the first step after 0, and the ticks."""
     last = max([*steps, 1])
@@ -82,24 +89,34 @@ def label_axes(axes: "Axes", steps: Sequence[float]) -> tuple[float, list[float]
 def draw_loss_curves(runs: Mapping[str, Records], picture: Path) -> None:
     """Draw the loss curves of several runs by name: training as a thin line, held out with markers.
 
+    Runs of `t5like rl` with rewards have a second plot beside it; their loss is no measure and is left out.
+
     Raises:
         CheckpointError: the picture can't be written.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    rewarded = [name for name, records in runs.items() if any("train/reward" in record for record in records)]
+    kinds = ["loss"] * (len(rewarded) < len(runs) or not runs) + ["reward"] * bool(rewarded)
+    figure = Figure(figsize=(10 if len(kinds) == 1 else 15, 5.5), dpi=120, layout="constrained")
+    plots = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
+    steps: dict[str, list[float]] = {kind: [0.0] for kind in kinds}
     colors = colormaps["tab10"].colors if len(runs) <= 10 else colormaps["turbo"](range(0, 256, 255 // (len(runs) - 1)))
-    steps = []
     for (name, records), color in zip(runs.items(), colors, strict=False):
-        training, heldout = points(records, "train/loss"), points(records, "eval/loss")
-        axes.plot(*training, color=color, linewidth=0.7, alpha=0.5)
-        axes.plot(*heldout, color=color, linewidth=1.2, marker="o", markersize=3, label=name[-60:])
-        steps += [*training[0], *heldout[0]]
-    label_axes(axes, steps)
-    axes.set_title("thin: training; markers: held out", fontsize="small", loc="left")
-    axes.grid(alpha=0.3)
+        kind = "reward" if name in rewarded else "loss"
+        training, heldout = points(records, f"train/{kind}"), points(records, f"eval/{kind}")
+        plots[kind].plot(*training, color=color, linewidth=0.7, alpha=0.5)
+        plots[kind].plot(*heldout, color=color, linewidth=1.2, marker="o", markersize=3, label=name[-60:])
+        steps[kind] += [*training[0], *heldout[0]]
+        if kind == "loss" and has_exploded([*heldout[1], *training[1]]):
+            plots[kind].set_yscale("log")
+    for kind, axes in plots.items():
+        label_axes(axes, steps[kind])
+        axes.set_title("thin: training; markers: held out", fontsize="small", loc="left")
+        axes.grid(alpha=0.3)
+    if "reward" in plots:
+        plots["reward"].set(ylabel="mean reward of an answer")
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, format="png")

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import struct
 
 import pytest
 from conftest import contents
@@ -96,6 +97,33 @@ def test_the_state_shows_runs_that_go_on_and_runs_that_diverged(tmp_path):
         runs, _ = compare.load([tmp_path])
         states = {run.name: compare.state(run) for run in runs}
     assert states == {"diverged": "diverged", "going_on": "running"}
+
+
+def test_runs_with_rewards_have_their_own_table_and_plot_and_losses_of_other_methods_are_not_ranked(tmp_path):
+    policy = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, method="policy"))
+    answers = [
+        {"step": step, "train/loss": -0.1, "train/reward": step / 10, "eval/reward": reward, "train/kl": 0.0123}
+        for step, reward in ((5, 0.5), (10, 0.75), (20, 0.75))
+    ]
+    runs = [
+        compare.Run("pretraining", tmp_path / "a", CONFIG, [measured(20, 5.0, 4.5)], False),
+        compare.Run("rl", tmp_path / "b", policy, answers, False),
+    ]
+    comparison = compare.compare(runs)
+    names = ("reward", "eval_reward", "best_eval_reward", "best_eval_reward_step", "kl")
+    assert [comparison["runs"][1][name] for name in names] == [2.0, 0.75, 0.75, 10, 0.0123]
+    assert (
+        "run  train/reward  eval/reward  best   at step  KL\n"
+        "---  ------------  -----------  -----  -------  ------\n"
+        "rl   2.000         0.750        0.750  10       0.0123"
+    ) in compare.text(comparison)
+    both = [runs[0], runs[1]._replace(records=[measured(20, 0.6, 0.7)])]
+    text = compare.text(compare.compare(both))
+    assert "The methods differ" in text and "Lowest" not in text
+    compare.draw(runs, tmp_path / "two.png")
+    compare.draw(runs[:1], tmp_path / "one.png")
+    sizes = [struct.unpack(">I", (tmp_path / name).read_bytes()[16:20])[0] for name in ("two.png", "one.png")]
+    assert sizes == [1800, 1200]  # pixels wide: one plot for losses, one for rewards
 
 
 def test_losses_of_different_tokenizers_are_not_ranked(tmp_path):

@@ -153,10 +153,10 @@ def changed(records, **values):
         (changed(healthy(), train__skipped_updates=1.0), {"num_steps": 500}, "bad", "the run diverged at step 400"),
         (healthy(), {"checkpoint_every": 100}, "bad", "no checkpoint after 400 steps"),
         (
-            changed(healthy(), **{"stats__update_ratio__decoder/layer_1": 0.3}),
+            changed(healthy(), stats__decoder__layer_1__update_ratio=0.3),
             {},
             "bad",
-            "most of all stats/update_ratio/decoder/layer_1: 0.3 of its norm",
+            "most decoder/layer_1: 0.3 of its norm",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_the_page_has_verdict_plots_and_samples_loads_nothing_and_escapes_all_te
             **record,
             "train/loss/source/<script>a": 3.0,
             "train/loss/source/b": 4.0,
-            "stats/update_ratio/encoder": 0.001,
+            "stats/encoder/update_ratio": 0.001,
         }
         for record in changed(healthy(), train__loss=4.0)
     ]
