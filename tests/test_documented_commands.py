@@ -33,6 +33,7 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "plan without compiling": (),
     "launch": "tests/launch/test_launch_main.py",
     "compare": "tests/inspect/test_compare.py",
+    "inspect run": (),
     "inspect data": "tests/inspect/test_inspect_data.py",
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
 }
