@@ -286,6 +286,9 @@ def test_every_flag_and_field_in_a_document_exists():
     [subparsers] = build_parser()._subparsers._group_actions
     [backends] = options.build_parser()._subparsers._group_actions
     parsers = [*subparsers.choices.values(), *backends.choices.values()]
+    parsers += [
+        sub for group in subparsers.choices["inspect"]._subparsers._group_actions for sub in group.choices.values()
+    ]
     flags = {flag for sub in parsers for action in sub._actions for flag in action.option_strings}
     folders = (ROOT / "benchmarks", ROOT / "tests/golden")
     scripts = "".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
@@ -326,7 +329,7 @@ def test_every_file_that_a_document_names_exists(trained):
     made |= {"bad_steps", "step.json", "text.jsonl", "rows.npz"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
     theirs |= {"WORKDIR", "launch.toml", "launch.json", "logs"}
-    no_files = {"train", "eval", "baseline", "encoder"}  # names of metrics and parameters begin so
+    no_files = {"train", "eval", "baseline", "encoder", "time"}  # names of metrics and parameters begin so
     wrong = []
     for path in MARKDOWN:
         text, name = path.read_text("utf-8"), documents.name_of(path)

@@ -1,4 +1,4 @@
-"""`t5like inspect run --html`: the report of a run as one page with plots."""
+"""The page of `t5like inspect run`: the report of a run as one page with plots."""
 
 import json
 import time
