@@ -35,6 +35,7 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "compare": "tests/inspect/test_compare.py",
     "inspect run": (),
     "inspect data": "tests/inspect/test_inspect_data.py",
+    "inspect model": "tests/inspect/test_inspect_model.py",
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
 }
 
