@@ -188,6 +188,7 @@ def _prompts(plan: Plan, count: int) -> Report:
     notes = [f"{len(prompts.train):,} prompts, {len(prompts.heldout):,} held out", *prompts.notes]
     if not rl.uses_pairs:
         notes.append("answers are sampled in training: RUN/answers has those of a run")
-    report = {**_header(plan, path, notes), "batch": None, "rows": rows, "sources": []}
+    header = _header(plan, path, notes) | {"first_row": int(rows_B[0])}
+    report = {**header, "batch": None, "rows": rows, "sources": []}
     report["warnings"] = [each._asdict() for each in data_warnings.warnings_of_prompts(plan, len(prompts.train))]
     return report

@@ -132,7 +132,7 @@ def _padding(tokenizer: Tokenizer, batch: Batch) -> list[Finding]:
                 "the model learns to predict padding; set weights_BL to 0 there",
             )
         )
-    if batch.encoder_BS is not None:
+    if batch.encoder_BS is not None and tokenizer.pads_with_a_token:
         attended_BS = ~real_positions(batch.encoder_BS, None)
         if batch.encoder_segments_BS is not None:
             attended_BS = attended_BS & (batch.encoder_segments_BS > 0)
