@@ -40,6 +40,8 @@ ORDER = (
     "inspect",
     "run",
     "cli.prompts",
+    "cli.parser",
+    "cli.inspection_flags",
     "cli.flags",
     "cli.commands",
     "cli.inspections",

@@ -64,10 +64,12 @@ def test_the_cost_of_the_checks_is_measured(capfd):
 
     arguments = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))[3:]
     checks.main([*arguments, "--rounds=1", "--steps=1"])
-    machine, spikes, replicas, *in_cpu_time = lines(capfd.readouterr().out)
+    machine, spikes, replicas, layers, *in_cpu_time = lines(capfd.readouterr().out)
     assert machine["devices"] == 8 and len(spikes["shares"]) == 1 and spikes["step_ms"] > 0 < replicas["compare_ms"]
     assert replicas["share"] == pytest.approx(replicas["compare_ms"] / (100 * spikes["step_ms"]), rel=1e-2)
-    assert [each["check"] for each in in_cpu_time] == ["spikes", "replicas"] and in_cpu_time[1]["cpu_compare_ms"] > 0
+    assert layers["share"] == pytest.approx(layers["compute_ms"] / (100 * spikes["step_ms"]), rel=1e-2)
+    assert [each["check"] for each in in_cpu_time] == ["spikes", "replicas", "statistics"]
+    assert in_cpu_time[1]["cpu_compare_ms"] > 0 < in_cpu_time[2]["cpu_compute_ms"]
 
 
 def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):

@@ -34,6 +34,8 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "launch": "tests/launch/test_launch_main.py",
     "compare": "tests/inspect/test_compare.py",
     "inspect run": (),
+    "compare-steps": "tests/inspect/test_compare_steps.py",
+    "train on the same batches": "tests/inspect/test_overfit.py",
     "inspect data": "tests/inspect/test_inspect_data.py",
     "inspect model": "tests/inspect/test_inspect_model.py",
     "plan": ("--quick",),  # compiling for a TPU: tests/tpu and make golden
@@ -48,6 +50,8 @@ def type_of(words: list[str]) -> str:
     command, fields = options.command, dict(overrides)
     if command == "train":
         weights, devices = "init_from.checkpoint" in fields, options.fake_devices
+        if options.overfit:
+            return f"{command} on the same batches"
         return command + " on other weights" * weights + " on several devices" * bool(devices)
     if command == "rl":
         pairs = loader.load(options.config, overrides).rl.uses_pairs

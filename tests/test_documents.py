@@ -329,7 +329,7 @@ def test_every_file_that_a_document_names_exists(trained):
     made |= {"bad_steps", "step.json", "text.jsonl", "rows.npz"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
     theirs |= {"WORKDIR", "launch.toml", "launch.json", "logs"}
-    no_files = {"train", "eval", "baseline", "encoder", "time"}  # names of metrics and parameters begin so
+    no_files = {"train", "eval", "baseline", "stats", "encoder", "time"}  # names of metrics and parameters begin so
     wrong = []
     for path in MARKDOWN:
         text, name = path.read_text("utf-8"), documents.name_of(path)

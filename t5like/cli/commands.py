@@ -47,12 +47,25 @@ def configs(_, __) -> None:
 
 def train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like train`."""
+    if options.config is None and options.workdir is None:
+        raise ConfigError("--overfit needs a config; use --config=tiny, or the --workdir of a run")
     config = load_config(options, overrides)
     if config.rl.method != "none":
         raise ConfigError(f"rl.method={config.rl.method} is for t5like rl; use t5like rl with the same flags")
+    several = options.process is not None and options.process.num_processes > 1
+    if several and (options.overfit or options.debug_nan):
+        flag = "--overfit" if options.overfit else "--debug_nan"
+        raise ConfigError(f"{flag} is for one process; start one, or use t5like replay for a step of this run")
+    from t5like.inspect import replay
     from t5like.train.loop import train
 
-    _train(options, config, train)
+    if options.overfit:
+        from t5like.inspect import overfit
+
+        show = lambda line: print(printable(line), flush=True)
+        overfit.overfit(config, options.overfit, debug_nan=options.debug_nan, show=show)
+        return
+    _train(options, config, partial(train, examine=replay.first_nonfinite_of if options.debug_nan else None))
 
 
 def rl(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:

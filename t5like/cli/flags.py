@@ -2,14 +2,14 @@
 
 import argparse
 import functools
+import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from t5like import __version__
-from t5like.config import field_help
+from t5like.cli import inspection_flags
+from t5like.cli.parser import Parser, add_command, parse_path
 from t5like.config.field_types import LARGEST, Range
 from t5like.errors import ConfigError, shown
-from t5like.io.paths import expand, why_no_path
 
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert")
 # The flags that only one format of a command takes, with their defaults.
@@ -21,10 +21,13 @@ FORMATS = {
     },
 }
 
+CONTINUED = ("train", "rl", "compare-steps")  # commands that change fields of an existing run's config
+
 # Range of each numeric flag, and a value that works. `inference.sampling.DecodingOptions` checks those of generate.
 RANGES = {
     "fake_devices": (Range(1, 1024), 8),
     "step": (Range(0, LARGEST), 0),
+    "overfit": (Range(1, 10_000), 1),
     "rows": (Range(1, 4096), 8),
     "limit": (Range(1, LARGEST), 5),
     "num_fewshot": (Range(0, 1000), 5),
@@ -42,13 +45,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     Raises:
         ConfigError: a command, flag or value is unknown or out of range.
     """
-    overrides, rest = [], []
+    overrides, sides, rest = [], {"a": [], "b": []}, []
     for argument in arguments:
-        if argument.startswith("--config."):
-            name, equals, value = argument.removeprefix("--config.").partition("=")
+        if match := re.match(r"--(?:(a|b)\.)?config\.", argument):
+            name, equals, value = argument[match.end() :].partition("=")
             if not equals:
                 raise ConfigError(f"{argument} needs a value, as in {argument}=VALUE")
-            overrides.append((name, value))
+            (sides[match[1]] if match[1] else overrides).append((name, value))
         else:
             rest.append(argument)
     options = build_parser().parse_args(rest)
@@ -58,7 +61,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
             text = f"{value:g}" if isinstance(value, float) else shown(value)
             raise ConfigError(f"--{flag}={text} must be {limits}; use --{flag}={use}")
     resolve_format(options)
-    if overrides and not getattr(options, "config", None) and options.command not in ("train", "rl"):
+    options.sides = sides
+    for side, values in sides.items():
+        if values and options.command != "compare-steps":
+            raise ConfigError(f"--{side}.config.{values[0][0]} is for compare-steps; use --config.{values[0][0]}")
+    if overrides and not getattr(options, "config", None) and options.command not in CONTINUED:
         raise ConfigError(
             f"--config.{overrides[0][0]} can't be set for {options.command}: it takes the run's own config"
         )
@@ -76,48 +83,29 @@ def resolve_format(options: argparse.Namespace) -> None:
                 raise ConfigError(f"--{flag} goes with --format={name}, not --format={options.format}; leave it out")
 
 
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are a `ConfigError`: one line, exit code 2."""
-
-    shows_fields = False  # whether its help ends with the fields of the config
-
-    def format_help(self) -> str:
-        return super().format_help() + (f"\n{field_help.text()}" if self.shows_fields else "")
-
-    def error(self, message: str) -> None:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
-def parse_path(text: str) -> Path:
-    """Convert the value of a flag that is a path."""
-    if why := why_no_path(text):
-        raise argparse.ArgumentTypeError(f"{text} {why}")
-    path = expand(text)
-    return path.absolute() if str(path).startswith("~") else path  # of ./~name: later expansion must not change it
-
-
 def build_parser() -> Parser:
     """All commands and their flags."""
     parser = Parser(prog="t5like", description="Pretrain T5-like language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"t5like {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    command = functools.partial(_add_command, commands)
-    for add_command in (
+    command = functools.partial(add_command, commands)
+    for add in (
         _add_train,
         _add_rl,
         _add_configs,
         _add_prepare,
         _add_evaluate,
         _add_generate,
-        _add_replay,
+        inspection_flags.add_replay,
         _add_import,
         _add_export,
         _add_plan,
-        _add_inspect,
-        _add_compare,
+        inspection_flags.add_inspect,
+        inspection_flags.add_compare,
+        inspection_flags.add_compare_steps,
     ):
-        add_command(command)
+        add(command)
     sub = command("completion", "Print a script that completes commands, flags, config fields and values.")
     sub.add_argument("shell", choices=("bash", "zsh"))
     text = "Submit a command as a job to Slurm, Kubernetes, TPU VMs or processes of this machine."
@@ -125,15 +113,22 @@ def build_parser() -> Parser:
     return parser
 
 
-def _add_command(commands: "argparse._SubParsersAction[Parser]", name: str, text: str) -> Parser:
-    sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    sub.add_argument("--fake_devices", type=int, metavar="N", help="simulate N CPU devices in this process")
-    sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return sub
-
-
 def _add_train(command: Callable[[str, str], Parser]) -> None:
-    _add_run_flags(command("train", "Train a model; the same command again continues the run."))
+    sub = command("train", "Train a model; the same command again continues the run.")
+    _add_run_flags(sub)
+    sub.add_argument(
+        "--overfit",
+        action=_WithoutWorkdir,
+        type=int,
+        metavar="K",
+        help="only train on the first K batches again and again, and say whether the loss gets to its floor and what "
+        "keeps it from there; writes nothing and needs no --workdir",
+    )
+    sub.add_argument(
+        "--debug_nan",
+        action="store_true",
+        help="end at the first step with a value that is not finite, and name the layer and operation it comes from",
+    )
 
 
 def _add_rl(command: Callable[[str, str], Parser]) -> None:
@@ -142,6 +137,15 @@ def _add_rl(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument(
         "--audit", action="store_true", help="score right, empty and junk answers by the rewards, without training"
     )
+
+
+class _WithoutWorkdir(argparse.Action):
+    """Stores a value, and makes --workdir optional."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            action.required = action.required and action.dest != "workdir"
 
 
 def _add_run_flags(sub: Parser) -> None:
@@ -226,12 +230,6 @@ def _add_generate(command: Callable[[str, str], Parser]) -> None:
     )
 
 
-def _add_replay(command: Callable[[str, str], Parser]) -> None:
-    sub = command("replay", "Run one step of a run again on one device; name the first operation that is not finite.")
-    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
-    sub.add_argument("--step", required=True, type=int, metavar="N", help="update N: the one that made N - 1 steps N")
-
-
 def _add_import(command: Callable[[str, str], Parser]) -> None:
     sub = command("import", "Convert a checkpoint of another library to a run.")
     sub.add_argument(
@@ -300,54 +298,6 @@ def _add_plan(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("--price", type=float, metavar="X", help="price of one chip for one hour")
     sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="check that this run directory can be written")
     sub.add_argument("--keep", type=parse_path, metavar="DIR", help="keep the compiled programs there")
-
-
-def _add_inspect(command: Callable[[str, str], Parser]) -> None:
-    parser = command("inspect", "Show what a run consists of.")
-    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=Parser)
-    sub = _add_command(subjects, "checkpoint", "List a run's checkpoints: steps, sizes, dates, and which are good.")
-    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
-    sub.add_argument("--verify", action="store_true", help="read all arrays and compare them with their digests")
-    _add_inspect_data(subjects)
-    _add_inspect_model(subjects)
-    sub = _add_command(subjects, "run", "Say whether a run is healthy, and show what happened in it.")
-    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
-    sub.add_argument("--verify", action="store_true", help="read all checkpoints and compare them with their digests")
-    sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write one page with plots")
-
-
-def _add_inspect_data(subjects: "argparse._SubParsersAction[Parser]") -> None:
-    text = "Show the rows of a step token by token, statistics of the sources, and warnings."
-    sub = _add_command(subjects, "data", text)
-    _add_config_or_run(sub)
-    sub.add_argument("--step", type=int, default=1, metavar="N", help="update N, from 1; default: 1")
-    sub.add_argument("--rows", type=int, default=8, metavar="N", help="number of rows to show; default: 8")
-    sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write a page of HTML")
-    sub.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-def _add_inspect_model(subjects: "argparse._SubParsersAction[Parser]") -> None:
-    text = "Show every parameter: shape, axes, split, bytes, initial values, optimizer; totals and FLOPs by part."
-    sub = _add_command(subjects, "model", text)
-    _add_config_or_run(sub)
-    sub.add_argument("--topology", metavar="NAME", help="v5e:16x16, h100:4x8, cpu:8; default: the mesh of the config")
-    sub.add_argument("--num_slices", type=int, default=1, metavar="N", help="number of slices of that topology")
-    sub.add_argument("--html", type=parse_path, metavar="FILE", help="also write a page of HTML")
-    sub.add_argument("--json", action="store_true", help="print JSON instead of text")
-
-
-def _add_config_or_run(sub: Parser) -> None:
-    sub.add_argument("--config", metavar="FILE", help="a config; --config.SECTION.FIELD=VALUE sets a field")
-    sub.add_argument("--workdir", type=parse_path, metavar="RUN", help="or a run directory")
-
-
-def _add_compare(command: Callable[[str, str], Parser]) -> None:
-    sub = command("compare", "Compare runs: config fields that differ, metrics, and loss curves in one picture.")
-    sub.add_argument(
-        "runs", nargs="+", type=parse_path, metavar="RUN", help="run directories, or a sweep's directory of runs"
-    )
-    sub.add_argument("--output", type=parse_path, metavar="FILE", help="the picture, PNG; default: compare.png")
-    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def add_process_flags(command: Parser) -> None:

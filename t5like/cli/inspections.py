@@ -122,6 +122,26 @@ def compare(options: argparse.Namespace, _) -> None:
     print(printable(f"loss curves  {picture}"), file=sys.stderr if options.json else sys.stdout)
 
 
+def compare_steps(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    """`t5like compare-steps`."""
+    if options.step is not None and options.step < 1:
+        raise ConfigError(f"--step={options.step} must be at least 1: the first update is step 1; use --step=1")
+    if options.output and (options.b or options.python or options.sides["b"]):
+        raise ConfigError("--output writes the tensors of A alone; leave B, --b.config and --python out")
+    if options.output and options.output.suffix != ".npz":
+        raise ConfigError(f"--output={options.output} must end in .npz; use --output=a.npz")
+    from t5like.inspect import compare_steps
+
+    a, b = (
+        compare_steps.Side(name.upper(), path, overrides, options.sides[name])
+        for name, path in (("a", options.a), ("b", options.b or options.a))
+    )
+    if options.output:
+        print(printable(f"{options.output}  {compare_steps.write(a, options.step, expand(options.output).absolute())}"))
+        return
+    compare_steps.compare(a, b, options.step, options.python, lambda line: print(printable(line), flush=True))
+
+
 def replay(options: argparse.Namespace, _) -> None:
     """`t5like replay`."""
     if options.step < 1:
@@ -135,5 +155,6 @@ INSPECTIONS = {"checkpoint": inspect_checkpoint, "run": inspect_run, "data": ins
 COMMANDS = {
     "inspect": lambda options, overrides: INSPECTIONS[options.subject](options, overrides),
     "compare": compare,
+    "compare-steps": compare_steps,
     "replay": replay,
 }

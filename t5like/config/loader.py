@@ -74,6 +74,15 @@ def load_run(workdir: Path, overrides: typing.Sequence[tuple[str, str]] = ()) ->
     return _overridden(values, overrides)
 
 
+def changed(config: Config, overrides: typing.Sequence[tuple[str, str]]) -> Config:
+    """A config with other values, as those of a command line.
+
+    Raises:
+        ConfigError: a field, a value or their combination is wrong.
+    """
+    return _overridden(dataclasses.asdict(config), overrides) if overrides else config
+
+
 def presets() -> dict[str, Path]:
     """Paths of the configs of the package by name: inside an installed package, or beside it in a clone.
 

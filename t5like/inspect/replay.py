@@ -187,6 +187,25 @@ def open_batches(config: Config, schedule: RowSchedule) -> Batches:
 # ---- What is wrong with a step ----
 
 
+def first_nonfinite_of(
+    config: Config, state: TrainState, batch: Batch, number: int, show: Callable[[str], None] = print
+) -> str:
+    """Examine update `number`, which was skipped: print its layers, and return its first value that is not finite.
+
+    `state` is the one after the step. It has the parameters and moments from before it, as no update was made. For runs
+    of one process.
+    """
+    mesh = meshes.make_mesh(single := on_devices(config, 1), jax.devices()[:1])
+    single = dataclasses.replace(single, train=config.train)  # dropout depends on the microbatches
+    place = lambda leaf: jax.device_put(np.asarray(leaf), mesh.devices.flat[0])
+    state, batch = jax.tree.map(place, (state._replace(step=state.step - 1), batch))
+    with jax.set_mesh(mesh):
+        *lines, last = examine(Replay(single, mesh, state, batch))
+    for line in lines:
+        show(line)
+    return f"step {number:,}: {last.removeprefix('first').strip()}"
+
+
 def examine(prepared: Replay) -> list[str]:
     """Lines for the user: metrics of the step, statistics of each layer, the first value that is not finite."""
     config, state, batch = prepared.config, prepared.state, prepared.batch

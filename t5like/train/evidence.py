@@ -12,7 +12,7 @@ of a bad step is skipped; exceptions are `train.on_spike=keep`, and an accelerat
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.config.schema import Config
 from t5like.distributed import processes
 from t5like.distributed.watchdog import watchdog
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, Diverged
 from t5like.io.atomic import atomic_directory
 from t5like.optim import step
 from t5like.optim.layer_statistics import norms_by_layer
@@ -50,12 +50,27 @@ class Evidence:
         self._config, self._directory, self._mesh = config, workdir / FOLDER, mesh
         self._task, self._checkpoints = task, checkpoints
 
-    def keep(self, state: TrainState, done: int, reason: str, values: Mapping[str, float]) -> None:
+    def keep(
+        self,
+        state: TrainState,
+        done: int,
+        reason: str,
+        values: Mapping[str, float],
+        examine: Callable[..., str] | None = None,
+    ) -> None:
         """Write the directory of a bad step, which was update `done` of the run. All processes call it.
+
+        `examine`: see `loop.train`.
 
         Raises:
             CheckpointError: it can't be written.
+            Diverged: with `examine`, unless the step is a spike.
         """
+        self._write(state, done, reason, values)
+        if examine and not values.get("train/spikes"):
+            raise Diverged(examine(self._config, state, self._task.rows_of(done - 1)[0], done))
+
+    def _write(self, state: TrainState, done: int, reason: str, values: Mapping[str, float]) -> None:
         kept = [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
         full = len(kept) >= self._config.train.keep_bad_steps and str(done) not in kept
         if processes.broadcast("keeping a bad step", "full" if full else "") or not self._config.train.keep_bad_steps:

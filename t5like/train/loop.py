@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -52,6 +53,7 @@ def train(
     on_step: Callable[[int], None] | None = None,
     allowed: Sequence[str] = (),
     open_task: Callable[..., Task] = Pretraining,
+    examine: Callable[[Config, TrainState, Any, int], str] | None = None,
 ) -> None:
     """Train until `train.num_steps`, from the run directory's newest checkpoint if it has one.
 
@@ -61,6 +63,7 @@ def train(
         on_step: called with the number of completed steps when a step's metrics have been reported.
         allowed: what may change when the run continues (`checkpoint.allowed_changes`).
         open_task: see `Pretraining.__init__`.
+        examine: describes the first value of a step that is not finite, and ends the run: `replay.first_nonfinite_of`.
 
     Raises:
         UserError: see `errors`; nothing of an earlier run in `workdir` is lost.
@@ -149,7 +152,7 @@ def train(
     throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()) if counted else None)
     bad_steps = BadSteps(config, history)
     evidence = Evidence(config, workdir, mesh, task, checkpoints)
-    keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values)
+    keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values, examine)
     report = StepReporter(config, writer, progress, throughput, spent, bad_steps, keep_evidence, on_step)
     profiler = Profiler(workdir / "profile", config.train.profile_step, explain(train_step, progress.note))
 
@@ -216,7 +219,7 @@ def train(
         elif evaluation_steps.is_missing(config.train, start, workdir):
             evaluate(start, early=start in early and start != num_steps)
         # On a CPU, dispatching the next step early gains nothing, and its buffers would be a second set.
-        synchronous = mesh.devices.flat[0].platform == "cpu"
+        synchronous = mesh.devices.flat[0].platform == "cpu" or examine is not None
         rows = placement.local_rows(mesh, config.data.batch_size)
         upcoming = TrainingBatches(batches, start, config.train.num_steps, rows, spent)
         for index, numpy_batch in upcoming:

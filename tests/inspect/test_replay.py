@@ -92,3 +92,23 @@ def test_a_step_without_a_state_before_it_is_refused(refused, trained, tmp_path)
     assert code == 4 and message.endswith("checkpoints holds no checkpoint before step 2; use --step=3 or a later one")
     code, message = refused("replay", f"--workdir={workdir}", "--step=0")
     assert code == 2 and message == "--step=0 must be at least 1: the first update is step 1; use --step=1"
+
+
+def test_debug_nan_ends_a_run_at_the_first_value_that_is_not_finite(refused, flags, tmp_path, monkeypatch):
+    new_state = train_state.new_state
+
+    def overflowing(*arguments):
+        state = new_state(*arguments)
+        damage = lambda name, leaf: leaf * 0 + 1e38 if name == "decoder/layers/mlp/out/kernel" else leaf
+        return state._replace(params=tree.map_named(damage, state.params))
+
+    monkeypatch.setattr(train_state, "new_state", overflowing)
+    decoder = [
+        "--config.model.architecture=decoder",
+        "--config.data.objective=causal_lm",
+        "--config.model.kernels=plain",
+    ]
+    code, message = refused("train", *flags, *decoder, f"--workdir={tmp_path}/run", "--debug_nan")
+    assert code == 5
+    assert message.startswith("step 1: decoder/layer_0/mlp/out: dot_general gives inf from finite inputs (")
+    assert (tmp_path / "run/bad_steps/1/step.json").is_file()
