@@ -83,13 +83,28 @@ def window_medians(values: Sequence[float]) -> list[float]:
     return [statistics.median(finite[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
 
 
+def noise(values: Sequence[float]) -> float:
+    """How much the medians of two windows differ by chance: six standard errors of a median, from neighbours."""
+    finite = [value for value in values if math.isfinite(value)]
+    steps = [abs(after - before) for before, after in zip(finite, finite[1:], strict=False)]
+    if not steps:
+        return math.inf
+    deviation = 1.05 * statistics.median(steps)  # of normal noise: the median difference is 0.954 deviations
+    return 6 * 1.25 * deviation / math.sqrt(max(len(finite) // WINDOWS, 1))
+
+
 def trend(values: Sequence[float]) -> str:
-    """``falling``, ``flat`` or ``rising``: the medians of the last two windows, with 1 % as flat; empty if unknown."""
+    """``falling``, ``flat`` or ``rising``, by the medians of the last two windows; empty if unknown.
+
+    Flat is a change by less than 1 %, or by less than chance.
+    """
     medians = window_medians(values)
     if not medians:
         return ""
-    change = (medians[-1] - medians[-2]) / max(abs(medians[-2]), 1e-30)
-    return "flat" if abs(change) < 0.01 else "falling" if change < 0 else "rising"
+    change = medians[-1] - medians[-2]
+    if abs(change) < max(0.01 * abs(medians[-2]), noise(values)):
+        return "flat"
+    return "falling" if change < 0 else "rising"
 
 
 # ---- Rules ----
@@ -158,15 +173,16 @@ def _loss(run: Run) -> Iterator[Finding]:
             f"after {5 * FEWEST_STEPS} steps a model knows more than frequencies",
             "raise or lower optimizer.learning_rate by 3, and see whether the model can learn K batches by heart",
         )
-    if medians and medians[-1] > RISE * min(medians[:-1]) and not run.config.data.phase_boundaries:
+    rose = bool(medians) and medians[-1] > max(RISE * min(medians[:-1]), min(medians[:-1]) + noise(trained))
+    if rose and not run.config.data.phase_boundaries:
         yield Finding(
             "bad",
             f"the training loss rose from {min(medians[:-1]):.3f} to {medians[-1]:.3f}",
-            f"the median of the last eighth of the steps is more than {RISE - 1:.0%} above the lowest eighth",
+            f"the median of the last eighth of the steps is {RISE - 1:.0%}, and more than chance, over the lowest",
             f"{lower}, or raise optimizer.warmup_steps",
         )
     best = min((value for value in heldout if math.isfinite(value)), default=math.nan)
-    if len(heldout) >= 4 and heldout[-1] > RISE * best and not (medians and medians[-1] > RISE * min(medians)):
+    if len(heldout) >= 4 and heldout[-1] > RISE * best and not rose:
         yield Finding(
             "warning",
             f"the held-out loss rose from {best:.3f} to {heldout[-1]:.3f} while the training loss did not",

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ import pytest
 from t5like.checkpoint import provenance
 from t5like.config import loader
 from t5like.data import pipeline
-from t5like.inspect import health, run, run_page
+from t5like.inspect import health, run, run_files, run_page, run_time
 from t5like.sharding import placement
 
 CONFIG = loader.load("tiny")
+# An encoder compiles fastest, and generates no samples.
+QUICK = [f"--config.{field}" for field in ("model.architecture=encoder", "data.objective=mlm", "train.eval_batches=1")]
 
 
 def write_run(path, records, **fields) -> None:
@@ -100,8 +103,8 @@ def test_a_run_is_described_by_verdict_time_starts_changes_checkpoints_bad_steps
 
 
 def test_a_learning_rate_100_times_too_high_is_named(flags, command, tmp_path):
-    settings = ["--config.optimizer.learning_rate=1", "--config.train.num_steps=40", "--config.train.eval_every=10"]
-    assert command("train", *flags, *settings, f"--workdir={tmp_path}/run")[0] == 0
+    settings = ["--config.optimizer.learning_rate=1", "--config.train.num_steps=40"]
+    assert command("train", *flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
     code, out, _ = command("inspect", "run", f"--workdir={tmp_path}/run")
     assert code == 0 and re.search(r"^verdict    not healthy: \d problems?", out, re.MULTILINE), out
     assert re.search(r"^problem    the loss is \d+\.\d+, above the \d\.\d+ of a uniform guess$", out, re.MULTILINE), out
@@ -124,8 +127,8 @@ def test_a_run_that_waits_for_data_and_skips_updates_is_named(flags, command, tm
 
     monkeypatch.setattr(pipeline, "prefetch", slow)
     monkeypatch.setattr(placement, "to_global", poisoned)
-    settings = ["--config.train.num_steps=24", "--config.train.eval_batches=1", "--config.train.keep_bad_steps=0"]
-    assert command("train", *flags, *settings, f"--workdir={tmp_path}/run")[0] == 0
+    settings = ["--config.train.num_steps=24", "--config.train.keep_bad_steps=0"]
+    assert command("train", *flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
     _, out, _ = command("inspect", "run", f"--workdir={tmp_path}/run")
     assert re.search(r"^problem    steps wait for data \d\d% of their time$", out, re.MULTILINE), out
     assert "raise data.num_workers" in out
@@ -169,6 +172,19 @@ def test_each_rule_names_what_is_wrong_and_a_healthy_run_has_no_findings(tmp_pat
     write_run(tmp_path / "run", healthy(), num_steps=400, checkpoint_every=400)
     report = run.read_report(tmp_path / "run")
     assert report.findings == [] and health.verdict(report.run, []) == "healthy"
+
+
+def test_losses_that_differ_by_chance_have_no_trend(rng):
+    for count in (24, 40, 400):
+        for _ in range(30):
+            losses = rng.normal(3.0, 0.2, count)
+            records = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses, 1)]
+            whole = run_files.Run("a", Path("a"), CONFIG, records, False)
+            events = run_files.Events([], [], None, {})
+            found = health.findings(whole, events, run_time.time_use(whole, events))
+            assert not [finding for finding in found if "rose" in finding.what], losses
+            assert health.trend(losses) == "flat"
+    assert health.trend(np.linspace(3, 2, 40) + rng.normal(0, 0.01, 40)) == "falling"
 
 
 def test_data_that_the_devices_wait_for_counts_and_data_behind_busy_devices_does_not(tmp_path):
