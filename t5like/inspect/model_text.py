@@ -29,7 +29,7 @@ def render(report: dict[str, Any]) -> str:
         ("Parts", table(PART_COLUMNS, _parts(report))),
         ("Parameters", table(COLUMNS, _rows(report))),
     ]
-    return page("Model", sections, style="td { white-space: nowrap; }")
+    return page("Model", sections, style="th, td { white-space: nowrap; }")
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:

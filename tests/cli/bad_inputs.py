@@ -55,6 +55,13 @@ COMMAND_LINES = (
     "plan --config=tiny --topology=cpu:8 --tokens=nan",
     "plan --config=tiny --topology=cpu:8 --price=-1",
     "evaluate --workdir=/proc/nowhere --step=-1",
+    "inspect data",
+    "inspect data --config=tiny --workdir=/proc/nowhere",
+    "inspect data --config=tiny --step=0",
+    "inspect data --config=tiny --rows=0",
+    "inspect model --config=tiny --num_slices=2",
+    "inspect model --config=tiny --topology=z9:3",
+    "inspect model --config=tiny --topology=v5e:8x8 --config.mesh.data=3",
 )
 
 # ---- Fields of the config, beside the flags of the smallest run; code 2 ----
