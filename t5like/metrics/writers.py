@@ -4,7 +4,8 @@ Called by `train`, which decides which values are written; `types.host_metrics` 
 ``train/loss``, ``train/accuracy``, ``train/grad_norm``, ``train/learning_rate``, ``train/tokens_per_second``,
 ``train/step_seconds``, ``train/mfu`` (0 to 1), ``train/packing_efficiency`` (0 to 1: share of token positions that are
 not padding), ``eval/loss``, ``eval/accuracy``, ``eval/perplexity``, ``eval/bits_per_byte``, ``baseline/uniform``,
-``baseline/unigram``, those of `time_spent` and `by_component`, and the scores of `evaluation.task_eval`.
+``baseline/unigram``, ``stats/...`` (`optim.layer_statistics`), those of `time_spent` and `by_component`, and the scores
+of `evaluation.task_eval`.
 """
 
 import contextlib
