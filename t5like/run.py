@@ -101,11 +101,11 @@ class Run:
     def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], **options: Unpack[GenerationOptions]) -> list[str]: ...
+    def generate(self, prompt: list[str] | tuple[str, ...], **options: Unpack[GenerationOptions]) -> list[str]: ...
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | list[str] | tuple[str, ...],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
