@@ -18,6 +18,7 @@ from t5like.inspect.run_files import Events, Run
 from t5like.inspect.run_time import TimeUse
 from t5like.metrics.loss_curve import points
 from t5like.metrics.time_spent import PARTS
+from t5like.train import profile_summary
 
 LOSSES = 10  # held-out losses that are shown, the last ones
 
@@ -125,6 +126,8 @@ def time_facts(report: Report) -> Iterator[tuple[str, str]]:
             f"{use.goodput:.0%} of the time of {starts} {'start' if starts == 1 else 'starts'} is in steps that count"
         )
         yield "goodput", text
+    if profile := profile_summary.newest(run.path):
+        yield "profile", f"{profile[1]}; {profile[0]}"
 
 
 def happened(report: Report) -> Iterator[tuple[str, str]]:

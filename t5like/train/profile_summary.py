@@ -238,6 +238,15 @@ def _verdict(summary: Summary) -> str:
     return f"computation: the device is busy, most with {busiest} ({text(busiest)})"
 
 
+def newest(workdir: Path) -> tuple[Path, str] | None:
+    """The newest summary of a run directory, and its sentence on what limits the speed; None if there is none."""
+    paths = sorted(workdir.glob(f"profile/plugins/profile/*/{SUMMARY}"))
+    if not paths:
+        return None
+    _, verdict, *_ = [*paths[-1].read_text("utf-8", errors="replace").splitlines(), "", ""]
+    return paths[-1], verdict.strip()
+
+
 def explain(train_step: Compiled, show: Callable[[str], None]) -> Callable[[Path], None] | None:
     """What `metrics.profiler.Profiler` does with a trace: print its summary, and write it beside the trace.
 

@@ -12,42 +12,30 @@ from t5like.plan.operation_kinds import Program
 from t5like.train import profile_summary, trace
 
 
-@pytest.fixture
-def profiled(command, flags, tmp_path, monkeypatch):
-    """Continue a run by six steps and profile three of them: the summary, what was printed, and summary.txt."""
-    summaries, summarize = [], profile_summary.summarize
+def test_a_profile_names_slow_operations_and_a_slow_source(command, flags, tmp_path, monkeypatch):
+    """One run whose source takes a second for each batch, as only the profile and `inspect run` know."""
+    summaries, summarize, at = [], profile_summary.summarize, Batches.at
+    slow = lambda self, *where: (self.heldout or time.sleep(1)) and None or at(self, *where)
+    monkeypatch.setattr(Batches, "at", slow)
     keep = lambda *arguments: summaries.append(summarize(*arguments)) or summaries[-1]
     monkeypatch.setattr(profile_summary, "summarize", keep)
-
-    def run(first: int) -> tuple[profile_summary.Summary, str, str]:
-        settings = {"num_steps": first + 5, "profile_step": first, "checkpoint_every": 1000}
-        added = [f"--config.train.{name}={value}" for name, value in settings.items()]
-        code, _, err = command("train", *flags, f"--workdir={tmp_path}/run", *added)
-        assert code == 0, err
-        written = max((tmp_path / "run/profile").rglob("summary.txt"), key=lambda path: path.stat().st_mtime)
-        return summaries[-1], err, written.read_text()
-
-    return run
-
-
-def test_a_profile_names_slow_operations_and_a_slow_source(profiled, monkeypatch):
-    summary, printed, written = profiled(2)
-    assert (summary.first, summary.last) == (2, 4) and 0 < summary.seconds < 30
+    settings = [f"--config.train.{name}={value}" for name, value in {"num_steps": 7, "profile_step": 2}.items()]
+    code, _, printed = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
+    [summary], [path] = summaries, (tmp_path / "run/profile").rglob("summary.txt")
+    written = path.read_text()
+    assert code == 0 and written in printed
+    assert (summary.first, summary.last) == (2, 4) and 0.5 < summary.seconds < 30
     assert sum(summary.shares.values()) == pytest.approx(1, abs=1e-9) and min(summary.shares.values()) > 0
     assert {"matmul", "attention", "elementwise", "optimizer"} <= summary.shares.keys()
-    assert "data: the device waits" not in printed
-    slowest = next(slow for slow in summary.slowest if slow.source)  # without one: the compiler made it
-    assert re.fullmatch(r"t5like/[\w/]+\.py:\d+ in \S+", slowest.source) and len(summary.slowest) == 5
-    assert slowest.source in written and f"{1000 * slowest.seconds:,.2f} ms" in written and written in printed
     shares = re.findall(r"^ *([\d.]+) %  (?!\d)", written, re.MULTILINE)
     assert sum(map(float, shares)) == pytest.approx(100, abs=1)
+    slowest = next(slow for slow in summary.slowest if slow.source)  # without one: the compiler made it
+    assert re.fullmatch(r"t5like/[\w/]+\.py:\d+ in \S+", slowest.source) and len(summary.slowest) == 5
+    assert slowest.source in written and f"{1000 * slowest.seconds:,.2f} ms" in written
 
-    at, seconds = Batches.at, max(4 * summary.seconds, 0.5)
-    slow_at = lambda self, *where: (self.heldout or time.sleep(seconds)) and None or at(self, *where)
-    monkeypatch.setattr(Batches, "at", slow_at)
-    slow, printed, _ = profiled(8)
-    assert slow.shares["data wait"] > summary.shares.get("data wait", 0) + 0.1, (summary, slow)
-    assert "data: the device waits for batches" in printed
+    assert summary.shares["data wait"] > 0.1 and "data: the device waits for batches" in printed, summary
+    _, shown, _ = command("inspect", "run", f"--workdir={tmp_path}/run")
+    assert re.search(r"^profile +data: the device waits for batches .*summary\.txt$", shown, re.MULTILINE)
 
 
 # A matmul, an all-reduce from its start to its end beside it, a reduction, and an operation of another program.
@@ -153,6 +141,10 @@ def test_a_trace_of_a_gpu_is_read_by_the_instructions_of_its_kernels():
     expected = {"matmul": 0.3, "copy": 0.15, "collective": 0.1, "data wait": 0.15, "host gap": 0.3}
     assert summary.shares == pytest.approx(expected) and summary.overlapped == pytest.approx(0.2)
     assert profile_summary.lines(summary)[1].strip().startswith("data: the device waits for batches 15 %")
+
+    faster = read._replace(activities=[])
+    summary = profile_summary.summarize(faster, Program(HLO))  # the loop waits for the host instead
+    assert "data wait" not in summary.shares and "host: the device is idle" in profile_summary.lines(summary)[1]
 
 
 def test_a_trace_that_cannot_be_read_is_a_warning(tmp_path, capsys):
