@@ -299,12 +299,13 @@ def _rewards(run: Run) -> Iterator[Finding]:
             f"without differences there is no gradient; more than {EQUAL_REWARDS:.0%}",
             f"use prompts of another difficulty, or raise rl.answers_per_prompt ({rl.answers_per_prompt})",
         )
-    rewards = window_medians(points(run.records, "train/reward")[1])
-    if rewards and rewards[-1] < rewards[0] - 0.05 * (max(rewards) - min(rewards) + abs(rewards[0])):
+    trained = points(run.records, "train/reward")[1]
+    rewards = window_medians(trained)
+    if rewards and rewards[-1] < rewards[0] - noise(trained):
         yield Finding(
             "warning",
             f"the reward fell from {rewards[0]:.3f} to {rewards[-1]:.3f}",
-            "the median of the last eighth of the steps is below that of the first",
+            "the median of the last eighth of the steps is below that of the first, by more than chance",
             f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g})",
         )
     if failed := sum(points(run.records, "train/failed_rewards")[1]):

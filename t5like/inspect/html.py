@@ -182,7 +182,7 @@ th { color: var(--soft); font-weight: 600; } .number { text-align: right; font-v
 .notice.good { background: var(--good); border-color: var(--good-edge); }
 .notice.warning { background: var(--warning); border-color: var(--warning-edge); }
 .notice.bad { background: var(--bad); border-color: var(--bad-edge); }
-.grid { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+.grid { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
   gap: 1rem 1.5rem; }
 summary { cursor: pointer; color: var(--link); }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .15rem; }

@@ -114,7 +114,7 @@ def _losses(report: Report) -> Markup | str:
         for label, name in (("uniform guess", "baseline/uniform"), ("token frequencies", "baseline/unigram")):
             values = points(report.run.records, name)[1]
             whole += [Series(label, [max(first, 1), last], [values[-1]] * 2) for _ in values[-1:] if last > 1]
-    nats = "nats per target token"
+    nats = "nats per target token" if report.run.config.rl.method == "none" else "loss"
     losses = [loss for name in ("eval", "train") for loss in points(report.run.records, f"{name}/loss")[1]]
     scale = "log" if has_exploded(losses) else "linear"
     kinds = ("objective", "source", "denoiser")
@@ -129,7 +129,7 @@ def _losses(report: Report) -> Markup | str:
 
 def _rewards(report: Report) -> Markup | str:
     reward = _series(report, ("training", "train/reward"), ("held out", "eval/reward"), marked="held out")
-    named = _named(report, "train/rewards/")
+    named = [each for each in _named(report, "train/rewards/") if not each.name.endswith("/std")]
     return _plots(
         ("Reward", reward, "mean reward", "linear"),
         ("KL divergence from the first weights", _series(report, ("KL", "train/kl")), "nats per token", "linear"),

@@ -5,11 +5,13 @@ which a thread feeds through a bounded queue. What the tracker does not take is 
 fails is named once on standard error; at the end all trackers together have `CLOSE_SECONDS`. Only process 0 has them.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -110,9 +112,9 @@ class Tracker:
         self.begin_to_close()
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
-            process = self._process
-            if process is not None:
-                process.kill()
+            if self._process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)  # with the processes that the package has started
             self._say("it did not end in time; its last steps may be missing")
         elif self._dropped and not self._failed:
             self._say(f"{self._dropped:,} steps were left out")
