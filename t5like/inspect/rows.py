@@ -16,6 +16,7 @@ from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.types import Array, Batch
 
+PARTIAL = "\ufffd"  # what a part of a character decodes to
 SENTINEL, SPECIAL, UNKNOWN, BYTE, TEXT = "sentinel", "special", "unknown", "byte", "text"
 
 
@@ -37,7 +38,7 @@ class TokenTexts:
             return UNKNOWN
         if not 0 <= token < self._tokenizer.vocab_size or not self._tokenizer.ordinary_V[token]:
             return SPECIAL
-        return BYTE if self._tokenizer.byte_fallback_V[token] else TEXT
+        return BYTE if self._tokenizer.byte_fallback_V[token] or PARTIAL in self._ordinary(token) else TEXT
 
     def text(self, token: int) -> str:
         """A token of text as text, another one by its name."""
@@ -52,9 +53,14 @@ class TokenTexts:
     def _text(self, token: int) -> str:
         if token in self._sentinels:
             return self._sentinels[token]
-        if self.kind(token) != TEXT:
-            known = 0 <= token < self._tokenizer.vocab_size
-            return self._tokenizer.name(token) or f"<{token}>" if known else f"<{token}: not in the vocabulary>"
+        if not 0 <= token < self._tokenizer.vocab_size:
+            return f"<{token}: not in the vocabulary>"
+        if not self._tokenizer.ordinary_V[token] or self._tokenizer.byte_fallback_V[token]:
+            return self._tokenizer.name(token) or f"<{token}>"
+        return self._ordinary(token)
+
+    def _ordinary(self, token: int) -> str:
+        """The text of a token of text; U+FFFD for a part of a character, in byte-level tokenizers."""
         joined = self._tokenizer.decode([self._anchor, token])
         if joined.startswith(self._before):
             return joined.removeprefix(self._before)

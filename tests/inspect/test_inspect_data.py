@@ -10,6 +10,7 @@ from conftest import smallest_flags, write_text
 
 from t5like.config import loader
 from t5like.data.objectives import denoising, masking, text_rows
+from t5like.data.supervised.packing import ExampleRows
 from t5like.inspect import data, data_page, data_text, step_data
 from t5like.inspect.rows import fill
 
@@ -90,8 +91,11 @@ def test_rows_after_a_rewind_and_another_batch_size_are_those_that_were_trained_
     assert step_data.plan_of_run(workdir, 1).first_row == 0
     after = step_data.plan_of_run(workdir, 2)
     assert (after.first_row, after.config.data.batch_size) == (16, 8) and "passed over 8 rows" in after.notes[0]
-    later = step_data.plan_of_run(workdir, 3)
-    assert later.first_row == 24
+    assert step_data.plan_of_run(workdir, 3).first_row == 24
+    (workdir / "bad_steps" / "2").mkdir(parents=True)
+    record = {"step": 2, "checkpoint": 1, "first_row": 8, "batch_size": 8, "reason": "the loss is nan"}
+    (workdir / "bad_steps" / "2" / "step.json").write_text(json.dumps(record))
+    assert "step 2 was bad with rows 8 to 15 (the loss is nan)" in step_data.plan_of_run(workdir, 2).notes[1]
 
 
 OBJECTIVES = {
@@ -134,7 +138,7 @@ def test_right_rows_of_every_objective_have_no_warning(config, name):
     data_page.render(shown)
 
 
-def test_packed_examples_show_their_segments(config, tmp_path):
+def test_packed_examples_show_their_segments_and_shifted_targets_are_named(config, tmp_path, monkeypatch):
     lines = [json.dumps({"inputs": f"add {n}", "targets": f"ba de {n}"}) for n in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines))
     fields = {"data__objective": "supervised", "data__targets_length": 40, "data__cache_directory": tmp_path}
@@ -144,6 +148,11 @@ def test_packed_examples_show_their_segments(config, tmp_path):
     assert len([each for each in encoder["segments"] if each["segment"]]) > 1
     assert {each["first_position"] for each in targets["segments"] if each["segment"]} == {0}
     assert not ROW_CHECKS & set(names(shown))
+    shifted = ExampleRows.batch
+    monkeypatch.setattr(ExampleRows, "batch", lambda *arguments: roll(shifted(*arguments), -1))
+    assert "targets_not_shifted" in names(
+        report(config(**fields, data__source=f"jsonl:{tmp_path}/sums.jsonl", tokenizer__path=tokenizer))
+    )
     assert "segment 2: " in text_of(shown) and shown["batch"]["fill"]["encoder"]["tokens_per_segment"] < 16
 
 

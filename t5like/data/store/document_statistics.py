@@ -24,7 +24,8 @@ LONGEST_TEXT = 2_048  # tokens of a document that are decoded
 EXTREMES = 10  # longest and oddest documents that are shown
 SHORTEST_ODD = 20  # characters; the mean over fewer says little
 EXCERPT = 80  # characters
-REPLACEMENTS = "\ufffd\ufeff"  # a character that could not be decoded, and a byte order mark inside of a text
+PARTIAL = "\ufffd"  # what bytes decode to that are no character, or a part of one
+REPLACEMENTS = f"{PARTIAL}\ufeff"  # and a byte order mark inside of a text
 
 Document = dict[str, Any]
 
@@ -48,7 +49,9 @@ def describe(stream: Stream, tokenizer: Tokenizer, show: Callable[[int], None] =
     lengths_N = ranges_N2[:, 1] - ranges_N2[:, 0] - 1
     texts = _Texts(tokenizer)
     for number, (begin, end) in enumerate(_spread(ranges_N2, MOST_TEXTS), start=1):
-        texts.add(int(begin), stream.gather(np.array([begin]), np.array([min(end - begin - 1, LONGEST_TEXT)])))
+        length = int(end - begin) - 1
+        ids = stream.gather(np.array([begin]), np.array([min(length, LONGEST_TEXT)]))
+        texts.add(int(begin), ids, cut=length > LONGEST_TEXT)
         show(number)
     longest = np.argsort(-lengths_N, kind="stable")[:EXTREMES]
     return {
@@ -136,9 +139,10 @@ class _Texts:
         self._by_text: Counter[bytes] = Counter()
         self._documents: list[tuple[int, int, str, Counter[str]]] = []
 
-    def add(self, offset: int, ids: np.ndarray) -> None:
-        """Count a document, which begins at `offset` of the split."""
+    def add(self, offset: int, ids: np.ndarray, *, cut: bool) -> None:
+        """Count a document, which begins at `offset` of the split; `cut`: it goes on, maybe inside of a character."""
         text = self._tokenizer.decode(ids.tolist())
+        text = text.rstrip(PARTIAL) if cut else text
         counts = Counter(text)
         self.count += 1
         self._tokens += len(ids)
@@ -153,7 +157,7 @@ class _Texts:
 
     def excerpt(self, ids: np.ndarray) -> str:
         """The beginning of a text."""
-        return self._tokenizer.decode(ids.tolist())[:EXCERPT]
+        return self._tokenizer.decode(ids.tolist()).rstrip(PARTIAL)[:EXCERPT]
 
     def _byte_runs(self, ids: np.ndarray) -> Iterator[str]:
         places = np.flatnonzero(self._tokenizer.byte_fallback_V[ids])
