@@ -56,12 +56,20 @@ def of_markdown(name: str, text: str) -> Iterator[Mention]:
 def of_python(name: str, source: str) -> Iterator[Mention]:
     """Commands and quoted spans in docstrings; of a module's docstring also indented blocks."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in (tree, *_statements(tree)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
             first = node.body[0].lineno
             yield from _spans(name, first, text)
             if isinstance(node, ast.Module):
                 yield from _block(name, first, text)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements below a node, without the expressions, which are most of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+            yield from _statements(child)
 
 
 def _block(name: str, first: int, text: str) -> Iterator[Mention]:

@@ -1,4 +1,4 @@
-"""Commands end to end, by flags only: train on own text, resume, evaluate, generate; in this process, on 8 devices."""
+"""Commands end to end, by flags only: train on own text, resume, evaluate, generate; in this process."""
 
 import gzip
 import json

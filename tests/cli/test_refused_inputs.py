@@ -43,7 +43,7 @@ def arranged(kind: str, name: str, folder: Path, flags: list[str], trained: Path
     if kind == "command line":
         return name.split()
     if kind == "field":
-        return ["train", *flags, *(f"--config.{part}" for part in name.split()), run]
+        return ["train", *flags, *(f"--config.{part}" for part in name.split()), "--fake_devices=8", run]
     if kind == "rl":
         command, *fields = name.split()
         return [command, *flags, *(f"--config.{field}" for field in fields), run]

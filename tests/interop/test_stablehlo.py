@@ -13,11 +13,10 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from conftest import SYLLABLES, small
+from conftest import SYLLABLES, main, small
 
 from t5like import tree
 from t5like.checkpoint import run_directory
-from t5like.cli.main import main
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
 from t5like.inference.generate import Generator

@@ -9,11 +9,10 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import contents
+from conftest import contents, main
 
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.run_directory import load
-from t5like.cli.main import main
 from t5like.metrics.time_spent import PREFIX
 from t5like.metrics.writers import read
 from t5like.rl.scorer import Scorer
