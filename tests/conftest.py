@@ -213,8 +213,8 @@ def smallest_flags(texts: Path) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command line in this process, on the devices that it would have in its own: one, or `--fake_devices`."""
-    counts = [int(each.partition("=")[2]) for each in arguments if re.fullmatch("--fake_devices=[1-8]", each)]
-    with first_devices(counts[-1] if counts else 1):
+    counts = re.findall(r"--fake_devices=([1-8])(?!\S)", " ".join(arguments))
+    with first_devices(int(counts[-1]) if counts else 1):
         return cli.main(arguments)
 
 

@@ -83,7 +83,9 @@ def with_model(variant, **model) -> Config:
     return small(**{**sections, "model": {**sections.get("model", {}), **model}})
 
 
+@functools.cache
 def init(config: Config, seed: int = 0):
+    """Random parameters, made once for all tests of a process."""
     make = functools.partial(train_state.init_params, config, random_batch(config))
     return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(seed))
 

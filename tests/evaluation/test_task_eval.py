@@ -6,12 +6,12 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import random_batch, small
+from conftest import small
+from model_variants import init
 
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.target_scores import score_targets, scoring_batch
 from t5like.model.transformer import Transformer
-from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
@@ -21,8 +21,7 @@ def model_of(architecture):
     config = small(model={"architecture": architecture, "num_layers": 1})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
-    params = jax.jit(lambda key: train_state.init_state(config, random_batch(config), key))(jax.random.key(1)).params
-    return config, params
+    return config, init(config, seed=1)
 
 
 @pytest.mark.parametrize("architecture, eos_ids", [("encoder_decoder", (1, 44, 45)), ("decoder", (1,))])

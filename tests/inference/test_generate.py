@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, small
+from conftest import small
+from model_variants import init
 
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import ConfigError
@@ -17,7 +18,6 @@ from t5like.inference.infilling import fill, spans
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.sampling import DecodingOptions, TracedOptions
 from t5like.model.transformer import Transformer
-from t5like.optim import train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
@@ -39,8 +39,8 @@ def model_of(**sections):
     """A resolved config and random parameters; a large head, so that no two tokens are about equally likely."""
     config = small(**{**sections, "model": {"num_layers": 1, **sections.get("model", {})}})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    config, batch = auto.resolve_auto(config, mesh), random_batch(config)
-    params = jax.jit(lambda key: train_state.init_state(config, batch, key))(jax.random.key(1)).params
+    config = auto.resolve_auto(config, mesh)
+    params = init(config, seed=1)
     return config, {**params, "head": params["head"] * 10}
 
 

@@ -36,7 +36,7 @@ def test_scanned_and_unrolled_layers_have_the_same_intermediates(variant):
 def test_the_last_residual_and_the_final_norm_are_the_output():
     config = with_model("t5", layers="scan", remat="full")
     params, batch = init(config), random_batch(config)
-    hidden = Transformer(config).apply({"params": params}, batch, method="hidden").x_BLD
+    hidden = jax.jit(lambda: Transformer(config).apply({"params": params}, batch, method="hidden").x_BLD)()
     residual = compute_intermediates(config, params, batch, ["residual"])["decoder/residual"]
     expected = rms_norm(np.asarray(residual[-1]), np.asarray(params["decoder"]["final_norm"]["scale"]))
     np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-5)

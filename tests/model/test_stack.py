@@ -24,15 +24,12 @@ def reference(config: Config):
 @pytest.mark.parametrize(
     "variant, change",
     [
-        ("t5", {"layers": "scan"}),
         ("t5", {"remat": "full"}),
         ("t5", {"remat": "qk"}),
         ("t5", {"layers": "scan", "remat": "dots"}),
         ("llama", {"layers": "scan", "remat": "full"}),
         ("umt5", {"layers": "scan"}),
         ("llama", {"layers": "scan", "remat": "qk"}),
-        ("prefix", {"remat": "dots"}),
-        ("bert", {"layers": "scan", "remat": "dots"}),
         ("bert", {"layers": "scan", "remat": "qk"}),
         ("t5", {"kernels": "cpu"}),
         ("llama", {"kernels": "cpu"}),

@@ -95,10 +95,8 @@ def assert_same(ours, reference):
     "shape, mesh",
     [
         ("encoder_decoder", {"data": 8}),
-        ("encoder_decoder", {"fsdp": 8}),
         ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
         ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}),
-        ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("decoder", {"context": 4}),
         ("prefix", {"context": 4}),
         ("encoder", {"fsdp": 4, "tensor": 2}),
@@ -124,16 +122,15 @@ def test_a_new_state_is_sharded_and_has_the_values_of_one_device():
             assert leaf.sharding == tree.flatten(state.params)[owner].sharding, name
 
 
-@pytest.mark.parametrize("shape", ["encoder_decoder", "decoder", "encoder"])
+@pytest.mark.parametrize("shape", ["encoder_decoder", "encoder"])
 def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
     config = small(**SHAPES[shape])
     batch = random_batch(config)
     weights = batch.weights_BL * (np.arange(batch.weights_BL.shape[1]) < np.array([1, 44, 3, 9, 0, 30, 2, 7])[:, None])
     batch = batch._replace(weights_BL=weights.astype(np.float32))
     whole = jax.device_get(one_step(config, batch, 1))
-    for count in (2, 4) if shape == "encoder_decoder" else (4,):
-        parts = small(**SHAPES[shape], train={"microbatches": count})
-        assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
+    parts = small(**SHAPES[shape], train={"microbatches": 4})
+    assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
 
 
 def test_microbatches_of_a_sharded_batch_move_no_rows():

@@ -182,7 +182,7 @@ def test_a_plan_on_cpus_compiles_the_step_that_training_compiles(command, flags,
         raise Diverged("far enough")
 
     monkeypatch.setattr(step, "lower_train_step", spy)
-    assert command("train", *flags, f"--workdir={tmp_path / 'run'}")[0] == Diverged.exit_code
+    assert command("train", *flags, f"--workdir={tmp_path / 'run'}", "--fake_devices=8")[0] == Diverged.exit_code
     assert plan["train"]["lowered_sha256"] == hashlib.sha256(seen[0].encode()).hexdigest()
 
     # Nothing is recomputed here, so the products of the compiled program are exactly the model's.

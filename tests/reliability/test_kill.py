@@ -40,7 +40,7 @@ AIMED = (writing_arrays, arrays_without_commit, deleting)
 MOMENTS = [random_start, *[random_step] * 6, *AIMED]  # ten of each seed
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_ten_times_equals_an_uninterrupted_run(seed, straight, flags, tmp_path):
     chosen, workdir, seen, log = random.Random(seed), tmp_path / "run", [], tmp_path / "log"
     moments = chosen.sample(MOMENTS, len(MOMENTS))

@@ -100,7 +100,7 @@ def test_prepare_ends_with_75_while_it_trains_a_tokenizer(tmp_path):
 
 @pytest.mark.parametrize(
     "phase, rank",
-    # In training also tests/distributed/test_processes.py, which CI runs.
+    # In training also test_process_counts.py.
     [
         pytest.param(preparing, 1, marks=pytest.mark.long),
         (compiling, 0),

@@ -1,6 +1,7 @@
 """The token store: its content, interruptions, and windows compared with a plain concatenation."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 WORDS += ["\u2581", "\t", "é", "中文", "😀", "<extra_id_0>", "</s>", ""]
 
 
+@functools.cache
 def lines(count, seed=0):
     rng = np.random.default_rng(seed)
     return [f"{i} " + " ".join(rng.choice(WORDS, rng.integers(1, 60))) for i in range(count)]
