@@ -6,15 +6,11 @@ The runs were written by the code of their time: see golden/make_format_1.py and
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-import one_device
 import pytest
 
 from t5like.checkpoint import provenance, run_directory
@@ -119,11 +115,11 @@ def test_a_run_of_an_older_format_has_its_parameters_and_logits(number):
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_train_continues_a_run_of_an_older_format_with_the_same_losses(number, tmp_path):
+def test_train_continues_a_run_of_an_older_format_with_the_same_losses(number, command, monkeypatch, tmp_path):
     shutil.copytree(GOLDEN / f"format_{number}", tmp_path, dirs_exist_ok=True)
-    train = [sys.executable, "-m", "t5like", "train", "--workdir=run", "--config.train.num_steps=4"]
-    environment = {**os.environ, "XLA_FLAGS": one_device.XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
-    subprocess.run(train, cwd=tmp_path, env=environment, check=True)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("train", "--workdir=run", "--config.train.num_steps=4")
+    assert code == 0, err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
     np.testing.assert_allclose(losses, np.load(tmp_path / "expected.npz")["losses"], rtol=1e-6)
