@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def check_make(words: list[str], whole: bool) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: the target does not exist"
     for name in variables:
         assert f"$({name})" in makefile or f"$(or $({name})," in makefile, f"the Makefile has no {name}"
-    arguments = variables.get("ARGS", "").split()
+    arguments = shlex.split(variables.get("ARGS", ""))
     if "train" in targets:
         check_t5like(["train", "--config=configs/tiny.py", "--workdir=RUN", *arguments], True)
     elif "golden" in targets:
@@ -148,12 +149,18 @@ def check_make(words: list[str], whole: bool) -> None:
 
 
 def check_pytest(words: list[str]) -> None:
-    """Files exist, and -k selects a test."""
+    """Files exist, -k selects a test, and -m names registered markers."""
     expression = ""
     paths = [word for word in words if not word.startswith("-")]
     if "-k" in words:
         expression = words[words.index("-k") + 1]
         paths.remove(expression)
+    if "-m" in words:
+        markers = words[words.index("-m") + 1]
+        paths.remove(markers)
+        registered = re.findall(r'"(\w+): ', (ROOT / "pyproject.toml").read_text("utf-8").partition("markers = ")[2])
+        unknown = {*re.findall(r"\w+", markers)} - {"not", "and", "or", *registered}
+        assert not unknown, f"pytest {words}: no marker {unknown}"
     for path in paths:
         assert (ROOT / path).exists(), f"{path} is no file"
     roots = [ROOT / path for path in paths] or [ROOT / "tests"]
@@ -244,6 +251,7 @@ BAD = [
     ("make train ARGS=--config.train.steps=3", "there is no field 'steps'"),
     ("make golden ARGS=--prove", "exit code 2"),
     ("make test ARGS='-k nothing_is_called_so'", "selects no test"),
+    ("""make reliability ARGS="-m 'not quick'" """.strip(), "no marker {'quick'}"),
     ("python -m pytest tests/live/test_gone.py", "is no file"),
     ("pip install 't5like[everything]'", "no extra everything"),
     ("step 900: held-out loss 3.671", "no check for 'step'"),
