@@ -25,18 +25,19 @@ import numpy as np
 from t5like.checkpoint import run_directory
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.errors import ConfigError, shown
 from t5like.inference.generate import BUCKET, Generator
 from t5like.inference.infilling import completed
 from t5like.inference.sampling import DecodingOptions
 from t5like.inference.target_scores import scoring_batch
 from t5like.inspect import step_data
-from t5like.io.paths import expand
+from t5like.io.paths import check_path, expand
 from t5like.io.storage import storage_errors
 from t5like.model.intermediates import INTERMEDIATES
 from t5like.model.layer_values import compute_intermediates
 from t5like.model.transformer import Transformer
-from t5like.types import Batch, Tree
+from t5like.types import Array, Batch, Tree
 
 
 def load(workdir: str | Path, step: int | None = None) -> "Run":
@@ -47,9 +48,13 @@ def load(workdir: str | Path, step: int | None = None) -> "Run":
         step: of the checkpoint; None: the newest that is not damaged.
 
     Raises:
+        ConfigError: `workdir` can't be a path, or `step` is no step.
         CheckpointError: there is no run or no such checkpoint, or it can't be read.
         DataError: the tokenizer does not belong to the checkpoint.
     """
+    check_path("workdir", str(workdir))
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        raise ConfigError(f"step={shown(step)} must be a whole number of at least 0, or None: the newest checkpoint")
     path = expand(workdir).absolute()
     with storage_errors():
         return Run(path, run_directory.load(path, step))
@@ -265,11 +270,11 @@ class Run:
                 scoring_batch(self.config, [(prompt, ids)], len(prompt.ids), length - len(prompt.ids)), [], read
             )
         batch = scoring_batch(self.config, [(prompt, ids)], padded(len(prompt.ids)), padded(len(ids)))
-        return _Rows(batch, prompt.ids, batch.decoder_BL[0, : len(ids)].tolist())
+        return _Rows(batch, prompt.ids, [DECODER_START_ID, *ids[:-1]])
 
 
 @partial(jax.jit, static_argnames="config")
-def _logits(config: Config, params: Tree, batch: Batch) -> jax.Array:
+def _logits(config: Config, params: Tree, batch: Batch) -> Array:
     return Transformer(config).apply({"params": params}, batch)
 
 
