@@ -116,10 +116,8 @@ def report(found: Sequence[Difference], within: Mapping[str, float], axes: Mappi
     ]
     if not found:
         name, part = max(within.items(), key=lambda item: item[1])
-        return [
-            *lines,
-            f"equal      no tensor differs beyond rounding; the largest part of a limit is {part:.2g}, {name}",
-        ]
+        text = f"no tensor differs beyond rounding; the largest error is {part:.2g} of its limit, {name}"
+        return [*lines, f"equal      {text}"]
     first, *others = found
     lines.append(f"first difference: {sentence(first, axes)}")
     lines += [f"           {sentence(each, axes)}" for each in others[:SHOWN]]
@@ -163,7 +161,10 @@ def open_step(side: Side, number: int | None) -> tuple[Step, str]:
         raise CheckpointError(
             f"{side.name}={side.path} holds no run; use a config, a run directory or a file of tensors"
         )
-    config = loader.load(side.path, [each for each in side.overrides if not each[0].startswith("mesh.")])
+    try:
+        config = loader.load(side.path, [each for each in side.overrides if not each[0].startswith("mesh.")])
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--config=", f"{side.name}=")) from error
     if config.rl.method != "none":
         raise ConfigError(f"{side.name}={side.path} has rl.method={config.rl.method}; use the directory of a run of it")
     config, mesh = on_mesh(side, config)
@@ -209,9 +210,8 @@ def on_mesh(side: Side, config: Config) -> tuple[Config, jax.sharding.Mesh]:
     sizes, devices = [getattr(config.mesh, axis) for axis in meshes.AXES], jax.devices()
     count = len(devices) if -1 in sizes else int(np.prod(sizes))
     if count > len(devices):
-        raise ConfigError(
-            f"{side.name} needs {count} devices, and there are {len(devices)}; use --fake_devices={count}"
-        )
+        has = f"there are {len(devices)}" if len(devices) > 1 else "there is one"
+        raise ConfigError(f"{side.name} needs {count} devices, and {has}; use --fake_devices={count}")
     mesh = meshes.make_mesh(config, devices[:count])
     return auto.resolve_auto(config, mesh), mesh
 
