@@ -35,7 +35,7 @@ MEANING = {
     "optimizer": "updates, gradient norm",
     "gather, scatter": "embedding look-ups and their gradients",
     "copy": "transposes, slices, changes of layout",
-    OTHER_PROGRAM: "not the train step: evaluation, statistics of layers",
+    OTHER_PROGRAM: "not the train step: evaluation, statistics, sampling in t5like rl",
     COLLECTIVE: "exposed: nothing is computed meanwhile",
     TRANSFER: "copies while nothing else runs",
     IN_PROGRAM: "between operations: control flow, waiting threads",
@@ -229,7 +229,7 @@ def _verdict(summary: Summary) -> str:
         return f"data: the device waits for batches {text(DATA_WAIT)}; make the source or its objective faster"
     if of(PAUSED) + of(OTHER_PROGRAM) >= 0.3:
         share = 100 * (of(PAUSED) + of(OTHER_PROGRAM))
-        return f"evaluation, checkpoints: they take {share:.0f} % of the time; profile other steps, or make them rarer"
+        return f"not the train step: evaluation, checkpoints, or sampling in t5like rl take {share:.0f} % of the time"
     if of(HOST_GAP) >= 0.1:
         return f"host: the device is idle between programs {text(HOST_GAP)}; larger batches make it busier"
     if of(COLLECTIVE) >= 0.15:
