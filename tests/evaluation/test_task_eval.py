@@ -100,7 +100,9 @@ def test_a_task_is_learned_and_scored_above_the_majority(architecture, choices, 
     if choices:
         assert all(min(line["nats"], key=line["nats"].get) == line["prediction"] for line in lines)
     code, out, err = command("evaluate", f"--workdir={workdir}")
-    assert code == 0 and json.loads(out)["eval/score/f1"] == pytest.approx(records[-1]["eval/score/f1"]), err
+    assert code == 0, err
+    last = next(record for record in reversed(records) if "eval/score/f1" in record)  # behind it: times by part
+    assert json.loads(out)["eval/score/f1"] == pytest.approx(last["eval/score/f1"])
     rule = json.loads(out)["eval/rule/f1"]
     assert (
         "SQuAD" in rule
