@@ -62,6 +62,14 @@ COMMAND_LINES = (
     "inspect model --config=tiny --num_slices=2",
     "inspect model --config=tiny --topology=z9:3",
     "inspect model --config=tiny --topology=v5e:8x8 --config.mesh.data=3",
+    "train --overfit=1",
+    "train --config=tiny --overfit=0",
+    "train --config=tiny --workdir=/proc/nowhere --a.config.seed=1",
+    "compare-steps tinny",
+    "compare-steps tiny --step=0",
+    "compare-steps tiny --output=/proc/nowhere/a.txt",
+    "compare-steps tiny --output=/proc/nowhere/a.npz --b.config.seed=1",
+    "compare-steps rl/code",
 )
 
 # ---- Fields of the config, beside the flags of the smallest run; code 2 ----
