@@ -102,7 +102,7 @@ def trend(values: Sequence[float]) -> str:
     if not medians:
         return ""
     change = medians[-1] - medians[-2]
-    if abs(change) < max(0.01 * abs(medians[-2]), noise(values)):
+    if abs(change) < max(0.01 * abs(medians[-2]), noise(values) / 2):
         return "flat"
     return "falling" if change < 0 else "rising"
 
