@@ -27,7 +27,7 @@ class MlpWithAuxiliary(Mlp):
 
 @pytest.mark.parametrize(
     "variant, model, layers",
-    [("t5", {}, "unroll"), ("t5", {"remat": "full"}, "scan"), ("pattern", {"num_layers": 4}, "scan")],
+    [("t5", {"remat": "full"}, "unroll"), ("t5", {"remat": "full"}, "scan"), ("pattern", {"num_layers": 4}, "scan")],
 )
 def test_auxiliary_sums_of_all_layers_reach_objective_and_metrics(monkeypatch, variant, model, layers):
     config = with_model(variant, layers=layers, **model)

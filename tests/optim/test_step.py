@@ -97,7 +97,7 @@ def assert_same(ours, reference):
         ("encoder_decoder", {"data": 8}),
         ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
         ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}),
-        ("decoder", {"context": 4}),
+        ("decoder", {"data": 2, "tensor": 2, "context": 2}),
         ("prefix", {"context": 4}),
         ("encoder", {"fsdp": 4, "tensor": 2}),
         ("encoder", {"data": 1, "tensor": 4, "context": 2}),
