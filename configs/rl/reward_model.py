@@ -4,8 +4,8 @@
         --config.init_from.checkpoint=runs/code_sft
 
 The pairs are those of `configs/rl/dpo.py`. Train `configs/rl/code_sft.py` first.
-Hardware: two CPU cores, 1 CPU minute. Held-out accuracy: from 0.387 to 0.895 (standard error 0.019);
-the longer answer is the right one in 46.1 %.
+Hardware: two CPU cores, 1 CPU minute. Held-out accuracy: from 0.434 to 0.917, the means of three seeds (standard error
+0.017); the longer answer is the right one in 46.1 %.
 """
 
 import code_sft
