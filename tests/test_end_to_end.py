@@ -66,6 +66,7 @@ def test_training_on_own_text_lowers_the_loss(train, command, tmp_path, texts):
         data__text_field="body",
         train__num_steps=60,
         train__eval_every=30,
+        evaluate__samples=True,
     )
     losses = series(workdir, "eval/loss")
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0] and losses[2] < series(workdir, "baseline/unigram")[0]
@@ -80,8 +81,12 @@ def test_training_on_own_text_lowers_the_loss(train, command, tmp_path, texts):
         "provenance.jsonl",
         "tensorboard",
         "loss.png",
+        "samples",
         "samples.txt",
     }
+    of_steps = {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
+    assert sorted(of_steps) == ["0.txt", "30.txt", "60.txt"] and of_steps["0.txt"] != of_steps["30.txt"]
+    assert of_steps["60.txt"] == (workdir / "samples.txt").read_text()
     assert (
         out.count("---- held-out passage") == 3
         and "held-out loss" in out

@@ -19,6 +19,8 @@ def check_rl(config: Config) -> None:
     require(config, data.objective == ("supervised",), "data.objective", rule)
     require(config, not data.rates, "data.rates", "must be empty with t5like rl: sources are mixed by their size")
     require(config, not data.phase_boundaries, "data.phase_boundaries", "must be empty with t5like rl; remove it")
+    rule = "is for t5like train, and does nothing in t5like rl; leave it out"
+    require(config, not config.evaluate.samples, "evaluate.samples", rule)
     if rl.uses_pairs:
         rule = f"must be 1 with rl.method={rl.method}, whose answers are given"
         require(config, rl.updates_per_rollout == 1, "rl.updates_per_rollout", rule)

@@ -323,6 +323,9 @@ class EvaluateConfig:
     # maximum number of generated tokens per example; 0: data.targets_length
     max_new_tokens: Annotated[int, Range(0, 2**20)] = 0
     max_examples: Positive = 256  # number of held-out examples to evaluate, the first ones
+    # Whether every evaluation of `train.eval_every` writes predictions for three held-out passages to samples/STEP.txt
+    # of the run directory. samples.txt at the end of a run is always written.
+    samples: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

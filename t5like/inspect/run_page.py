@@ -24,7 +24,7 @@ from t5like.inspect.html import (
 from t5like.inspect.run import Report, changed_fields, happened, progress, time_facts, training
 from t5like.io.storage import format_bytes
 from t5like.metrics.loss_curve import has_exploded, points
-from t5like.train.completion import SAMPLES
+from t5like.train.completion import SAMPLES, SAMPLES_OF_STEPS
 
 TEXTS = {  # what the names of facts mean, for those that are short in a terminal
     "rate": "learning rate",
@@ -33,7 +33,7 @@ TEXTS = {  # what the names of facts mean, for those that are short in a termina
     "skipped": "skipped",
 }
 LONGEST_SAMPLES = 20_000  # characters
-ANSWER_STEPS = 5  # whose answers are shown
+SHOWN_STEPS = 5  # whose samples or answers are shown
 
 
 def run_page(report: Report) -> str:
@@ -177,18 +177,15 @@ def _checkpoints(report: Report) -> Content:
 
 
 def _samples(workdir: Path) -> list[Markup]:
-    """samples.txt, and of `t5like rl` the first answer of some steps."""
+    """The samples of some evaluations and of the end, and of `t5like rl` the first answer of some steps."""
     shown = []
     try:
+        for path in _some_steps(workdir / SAMPLES_OF_STEPS, "*.txt"):
+            shown.append(details(f"after step {int(path.stem):,}", _text(path)))
         if (workdir / SAMPLES).is_file():
-            text = (workdir / SAMPLES).read_text("utf-8", "replace")
-            shown.append(preformatted(text[:LONGEST_SAMPLES]))
-        files = sorted((workdir / "answers").glob("*.jsonl"), key=lambda path: int(path.stem))
-        chosen = (
-            [files[index * (len(files) - 1) // (ANSWER_STEPS - 1)] for index in range(ANSWER_STEPS)] if files else []
-        )
+            shown.append(_text(workdir / SAMPLES))
         rows = []
-        for path in dict.fromkeys(chosen):
+        for path in _some_steps(workdir / "answers", "*.jsonl"):
             with path.open(encoding="utf-8") as lines:
                 record = json.loads(next(lines))
             rows.append([int(path.stem), record["prompt"], record["answer"], record["reward"]])
@@ -197,3 +194,15 @@ def _samples(workdir: Path) -> list[Markup]:
     if rows:
         shown.append(table(["after step", "prompt", "answer", "reward"], rows))
     return shown
+
+
+def _text(path: Path) -> Markup:
+    return preformatted(path.read_text("utf-8", "replace")[:LONGEST_SAMPLES])
+
+
+def _some_steps(folder: Path, pattern: str) -> list[Path]:
+    """Files whose names are steps: the first, the last, and some between them."""
+    files = sorted(folder.glob(pattern), key=lambda path: int(path.stem))
+    if len(files) <= SHOWN_STEPS:
+        return files
+    return [files[index * (len(files) - 1) // (SHOWN_STEPS - 1)] for index in range(SHOWN_STEPS)]

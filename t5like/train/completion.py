@@ -28,6 +28,23 @@ from t5like.train.expected_loss import summary
 from t5like.types import TrainState, Tree
 
 SAMPLES = "samples.txt"  # in a run directory
+SAMPLES_OF_STEPS = "samples"  # folder of the samples of evaluations, as STEP.txt (`evaluate.samples`)
+
+
+def write_samples(
+    config: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, heldout: Batches, params: Tree, path: Path
+) -> str:
+    """Write samples of the held-out passages to a file, from process 0, and return them.
+
+    Raises:
+        CheckpointError: the file can't be written.
+    """
+    with watchdog("showing samples", times=2, mode="computing"):
+        text = samples(Generator(config, params, tokenizer), heldout, mesh)
+    if processes.is_primary():
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, text, CheckpointError, "move it away")
+    return text
 
 
 def write_summary(
@@ -44,12 +61,10 @@ def write_summary(
     Raises:
         CheckpointError: they can't be written.
     """
-    with watchdog("showing samples", times=2, mode="computing"):
-        text = samples(Generator(config, params, tokenizer), heldout, mesh)
+    text = write_samples(config, mesh, tokenizer, heldout, params, workdir / SAMPLES)
     if not processes.is_primary():
         return []
     picture = draw_loss_curve(workdir)
-    replace_file(workdir / SAMPLES, text, CheckpointError, "move it away")
     return [*f"\n{text}\n{summary(workdir, config, fingerprints)}".split("\n"), f"loss curve  {picture}"]
 
 

@@ -94,6 +94,9 @@ class Pretraining:
             text += "".join(f", {name.removeprefix('eval/score/')} {value:.1f} %" for name, value in scores.items())
             if processes.is_primary():
                 write_predictions(self._workdir, done, records)
+        if self._config.evaluate.samples and not early:
+            path = self._workdir / completion.SAMPLES_OF_STEPS / f"{done}.txt"
+            completion.write_samples(self._config, self._mesh, self.tokenizer, self._heldout, params, path)
         return values, text
 
     def summarize(self, params: Tree, fingerprints: Mapping[str, Any]) -> list[str]:

@@ -221,6 +221,9 @@ def test_the_page_has_verdict_plots_and_samples_loads_nothing_and_escapes_all_te
     ]
     write_run(tmp_path / "run", records, num_steps=400)
     (tmp_path / "run" / "samples.txt").write_text("---- passage ----\n<img src=http://example.org/x>\x1b[31m\n")
+    (tmp_path / "run" / "samples").mkdir()
+    for step in range(0, 1100, 100):
+        (tmp_path / "run" / "samples" / f"{step}.txt").write_text(f"prediction {step}\n")
     code, _, err = command("inspect", "run", f"--workdir={tmp_path}/run", f"--html={tmp_path}/run.html")
     page = (tmp_path / "run.html").read_text()
     assert code == 0 and err.splitlines()[-1] == f"page       {tmp_path}/run.html"
@@ -229,6 +232,7 @@ def test_the_page_has_verdict_plots_and_samples_loads_nothing_and_escapes_all_te
     for title in ("Loss", "Training loss by source", "Learning rate", "Gradient norm", "Throughput", "Time of a step"):
         assert title in parsed.text
     assert "<script>a" in parsed.text and "<img src=http://example.org/x>\\u001b[31m" in parsed.text
+    assert re.findall(r"prediction (\d+)", parsed.text) == ["0", "200", "500", "700", "1000"]
     assert not {"script", "img", "link", "iframe", "object"} & set(parsed.tags)
     assert {name for name, _ in parsed.attributes} & {"src", "onload", "onclick"} == set()
     assert all(value.startswith("#") for name, value in parsed.attributes if name == "href")
