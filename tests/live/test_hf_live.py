@@ -182,6 +182,7 @@ def test_a_run_trained_here_on_eight_devices_speaks_there_as_here_and_comes_back
         "--config.mesh.tensor=2",
         "--config.train.num_steps=4",
         "--config.train.eval_batches=1",
+        "--fake_devices=8",
     ]
     code, _, err = command("train", *flags, *changes, *mesh, f"--workdir={tmp_path}/run")
     assert code == 0, err
