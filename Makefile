@@ -14,7 +14,7 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test reliability soak parity cluster browser container golden check lock clean
+.PHONY: help train test reliability soak parity cluster slurm browser chromium container golden check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,28 +45,30 @@ parity: $(PEERS)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
 
 # The daemons lie in /usr/sbin, which is not on every PATH. Four cases wait for the scheduler at the same time.
-cluster: $(INSTALLED)
-	@for program in slurmctld slurmd srun munged; do \
-	    PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null && continue; \
-	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	        echo "make cluster needs $$program: install slurm-wlm and munge (packages of Debian and Ubuntu)" >&2; exit 1; \
-	    fi; \
-	    echo "Installing slurm-wlm and munge, once ..."; \
-	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; } \
-	        </dev/null >$(VENV)/install_slurm.log 2>&1 || { cat $(VENV)/install_slurm.log >&2; exit 1; }; \
-	done
+cluster: $(INSTALLED) slurm
 	@PYTEST_ADDOPTS="-q -n 4" $(BIN)/python tests/cluster/slurm_cluster.py $(BIN)/python -m pytest tests/cluster $(ARGS)
 
-browser: $(INSTALLED)
-	@if ! command -v chromium >/dev/null; then \
-	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	        echo "make browser needs chromium: install the package of that name (Debian)" >&2; exit 1; \
-	    fi; \
-	    echo "Installing chromium, once ..."; \
-	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; } \
-	        </dev/null >$(VENV)/install_chromium.log 2>&1 || { cat $(VENV)/install_chromium.log >&2; exit 1; }; \
-	fi
+browser: $(INSTALLED) chromium
 	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
+
+# Debian's packages of programs that are missing: $(call packages,PROGRAMS,PACKAGES)
+packages = for program in $(1); do \
+	    PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null && continue; \
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	        echo "$$program is missing: install $(2) (packages of Debian and Ubuntu)" >&2; exit 1; \
+	    fi; \
+	    echo "Installing $(2), once ..."; \
+	    log=$$(mktemp); \
+	    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(2); } \
+	        </dev/null >$$log 2>&1 || { cat $$log >&2; exit 1; }; \
+	    rm -f $$log; \
+	done
+
+slurm:
+	@$(call packages,slurmctld slurmd srun munged,slurm-wlm munge)
+
+chromium:
+	@$(call packages,chromium,chromium fonts-dejavu-core)
 
 container: $(INSTALLED)
 	@$(BIN)/python -m pytest -q tests/container $(ARGS)
@@ -108,7 +110,6 @@ $(PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
 	    --editable '.[dev,parity]' \
 	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
-	@$(COMPILE)
 	@touch $@
 
 # A folder of its own: in the environment it would slow the start of every process. The version is that of the golden

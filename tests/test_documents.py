@@ -333,7 +333,13 @@ def test_every_extra_that_a_message_names_exists():
 
 
 def test_every_file_that_a_document_names_exists(trained):
-    made = {path.name for path in trained.iterdir()} | {"predictions", "evaluations", "init_from.txt", "profile"}
+    made = {path.name for path in trained.iterdir()} | {
+        "predictions",
+        "evaluations",
+        "init_from.txt",
+        "profile",
+        "samples",
+    }
     made |= {"bad_steps", "step.json", "text.jsonl", "rows.npz"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
     theirs |= {"WORKDIR", "launch.toml", "launch.json", "logs"}

@@ -22,6 +22,7 @@ CALLS = {  # name, as written in a call, -> whether all calls of it are forbidde
 KEYWORDS = {("trust_remote_code", True), ("allow_pickle", True), ("shell", True), ("weights_only", False)}
 # Where one of them is needed: the file, what it calls, and what it runs there.
 ALLOWED = {
+    ("tests/test_run.py", "exec"): "the cells of docs/notebook.ipynb",
     ("t5like/config/loader.py", "exec_module"): "a config file in Python, which is code: README.md says so",
     ("t5like/data/sources/small_functions.py", "eval"): "expressions that the module itself makes",
     ("t5like/rl/rewards/functions.py", "importlib.import_module"): "a reward function of the user, which is code",

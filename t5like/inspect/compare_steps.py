@@ -284,7 +284,7 @@ def of_interpreter(python: str, side: Side, number: int | None) -> Tensors:
         command = [python, "-P", "-m", "t5like", "compare-steps", side.path, f"--output={file}", *flags]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
         except OSError as error:
             raise ConfigError(f"--python={python} can't be started: {error.strerror}; use ENV/bin/python") from None
         if done.returncode:

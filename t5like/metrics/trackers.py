@@ -125,7 +125,7 @@ class Tracker:
             command = [sys.executable, "-m", "t5like.metrics.tracker_process", self._name]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             # A session of its own: signals for the run are not for its trackers, which end with their input.
-            self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+            self._process = subprocess.Popen(command, **pipes, encoding="utf-8", start_new_session=True)
             reader = threading.Thread(target=self._pass_messages, args=(self._process.stdout,), daemon=True)
             reader.start()
             self._process.stdin.write(json.dumps(self._run) + "\n")

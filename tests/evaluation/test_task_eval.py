@@ -131,7 +131,7 @@ def test_a_run_starts_with_the_weights_of_another_except_those_that_are_reinitia
 @pytest.mark.parametrize(
     "values, code, message",
     [
-        ({"init_from.checkpoint": "/nowhere", "tokenizer.path": ""}, 3, "tokenizer.path=/nowhere/tokenizer.model"),
+        ({"init_from.checkpoint": "/nowhere", "tokenizer.path": ""}, 4, "init_from.checkpoint=/nowhere"),
         ({"model.mlp_dim": 48}, 4, "does not fit: params/decoder/layers/mlp/gate/kernel is float32[1, 32, 64], not"),
         ({"model.num_layers": 2}, 4, "does not fit: "),
         ({"init_from.reinitialize": "hed"}, 2, "init_from.reinitialize='hed' matches no parameter"),

@@ -64,6 +64,7 @@ def test_a_run_that_is_killed_ten_times_equals_an_uninterrupted_run(seed, straig
     assert set(seen) == {moment.__name__ for moment in AIMED}, "an aimed kill came too late; choose another seed"
 
 
+@pytest.mark.long
 def test_the_other_process_ends_within_five_seconds_and_two_restarted_ones_equal_an_uninterrupted_run(
     straight, flags, tmp_path
 ):

@@ -27,7 +27,9 @@ def seconds_to_end(trainers, since: float, seconds: float) -> list[float | None]
     return ended
 
 
-@pytest.mark.parametrize("hold", ["stopped", "python", pytest.param("gil", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "hold", [pytest.param("stopped", marks=pytest.mark.long), "python", pytest.param("gil", marks=pytest.mark.long)]
+)
 def test_a_process_that_hangs_ends_the_run_with_76_and_a_dump_of_all_stacks(hold, flags, tmp_path):
     workdir = tmp_path / "run"
     arguments = smallest(flags, workdir, mesh__fsdp=2, **LIMITS)

@@ -52,7 +52,8 @@ def metrics_of(workdir: Path) -> list[dict]:
     return [row for row in rows if row.keys() > {"step"}]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_sample_the_same_answers_and_learn_the_same_parameters_as_one(
     count, alone, rl_flags, tmp_path
 ):
@@ -70,6 +71,7 @@ def test_several_processes_sample_the_same_answers_and_learn_the_same_parameters
     assert begun.keys() == arrays.keys() and len(arrays) > 20
 
 
+@pytest.mark.long
 def test_a_run_killed_in_the_middle_of_a_rollout_continues_bitwise(alone, rl_flags, tmp_path):
     workdir = tmp_path / "run"
     saved = workdir / "checkpoints/4" / COMMITTED
