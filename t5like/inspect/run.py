@@ -116,7 +116,11 @@ def time_facts(report: Report) -> Iterator[tuple[str, str]]:
         text = (
             f"{statistics.median(rates):,.0f} tokens/s, last {rates[-1]:,.0f}; {statistics.median(steps):.3g} s a step"
         )
-        yield "speed", text + (f"; MFU {statistics.median(mfu):.1%}" if mfu else "")
+        if mfu:
+            median = statistics.median(mfu)
+            busy = "unknown: the machine was busy when its peak rate was measured"
+            text += f"; MFU {median:.1%}" if median <= 1 else f"; MFU {busy}"
+        yield "speed", text
     if use.wall:
         parts = sorted(((use.seconds.get(part, 0.0), part) for part in PARTS), reverse=True)
         shares = ", ".join(f"{part} {seconds / use.wall:.0%}" for seconds, part in parts if seconds / use.wall >= 0.005)
