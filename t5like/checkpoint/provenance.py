@@ -24,7 +24,7 @@ import jax
 from t5like import __version__
 from t5like.checkpoint.allowed_changes import MUTABLE_FIELDS
 from t5like.config.formats import original_names
-from t5like.config.schema import Config, flatten
+from t5like.config.schema import Config, changed_fields
 from t5like.data.store.fingerprints import fingerprint, shard_checksums
 from t5like.data.store.token_store import TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -57,9 +57,7 @@ def config_fingerprint(config: Config) -> str:
 
     Neither a field that a later version adds nor a new name of a field changes the fingerprints of existing configs.
     """
-    default = flatten(Config())
-    changed = {name: value for name, value in flatten(config).items() if value != default[name]}
-    fixed = {name: value for name, value in changed.items() if not name.startswith(MUTABLE_FIELDS)}
+    fixed = {name: value for name, value in changed_fields(config).items() if not name.startswith(MUTABLE_FIELDS)}
     return fingerprint(original_names(fixed))
 
 

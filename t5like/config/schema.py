@@ -379,6 +379,12 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
+def changed_fields(config: Config) -> dict[str, Any]:
+    """The values that are not the default, by dotted name."""
+    default = flatten(Config())
+    return {name: value for name, value in flatten(config).items() if value != default[name]}
+
+
 def get(config: Config, name: str) -> Any:
     """The value of a field or section by dotted name."""
     return functools.reduce(getattr, name.split("."), config)

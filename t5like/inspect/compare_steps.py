@@ -198,9 +198,8 @@ def _step_of_run(side: Side, workdir: Path, number: int | None) -> tuple[Step, s
     state = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), before.state, abstract)
     rows = jax.device_get(before.batch)
     batch = jax.tree.map(jax.device_put, rows, placement.batch_shardings(rows, mesh))
-    return Step(config, mesh, state, batch, before.loss_fn, before.model_batch), describe(
-        side, f"step {number:,}", config, mesh
-    )
+    prepared = before._replace(config=config, mesh=mesh, state=state, batch=batch)
+    return prepared, describe(side, f"step {number:,}", config, mesh)
 
 
 def on_mesh(side: Side, config: Config) -> tuple[Config, jax.sharding.Mesh]:

@@ -112,8 +112,8 @@ def trend(values: Sequence[float]) -> str:
 
 def _updates(run: Run, events: Events) -> Iterator[Finding]:
     """Skipped updates, spikes and rewinds."""
-    train, rate = run.config.train, run.config.optimizer.learning_rate
-    lower = f"lower optimizer.learning_rate ({rate:g}; try {rate / 3:.2g}) or raise optimizer.warmup_steps"
+    train = run.config.train
+    lower = f"{_lower_rate(run, 3)} or raise optimizer.warmup_steps"
     skipped = _steps_with(run, "train/skipped_updates")
     spikes = [step for step in _steps_with(run, "train/spikes") if step not in skipped]
     if state(run) == "diverged":
@@ -153,8 +153,7 @@ def _loss(run: Run) -> Iterator[Finding]:
     """A loss that rises, that is worse than a guess, or that overfits. A loss of sampled answers has no such rules."""
     if run.config.rl.method != "none":
         return
-    rate = run.config.optimizer.learning_rate
-    lower = f"lower optimizer.learning_rate ({rate:g}; try {rate / 10:.2g})"
+    lower = _lower_rate(run, 10)
     (_, trained), (steps, heldout) = points(run.records, "train/loss"), points(run.records, "eval/loss")
     medians = window_medians(trained)
     last = heldout[-1] if steps and steps[-1] else (medians or [math.nan])[-1]
@@ -211,7 +210,7 @@ def _gradients(run: Run) -> Iterator[Finding]:
             "bad",
             f"an update changes {len(ratios)} parameters by much, {most}",
             f"update/parameter ratio above {UPDATE_RATIO:g}; 0.001 is common",
-            f"lower optimizer.learning_rate ({rate:g}; try {rate / 10:.2g}), or raise optimizer.warmup_steps",
+            f"{_lower_rate(run, 10)}, or raise optimizer.warmup_steps",
         )
 
 
@@ -315,6 +314,12 @@ def _rewards(run: Run) -> Iterator[Finding]:
             "an answer without a reward is not learned from",
             "t5like rl --audit shows what each reward pays for",
         )
+
+
+def _lower_rate(run: Run, by: float) -> str:
+    """A remedy: a learning rate that is so many times lower."""
+    rate = run.config.optimizer.learning_rate
+    return f"lower optimizer.learning_rate ({rate:g}; try {rate / by:.2g})"
 
 
 # ---- Values ----

@@ -29,6 +29,7 @@ from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.errors import CheckpointError
 from t5like.inspect import first_nonfinite
+from t5like.inspect.step_tensors import Step
 from t5like.model.layer_values import compute_intermediates
 from t5like.optim import step, train_state
 from t5like.optim.layer_statistics import norms_by_layer
@@ -39,24 +40,6 @@ from t5like.sharding import mesh as meshes
 from t5like.train.evidence import read_record
 from t5like.train.initial_state import restore_state
 from t5like.types import Batch, TrainState, host_metrics
-
-
-class Replay(NamedTuple):
-    """A step that is about to be made, on one device.
-
-    Attributes:
-        config: of the run at that step, resolved on one device.
-        state: before the step.
-        batch: of the step, on the device: what `loss_fn` takes.
-        loss_fn, model_batch: see `optim.step`.
-    """
-
-    config: Config
-    mesh: jax.sharding.Mesh
-    state: TrainState
-    batch: Any
-    loss_fn: step.LossFn = step.pretrain_loss
-    model_batch: step.ModelBatch = step.unchanged
 
 
 def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> None:
@@ -71,8 +54,8 @@ def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> N
             show(line)
 
 
-def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> Replay:
-    """The state before update `number`, and its batch."""
+def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> Step:
+    """Update `number` of a run, on one device."""
     checkpoints = checkpoints_of(workdir, config_of(workdir))
     start = start_before(checkpoints, number)
     config = config_at(workdir, checkpoints, number)
@@ -95,7 +78,7 @@ def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> 
             state, metrics = train_step(state, steps.batch(state, index))
             values = host_metrics(jax.device_get(metrics))
             show(f"step {index + 1:,}: loss {values['loss']:.4f}, gradient norm {values['grad_norm']:.4g}")
-        return Replay(config, mesh, state, steps.batch(state, number - 1), steps.loss_fn, steps.model_batch)
+        return Step(config, mesh, state, steps.batch(state, number - 1), steps.loss_fn, steps.model_batch)
 
 
 class Steps(NamedTuple):
@@ -200,13 +183,13 @@ def first_nonfinite_of(
     place = lambda leaf: jax.device_put(np.asarray(leaf), mesh.devices.flat[0])
     state, batch = jax.tree.map(place, (state._replace(step=state.step - 1), batch))
     with jax.set_mesh(mesh):
-        *lines, last = examine(Replay(single, mesh, state, batch))
+        *lines, last = examine(Step(single, mesh, state, batch))
     for line in lines:
         show(line)
     return f"step {number:,}: {last.removeprefix('first').strip()}"
 
 
-def examine(prepared: Replay) -> list[str]:
+def examine(prepared: Step) -> list[str]:
     """Lines for the user: metrics of the step, statistics of each layer, the first value that is not finite."""
     config, state, batch = prepared.config, prepared.state, prepared.batch
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="unroll", remat="none"))

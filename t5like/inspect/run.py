@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t5like.checkpoint.run_directory import config_of
-from t5like.config.schema import Config, flatten
+from t5like.config.schema import changed_fields
 from t5like.inspect import health, run_files, run_time
 from t5like.inspect.health import Finding, layer_of, trend
 from t5like.inspect.run_files import Events, Run
@@ -53,14 +53,8 @@ def describe(report: Report) -> list[str]:
         lines += [f"{name:11}{finding.what}", f"           rule: {finding.rule}", f"           {finding.remedy}"]
     pairs = [*progress(report), *training(report.run), *time_facts(report), *happened(report)]
     lines += [f"{name:11}{text}" for name, text in pairs]
-    lines += [f"config     {name}={value}" for name, value in changed_fields(report.run.config)]
+    lines += [f"config     {name}={value}" for name, value in changed_fields(report.run.config).items()]
     return lines + [f"loss       {line}" for line in losses(report.run)]
-
-
-def changed_fields(config: Config) -> list[tuple[str, object]]:
-    """The fields that are not at their defaults."""
-    default = flatten(Config())
-    return [(name, value) for name, value in flatten(config).items() if value != default[name]]
 
 
 # ---- Facts, as pairs of a name and a text ----

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from t5like.config.schema import changed_fields
 from t5like.errors import CheckpointError
 from t5like.inspect import health
 from t5like.inspect.charts import COLORS, Series, line_plot, shares
@@ -21,7 +22,7 @@ from t5like.inspect.html import (
     preformatted,
     table,
 )
-from t5like.inspect.run import Report, changed_fields, happened, progress, time_facts, training
+from t5like.inspect.run import Report, happened, progress, time_facts, training
 from t5like.io.storage import format_bytes
 from t5like.metrics.loss_curve import has_exploded, points
 from t5like.train.completion import SAMPLES, SAMPLES_OF_STEPS
@@ -57,7 +58,10 @@ def run_page(report: Report) -> str:
             "Config",
             details(
                 "Fields that are not at their defaults",
-                table(["field", "value"], [[name, str(value)] for name, value in changed_fields(report.run.config)]),
+                table(
+                    ["field", "value"],
+                    [[name, str(value)] for name, value in changed_fields(report.run.config).items()],
+                ),
             ),
         ),
     ]

@@ -9,7 +9,8 @@
     update/embedding, parameter/embedding       what the optimizer adds, and the result
 
 The programs are those of the trainer (`optim.step.make_gradient`, the optimizer), on the mesh of the config. The
-activations of padding are 0, because nothing depends on them. Called by `compare_steps` and `leaks`.
+activations of padding are 0, because nothing depends on them. Called by `compare_steps` and `leaks`; `replay`
+also makes a `Step`.
 """
 
 from collections.abc import Iterator, Mapping

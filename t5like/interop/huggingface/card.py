@@ -11,7 +11,7 @@ from typing import Any
 
 from t5like import tree
 from t5like.checkpoint import run_directory
-from t5like.config.schema import Config, flatten
+from t5like.config.schema import Config, changed_fields
 from t5like.data.sources.source import canonical
 from t5like.io.atomic import replace_file
 from t5like.io.paths import cache_directory
@@ -219,10 +219,7 @@ def _recipe(config: Config, versions: Mapping[str, str]) -> str:
 
 def _changed(config: Config) -> Iterator[tuple[str, Any]]:
     """Names and values of fields that differ from the default, except those of MACHINE_FIELDS."""
-    defaults = flatten(Config())
-    for name, value in flatten(config).items():
-        if value != defaults[name] and not name.startswith(MACHINE_FIELDS):
-            yield name, value
+    return ((name, value) for name, value in changed_fields(config).items() if not name.startswith(MACHINE_FIELDS))
 
 
 def _fenced(language: str, lines: list[str]) -> str:
