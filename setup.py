@@ -51,7 +51,7 @@ setup(
         "flatbuffers>=24.3,<26",  # jax.export, which reads and writes artifacts with it, does not ask for it
         "flax>=0.12,<0.13",
         "importlib_resources>=6.4,<8",  # TFDS imports it on every Python, but asks for it only on old ones
-        "jax>=0.10,<0.11",
+        "jax>=0.10,<0.12",
         "matplotlib>=3.9,<4",
         "ml_collections>=1.0,<2",
         "numpy>=2.0,<3",
@@ -66,8 +66,8 @@ setup(
         "tensorflow-datasets>=4.9.9,<5",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
-        "cuda": ["jax[cuda12]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "hf": ["datasets>=4,<6", "tokenizers>=0.22,<0.24", "transformers>=5,<6"],
         "wandb": ["wandb>=0.20,<0.32"],
         "mlflow": ["mlflow-skinny>=3,<4"],
