@@ -9,13 +9,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from jaxlib.version import __version_info__ as jaxlib_version
+
 # Compiling is most of the suite's time, and most of that LLVM's: code for a few steps of a tiny model need not be fast.
 # XLA's own passes, which sharding, donation and memory depend on, are the same at level 0. Code is not split among
-# threads either: each core has a test of its own.
+# threads either: each core has a test of its own. jaxlib 0.11 always uses the fusion emitters, and refuses the flag.
 os.environ["XLA_FLAGS"] = (
     os.environ["XLA_FLAGS"]  # a worker of xdist has them already
     if "--xla_backend_optimization_level=0 " in os.environ.get("XLA_FLAGS", "")
-    else "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    else "--xla_backend_optimization_level=0 "
+    f"{'' if jaxlib_version >= (0, 11) else '--xla_cpu_use_fusion_emitters=false '}"
     "--xla_cpu_parallel_codegen_split_count=1 "
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
