@@ -72,6 +72,35 @@ def test_the_cost_of_the_checks_is_measured(capfd):
     assert in_cpu_time[1]["cpu_compare_ms"] > 0 < in_cpu_time[2]["cpu_compute_ms"]
 
 
+def test_learning_is_measured_against_processor_time(flags, tmp_path, capfd):
+    import learning
+    import numpy as np
+
+    learning.main([*flags, "--recipe=t5like", "--seed=1", "--steps=2", f"--files={tmp_path}"])
+    points = lines(capfd.readouterr().out)
+    assert [point["step"] for point in points] == [0, 1, 2] and 5 < points[0]["loss"] < 8 and points[2]["cpu_s"] > 0
+    with np.load(tmp_path / "train.npz") as rows, np.load(tmp_path / "weights.npz") as weights:  # for the others
+        assert rows["inputs"].shape == (8 * 2 * learning.SPARE, 32) and weights["shared.weight"].shape == (400, 32)
+    points = [point | {"tokens": 44 * 8 * point["step"]} for point in points]
+    learning.draw(points, tmp_path / "learning.png")
+    assert (tmp_path / "learning.png").stat().st_size > 1000
+    assert f"| t5like | {2:5} | {704:6} |" in learning.table(points)
+
+
+def test_settings_are_compared_by_their_heldout_loss(flags, tmp_path, capfd):
+    import sweep
+
+    (tmp_path / "settings.txt").write_text("# comment\nslow --config.optimizer.learning_rate=1e-9\nfast\n")
+    stored = {"name": "slow", "flags": "", "steps": 1, "held-out loss": 9.0, "accuracy": 0.0, "bits per byte": 9.0}
+    for name, loss in (("slow", 9.0), ("fast", 8.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(json.dumps(stored | {"name": name, "held-out loss": loss}))
+    sweep.main([f"{tmp_path}/settings.txt", f"--workdir={tmp_path}"])
+    out, err = capfd.readouterr()
+    assert [line["name"] for line in lines(out)] == ["slow", "fast"]  # complete runs are not made again
+    assert err.index("| fast") < err.index("| slow")
+
+
 def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):
     import generate
 

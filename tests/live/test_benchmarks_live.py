@@ -35,3 +35,18 @@ def test_decoding_is_compared(capfd):
     ours, theirs = (json.loads(line) for line in out.splitlines())
     assert (ours["program"], theirs["program"]) == ("t5like", "transformers") and theirs["transformers"]
     assert ours["transformers' time / t5like's"] > 0 and theirs["tokens/s"] > 0 and "| toy_dec " in err
+
+
+def test_what_recipes_learn_is_compared(flags, tmp_path, capfd):
+    import learning
+
+    run = ["--seeds=1", "--minutes=0.001", "--steps=2", "--eager", f"--picture={tmp_path}/learning.png"]
+    learning.main([*flags, *run])
+    out, err = capfd.readouterr()
+    points = [json.loads(line) for line in out.splitlines()]
+    assert [(point["recipe"], point["step"]) for point in points] == [
+        (recipe, step) for recipe in learning.RECIPES for step in (0, 1, 2)
+    ]
+    first = [point["loss"] for point in points if point["step"] == 0]
+    assert first == pytest.approx([first[0]] * 3, abs=1e-3)  # the same weights and rows
+    assert (tmp_path / "learning.png").exists() and "| huggingface " in err
