@@ -182,9 +182,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # how layers are compiled; auto: scan on accelerators, unroll on a CPU
     layers: Literal["auto", "scan", "unroll"] = "auto"
-    # cpu: backward passes written for XLA:CPU, see model/kernels/cpu.py; tpu: fused attention, see
-    # model/kernels/tpu_attention.py; auto: by the device
-    kernels: Literal["auto", "plain", "cpu", "tpu"] = "auto"
+    # cpu: backward passes written for XLA:CPU, see model/kernels/cpu.py; tpu, gpu: fused attention, see
+    # model/kernels/tpu_attention.py and gpu_attention.py; auto: by the device
+    kernels: Literal["auto", "plain", "cpu", "tpu", "gpu"] = "auto"
     # What the backward pass recomputes. none: nothing. dots: all but matmuls. qk: all but queries and keys. full: all.
     remat: Literal["none", "dots", "qk", "full"] = "none"
 

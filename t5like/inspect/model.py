@@ -37,7 +37,7 @@ def inspect_model(config: Config, topology: Topology | None) -> Report:
         platform = topology.chip.platform
     else:
         devices = math.prod(size for axis in meshes.AXES if (size := getattr(config.mesh, axis)) != -1)
-        platform = "tpu" if config.model.kernels == "tpu" else "cpu"
+        platform = config.model.kernels if config.model.kernels in auto.FUSED else "cpu"
     sizes = meshes.axis_sizes(config, devices)
     config = auto.resolve_auto_for(config, platform, sizes["context"])
     inputs = estimate.abstract_inputs(config)

@@ -14,10 +14,11 @@ from t5like.config.schema import ModelConfig
 from t5like.model import intermediates
 from t5like.model.attention_plan import Kernel
 from t5like.model.cache import KeyValues
-from t5like.model.kernels import cpu, plain, tpu_attention
+from t5like.model.kernels import cpu, gpu_attention, plain, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
 from t5like.model.positions import rotate
+from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import constrain, context_size
 
 # Up to so many queries of a group, the heads of the group become queries of one head; else keys are repeated per head.
@@ -39,16 +40,17 @@ def attend(
         q_BNLH: queries; already scaled.
         k_BKSH: keys. With fewer heads (K < N) each serves N / K query heads, in order (Ainslie et al. 2023).
         v_BKSH: values.
-        bias_1NLS: added to the scores, the same for all rows; for the fused kernel from
-            `tpu_attention.bias_per_batch_shard`.
+        bias_1NLS: added to the scores, the same for all rows; for a fused kernel from
+            `tpu_attention.bias_per_batch_shard` or `gpu_attention.bias_per_shard`.
         mask: which keys a query attends to. A query that attends to none gets 0, not an average of hidden values.
         kernel: of `AttentionPlan`.
 
     Returns:
         [B, N, L, H] in the dtype of v.
     """
-    if kernel == "tpu":
-        return tpu_attention.attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
+    if kernel in FUSED:
+        fused = tpu_attention if kernel == "tpu" else gpu_attention
+        return fused.attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
     mask_B1LS = mask.build(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= GROUPED_DECODE_MAX_QUERIES:
@@ -81,12 +83,14 @@ def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel) -> jax
 
 
 def attention_weights(
-    q_BNLH: jax.Array, k_BKSH: jax.Array, *, bias_1NLS: jax.Array | None = None, mask: MaskSpec
+    q_BNLH: jax.Array, k_BKSH: jax.Array, *, bias_1NLS: jax.Array | None = None, mask: MaskSpec, kernel: Kernel
 ) -> jax.Array:
     """The weights that `attend` multiplies values with, [B, N, L, S] float32; computed plainly, for any kernel."""
     k_BNSH = jnp.repeat(k_BKSH, q_BNLH.shape[1] // k_BKSH.shape[1], axis=1)
     mask_B1LS = mask.build(q_BNLH.shape[2], k_BNSH.shape[2])
-    bias_1NLS = None if bias_1NLS is None else bias_1NLS[:1]  # a fused kernel's has equal copies
+    if bias_1NLS is not None and kernel == "gpu":
+        bias_1NLS = gpu_attention.bias_array(bias_1NLS, q_BNLH.shape[2], k_BNSH.shape[2])
+    bias_1NLS = None if bias_1NLS is None else bias_1NLS[:1]  # the TPU kernel's has equal copies
     weights_BNLS = jax.nn.softmax(plain.masked_scores(q_BNLH, k_BNSH, bias_1NLS, mask_B1LS), axis=-1)
     return weights_BNLS if mask_B1LS is None else jnp.where(mask_B1LS, weights_BNLS, 0.0)
 
@@ -199,7 +203,7 @@ class Attention(nn.Module):
 
     def _attend(self, q_BNLH: jax.Array, source: KeyValues, bias_1NLS, mask: MaskSpec, kernel: Kernel, *, train: bool):
         """Attention and the output projection: [B, L, D]."""
-        weights = lambda: attention_weights(q_BNLH, source.k_BKSH, bias_1NLS=bias_1NLS, mask=mask)
+        weights = lambda: attention_weights(q_BNLH, source.k_BKSH, bias_1NLS=bias_1NLS, mask=mask, kernel=kernel)
         intermediates.record(self, f"{self.name}_weights", weights)
         out = attend(q_BNLH, *source, bias_1NLS=bias_1NLS, mask=mask, kernel=kernel).transpose(0, 2, 1, 3)
         return self.out(dropout(self, out.reshape(*out.shape[:2], -1), self.config.dropout_rate, train=train))

@@ -7,10 +7,11 @@ traced.
 from typing import Literal, NamedTuple
 
 from t5like.config.schema import ModelConfig
-from t5like.model.kernels import tpu_attention
+from t5like.model.kernels import gpu_attention, tpu_attention
+from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import batch_parts, context_size
 
-Kernel = Literal["plain", "cpu", "tpu"]  # tpu: fused, and takes a `MaskSpec`; the others take a mask array
+Kernel = Literal["plain", "cpu", "tpu", "gpu"]  # those of `auto.FUSED` take a `MaskSpec`, others a mask array
 
 
 class AttentionPlan(NamedTuple):
@@ -45,8 +46,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """Choose the kernels of a stack for inputs of these sizes on the mesh that is set.
 
-    The fused kernel is not used with a cache, whose masks are arrays, for rows that the mesh does not divide, and for
-    lengths that do not fit in a core's memory.
+    A fused kernel is not used with a cache, whose masks are arrays, for rows that the mesh does not divide, for lengths
+    that do not fit in a TPU core's memory, and for heads that do not fit in a GPU core's registers.
 
     Args:
         config: its `kernels` is resolved.
@@ -59,11 +60,13 @@ def plan_attention(
         branch_start: see `AttentionPlan`.
     """
     fallback: Kernel = "cpu" if config.kernels == "cpu" else "plain"
-    if config.kernels != "tpu" or cached or rows // texts % batch_parts():
+    if config.kernels not in FUSED or cached or rows // texts % batch_parts():
         return AttentionPlan(queries, keys, fallback, fallback, branch_start)
     parts = context_size() if queries % context_size() == 0 else 1
 
     def kernel(queries: int, keys: int, *, biased: bool) -> Kernel:
+        if config.kernels == "gpu":
+            return "gpu" if config.head_dim <= gpu_attention.MAX_HEAD_DIM else "plain"
         fits = tpu_attention.fits(queries // parts, keys, config.head_dim, config.dtype, biased=biased)
         return "tpu" if fits else "plain"
 

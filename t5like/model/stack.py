@@ -24,6 +24,7 @@ from t5like.model.cache import Cache, Caches, KeyValues, cache_length
 from t5like.model.layers import Norm
 from t5like.model.masks import MaskSpec
 from t5like.model.positions import bias_module
+from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import constrain
 from t5like.types import NO_AUXILIARY, Auxiliary, Tree
 
@@ -134,7 +135,7 @@ class Stack(nn.Module):
         bias_1NLS = None if self.relative_bias is None else self.relative_bias(plan, first_query)
         if self.is_initializing():  # `_init` has made the layers' parameters, and nothing depends on their values
             return LayerOutput(self._normalize(x_BLD), cache, NO_AUXILIARY)
-        if plan.cross_attention != "tpu":
+        if plan.cross_attention not in FUSED:
             cross_mask = MaskSpec(allowed_B1LS=cross_mask.build(queries, cross_keys))
         inputs = [
             LayerInputs(bias_1NLS, each, positions_BL, encoded_BSD, cross_mask, first_query)
@@ -160,7 +161,7 @@ class Stack(nn.Module):
         windows, by_window = [config.attention_window for config in layer_configs(self.config)], {}
         for window in dict.fromkeys(windows):
             spec = dataclasses.replace(mask, window=window, window_ahead=0 if self.causal else window)
-            if plan.self_attention != "tpu":
+            if plan.self_attention not in FUSED:
                 array = spec.build(plan.queries, plan.keys, first_query, plan.branch_start)
                 spec = MaskSpec(allowed_B1LS=array)
             by_window[window] = spec

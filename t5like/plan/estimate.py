@@ -36,6 +36,7 @@ from t5like.plan.hlo_cost import Analysis, Collective
 from t5like.plan.topology import Topology
 from t5like.sharding import mesh as meshes
 from t5like.sharding import placement
+from t5like.sharding.auto import FUSED
 from t5like.types import Batch, TrainState
 
 SERIAL_TO_REAL_RATIO = 1.2  # serial time over real time
@@ -151,7 +152,7 @@ def _materialized_keys(config: Config, sizes: dict[str, int], stack: flops.Stack
     with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes)):
         plan = plan_attention(config.model, rows, stack.queries, *stack.keys)
     kernels = plan.self_attention, plan.cross_attention
-    return [keys for keys, kernel in zip(stack.keys, kernels, strict=False) if kernel != "tpu"]
+    return [keys for keys, kernel in zip(stack.keys, kernels, strict=False) if kernel not in FUSED]
 
 
 def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) -> QuickEstimate:

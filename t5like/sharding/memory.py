@@ -16,6 +16,7 @@ import jax
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
+from t5like.sharding.auto import FUSED
 from t5like.types import Batch, TrainState, Tree
 
 # Limits of control groups: of version 2, and of version 1, whose number is very large where there is no limit.
@@ -115,7 +116,7 @@ def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:
     """
     keys = _cached_positions(config, prompt, new, texts) * _bytes_per_position(config)
     logits = 4 * texts * config.vocab_rows
-    scores = prompt**2 * _width(config) * (config.model.kernels != "tpu")
+    scores = prompt**2 * _width(config) * (config.model.kernels not in FUSED)
     needed, available = keys + logits + scores, of_devices(jax.local_devices())
     if available and needed > available:
         raise ConfigError(
@@ -161,5 +162,5 @@ def _hidden(config: Config) -> int:
         "encoder_decoder": [(1, data.inputs_length), (answers, data.targets_length)],
     }[model.architecture]
     rows = data.batch_size // config.train.microbatches
-    values = [count * length * (model.model_dim + length * (model.kernels != "tpu")) for count, length in shapes]
+    values = [count * length * (model.model_dim + length * (model.kernels not in FUSED)) for count, length in shapes]
     return rows * max(values) * _width(config)

@@ -81,7 +81,7 @@ FIELDS = (
     "train.keep_checkpoints=0", "train.log_every=1.5",
     "seed=-1", "seed=99999999999999999999", "model.mlp=rely", "model.architecture=t5", "model.dtype=fp17",
     "model.remat=some", "model.num_heads=0", "model.biases=maybe", "model.dropout_rate=1", "model.num_kv_heads=3",
-    "model.kernels=gpu", "model.attention_window=-1", "optimizer.name=sgdd", "optimizer.learning_rate=-1",
+    "model.kernels=cuda", "model.attention_window=-1", "optimizer.name=sgdd", "optimizer.learning_rate=-1",
     "optimizer.learning_rate=nan", "optimizer.learning_rate=inf", "optimizer.schedule=step", "optimizer.b1=2",
     "optimizer.frozen=(", "data.batch_size=0", "data.batch_size=12", "data.batch_size=8.5", "data.objective=mlm",
     "data.objective=spans", "data.objective_rates=-1", "data.objective_rates=0", "data.objective_rates=1,2",

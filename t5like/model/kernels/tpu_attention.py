@@ -13,7 +13,6 @@ the mesh axis `context` a device has its own queries and gathers keys and values
 in Pallas' interpreter on CPUs (the tests); it has not run on a TPU yet.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,8 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from t5like.model.kernels.fused_attention import KernelSpec, Operands, attend_on_shards, matmul
 from t5like.model.masks import MaskSpec
-from t5like.sharding.logical_axes import RULES, batch_parts, constrain, device_kind
+from t5like.sharding.logical_axes import batch_parts, constrain, device_kind
 from t5like.sharding.logical_axes import spec as partition
 from t5like.types import MASKED
 
@@ -68,15 +68,6 @@ def bias_per_batch_shard(bias_1NLS: jax.Array) -> jax.Array:
     return constrain(bias_RNLS, "batch", "act_heads", "length", None)
 
 
-class KernelSpec(NamedTuple):
-    """What is static of a kernel besides shapes. Windows as in `MaskSpec`; 0 also where they hide no key."""
-
-    causal: bool
-    window: int
-    window_ahead: int
-    interpret: bool
-
-
 class KernelInputs(NamedTuple):
     """What a kernel reads, as arrays or references; None where there is none."""
 
@@ -113,49 +104,23 @@ def attend(
     Returns:
         [B, N, L, H] in the dtype of v; 0 for a query that attends to no key.
     """
-    assert mask.allowed_B1LS is None
-    queries, keys = q_BNLH.shape[2], k_BKSH.shape[2]
-    window, ahead = (size if size < keys else 0 for size in (mask.window, mask.window_ahead))
-    kernel_spec = KernelSpec(mask.causal, window, ahead, interpret)
-    prefix_BS = mask.prefix_BS if mask.causal else None
-    operands = (q_BNLH, k_BKSH, v_BKSH, bias_RNLS, mask.query_segments_BL, mask.key_segments_BS, prefix_BS)
-    attend_shard = partial(_attend_shard, kernel_spec, queries, keys)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return attend_shard(*operands)
-    # The compiler can't split a kernel: each device runs its own, on its rows, heads and queries.
-    heads = lambda length: partition(("batch", "act_heads", "length", None), (1, 1, length, 1))
-    rows = partition(("batch", None))
-    specs = (
-        heads(queries),
-        heads(keys),
-        heads(keys),
-        heads(queries),
-        partition(("batch", "length"), (1, queries)),
-        rows,
-        rows,
-    )
-    return jax.shard_map(attend_shard, in_specs=specs, out_specs=heads(queries), check_vma=False)(*operands)
+    operands = Operands(q_BNLH, k_BKSH, v_BKSH, bias_RNLS, None, None, None)
+    bias_partition = partition(("batch", "act_heads", "length", None), (1, 1, q_BNLH.shape[2], 1))
+    return attend_on_shards(_attend_shard, operands, mask, bias_partition, interpret=interpret)
 
 
-def _attend_shard(
-    spec, queries, keys, q_BNLH, k_BKSH, v_BKSH, bias_1NLS, query_segments_BL, key_segments_BS, prefix_BS
-):
-    """`attend` on one device, which has its shard of all `queries` and `keys`."""
-    if k_BKSH.shape[2] < keys:  # the backward pass of gathering sums each part on the device that has it
-        k_BKSH, v_BKSH = (jax.lax.all_gather(x, RULES["length"], axis=2, tiled=True) for x in (k_BKSH, v_BKSH))
-    first = None
-    if q_BNLH.shape[2] < queries and (spec.causal or spec.window or spec.window_ahead):
-        first = (jax.lax.axis_index(RULES["length"]) * q_BNLH.shape[2])[None]
+def _attend_shard(spec: KernelSpec, operands: Operands) -> jax.Array:
+    """`attend` on one device."""
+    q_BNLH, k_BKSH, v_BKSH, query_segments_BL = (operands[i] for i in (0, 1, 2, 4))
     groups = q_BNLH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (jnp.repeat(x, groups, axis=1) if groups > 1 else x for x in (k_BKSH, v_BKSH))
-    inputs = KernelInputs(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, first=first)
+    inputs = KernelInputs(q_BNLH, k_BNSH, v_BNSH, operands.bias, first=operands.first)
     if query_segments_BL is not None:
         inputs = inputs._replace(
-            query_segments_BL1=query_segments_BL[:, :, None], key_segments_B1S=key_segments_BS[:, None]
+            query_segments_BL1=query_segments_BL[:, :, None], key_segments_B1S=operands.key_segments_BS[:, None]
         )
-    if prefix_BS is not None:
-        inputs = inputs._replace(prefix_B1S=prefix_BS[:, None].astype(jnp.int32))
+    if operands.prefix_BS is not None:
+        inputs = inputs._replace(prefix_B1S=operands.prefix_BS[:, None].astype(jnp.int32))
     return _attend(spec, inputs)
 
 
@@ -272,28 +237,21 @@ def _for_each_block(spec: KernelSpec, inputs: KernelInputs, body: Callable[[pl.S
 
 def _block_mask(spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys: pl.Slice) -> jax.Array | None:
     """Which keys each query attends to, [L, S]; None: all."""
-    conditions = []
-    if spec.causal or spec.window or spec.window_ahead:
+    behind_LS = prefix_1S = of_queries_L1 = of_keys_1S = None
+    if spec.by_index:
         index = partial(jax.lax.broadcasted_iota, jnp.int32, (queries.size, keys.size))
         first = 0 if inputs.first is None else inputs.first[0]
         behind_LS = index(0) - index(1) + (queries.start + first - keys.start)
-        if spec.causal and inputs.prefix_B1S is not None:
-            conditions.append((behind_LS >= 0) | (inputs.prefix_B1S[0, :, keys] != 0))
-        elif spec.causal:
-            conditions.append(behind_LS >= 0)
-        if spec.window:
-            conditions.append(behind_LS < spec.window)
-        if spec.window_ahead:
-            conditions.append(behind_LS > -spec.window_ahead)
+    if inputs.prefix_B1S is not None:
+        prefix_1S = inputs.prefix_B1S[0, :, keys]
     if inputs.query_segments_BL1 is not None:
         of_queries_L1, of_keys_1S = inputs.query_segments_BL1[0, queries], inputs.key_segments_B1S[0, :, keys]
-        conditions.append((of_queries_L1 == of_keys_1S) & (of_keys_1S != 0))
-    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+    return spec.allowed(behind_LS, prefix_1S, of_queries_L1, of_keys_1S)
 
 
 def _weights(spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys: pl.Slice) -> tuple[jax.Array, jax.Array]:
     """Softmax weights [L, S], float32, not normalized, and the factor [L, 1] that normalizes them."""
-    scores_LS = _matmul(inputs.q_BNLH[0, 0, queries], inputs.k_BNSH[0, 0, keys], 1, 1)
+    scores_LS = matmul(inputs.q_BNLH[0, 0, queries], inputs.k_BNSH[0, 0, keys], 1, 1)
     if inputs.bias_1NLS is not None:
         scores_LS = scores_LS + inputs.bias_1NLS[0, 0, queries, keys].astype(jnp.float32)
     allowed_LS = _block_mask(spec, inputs, queries, keys)
@@ -306,12 +264,6 @@ def _weights(spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys: pl
     return weights_LS, 1 / jnp.maximum(weights_LS.sum(-1, keepdims=True), 1e-30)  # a query may attend to no key
 
 
-def _matmul(left: jax.Array, right: jax.Array, left_dim: int, right_dim: int) -> jax.Array:
-    """A float32 matmul that contracts these dims."""
-    dims = (((left_dim,), (right_dim,)), ((), ()))
-    return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-
-
 def _forward_kernel(spec: KernelSpec, *refs) -> None:
     *refs, out_ref = refs
     inputs = KernelInputs(*refs)
@@ -319,7 +271,7 @@ def _forward_kernel(spec: KernelSpec, *refs) -> None:
     def block(queries, keys):
         weights_LS, scale_L1 = _weights(spec, inputs, queries, keys)
         v_SH = inputs.v_BNSH[0, 0, keys]
-        out_LH = _matmul(weights_LS.astype(v_SH.dtype), v_SH, 1, 0)
+        out_LH = matmul(weights_LS.astype(v_SH.dtype), v_SH, 1, 0)
         out_ref[0, 0, queries] = (out_LH * scale_L1).astype(out_ref.dtype)
 
     _for_each_block(spec, inputs, block)
@@ -345,14 +297,14 @@ def _backward_kernel(spec: KernelSpec, *refs) -> None:
         k_SH, v_SH = inputs.k_BNSH[0, 0, keys], inputs.v_BNSH[0, 0, keys]
         weights_LS, scale_L1 = _weights(spec, inputs, queries, keys)
         weights_LS = weights_LS * scale_L1
-        v_sum_SH[keys] += _matmul(weights_LS.astype(v_SH.dtype), d_out_LH, 0, 0)
-        d_weights_LS = _matmul(d_out_LH, v_SH, 1, 1)
+        v_sum_SH[keys] += matmul(weights_LS.astype(v_SH.dtype), d_out_LH, 0, 0)
+        d_weights_LS = matmul(d_out_LH, v_SH, 1, 1)
         d_scores_LS = weights_LS * (d_weights_LS - (weights_LS * d_weights_LS).sum(-1, keepdims=True))
         if bias_out:
             bias_out[0][0, 0, queries, keys] += d_scores_LS
         d_scores_LS = d_scores_LS.astype(q_LH.dtype)
-        q_out[0, 0, queries] = _matmul(d_scores_LS, k_SH, 1, 0).astype(q_out.dtype)
-        k_sum_SH[keys] += _matmul(d_scores_LS, q_LH, 0, 0)
+        q_out[0, 0, queries] = matmul(d_scores_LS, k_SH, 1, 0).astype(q_out.dtype)
+        k_sum_SH[keys] += matmul(d_scores_LS, q_LH, 0, 0)
 
     _for_each_block(spec, inputs, block)
     k_out[0, 0] = k_sum_SH[...].astype(k_out.dtype)

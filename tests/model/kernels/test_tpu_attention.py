@@ -1,10 +1,9 @@
 """The fused TPU kernel, in Pallas' interpreter, against plain attention; and where a train step has it."""
 
 import functools
-import math
 
+import attention_cases
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, small
@@ -13,63 +12,36 @@ from model_variants import init, loss_and_gradients, with_model
 from t5like.data import pipeline
 from t5like.errors import ConfigError
 from t5like.model import attention
-from t5like.model.attention import attend
 from t5like.model.kernels import tpu_attention
-from t5like.model.masks import MaskSpec
 from t5like.optim import step, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
-CASES = {  # mesh, length, heads of keys, mask, relative bias
-    "packed": ({}, 160, 4, {"causal": True, "segments": True}, False),
-    "relative": ({"data": 2, "fsdp": 2, "tensor": 2}, 12, 4, {}, True),
-    "prefix": ({}, 160, 4, {"causal": True, "segments": True, "prefix": True, "window": 7}, False),
-    "window": ({}, 672, 1, {"causal": True, "window": 100}, False),
-    "symmetric_window": ({}, 300, 2, {"window": 9, "ahead": 9, "segments": True}, False),
-    "symmetric_window_context": ({"context": 2, "data": 1}, 32, 2, {"window": 5, "ahead": 5}, False),
-    "context": (
-        {"data": 2, "tensor": 2, "context": 2},
-        16,
-        2,
-        {"causal": True, "segments": True, "prefix": True, "window": 5},
-        True,
-    ),
-    "long_context": ({"context": 2, "data": 1}, 1024, 2, {"causal": True, "window": 140}, False),
+CASES = {
+    "packed": {"queries": 160, "causal": True, "segments": True},
+    "relative": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "rows": 8, "queries": 12, "heads": 4, "relative": True}
+    | {"kv_heads": 4},
+    "prefix": {"queries": 160, "causal": True, "segments": True, "prefix": True, "window": 7},
+    "window": {"queries": 672, "rows": 1, "kv_heads": 1, "causal": True, "window": 100},
+    "symmetric_window": {"queries": 300, "window": 9, "ahead": 9, "segments": True, "heads": 4},
+    "symmetric_window_context": {"mesh": {"context": 2}, "queries": 32, "heads": 4, "window": 5, "ahead": 5},
+    "context": {"mesh": {"data": 2, "tensor": 2, "context": 2}, "queries": 16, "heads": 4, "causal": True}
+    | {"segments": True, "prefix": True, "window": 5, "relative": True},
+    "long_context": {"mesh": {"context": 2}, "rows": 1, "queries": 1024, "causal": True, "window": 140},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_fused_kernel_equals_plain_attention_with_gradients(rng, monkeypatch, case):
-    axes, length, kv_heads, conditions, relative = CASES[case]
+def test_the_tpu_kernel_equals_plain_attention_with_gradients(rng, monkeypatch, case):
     monkeypatch.setattr(tpu_attention, "SCORES_PER_BLOCK", 1)  # blocks of 128 queries
     monkeypatch.setattr(tpu_attention, "MAX_UNROLLED_BLOCKS", 2)
-    rows, heads = 8 if length < 500 else 1, 4 if length < 500 else 2
-    kv_heads = min(heads, kv_heads)
-    q, weight = (jnp.asarray(rng.normal(size=(rows, heads, length, 8)), jnp.float32) for _ in range(2))
-    k, v = (jnp.asarray(rng.normal(size=(rows, kv_heads, length, 8)), jnp.float32) for _ in range(2))
-    bias = jnp.asarray(rng.normal(size=(1, heads, length, length)), jnp.float32) if relative else None
-    ids = jnp.asarray(np.sort(rng.integers(0, 4, (rows, length)))) if "segments" in conditions else None  # 0: padding
-    prefix = jnp.asarray(rng.random((rows, length)) < 0.3) if "prefix" in conditions else None
-    window = conditions.get("window", 0)
-    mask = MaskSpec(
-        conditions.get("causal", False), ids, ids, prefix, window=window, window_ahead=conditions.get("ahead", 0)
-    )
 
-    def kernel(q, k, v, bias):
-        bias = None if bias is None else tpu_attention.bias_per_batch_shard(bias)
-        out = tpu_attention.attend(q, k, v, bias, mask, interpret=True)
-        return (out * weight).sum()
+    def fused(q, k, v, bias, mask):
+        if bias is not None:
+            bias = tpu_attention.bias_per_batch_shard(attention_cases.bias_array(bias, q.shape[2], k.shape[2]))
+        return tpu_attention.attend(q, k, v, bias, mask, interpret=True)
 
-    def plain(q, k, v, bias):
-        return (attend(q, k, v, bias_1NLS=bias, mask=mask) * weight).sum()
-
-    arguments = (0, 1, 2, 3) if relative else (0, 1, 2)
-    expected = jax.jit(jax.value_and_grad(plain, arguments))(q, k, v, bias)
-    mesh = meshes.make_mesh(small(mesh=axes), jax.devices()[: math.prod(axes.values())])
-    with jax.set_mesh(mesh):
-        computed = jax.jit(jax.value_and_grad(kernel, arguments))(q, k, v, bias)
-    for actual, desired in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=3e-5)
+    attention_cases.compare(rng, fused, **CASES[case])
 
 
 def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_devices_refuse_it():

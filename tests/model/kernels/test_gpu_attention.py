@@ -1,0 +1,68 @@
+"""The fused GPU kernels, in Pallas' interpreter, against plain attention; and where a train step has them."""
+
+import functools
+
+import attention_cases
+import jax
+import numpy as np
+import pytest
+from conftest import random_batch, small
+from model_variants import init, loss_and_gradients, with_model
+
+from t5like.data import pipeline
+from t5like.errors import ConfigError
+from t5like.model import attention
+from t5like.model.kernels import gpu_attention
+from t5like.optim import step, train_state
+from t5like.sharding import auto
+from t5like.sharding import mesh as meshes
+
+CASES = {
+    "relative": {"mesh": {"data": 2, "tensor": 2}, "queries": 40, "keys": 37, "relative": True},
+    "packed": {"queries": 40, "heads": 4, "causal": True, "segments": True, "prefix": True, "window": 20},
+    "causal": {"rows": 1, "queries": 50, "head_dim": 24, "causal": True, "relative": True},
+    "window": {"rows": 1, "queries": 70, "window": 20, "ahead": 9, "relative": True},
+    "cross": {"queries": 20, "keys": 35, "segments": True, "dtype": "bfloat16"},
+    "context": {"mesh": {"tensor": 2, "context": 2}, "queries": 64, "heads": 4, "causal": True, "prefix": True}
+    | {"segments": True, "relative": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gpu_kernels_equal_plain_attention_with_gradients(rng, monkeypatch, case):
+    small_blocks = {kernel: gpu_attention.Blocks(16, 16, 4, 2) for kernel in gpu_attention.BLOCKS}
+    small_blocks |= {"forward": gpu_attention.Blocks(32, 16, 4, 2), "keys": gpu_attention.Blocks(16, 32, 4, 2)}
+    monkeypatch.setattr(gpu_attention, "BLOCKS", small_blocks)
+
+    def fused(q, k, v, bias, mask):
+        if bias is not None:
+            index = gpu_attention.distances(q.shape[2], k.shape[2]) + q.shape[2] - 1
+            bias = gpu_attention.bias_per_shard(bias[:, index.clip(0, bias.shape[1] - 1)].swapaxes(0, 1))
+        return gpu_attention.attend(q, k, v, bias, mask, interpret=True)
+
+    attention_cases.compare(rng, fused, **CASES[case])
+
+
+def test_a_step_for_gpus_has_the_kernels_in_every_attention_and_other_devices_refuse_them():
+    config = small(model={"num_layers": 1, "kernels": "gpu", "layers": "scan", "dtype": "bfloat16"}, mesh={"fsdp": 8})
+    with pytest.raises(ConfigError, match="kernels=auto"):
+        auto.resolve_auto_for(config, "tpu")
+    with pytest.raises(ConfigError, match="this GPU"):
+        auto.resolve_auto_for(config, "gpu", fused=False)
+    mesh, batch = meshes.make_mesh(config), pipeline.spec(config)
+    abstract = train_state.abstract_state(config, batch, mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    with jax.set_mesh(mesh):
+        lowered = step.jit_train_step(config, abstract).trace(abstract, shapes).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    kernels = {name: text.count(f'name = "attention_{name}"') for name in ("forward", "queries", "keys", "bias")}
+    assert kernels == {"forward": 3, "queries": 3, "keys": 3, "bias": 2}
+
+
+@pytest.mark.parametrize("variant", ["t5", "umt5"])
+def test_a_model_with_the_gpu_kernels_equals_the_plain_model(monkeypatch, variant):
+    monkeypatch.setattr(attention.gpu_attention, "attend", functools.partial(gpu_attention.attend, interpret=True))
+    plain, fused = (with_model(variant, layers="scan", kernels=kernels) for kernels in ("plain", "gpu"))
+    params, batch = init(plain), random_batch(plain)
+    expected, computed = (loss_and_gradients(config, params, batch) for config in (plain, fused))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), computed, expected)
