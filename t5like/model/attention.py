@@ -12,13 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t5like.config.schema import ModelConfig
 from t5like.model import intermediates
-from t5like.model.attention_plan import Kernel
+from t5like.model.attention_plan import FUSED, Kernel
 from t5like.model.cache import KeyValues
 from t5like.model.kernels import cpu, gpu_attention, plain, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
 from t5like.model.positions import rotate
-from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import constrain, context_size
 
 # Up to so many queries of a group, the heads of the group become queries of one head; else keys are repeated per head.
@@ -49,8 +48,7 @@ def attend(
         [B, N, L, H] in the dtype of v.
     """
     if kernel in FUSED:
-        fused = tpu_attention if kernel == "tpu" else gpu_attention
-        return fused.attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
+        return (tpu_attention if kernel == "tpu" else gpu_attention).attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
     mask_B1LS = mask.build(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= GROUPED_DECODE_MAX_QUERIES:

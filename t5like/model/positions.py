@@ -51,8 +51,7 @@ class RelativeBias(nn.Module):
     def __call__(self, plan: AttentionPlan, first_query: jax.Array | int = 0) -> jax.Array:
         """The bias [1, N, L, S] for queries at first_query, first_query + 1, ... and keys at 0, 1, ...
 
-        For a fused kernel it is [R, N, L, S], see `tpu_attention.bias_per_batch_shard`, or by distance, see
-        `gpu_attention.bias_per_shard`.
+        For a fused kernel see `tpu_attention.bias_per_batch_shard` and `gpu_attention.bias_per_shard`.
 
         The bias depends on key - query only, so there are L + S - 1 different columns; they are looked up once and
         laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
@@ -66,7 +65,7 @@ class RelativeBias(nn.Module):
         )
         queries, keys, start = plan.queries, plan.keys, plan.branch_start
         if plan.self_attention == "gpu":
-            return self._by_distance(table_RN, queries, keys)
+            return gpu_attention.bias_of(table_RN, self._buckets(gpu_attention.distances(queries, keys)))
         if start is None:
             bias_1NLS = self._bias(table_RN, queries, keys, first_query)
             return tpu_attention.bias_per_batch_shard(bias_1NLS) if plan.self_attention == "tpu" else bias_1NLS
@@ -75,13 +74,6 @@ class RelativeBias(nn.Module):
         branches_1N1S = jnp.repeat(bias_1N1S[..., start:], queries, axis=-1)
         bias_1N1S = jnp.concatenate([bias_1N1S[..., :start], branches_1N1S], axis=-1)
         return jnp.broadcast_to(bias_1N1S, (*bias_1N1S.shape[:2], queries, keys))
-
-    def _by_distance(self, table_RN: jax.Array, queries: int, keys: int) -> jax.Array:
-        """The bias for `gpu_attention`. A matmul looks it up, and sums its gradient in the same order in every run."""
-        buckets_PW = self._buckets(gpu_attention.distances(queries, keys))
-        one_hot_PWR = jax.nn.one_hot(buckets_PW, table_RN.shape[0], dtype=table_RN.dtype)
-        highest = jax.lax.Precision.HIGHEST  # every bit of the table
-        return gpu_attention.bias_per_shard(jnp.einsum("PWR,RN->PNW", one_hot_PWR, table_RN, precision=highest))
 
     def _bias(self, table_RN: jax.Array, queries: int, keys: int, first_query: jax.Array | int) -> jax.Array:
         if isinstance(first_query, int):

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 
 from t5like.config.schema import ModelConfig, RotaryConfig
 from t5like.model import intermediates
-from t5like.model.attention_plan import AttentionPlan, plan_attention
+from t5like.model.attention_plan import FUSED, AttentionPlan, plan_attention
 from t5like.model.block import Block, LayerInputs, LayerOutput
 from t5like.model.cache import Cache, Caches, KeyValues, cache_length
 from t5like.model.layers import Norm
 from t5like.model.masks import MaskSpec
 from t5like.model.positions import bias_module
-from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import constrain
 from t5like.types import NO_AUXILIARY, Auxiliary, Tree
 

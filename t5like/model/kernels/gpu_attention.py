@@ -13,7 +13,7 @@ every run. (cuDNN's attention takes a bias only as an array, and in JAX its grad
 jax-ml/jax#30593. So it is not used.)
 
 It is written for Pallas' Triton backend: compiled for NVIDIA GPUs from compute capability 8.0 (A100) on, run by the
-interpreter on CPUs (the tests), and compiled for an H100 without one (`make gpu`). It has not run on a GPU yet. JAX
+interpreter on CPUs (the tests), and compiled for an H100 without one. It has not run on a GPU yet. JAX
 0.11 still has this backend, with a warning that a later version will not.
 """
 
@@ -69,6 +69,16 @@ def distances(queries: int, keys: int) -> np.ndarray:
     behind = rounded_up(queries // parts, BIAS_ALIGNMENT) - 1
     first_P1 = np.arange(parts)[:, None] * (queries // parts)
     return np.arange(-behind, rounded_up(keys, BIAS_ALIGNMENT)) - first_P1
+
+
+def bias_of(table_RN: jax.Array, buckets_PW: np.ndarray) -> jax.Array:
+    """The bias for `attend`, from a table of buckets and the bucket of each of the `distances`.
+
+    A matmul looks it up, because its gradient adds up in the same order in every run, and a scatter's does not.
+    """
+    one_hot_PWR = jax.nn.one_hot(buckets_PW, table_RN.shape[0], dtype=table_RN.dtype)
+    highest = jax.lax.Precision.HIGHEST  # every bit of the table
+    return bias_per_shard(jnp.einsum("PWR,RN->PNW", one_hot_PWR, table_RN, precision=highest))
 
 
 def bias_per_shard(bias_PNW: jax.Array) -> jax.Array:
