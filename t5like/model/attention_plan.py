@@ -4,6 +4,7 @@ Masks, relative bias, layers and `plan.estimate` follow the plan. It contains on
 traced.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 from t5like.config.schema import ModelConfig
@@ -65,10 +66,8 @@ def plan_attention(
     parts = context_size() if queries % context_size() == 0 else 1
 
     def kernel(queries: int, keys: int, *, biased: bool) -> Kernel:
-        if config.kernels == "gpu":
-            return "gpu" if config.head_dim <= gpu_attention.MAX_HEAD_DIM else "plain"
-        fits = tpu_attention.fits(queries // parts, keys, config.head_dim, config.dtype, biased=biased)
-        return "tpu" if fits else "plain"
+        fits = gpu_attention.fits if config.kernels == "gpu" else partial(tpu_attention.fits, biased=biased)
+        return config.kernels if fits(queries // parts, keys, config.head_dim, config.dtype) else "plain"
 
     own = kernel(queries, keys, biased=config.positions == "relative")
     cross = kernel(queries * texts, cross_keys, biased=False) if cross_keys else "plain"

@@ -44,7 +44,7 @@ from t5like.model.masks import MaskSpec
 from t5like.sharding.logical_axes import batch_parts, constrain, context_size
 from t5like.sharding.logical_axes import spec as partition
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_BYTES = 512  # of a vector of a query: 256 numbers in bfloat16
 BIAS_PROGRAMS = 1024  # of the kernel for the bias's gradient, approximately: several for each core of a GPU
 
 
@@ -61,6 +61,11 @@ BLOCKS_OF_WIDE_HEADS = {
     "keys": Blocks(32, 64, 4, 2),
     "bias": Blocks(64, 64, 4, 2),
 }
+
+
+def fits(queries: int, keys: int, head_dim: int, dtype: str) -> bool:
+    """Whether the blocks fit in the registers of a core: rows may have any length."""
+    return head_dim * jnp.dtype(dtype).itemsize <= MAX_HEAD_BYTES
 
 
 def distances(queries: int, keys: int) -> np.ndarray:
@@ -113,7 +118,7 @@ def attend(
     """softmax(q k + bias, where allowed) v, as `attention.attend`.
 
     Args:
-        q_BNLH: queries; already scaled. H is at most MAX_HEAD_DIM.
+        q_BNLH: queries; already scaled. H as in `fits`.
         k_BKSH: keys, of as many heads or fewer.
         v_BKSH: values.
         bias_RPNW: added to the scores by distance, from `bias_per_shard`; it has a gradient.
