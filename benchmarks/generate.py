@@ -19,23 +19,52 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import measurement
 from peers import SHAPES, Peer, Shape, t5like_command
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from t5like.config.schema import Config
+
 PROMPT, NEW, BEAMS = 64, 64, 4
+Run = Callable[[int], list[float]]  # number of times -> seconds of each
 
 
 def serve_t5like(shape: Shape, rows: int, way: str) -> None:
-    """Decode on request, by `decoding.decode_texts` as `t5like generate` calls it."""
+    """Decode on request."""
     from t5like.cli.main import keep_freed_memory
 
     keep_freed_memory()
+    from t5like.config import loader
+
+    settings = argparse.Namespace(dtype="float32", optimizer="adamw")
+    _, fields = measurement.split(t5like_command(shape, settings)[2:])
+    path = Path(__file__).parent.parent / "configs" / ("t5_small.py" if shape.inputs else "llama_7b.py")
+    run, count = t5like_decoder(loader.load(path, fields), rows, PROMPT, NEW, BEAMS if way == "beams" else 1)
+    _served(run, count, measurement.machine("jax", "jaxlib"), sum_gbps())
+
+
+def t5like_decoder(config: "Config", rows: int, prompt: int, new: int, beams: int) -> tuple[Run, int]:
+    """A function that decodes as often as it is told, by `decoding.decode_texts` as `t5like generate` calls it.
+
+    Args:
+        config: of the model, whose weights are random; on the first device.
+        rows: prompts of a batch.
+        prompt: tokens of a prompt.
+        new: tokens of a text, without end of sequence.
+        beams: 1 decodes greedily.
+
+    Returns:
+        The function, which returns the seconds of each time, and the number of parameters.
+    """
     import jax
     import numpy as np
 
-    from t5like.config import loader
     from t5like.data import pipeline
     from t5like.inference.decoding import decode_texts, row_keys, unstack_params
     from t5like.inference.sampling import DecodingOptions
@@ -43,18 +72,13 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
     from t5like.sharding import auto
     from t5like.sharding import mesh as meshes
 
-    settings = argparse.Namespace(dtype="float32", optimizer="adamw")
-    _, fields = measurement.split(t5like_command(shape, settings)[2:])
-    path = Path(__file__).parent.parent / "configs" / ("t5_small.py" if shape.inputs else "llama_7b.py")
-    config = loader.load(path, fields)
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    config = auto.resolve_auto(config, mesh)
+    config = auto.resolve_auto(config, meshes.make_mesh(config, jax.devices()[:1]))
     params = jax.jit(lambda key: train_state.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     params = jax.jit(lambda params: unstack_params(config, params))(params)
-    prompts = np.random.default_rng(0).integers(3, shape.vocabulary, (rows, PROMPT)).astype(np.int32)
-    lengths, no_end = np.full(rows, PROMPT, np.int32), np.array([-1], np.int32)
-    decoding = DecodingOptions(max_new_tokens=NEW, num_beams=BEAMS if way == "beams" else 1)
+    prompts = np.random.default_rng(0).integers(3, config.tokenizer.vocab_size, (rows, prompt)).astype(np.int32)
+    lengths, no_end = np.full(rows, prompt, np.int32), np.array([-1], np.int32)
+    decoding = DecodingOptions(max_new_tokens=new, num_beams=beams)
     traced = jax.tree.map(np.float32, decoding.traced)
 
     def run(times: int) -> list[float]:
@@ -69,7 +93,7 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
                 row_keys(0, np.arange(rows)),
                 no_end,
                 traced,
-                max_new_tokens=NEW,
+                max_new_tokens=new,
                 num_texts=decoding.num_texts,
                 use_beams=decoding.num_beams > 1,
             )
@@ -77,19 +101,26 @@ def serve_t5like(shape: Shape, rows: int, way: str) -> None:
             seconds.append(time.perf_counter() - begin)
         return seconds
 
-    _served(run, count, measurement.machine("jax", "jaxlib"), sum_gbps())
+    return run, count
 
 
 def serve_torch(shape: Shape, rows: int, way: str) -> None:
-    """Decode on request, by `transformers.generate`."""
+    """Decode on request."""
     import torch
     from torch_peer import llama, t5
 
     torch.manual_seed(0)
     model = (t5 if shape.inputs else llama)(shape).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    prompts = torch.randint(3, shape.vocabulary, (rows, PROMPT))
-    settings = {"num_beams": BEAMS if way == "beams" else 1, "do_sample": False, "use_cache": True}
+    run = torch_decoder(model, rows, PROMPT, NEW, BEAMS if way == "beams" else 1)
+    _served(run, count, measurement.machine("torch", "transformers"), None)
+
+
+def torch_decoder(model: "PreTrainedModel", rows: int, prompt: int, new: int, beams: int) -> Run:
+    """`t5like_decoder` by `transformers.generate`, on the model's device and in its dtype."""
+    import torch
+
+    prompts = torch.randint(3, model.config.vocab_size, (rows, prompt), device=model.device)
 
     def run(times: int) -> list[float]:
         seconds = []
@@ -99,16 +130,18 @@ def serve_torch(shape: Shape, rows: int, way: str) -> None:
                 made = model.generate(
                     prompts,
                     attention_mask=torch.ones_like(prompts),
-                    max_new_tokens=NEW,
+                    max_new_tokens=new,
                     eos_token_id=None,
                     pad_token_id=0,
-                    **settings,
+                    num_beams=beams,
+                    do_sample=False,
+                    use_cache=True,
                 )
-            assert made.shape[1] == NEW + (1 if shape.inputs else PROMPT), made.shape
+            assert made.cpu().shape[1] == new + (1 if model.config.is_encoder_decoder else prompt), made.shape
             seconds.append(time.perf_counter() - begin)
         return seconds
 
-    _served(run, count, measurement.machine("torch", "transformers"), None)
+    return run
 
 
 def _served(run, count: int, machine: dict, gbps: float | None) -> None:

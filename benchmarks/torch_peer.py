@@ -48,7 +48,7 @@ def llama(shape: Shape) -> torch.nn.Module:
             intermediate_size=shape.mlp_dim,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
+            num_key_value_heads=getattr(shape, "kv_heads", shape.heads),
             max_position_embeddings=shape.targets,
             tie_word_embeddings=False,
             use_cache=False,

@@ -28,8 +28,12 @@ from t5like.optim import train_state
 from t5like.sharding import auto, placement
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import jax
+
     from t5like.config.schema import Config
-    from t5like.types import Batch
+    from t5like.data.pipeline import Batches
 
 
 class RandomText:
@@ -59,8 +63,8 @@ class RandomText:
         return begin_N, begin_N + 299
 
 
-def random_batch(config: "Config") -> "Batch":
-    """The first batch of the config's objectives on `RandomText`."""
+def random_batches(config: "Config") -> "Batches":
+    """The batches of the config's objectives on `RandomText`."""
     import numpy as np
 
     from t5like.data.pipeline import Batches
@@ -69,14 +73,22 @@ def random_batch(config: "Config") -> "Batch":
     size, count = config.tokenizer.vocab_size, config.tokenizer.num_sentinels
     text_V = (np.arange(size) >= 3) & (np.arange(size) < size - count)
     vocabulary = Vocabulary(1, np.arange(size - 1, size - count - 1, -1, dtype=np.int32), text_V, text_V)
-    return Batches(config, vocabulary, [RandomText(config)] * len(config.data.source)).at(0)
+    return Batches(config, vocabulary, [RandomText(config)] * len(config.data.source))
 
 
 class Trainer:
-    """A model in training, initialized and run as in `train`."""
+    """A model in training, initialized and run as in `train`.
 
-    def __init__(self, config: "Config"):
-        """Initialize the state and compile the step; `start` has the cost."""
+    Attributes:
+        batch: read by every step; may be replaced between steps.
+        compiled: the program of a step.
+        flops: of a step, without recomputation.
+        metrics: of the last step.
+        start: cost of the start.
+    """
+
+    def __init__(self, config: "Config", devices: "Sequence[jax.Device] | None" = None):
+        """Initialize the state and compile the step, for all devices by default."""
         import jax
 
         from t5like import tree
@@ -85,9 +97,9 @@ class Trainer:
         from t5like.sharding import mesh as meshes
 
         self._block, self._to_global = jax.block_until_ready, placement.to_global
-        self.mesh = meshes.make_mesh(config)
+        self.mesh = meshes.make_mesh(config, devices)
         self.config = config = auto.resolve_auto(config, self.mesh)
-        self.batch, shape = random_batch(config), pipeline.spec(config)
+        self.batch, shape = random_batches(config).at(0), pipeline.spec(config)
         abstract = train_state.abstract_state(config, shape, self.mesh)
         self.flops, self.start = flops.model_flops(config), {"imports_s": measurement.since_start()}
 
@@ -102,7 +114,7 @@ class Trainer:
         with ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(compile_step)
             self.state = train_state.new_state(config, shape, abstract)
-            self._step = compiling.result()
+            self.compiled = compiling.result()
         self.start["params"] = tree.num_parameters(abstract.params)
 
     def run(self, count: int) -> list[float]:
@@ -111,7 +123,7 @@ class Trainer:
         ahead = 0 if self.mesh.devices.flat[0].platform == "cpu" else 1
         for left in reversed(range(count)):
             rows = self._to_global(self.batch, self.mesh, self.config.data.batch_size)
-            self.state, values = self._step(self.state, rows)
+            self.state, values = self.compiled(self.state, rows)
             waiting.append(values)
             while len(waiting) > min(ahead, left):
                 self.metrics = self._block(waiting.pop(0))

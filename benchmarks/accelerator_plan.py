@@ -1,0 +1,59 @@
+"""What `t5like plan` says of a step that `accelerator.py` measures: memory before it is compiled, and its time."""
+
+from typing import Any
+
+import jax
+
+from t5like.config.schema import Config
+from t5like.plan import estimate, hlo_cost
+from t5like.plan import topology as topologies
+from t5like.plan.topology import Topology
+from t5like.sharding import auto
+from t5like.sharding import mesh as meshes
+
+TPU_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "v4": "v4"}
+SPARE = 1.3  # an estimate of memory that is so much too high still lets a batch be tried
+
+
+def tokens_per_step(config: Config) -> int:
+    """Positions of a batch."""
+    return estimate.tokens_per_step(config)
+
+
+def topology_of(device: jax.Device) -> Topology | None:
+    """One device of this kind as `t5like plan` knows it; None for others."""
+    kind = device.device_kind.lower()
+    if device.platform == "gpu":
+        names = [name for name in topologies.GPUS if name in kind]
+        return topologies.parse(f"{names[0]}:1") if names else None
+    names = [name for words, name in TPU_KINDS.items() if words in kind] if device.platform == "tpu" else []
+    if not names:
+        return None
+    chip = topologies.CHIPS[names[0]]
+    return Topology(names[0], (1,) * len(chip.largest), 1, chip)
+
+
+def may_fit(config: Config) -> bool:
+    """Whether a step may fit in the memory of the first device, by the estimate; True where its memory is unknown."""
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None or (topology := topology_of(device)) is None:
+        return True
+    return quick(config, topology, device.platform).total <= SPARE * limit
+
+
+def quick(config: Config, topology: Topology, platform: str) -> estimate.QuickEstimate:
+    """The estimate of `t5like plan --quick`."""
+    config = auto.resolve_auto_for(config, platform)
+    inputs = estimate.abstract_inputs(config)
+    persistent = estimate.persistent_memory(inputs, meshes.axis_sizes(config, topology.num_devices))
+    return estimate.quick_estimate(config, topology, persistent)
+
+
+def predictions(config: Config, compiled: jax.stages.Compiled, device: jax.Device) -> dict[str, Any]:
+    """Milliseconds of the step by `t5like plan`, from the program and from shapes; None where it predicts no time."""
+    if (topology := topology_of(device)) is None:
+        return {"plan_ms": None, "quick_ms": None}
+    seconds = quick(config, topology, device.platform).seconds
+    prediction = estimate.predict(hlo_cost.analyze(compiled.as_text()), topology)
+    return {"plan_ms": prediction and 1e3 * prediction.seconds, "quick_ms": seconds and 1e3 * seconds}
