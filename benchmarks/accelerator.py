@@ -1,6 +1,6 @@
 """t5like on the GPU or TPU of this machine, checked and measured by one command, next to compiled PyTorch.
 
-    python benchmarks/accelerator.py [--minutes=8] [--only=PART,...] [--out=DIR] [--torch_python=PYTHON]
+    python benchmarks/accelerator.py [--minutes=8] [--only=matmul,t5_base] [--out=DIR] [--torch_python=PYTHON]
 
 Runs on the first device of JAX's default backend, and needs jax, flax, optax, ml_collections and numpy only; rows are
 random tokens with the shapes of the real pipeline. Without an accelerator it runs at toy sizes, as with --shapes=toy:
@@ -254,7 +254,8 @@ def why_no_torch(python: str) -> str | None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line."""
-    parser = argparse.ArgumentParser(prog="accelerator.py", description="Check and measure t5like on an accelerator.")
+    text = "Check and measure t5like on an accelerator."
+    parser = argparse.ArgumentParser(prog="accelerator.py", description=text, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/accelerator"), metavar="DIR", help="of the results")
     parser.add_argument("--minutes", type=float, default=8, help="time of the whole call")
     parser.add_argument("--only", default="", metavar="PART,...", help=f"of {', '.join(LIMITS)}; empty: all")
@@ -289,11 +290,12 @@ def run_all(run: Run) -> None:
     if machine["platform"] == "cpu" and not run.toy:
         run.stop()  # its process has the variables of real sizes
         run.toy = True
-    why = "--peers= leaves it out" if not options.peers else why_no_torch(options.torch_python)
-    chosen = list(parts(options.only, torch=True))
+    why = why_no_torch(options.torch_python) if options.peers else None
+    chosen = list(parts(options.only, torch=bool(options.peers)))
+    alone = why is not None or not options.peers
     for part in chosen:
         if part.program == "t5like":
-            run.measure(part, 1.0 if why else 1 - PEER_SHARE)
+            run.measure(part, 1.0 if alone else 1 - PEER_SHARE)
     run.stop()
     for part in chosen:
         if part.program == "torch" and why is None:

@@ -94,6 +94,7 @@ SCRIPTS = {
     "benchmarks/token_store.py": "tests/test_benchmarks.py",
     "benchmarks/peers.py": "tests/test_benchmarks.py",
     "benchmarks/generate.py": "tests/test_benchmarks.py",
+    "benchmarks/accelerator.py": "tests/test_accelerator.py",
     "benchmarks/checks.py": "tests/test_benchmarks.py",
     "benchmarks/rollouts.py": "tests/test_benchmarks.py",
     "benchmarks/saving.py": "tests/test_benchmarks.py",

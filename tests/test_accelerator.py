@@ -1,0 +1,93 @@
+"""benchmarks/accelerator.py on the CPU, at toy sizes: its parts, what it imports, how it continues; the report."""
+
+import json
+import math
+import os
+
+import pytest
+from documents import ROOT
+
+# Installed in the measuring process, which then finds only the standard library, the five packages and what they need.
+ONLY_ALLOWED = """
+import sys
+from importlib.machinery import PathFinder
+
+ALLOWED = {"t5like", "jax", "jaxlib", "flax", "optax", "ml_collections", "numpy"}
+ALLOWED |= {"ml_dtypes", "opt_einsum", "scipy", "absl", "yaml", "_yaml", "msgpack", "typing_extensions"}
+ALLOWED |= {"rich", "pygments"}  # of flax
+ALLOWED |= {"accelerator_jax", "accelerator_attention", "accelerator_plan", "accelerator_shapes"}
+ALLOWED |= {"generate", "measurement", "peers", "train_step", "t5_small", "llama_7b", *sys.stdlib_module_names}
+
+
+class OnlyAllowed:
+    find_distributions = staticmethod(PathFinder.find_distributions)
+
+    def __init__(self, finders):
+        self.finders = finders
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in ALLOWED and not name.startswith("_"):
+            return None
+        return next(filter(None, (each.find_spec(name, path, target) for each in self.finders)), None)
+
+
+sys.meta_path[:] = [OnlyAllowed([*sys.meta_path])]
+"""
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The script, imported as it imports its own modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import accelerator
+
+    return accelerator
+
+
+def numbers(value: object) -> list[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        return [each for item in (value.values() if isinstance(value, dict) else value) for each in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_every_part_runs_without_other_packages_and_is_not_repeated(accelerator, tmp_path, monkeypatch, capfd):
+    (tmp_path / "sitecustomize.py").write_text(ONLY_ALLOWED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("_device_count=8", "_device_count=1"))
+    command = [f"--out={tmp_path}/out", "--minutes=60", "--peers="]
+    assert accelerator.main(command) == 0, capfd.readouterr().err
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    results = {row["part"]: row["result"] for row in rows}
+    assert list(results) == list(accelerator.LIMITS)
+    assert all(map(math.isfinite, numbers(rows))) and all(result["passed"] for result in results.values())
+    kernels = {(case["dtype"], case["kernel"]) for case in results["attention_values"]["cases"]}
+    assert kernels == {("float32", "cpu"), ("bfloat16", "cpu")}
+    assert results["attention_values"]["cases"][0]["errors"].keys() == {"output", "query", "key", "value", "bias"}
+    losses = results["loss_curve"]["float32"]["losses"]
+    assert len(losses) == 20 and losses[-1] < losses[0] and losses != results["loss_curve"]["cpu"]
+    trained = [results[name] for name in ("t5_base", "llama_1b", "t5_large", "t5_xl", "bert_base")]
+    assert min(min(each["tokens_per_second"], each["memory_gib"], each["compile_s"]) for each in trained) > 0
+    assert [case["rows"] for case in results["decoding"]["cases"]] == [1, 2]
+
+    with (tmp_path / "out/results.jsonl").open("a") as file:
+        file.write('\n{"key": "cut of')
+    assert accelerator.main([*command, "--only=matmul,t5_base"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("measured before") == 2 and "| t5_base " in err
+    assert json.loads((tmp_path / "out/report.json").read_text())["results"]["t5like"].keys() == {"matmul", "t5_base"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=matmul,speed"], "--only=speed must name parts; use attention_values, loss_curve, matmul, "),
+        (["--minutes=0"], "--minutes=0 must be above 0; use --minutes=8"),
+        (["--shape=toy"], "unrecognized arguments: --shape=toy; see accelerator.py --help"),
+    ],
+)
+def test_a_mistake_is_one_line(accelerator, capfd, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        accelerator.parse(arguments)
+    err = capfd.readouterr().err
+    assert ended.value.code == 2 and err.startswith(f"accelerator.py: {message}") and err.count("\n") == 1
