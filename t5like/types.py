@@ -37,6 +37,8 @@ class Batch(NamedTuple):
         decoder_segments_BL: the same for the decoder.
         encoder_positions_BS: int32 position inside the document; None counts from 0 over the row.
         decoder_positions_BL: the same for the decoder.
+        decoder_sources_BL: int32 segment of the encoder that each decoder position reads, where several segments of the
+            decoder read one (answers to a prompt); None: that with its own number, `decoder_segments_BL`.
         prefix_BL: bool, True at decoder positions that are visible to all positions of the same document (prefix LM);
             None: plain causal attention.
         token_types_BS: int32 0 in the first and 1 in the second text of a pair (BERT); None: no pairs.
@@ -57,6 +59,7 @@ class Batch(NamedTuple):
     token_types_BS: Array | None = None
     follows_B1: Array | None = None
     component_B1: Array | None = None
+    decoder_sources_BL: Array | None = None
 
 
 class Sum(NamedTuple):

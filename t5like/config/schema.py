@@ -95,7 +95,8 @@ class DataConfig:
     targets_template: str = "{targets}"  # supervised: template of the targets
     # supervised: field with a list of {"role": ..., "content": ...}, used instead of the templates; empty: templates
     messages_field: str = ""
-    # supervised: pack several examples into a row, without attention between them; false: one example per row
+    # supervised: pack several examples into a row, without attention between them (t5like rl: prompts, and answers, in
+    # its updates); false: one per row
     packing: bool = True
     prefetch: Annotated[int, Range(1, 1000)] = 4  # batches that background threads prepare in advance
 

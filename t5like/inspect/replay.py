@@ -34,6 +34,7 @@ from t5like.model.layer_values import compute_intermediates
 from t5like.optim import step, train_state
 from t5like.optim.layer_statistics import norms_by_layer
 from t5like.optim.optimizers import make_optimizer
+from t5like.optim.programs import ProgramsByShape
 from t5like.rl.run import opened as open_rl
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
@@ -73,7 +74,10 @@ def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> 
     with opened(config, workdir, mesh, state, schedule) as steps:
         train_step = None
         if number - 1 > start:
-            train_step = step.compile_train_step(config, steps.spec, abstract, steps.loss_fn, steps.model_batch)
+            compiled_for = lambda batch: step.compile_train_step(
+                config, batch, abstract, steps.loss_fn, steps.model_batch
+            )
+            train_step = ProgramsByShape(compiled_for, steps.spec)
         for index in range(start, number - 1):
             state, metrics = train_step(state, steps.batch(state, index))
             values = host_metrics(jax.device_get(metrics))

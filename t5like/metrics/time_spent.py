@@ -7,7 +7,7 @@ Every moment belongs to one part, so the parts of all lines add up to the time s
     inputs    making the arrays of a step: transfer to the devices; in `t5like rl` also the answers and their rewards
     device    dispatching steps and waiting for their results
     evaluate, save
-    pauses    verifying data, comparing replicas, rewinding, recording bad steps
+    pauses    verifying data, comparing replicas, rewinding, recording bad steps, compiling for rows of another shape
     host      all the rest
     undone    not measured: the sum of the parts in the lines that a restart or a rewind has removed
 

@@ -1,7 +1,8 @@
 """Answers to a batch of prompts as arrays: what the losses of `t5like rl` take.
 
 A prompt has G answers: samples of the model, or a chosen and a rejected one. All arrays have the prompts as their first
-dim, so that a mesh or microbatches never separate the answers of a prompt. The encoder reads each prompt once.
+dim, so that a mesh or microbatches never separate the answers of a prompt. The encoder reads each prompt once. In
+packed rows (`packing`), this first dim is a group of prompts with its decoder rows.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ class Experience(NamedTuple):
         segments_BGL: int32, 0 for padding; None: nothing is padding (encoder-decoder: it is behind all targets).
         prefix_BGL: bool, see `Batch.prefix_BL`; None: no decoder-only model.
         mask_BGL: float32, 1 for tokens that are trained on: the answer, its EOS included.
+        encoder_positions_BS, positions_BGL, sources_BGL: int32 positions and `Batch.decoder_sources_BL` of packed rows;
+            None: they are not packed.
+        places_BKG: int32 places of the answers to each prompt in packed rows, see `packing`; None: not packed.
         advantages_BGL: float32; None: pairs.
         sampler_log_p_BGL: float32 log-probabilities when the answers were sampled.
         old_log_p_BGL: float32 log-probabilities of the parameters before the first update with these answers; None:
@@ -41,12 +45,21 @@ class Experience(NamedTuple):
     segments_BGL: Array | None
     prefix_BGL: Array | None
     mask_BGL: Array
+    encoder_positions_BS: Array | None = None
+    positions_BGL: Array | None = None
+    sources_BGL: Array | None = None
+    places_BKG: Array | None = None
     advantages_BGL: Array | None = None
     sampler_log_p_BGL: Array | None = None
     old_log_p_BGL: Array | None = None
     reference_log_p_BGL: Array | None = None
     old_values_BGL: Array | None = None
     returns_BGL: Array | None = None
+
+    @property
+    def numbers_BGL(self) -> Array | None:
+        """The number of each token's answer in its row, from 1; None: each row is one answer (`answer_sums`)."""
+        return None if self.positions_BGL is None else self.segments_BGL
 
     def answers(self) -> "Experience":
         """The answers alone, without what only a loss needs."""
@@ -57,7 +70,8 @@ class Experience(NamedTuple):
         flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
         if self.encoder_BS is None and self.prefix_BGL is None:  # encoder-only
             targets = flat(self.targets_BGL), flat(self.mask_BGL)
-            return Batch(None, *targets, flat(self.decoder_BGL), flat(self.segments_BGL))
+            positions = {"encoder_positions_BS": flat(self.positions_BGL)}
+            return Batch(None, *targets, flat(self.decoder_BGL), flat(self.segments_BGL), **positions)
         return Batch(
             flat(self.decoder_BGL),
             flat(self.targets_BGL),
@@ -65,6 +79,9 @@ class Experience(NamedTuple):
             self.encoder_BS,
             self.encoder_segments_BS,
             decoder_segments_BL=flat(self.segments_BGL),
+            encoder_positions_BS=self.encoder_positions_BS,
+            decoder_positions_BL=flat(self.positions_BGL),
+            decoder_sources_BL=flat(self.sources_BGL),
             prefix_BL=flat(self.prefix_BGL),
         )
 
@@ -137,7 +154,7 @@ def in_rows(experience: Experience, values_BGL: np.ndarray) -> np.ndarray:
 
 
 def last_tokens(mask_BGL: Array) -> Array:
-    """float32 [B, G, L]: 1 at the last token of each answer, 0 elsewhere; of NumPy or JAX arrays."""
+    """float32 [B, G, L]: 1 at the last token of each answer, one of each row, 0 elsewhere; of NumPy or JAX arrays."""
     return mask_BGL * (mask_BGL.cumsum(-1) == mask_BGL.sum(-1, keepdims=True))
 
 

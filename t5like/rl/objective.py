@@ -1,10 +1,12 @@
 """The losses of `t5like rl` as functions for the train step: from parameters and an `Experience` to a `Loss`."""
 
 import jax
+import jax.numpy as jnp
 
 from t5like.config.schema import Config
 from t5like.optim.losses import Loss
 from t5like.optim.step import LossFn
+from t5like.rl import answer_sums
 from t5like.rl.experience import Experience, last_tokens
 from t5like.rl.policy_loss import policy_loss
 from t5like.rl.preference_loss import preference_loss, reward_model_loss
@@ -35,6 +37,7 @@ def policy_objective(config: Config, params: Tree, experience: Experience, _: ja
         scored.log_p_BGL,
         experience.advantages_BGL,
         experience.mask_BGL,
+        answers_BGL=experience.numbers_BGL,
         old_log_p_BGL=experience.old_log_p_BGL,
         sampler_log_p_BGL=experience.sampler_log_p_BGL,
         reference_log_p_BGL=experience.reference_log_p_BGL,
@@ -47,28 +50,46 @@ def policy_objective(config: Config, params: Tree, experience: Experience, _: ja
 
 def preference_objective(config: Config, params: Tree, experience: Experience, _: jax.Array | None) -> Loss:
     """DPO, IPO, ORPO or SimPO of pairs of answers, without dropout."""
-    mask_BGL = experience.mask_BGL
-    log_p_BG = (scores(config, params, experience).log_p_BGL * mask_BGL).sum(-1)
-    tokens_BG, references = mask_BGL.sum(-1), ()
-    if experience.reference_log_p_BGL is not None:
-        reference_BG = (experience.reference_log_p_BGL * mask_BGL).sum(-1)
-        references = _pair(reference_BG)
-    return preference_loss(config.rl, *_pair(log_p_BG), *_pair(tokens_BG), *references)
+    total = lambda x_BGL: _pairs(x_BGL * experience.mask_BGL, experience)
+    log_p, tokens = total(scores(config, params, experience).log_p_BGL), total(1.0)
+    reference = () if experience.reference_log_p_BGL is None else total(experience.reference_log_p_BGL)
+    return preference_loss(config.rl, *log_p, *tokens, *reference)
 
 
 def reward_model_objective(config: Config, params: Tree, experience: Experience, _: jax.Array | None) -> Loss:
     """Bradley-Terry of the scores of pairs of answers, without dropout."""
-    real_B = experience.mask_BGL.sum((1, 2)) > 0
-    return reward_model_loss(config.rl, *_pair(answer_scores(config, params, experience)), real_B)
+    scored_BGL = _score_at_last(config, params, experience)
+    has_tokens, _ = _pairs(experience.mask_BGL, experience)
+    return reward_model_loss(config.rl, *_pairs(scored_BGL, experience), has_tokens)
 
 
 def answer_scores(config: Config, params: Tree, experience: Experience) -> Array:
-    """The reward model's score of each answer, float32 [B, G]: its scalar head where the last token is predicted.
+    """The reward model's score of each answer, float32 [B, G]; the rows are not packed.
 
-    In a decoder that position has all tokens of the answer but the last one, EOS, as its input; in an encoder also EOS.
+    It is that of the scalar head where the last token is predicted. In a decoder that position has all tokens of the
+    answer but the last one, EOS, as its input; in an encoder also EOS.
     """
-    return (scores(config, params, experience).values_BGL * last_tokens(experience.mask_BGL)).sum(-1)
+    return _score_at_last(config, params, experience).sum(-1)
 
 
-def _pair(values_BG: Array) -> tuple[Array, Array]:
-    return values_BG[:, CHOSEN], values_BG[:, REJECTED]
+def _score_at_last(config: Config, params: Tree, experience: Experience) -> Array:
+    """float32 [B, G, L]: the scalar head at the last token of each answer, 0 elsewhere."""
+    values_BGL, mask_BGL, numbers_BGL = (
+        scores(config, params, experience).values_BGL,
+        experience.mask_BGL,
+        experience.numbers_BGL,
+    )
+    if numbers_BGL is None:
+        return values_BGL * last_tokens(mask_BGL)
+    following_BGL = jnp.pad(numbers_BGL[..., 1:], [(0, 0), (0, 0), (0, 1)])
+    return values_BGL * mask_BGL * (following_BGL != numbers_BGL)
+
+
+def _pairs(x_BGL: Array, experience: Experience) -> tuple[Array, Array]:
+    """The sums over the tokens of the chosen and of the rejected answer of each pair; 0 where there is no pair."""
+    sums_BGA = answer_sums.sums(x_BGL, experience.numbers_BGL)
+    sums_BN, places_BKG = sums_BGA.reshape(sums_BGA.shape[0], -1), experience.places_BKG
+    if places_BKG is None:  # N = G
+        return sums_BN[:, CHOSEN], sums_BN[:, REJECTED]
+    take = lambda places_BK: jnp.take_along_axis(sums_BN, jnp.maximum(places_BK, 0), 1) * (places_BK >= 0)
+    return take(places_BKG[..., CHOSEN]), take(places_BKG[..., REJECTED])

@@ -81,19 +81,21 @@ class OnPolicy(RecordTask):
         rows = answer_rows(self._config, prompts, collected.answers.ids)
         sampler_BGL = in_rows(rows, collected.answers.log_p_BGL)
         rows = rows._replace(sampler_log_p_BGL=sampler_BGL)
-        arrays, scored, kl_BGL = self._to_devices(rows), None, None
+        layout, scored, kl_BGL = self._layout(rows), None, None
+        arrays = self._to_devices(layout.rows(rows))
         with jax.set_mesh(self._mesh):
             if rl.needs_reference:
                 arrays = self._with_reference(arrays)
-                kl_BGL = (sampler_BGL - to_host(arrays.reference_log_p_BGL)) * rows.mask_BGL
+                kl_BGL = (sampler_BGL - layout.unpacked(to_host(arrays.reference_log_p_BGL))) * rows.mask_BGL
                 self._check_kl(kl_BGL, rows.mask_BGL, index)
             if experience.needs_old(self._config):
                 scored = self._scores(state.params, arrays.answers())
                 arrays = arrays._replace(old_log_p_BGL=scored.log_p_BGL)
-        values_BGL = to_host(scored.values_BGL) if rl.advantage == "gae" else None
+        values_BGL = layout.unpacked(to_host(scored.values_BGL)) if rl.advantage == "gae" else None
         rows = self._with_advantages(rows, collected, kl_BGL if rl.kl_as == "reward" else None, values_BGL)
-        extra = ("mask_BGL", "advantages_BGL", "old_values_BGL", "returns_BGL")
-        arrays = arrays._replace(**{name: self._to_devices(getattr(rows, name)) for name in extra})
+        made = {name: getattr(rows, name) for name in ("mask_BGL", "advantages_BGL", "old_values_BGL", "returns_BGL")}
+        packed = {name: layout.packed(x_BGL) for name, x_BGL in made.items() if x_BGL is not None}
+        arrays = arrays._replace(**self._to_devices(packed))
         if rl.table_every and (index % rl.table_every == 0) and processes.is_primary():
             self._write_table(index, collected)
         if not np.isfinite(collected.total_BG).any():

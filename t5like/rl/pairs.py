@@ -36,16 +36,18 @@ class Pairs(RecordTask):
 
     def device_batch(self, state: TrainState, index: int, batch: np.ndarray) -> tuple[Experience, Metrics]:
         """The pairs of a step, with the log-probabilities of the reference."""
-        rows, arrays = self._arrays([self._prompts.train[number] for number in self.batches.indices(batch)])
+        rows = self._rows([self._prompts.train[number] for number in self.batches.indices(batch)])
+        arrays = self._arrays(self._layout(rows).rows(rows))
         self._keep(index, rows, arrays)
         return arrays, {}
 
-    def _arrays(self, examples: Sequence[Example]) -> tuple[Experience, Experience]:
-        rows = answer_rows(
-            self._config, [example.prompt for example in examples], [example.answers for example in examples]
-        )
+    def _rows(self, examples: Sequence[Example]) -> Experience:
+        prompts, answers = zip(*((example.prompt, example.answers) for example in examples), strict=True)
+        return answer_rows(self._config, prompts, answers)
+
+    def _arrays(self, rows: Experience) -> Experience:
         arrays = self._to_devices(rows)
-        return rows, self._with_reference(arrays) if self._config.rl.needs_reference else arrays
+        return self._with_reference(arrays) if self._config.rl.needs_reference else arrays
 
     def baselines(self) -> tuple[dict[str, float], str]:
         """The accuracy of preferring the longer answer, on the held-out pairs."""
@@ -69,7 +71,7 @@ class Pairs(RecordTask):
         size, total = self._config.data.batch_size, None
         for first in range(0, len(examples), size):
             part = examples[first : first + size]
-            _, arrays = self._arrays((part * size)[:size])
+            arrays = self._arrays(self._rows((part * size)[:size]))  # not packed: one program for all parts
             counted_B11 = (np.arange(size) < len(part)).astype(np.float32)[:, None, None]
             mask_BGL = arrays.mask_BGL * self._to_devices(counted_B11)  # pairs that fill the batch up don't count
             arrays = arrays._replace(mask_BGL=mask_BGL)

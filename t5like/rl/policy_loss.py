@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from t5like.config.rl_schema import RLConfig
 from t5like.optim.losses import Loss
+from t5like.rl import answer_sums
 from t5like.types import Largest, Metrics, Sum
 
 LARGEST_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp, which is 4.9e8: finite also in sums of squares
@@ -60,6 +61,7 @@ def policy_loss(
     advantages_BGL: jax.Array,
     mask_BGL: jax.Array,
     *,
+    answers_BGL: jax.Array | None = None,
     old_log_p_BGL: jax.Array | None = None,
     sampler_log_p_BGL: jax.Array | None = None,
     reference_log_p_BGL: jax.Array | None = None,
@@ -76,10 +78,10 @@ def policy_loss(
     Args:
         rl: the config section.
         max_answer_tokens: `data.targets_length`, for the aggregation "constant".
-        log_p_BGL: of the tokens of the answers, at the sampling temperature. Leading dims are arbitrary; an answer is
-            a row of the last dim.
-        advantages_BGL: of each token, or [B, G, 1], of each answer.
+        log_p_BGL: of the tokens of the answers, at the sampling temperature. Leading dims are arbitrary.
+        advantages_BGL: of each token, or [B, G, 1], of each row.
         mask_BGL: 1 at the tokens of an answer, with EOS.
+        answers_BGL: the number of each token's answer in its row, from 1; 0: padding. None: each row is one answer.
         old_log_p_BGL: before the first update with these answers; None: this is the first update (on policy).
         sampler_log_p_BGL: as the sampler computed it. The policy term of each token is multiplied by
             min(exp(old - sampler), `rl.importance_cap`), if that is not 0.
@@ -92,7 +94,7 @@ def policy_loss(
     tokens, constants = partial(_tokens, mask_BGL), lambda x_BGL: jax.lax.stop_gradient(_tokens(mask_BGL, x_BGL))
     log_p_BGL = tokens(log_p_BGL)
     old_BGL = constants(log_p_BGL if old_log_p_BGL is None else old_log_p_BGL)
-    loss_BGL, metrics = _surrogate(rl, log_p_BGL, old_BGL, constants(advantages_BGL), mask_BGL)
+    loss_BGL, metrics = _surrogate(rl, log_p_BGL, old_BGL, constants(advantages_BGL), mask_BGL, answers_BGL)
     if sampler_log_p_BGL is not None:
         weight_BGL, of_weights = _importance(rl, old_BGL, constants(sampler_log_p_BGL), mask_BGL)
         loss_BGL, metrics = loss_BGL * weight_BGL, metrics | of_weights
@@ -107,7 +109,7 @@ def policy_loss(
         value_BGL = _value_loss(rl, tokens(values_BGL), constants(old_values_BGL), constants(returns_BGL))
         metrics["value_loss"] = _mean(value_BGL, mask_BGL)
         loss_BGL += rl.value_coefficient * value_BGL
-    metrics["loss"] = _aggregated(rl, max_answer_tokens, loss_BGL, mask_BGL)
+    metrics["loss"] = _aggregated(rl, max_answer_tokens, loss_BGL, mask_BGL, answers_BGL)
     return Loss(metrics["loss"].total, metrics)
 
 
@@ -116,7 +118,7 @@ def _tokens(mask_BGL, x_BGL):
     return jnp.where(mask_BGL, x_BGL.astype(jnp.float32), 0.0)
 
 
-def _surrogate(rl, log_p_BGL, old_BGL, advantages_BGL, mask_BGL) -> tuple[jax.Array, Metrics]:
+def _surrogate(rl, log_p_BGL, old_BGL, advantages_BGL, mask_BGL, answers_BGL) -> tuple[jax.Array, Metrics]:
     """-min(ratio * advantage, clipped ratio * advantage) of each token."""
     log_ratio_BGL = log_p_BGL - old_BGL
     mean = _mean
@@ -124,10 +126,10 @@ def _surrogate(rl, log_p_BGL, old_BGL, advantages_BGL, mask_BGL) -> tuple[jax.Ar
         # The value is the mean over the answer; each token has the gradient of its own log-probability (GSPO-token,
         # section 4.3). The sum is the gradient of GSPO if the advantage and the importance weight are the same for all
         # tokens of an answer.
-        count_BG1 = jnp.maximum(mask_BGL.sum(-1, keepdims=True), 1)
-        mean_BG1 = jax.lax.stop_gradient(log_ratio_BGL.sum(-1, keepdims=True) / count_BG1)
-        log_ratio_BGL = log_p_BGL - jax.lax.stop_gradient(log_p_BGL) + mean_BG1
-        mean = _mean_of_answers
+        means_BGA, _ = _of_answers(log_ratio_BGL, mask_BGL, answers_BGL)
+        means_BGL = jax.lax.stop_gradient(answer_sums.at_tokens(means_BGA, answers_BGL))
+        log_ratio_BGL = log_p_BGL - jax.lax.stop_gradient(log_p_BGL) + means_BGL
+        mean = partial(_mean_of_answers, answers_BGL=answers_BGL)
     ratio_BGL = jnp.exp(_clamped(log_ratio_BGL))
     low, high = 1 - rl.clip_low, 1 + rl.clip_high
     loss_BGL = -jnp.minimum(ratio_BGL * advantages_BGL, jnp.clip(ratio_BGL, low, high) * advantages_BGL)
@@ -167,13 +169,13 @@ def _value_loss(rl, values_BGL, old_values_BGL, returns_BGL):
     return 0.5 * error_BGL
 
 
-def _aggregated(rl, max_answer_tokens, loss_BGL, mask_BGL) -> Sum:
+def _aggregated(rl, max_answer_tokens, loss_BGL, mask_BGL, answers_BGL) -> Sum:
     """The loss of all tokens with the denominator of `rl.aggregation` as its weight."""
     if rl.aggregation == "token_mean":
         return _mean(loss_BGL, mask_BGL)
     if rl.aggregation == "sequence_mean":
-        return _mean_of_answers(loss_BGL, mask_BGL)
-    answers = jnp.sum(mask_BGL.any(-1), dtype=jnp.float32)
+        return _mean_of_answers(loss_BGL, mask_BGL, answers_BGL)
+    answers = _mean_of_answers(loss_BGL, mask_BGL, answers_BGL).weight
     return Sum(_mean(loss_BGL, mask_BGL).total, answers * max_answer_tokens)
 
 
@@ -182,11 +184,16 @@ def _mean(x_BGL, mask_BGL) -> Sum:
     return Sum(jnp.sum(x_BGL * mask_BGL, dtype=jnp.float32), jnp.sum(mask_BGL, dtype=jnp.float32))
 
 
-def _mean_of_answers(x_BGL, mask_BGL) -> Sum:
+def _mean_of_answers(x_BGL, mask_BGL, answers_BGL) -> Sum:
     """Sum over answers of the mean of their tokens, and the number of answers that have tokens."""
-    count_BG = mask_BGL.sum(-1)
-    means_BG = jnp.sum(x_BGL * mask_BGL, -1, dtype=jnp.float32) / jnp.maximum(count_BG, 1)
-    return Sum(means_BG.sum(), jnp.sum(count_BG > 0, dtype=jnp.float32))
+    means_BGA, has_tokens_BGA = _of_answers(x_BGL, mask_BGL, answers_BGL)
+    return Sum(means_BGA.sum(), jnp.sum(has_tokens_BGA, dtype=jnp.float32))
+
+
+def _of_answers(x_BGL, mask_BGL, answers_BGL) -> tuple[jax.Array, jax.Array]:
+    """The mean of each answer's tokens, 0 without any; whether it has tokens."""
+    count_BGA = answer_sums.sums(mask_BGL, answers_BGL)
+    return answer_sums.sums(x_BGL * mask_BGL, answers_BGL) / jnp.maximum(count_BGA, 1), count_BGA > 0
 
 
 def _clamped(log_ratio):

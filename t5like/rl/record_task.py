@@ -14,9 +14,10 @@ from t5like.distributed import processes
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import ConfigError
 from t5like.io.paths import cache_directory, expand
-from t5like.rl import experience
+from t5like.rl import packing
 from t5like.rl.experience import Experience
 from t5like.rl.objective import loss_fn_of, model_batch
+from t5like.rl.packing import NotPacked, Packing
 from t5like.rl.prompts import PromptBatches, Prompts
 from t5like.rl.reference import reference_params
 from t5like.rl.scoring import jit_scores
@@ -24,7 +25,6 @@ from t5like.sharding import placement
 from t5like.types import Batch, TrainState, Tree
 
 SAMPLES = "samples.txt"  # in a run directory
-NOT_PACKED = "data.packing has no effect in t5like rl: each answer has a row of its own"
 
 
 class RecordTask:
@@ -54,13 +54,14 @@ class RecordTask:
         self.directory, self.verification = cache_directory(config.data.cache_directory), Verification(())
         self.tokenizer = Tokenizer.load(expand(config.tokenizer.path), num_sentinels=config.tokenizer.num_sentinels)
         self.tokenizer.check(config.tokenizer)
-        self.loss_fn, self.spec = loss_fn_of(config), experience.spec(config)
+        self._parts = packing.parts_of(config, mesh)
+        self.loss_fn, self.spec = loss_fn_of(config), packing.spec(config, self._parts)
         self.updates_per_batch = config.rl.updates_per_rollout
         self._prompts = Prompts(config, self.tokenizer, fields, primary=processes.is_primary())
         self.data, self.batches = self._prompts.data, PromptBatches(config, len(self._prompts.train))
         self.lines = [
             f"data       {len(self._prompts.train):,} prompts, {len(self._prompts.heldout):,} held out",
-            *(f"           {note}" for note in (*self._prompts.notes, *([NOT_PACKED] * config.data.packing))),
+            *(f"           {note}" for note in self._prompts.notes),
         ]
         self._scores: Callable[[Tree, Experience], Any] = jit_scores(config, mesh, self.spec)
         self._reference: Tree = None
@@ -92,9 +93,13 @@ class RecordTask:
     def _kept(self, index: int) -> tuple[Experience, Experience]:
         return self._experiences[index // self.updates_per_batch]
 
+    def _layout(self, rows: Experience) -> Packing | NotPacked:
+        """Where the answers of a step are in the rows that the model reads."""
+        return packing.pack(rows, self._parts) if self._config.data.packing else NotPacked()
+
     def _to_devices(self, rows: Any) -> Any:
         """This process's part of host arrays as global arrays."""
-        return placement.all_to_global(rows, self._mesh, self._config.data.batch_size)
+        return placement.all_to_global(rows, self._mesh, len(jax.tree.leaves(rows)[0]))
 
     def _with_reference(self, arrays: Experience) -> Experience:
         """Device arrays with the log-probabilities of the reference."""

@@ -32,6 +32,7 @@ from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
 from t5like.metrics.time_spent import TimeSpent
 from t5like.optim import schedules, step, train_state
+from t5like.optim.programs import ProgramsByShape
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
 from t5like.train import completion, evaluation_steps
@@ -123,7 +124,8 @@ def train(
     # ---- The initial state; the step compiles in parallel ----
     with compiling_thread() as pool:
         started = time.monotonic()
-        compiling = pool.submit(step.compile_train_step, config, task.spec, abstract, task.loss_fn, task.model_batch)
+        compiled_for = lambda batch: step.compile_train_step(config, batch, abstract, task.loss_fn, task.model_batch)
+        compiling = pool.submit(ProgramsByShape, compiled_for, task.spec)
         statistics = LayerStatistics(pool, config, task, abstract)
         with watchdog("making the first state and compiling the step", start, times=3, mode="computing"):
             state, source, history = initial.make()
@@ -232,6 +234,9 @@ def train(
             except Diverged:
                 finish_saving(done)  # the newest good checkpoint
                 raise
+            if not train_step.has(device_batch):
+                with throughput.pause(), spent.of("pauses"), watchdog("compiling", times=3, mode="computing"):
+                    progress.note(f"step {index + 1:,}: {train_step.compile_for(device_batch)}")
             with spent.of("device"):
                 notes |= statistics(state, index + 1, device_batch)
                 state, values = train_step(state, device_batch)

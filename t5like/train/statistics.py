@@ -11,6 +11,7 @@ from typing import Any
 from t5like.config.schema import Config
 from t5like.distributed.watchdog import watchdog
 from t5like.optim import layer_statistics
+from t5like.optim.programs import ProgramsByShape
 from t5like.train.task import Task
 from t5like.types import TrainState
 
@@ -25,9 +26,10 @@ class LayerStatistics:
         """Compile the program in `pool`, while the first steps run."""
         self._every, self._program = config.train.stats_every, None
         if 0 < self._every <= config.train.num_steps:
-            self._program = pool.submit(
-                layer_statistics.compile_statistics, config, task.spec, abstract, task.loss_fn, task.model_batch
+            compiled_for = lambda batch: layer_statistics.compile_statistics(
+                config, batch, abstract, task.loss_fn, task.model_batch
             )
+            self._program = pool.submit(ProgramsByShape, compiled_for, task.spec)
 
     def __call__(self, state: TrainState, done: int, batch: Any) -> dict[str, Any]:
         """Metrics to add to those of update `done`, which is about to be made from this state on this batch."""
@@ -35,6 +37,8 @@ class LayerStatistics:
             return {}
         with watchdog("compiling the statistics of layers", done, times=3, mode="computing"):
             program = self._program.result()
+            if not program.has(batch):
+                program.compile_for(batch)
         return {KEY: program(state, batch)}
 
 

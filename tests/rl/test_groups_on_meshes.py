@@ -12,7 +12,7 @@ from t5like.config.schema import Config
 from t5like.inference.prompt_format import Prompt
 from t5like.optim import train_state
 from t5like.optim.step import make_gradient
-from t5like.rl import experience, objective
+from t5like.rl import experience, objective, packing
 from t5like.rl.experience import Experience
 from t5like.sharding import mesh as meshes
 from t5like.sharding import placement
@@ -55,9 +55,13 @@ def test_loss_and_gradients_do_not_depend_on_mesh_or_microbatches(aggregation, r
         config = dataclasses.replace(config, mesh=small(mesh=axes).mesh)
         rows, spec = steps_of(config), experience.spec(config)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), rows) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
+        batch = rows.rows()
         mesh = meshes.make_mesh(config, jax.devices()[: int(np.prod([*axes.values(), 1]))])
-        abstract = train_state.abstract_state(config, rows.rows(), mesh)
-        params = begun(config, rows.rows(), abstract).params
+        if expected and aggregation == "constant":  # packed rows have the numbers of others
+            rows = packing.pack(rows, packing.parts_of(config, mesh)).rows(rows)
+            assert rows.segments_BGL.max() > 1 and len(rows.mask_BGL) == PROMPTS
+        abstract = train_state.abstract_state(config, batch, mesh)
+        params = begun(config, batch, abstract).params
         gradient = jax.jit(make_gradient(config, objective.policy_objective))
         with jax.set_mesh(mesh):
             grads, metrics = gradient(params, placement.to_global(rows, mesh, PROMPTS), 0)
