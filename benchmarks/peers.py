@@ -1,6 +1,6 @@
 """The same training step in t5like and in PyTorch `transformers`, measured alternately in one run.
 
-    python benchmarks/peers.py [--shapes=tiny,small,dec] [--peers=eager,compiled] [--rounds=10] [--torch_python=PYTHON]
+    python benchmarks/peers.py [--shapes=NAME,...] [--peers=eager,compiled] [--rounds=10] [--torch_python=PYTHON]
 
 For each shape every implementation has a process of its own, so that thread pool and allocator are as in real use. The
 processes are started sequentially, with empty compilation caches, and then run one step each alternately, with short
@@ -32,10 +32,10 @@ PEERS = {"eager": [], "compiled": ["--compile"]}  # of PyTorch; t5like always ru
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model and a batch; `inputs` 0 makes it decoder-only, with rows of `targets` tokens."""
+    """A model and a batch: `inputs` 0 makes it decoder-only (Llama), `targets` 0 encoder-only (BERT)."""
 
     model_dim: int
-    layers: int  # of the encoder and of the decoder each
+    layers: int  # of each stack
     heads: int  # of 64
     mlp_dim: int
     vocabulary: int
@@ -53,10 +53,13 @@ SHAPES = {
     "tiny": Shape(256, 4, 4, 1024, 4096, 256, 64, 16),
     "small": Shape(512, 8, 6, 1024, 32_128, 512, 114, 4),  # T5 1.1 small
     "dec": Shape(512, 8, 8, 2048, 32_000, 0, 512, 4),  # Llama's layer
+    "bert": Shape(768, 12, 12, 3072, 30_522, 512, 0, 2),  # BERT base
+    "long": Shape(512, 8, 6, 1024, 32_128, 1024, 228, 2),  # T5 1.1 small, with rows twice as long as in "small"
     "toy": Shape(64, 1, 1, 64, 512, 32, 16, 8),  # not a measurement: it tests that all implementations run
     "toy_dec": Shape(64, 1, 1, 64, 512, 0, 32, 8),
+    "toy_bert": Shape(64, 1, 1, 64, 512, 32, 0, 8),
 }
-MEASURED = ("tiny", "small", "dec")
+MEASURED = ("tiny", "small", "dec", "bert", "long")
 
 
 def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
@@ -66,7 +69,6 @@ def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
         "tokenizer.num_sentinels": 100 if shape.inputs else 0,
         "data.batch_size": shape.rows,
         "data.inputs_length": shape.inputs,
-        "data.targets_length": shape.targets,
         "model.model_dim": shape.model_dim,
         "model.num_layers": shape.layers,
         "model.num_heads": shape.heads,
@@ -83,12 +85,17 @@ def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
         "optimizer.clip_norm": 0,
         "train.z_loss": 0,
     }
-    config = HERE.parent / "configs" / ("t5_small.py" if shape.inputs else "llama_7b.py")
+    if shape.targets:
+        fields["data.targets_length"] = shape.targets
+        config = "t5_small.py" if shape.inputs else "llama_7b.py"
+    else:
+        fields |= {"model.max_length": shape.inputs, "model.dropout_rate": 0}
+        config = "bert_base.py"
     return [
         sys.executable,
         str(HERE / "train_step.py"),
         "--serve",
-        f"--config={config}",
+        f"--config={HERE.parent / 'configs' / config}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]
 

@@ -1,4 +1,4 @@
-"""The PyTorch process of `peers.py`: training steps of `transformers`' T5 or Llama on request.
+"""The PyTorch process of `peers.py`: training steps of `transformers`' T5, Llama or BERT on request.
 
 Needs torch and transformers and nothing of t5like's dependencies. Random weights and tokens, fused AdamW, autocast for
 bfloat16, defaults of the library otherwise. `measurement.serve` implements the protocol.
@@ -13,7 +13,14 @@ import measurement
 import torch
 from peers import SHAPES, Shape
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 
 def t5(shape: Shape) -> torch.nn.Module:
@@ -56,22 +63,50 @@ def llama(shape: Shape) -> torch.nn.Module:
     )
 
 
+def bert(shape: Shape) -> torch.nn.Module:
+    """BERT with the heads for masked tokens and sentence pairs."""
+    return BertForPreTraining(
+        BertConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.model_dim,
+            intermediate_size=shape.mlp_dim,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=shape.inputs,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def model_and_batch(shape: Shape) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The model of a shape, and one batch of random tokens."""
+    draw = lambda length: torch.randint(3, shape.vocabulary, (shape.rows, length))
+    if shape.inputs and shape.targets:
+        return t5(shape), {"input_ids": draw(shape.inputs), "labels": draw(shape.targets)}
+    if shape.targets:
+        tokens = draw(shape.targets)
+        return llama(shape), {"input_ids": tokens, "labels": tokens}
+    reads, pairs = draw(shape.inputs), torch.zeros(shape.rows, dtype=torch.int64)
+    labels = torch.where(torch.rand(reads.shape) < 0.15, reads, -100)  # -100: no loss
+    types = (torch.arange(shape.inputs) >= shape.inputs // 2).long().expand(reads.shape)
+    rest = {"attention_mask": torch.ones_like(reads), "token_type_ids": types, "next_sentence_label": pairs}
+    return bert(shape), {"input_ids": reads, "labels": labels} | rest
+
+
 class Trainer:
     """A model, its optimizer and one batch."""
 
     def __init__(self, options: argparse.Namespace):
-        shape = SHAPES[options.shape]
         torch.manual_seed(0)
-        self.model = (t5 if shape.inputs else llama)(shape).train()
+        self.model, self._batch = model_and_batch(SHAPES[options.shape])
+        self.model.train()
         if options.optimizer == "adamw":
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
         else:
             self._optimizer = torch.optim.Adafactor(self.model.parameters(), lr=1e-4)
         self._bfloat16 = options.dtype == "bfloat16"
         self._forward = torch.compile(self.model) if options.compile else self.model
-        targets = torch.randint(3, shape.vocabulary, (shape.rows, shape.targets))
-        reads = torch.randint(3, shape.vocabulary, (shape.rows, shape.inputs)) if shape.inputs else targets
-        self._batch = {"input_ids": reads, "labels": targets}
 
     def step(self) -> float:
         """One update; the loss."""

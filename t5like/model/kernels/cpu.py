@@ -64,10 +64,19 @@ def _attend_backward(saved, gradient_BNLH):
     mean_BNL1 = (gradient_BNLH * out_BNLH).sum(-1, keepdims=True)
     d_scores_BNLS = weights_BNLS * (jnp.einsum("BNLH,BNSH->BNLS", gradient_BNLH, v_BNSH) - mean_BNL1)
     d_q_BNLH = jnp.einsum("BNLS,BNSH->BNLH", d_scores_BNLS, k_BNSH)
-    d_k_BNSH = jnp.einsum("BNHL,BNLS->BNHS", _transposed(q_BNLH), d_scores_BNLS).swapaxes(2, 3)
-    d_v_BNSH = jnp.einsum("BNHL,BNLS->BNHS", _transposed(gradient_BNLH), weights_BNLS).swapaxes(2, 3)
-    d_bias_1NLS = None if bias_1NLS is None else d_scores_BNLS.sum(0, keepdims=True)
+    # Scores are transposed, not q and the gradient, although those are smaller: then all rows are contiguous.
+    d_k_BNSH = jnp.einsum("BNSL,BNLH->BNSH", _transposed(d_scores_BNLS), q_BNLH)
+    d_v_BNSH = jnp.einsum("BNSL,BNLH->BNSH", _transposed(weights_BNLS), gradient_BNLH)
+    d_bias_1NLS = None if bias_1NLS is None else _sum_of_rows(d_scores_BNLS)[None]
     return d_q_BNLH, d_k_BNSH, d_v_BNSH, d_bias_1NLS, None
+
+
+def _sum_of_rows(x_BNLS: jax.Array) -> jax.Array:
+    """The sum over the batch, as a matmul: XLA:CPU's reduction of a leading dim reads memory in strides.
+
+    It would also add the gradients of all layers before it sums over rows, and keep them until then.
+    """
+    return jnp.einsum("B,BNLS->NLS", jnp.ones(x_BNLS.shape[0], x_BNLS.dtype), x_BNLS)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
