@@ -17,7 +17,8 @@ that shows that everything runs, and its numbers mean nothing. The parts, in ord
 Then the same by transformers and torch.compile, if the interpreter of --torch_python has torch and transformers and
 sees the same device. Each library has a process of its own, and the second starts when the first has ended, so that one
 device's memory is never shared. A part that fails, or exceeds its time limit, ends its process; the next part gets
-another one. Batches are halved until they fit.
+another one. Batches are halved until they fit. --kernels=plain trains without fused attention: for its effect, or if
+it fails.
 
 Results are lines of DIR/results.jsonl, written when a part is finished. The same command again continues: parts with
 equal sizes, code, versions and device are not measured again. DIR/report.json and DIR/report.md have the results of
@@ -217,9 +218,13 @@ class Run:
         return say(f"{part.title}: {row['status']} in {row['seconds']:.0f} s")
 
     def _request(self, part: Part) -> str:
-        """What the process reads: PyTorch begins with the batch of t5like."""
+        """What the process reads: the part; t5like's kernels; the batch of t5like, with which PyTorch begins."""
         ours = next((row for row in self.rows if row["part"] == part.name and row["status"] == "done"), None)
-        if part.program == "t5like" or part.name not in SHAPES or ours is None:
+        if part.name not in SHAPES:
+            return part.name
+        if part.program == "t5like":
+            return f"{part.name} {self.options.kernels}"
+        if ours is None:
             return part.name
         return f"{part.name} {ours['result']['rows']} {ours['result']['remat']}"
 
@@ -260,6 +265,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="time of the whole call")
     parser.add_argument("--only", default="", metavar="PART,...", help=f"of {', '.join(LIMITS)}; empty: all")
     parser.add_argument("--shapes", choices=["auto", "real", "toy"], default="auto", help="auto: toy on a CPU")
+    parser.add_argument("--kernels", choices=["auto", "plain"], default="auto", help="model.kernels of training steps")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and transformers")
     parser.add_argument("--peers", choices=["torch", ""], default="torch", help="empty: without PyTorch")
     parser.error = lambda message: fail(f"{message}; see accelerator.py --help")

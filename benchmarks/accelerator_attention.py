@@ -7,8 +7,9 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from t5like.model.positions import RelativeBias
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
+Key = TypeVar("Key", bound=Hashable)
 BUCKETS = 32
 DTYPES = ("float32", "bfloat16")
 # The largest relative error, ||value - reference|| / ||reference||: float32 matmuls may use TF32, which has 10 bits.
@@ -91,7 +93,7 @@ def model_config(case: Case, dtype: str, kernels: str) -> ModelConfig:
             kernels=kernels,
         )
     )
-    return auto.resolve_auto_for(config, jax.default_backend()).model
+    return auto.resolve_auto(config, device_mesh()).model
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[dict[str, jax.Array], MaskSpec, jax.Array]:
@@ -148,6 +150,13 @@ def cudnn_attention(case: Case, config: ModelConfig) -> Callable[..., jax.Array]
     return function
 
 
+class Job(NamedTuple):
+    """A function of operands and mask, and the arguments of `with_gradients` for it."""
+
+    function: Callable[..., jax.Array]
+    arguments: tuple
+
+
 def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
     """The compiled function (operands, mask, output gradient) -> output, and gradients by name."""
 
@@ -158,32 +167,79 @@ def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., dict[str
     return jax.jit(both)
 
 
+def compile_all(jobs: dict[Key, Job]) -> dict[Key, Callable[..., Any] | str]:
+    """Programs of functions and their gradients, compiled on all cores; for one that can't be compiled, the reason."""
+    programs: dict[Key, Callable[..., Any] | str] = {}
+    with ThreadPoolExecutor() as pool:
+        compiling = {}
+        for key, (function, arguments) in jobs.items():
+            try:
+                compiling[key] = pool.submit(with_gradients(function).lower(*arguments).compile)
+            except Exception as error:  # cuDNN and kernels refuse sizes by several types
+                programs[key] = message(error)
+        for key, future in compiling.items():
+            error = future.exception()
+            programs[key] = message(error) if error else future.result()
+    return programs
+
+
+def message(error: BaseException) -> str:
+    """The beginning of a message as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def device_mesh() -> jax.sharding.Mesh:
+    """The first device."""
+    return meshes.make_mesh(schema.Config(), jax.devices()[:1])
+
+
 # ---- Values ----
 
 
 def compare_values(*, toy: bool) -> dict[str, Any]:
     """Errors of the chosen kernel and of plain attention, relative to plain attention in exact float32."""
-    rows = []
-    with jax.set_mesh(meshes.make_mesh(schema.Config(), jax.devices()[:1])):
-        for name, case in (TOY_VALUES if toy else VALUES).items():
-            operands, mask, gradient = inputs(case)
-            with jax.default_matmul_precision("highest"):
-                exact, _ = attention(case, model_config(case, "float32", "plain"))
-                reference = jax.device_get(with_gradients(exact)(operands, mask, gradient))
+    jobs, kernels, given = {}, {}, {}
+    cases = TOY_VALUES if toy else VALUES
+    with jax.set_mesh(device_mesh()):
+        for name, case in cases.items():
+            given[name] = inputs(case)
             for dtype in DTYPES:
-                function, kernel = attention(case, model_config(case, dtype, "auto"))
-                plain, _ = attention(case, model_config(case, dtype, "plain"))
+                for kernel in ("auto", "plain"):
+                    function, kernels[name, dtype, kernel] = attention(case, model_config(case, dtype, kernel))
+                    jobs[name, dtype, kernel] = Job(function, given[name])
+        programs = compile_all(jobs)
+        with jax.default_matmul_precision("highest"):
+            exact = {name: jobs[name, "float32", "plain"] for name in cases}
+            references = compile_all(exact)
+        rows = []
+        for name in cases:
+            reference = jax.device_get(references[name](*given[name]))
+            for dtype in DTYPES:
                 errors, of_plain = (
-                    relative_errors(jax.device_get(with_gradients(each)(operands, mask, gradient)), reference)
-                    for each in (function, plain)
+                    errors_of(programs[name, dtype, kernel], given[name], reference) for kernel in ("auto", "plain")
                 )
-                limit = {key: max(TOLERANCES[dtype], OF_PLAIN * of_plain[key]) for key in errors}
-                passed = all(errors[key] <= limit[key] for key in errors)  # not if NaN
-                rows.append(
-                    {"case": name, "dtype": dtype, "kernel": kernel, "passed": passed}
-                    | {"largest": max(errors.values()), "errors": errors, "plain": of_plain}
-                )
+                row = {"case": name, "dtype": dtype, "kernel": kernels[name, dtype, "auto"]}
+                rows.append(row | judge(errors, of_plain, TOLERANCES[dtype]))
     return {"passed": all(row["passed"] for row in rows), "cases": rows}
+
+
+def errors_of(program: Callable | str, given: tuple, reference: dict[str, np.ndarray]) -> dict[str, float] | str:
+    """Relative errors of a program's results by name; or why it can't run."""
+    if isinstance(program, str):
+        return program
+    try:
+        return relative_errors(jax.device_get(program(*given)), reference)
+    except Exception as error:  # of the device
+        return message(error)
+
+
+def judge(errors: dict[str, float] | str, of_plain: dict[str, float] | str, tolerance: float) -> dict[str, Any]:
+    """Whether errors are small: not if one is NaN, or the kernel can't run."""
+    row: dict[str, Any] = {"passed": False, "largest": None, "errors": errors, "plain": of_plain}
+    if isinstance(errors, str) or isinstance(of_plain, str):
+        return row
+    passed = all(errors[name] <= max(tolerance, OF_PLAIN * of_plain[name]) for name in errors)
+    return row | {"passed": passed, "largest": max(errors.values())}
 
 
 def relative_errors(values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
@@ -198,33 +254,41 @@ def relative_errors(values: dict[str, np.ndarray], reference: dict[str, np.ndarr
 
 def time_kernels(*, toy: bool) -> dict[str, Any]:
     """Milliseconds of forward and backward pass, of the model's kernel, plain attention and cuDNN; bfloat16."""
-    rows = []
-    with jax.set_mesh(meshes.make_mesh(schema.Config(), jax.devices()[:1])):
+    jobs, rows = {}, []
+    with jax.set_mesh(device_mesh()):
         for name, case in (TOY_SPEED if toy else SPEED).items():
             config = model_config(case, "bfloat16", "auto")
             operands, mask, gradient = inputs(case)
             operands = {key: x if key == "bias" else x.astype(config.dtype) for key, x in operands.items()}
+            gradient = gradient.astype(config.dtype)
             function, kernel = attention(case, config)
             plain, _ = attention(case, dataclasses.replace(config, kernels="plain"))
-            row = {"case": name, "kernel": kernel, "biased": case.biased, "tflop": case.flops / 1e12}
-            row["ours_ms"], row["error"] = try_to_time(function, operands, mask, gradient)
-            row["plain_ms"], row["plain_error"] = try_to_time(plain, operands, mask, gradient)
-            row["cudnn_ms"], row["cudnn_error"] = None, "only on NVIDIA GPUs"
+            jobs[name, "ours"] = Job(function, (operands, mask, gradient))
+            jobs[name, "plain"] = Job(plain, (operands, mask, gradient))
             if jax.default_backend() == "gpu":
                 swapped = {key: x if key == "bias" else x.swapaxes(1, 2) for key, x in operands.items()}
-                cudnn = cudnn_attention(case, config)
-                row["cudnn_ms"], row["cudnn_error"] = try_to_time(cudnn, swapped, mask, gradient.swapaxes(1, 2))
-            rows.append(row)
+                arguments = swapped, mask, gradient.swapaxes(1, 2)
+                jobs[name, "cudnn"] = Job(cudnn_attention(case, config), arguments)
+                if case.biased:
+                    unbiased = cudnn_attention(case._replace(biased=False), config)
+                    jobs[name, "cudnn_unbiased"] = Job(unbiased, arguments)
+            rows.append({"case": name, "kernel": kernel, "biased": case.biased, "tflop": case.flops / 1e12})
+        programs = compile_all(jobs)
+        for row in rows:
+            for way in ("ours", "plain", "cudnn", "cudnn_unbiased"):
+                program, job = (kept.get((row["case"], way)) for kept in (programs, jobs))
+                row[f"{way}_ms"], row[f"{way}_error"] = try_to_time(program, job) if job else (None, None)
     return {"passed": all(row["ours_ms"] is not None for row in rows), "cases": rows}
 
 
-def try_to_time(function: Callable, *arguments: Any) -> tuple[float | None, str | None]:
-    """Milliseconds of function and gradients; or None and why it can't run, as when it exceeds the memory."""
-    program = with_gradients(function)
+def try_to_time(program: Callable | str, job: Job) -> tuple[float | None, str | None]:
+    """Milliseconds of a program; or None and why it can't run, as when it exceeds the memory."""
+    if isinstance(program, str):
+        return None, program
     try:
-        return milliseconds(program, *arguments), None
-    except Exception as error:  # memory, or sizes that cuDNN does not support; jaxlib has several types
-        return None, " ".join(str(error).split())[:200]
+        return milliseconds(program, *job.arguments), None
+    except Exception as error:  # of the device
+        return None, message(error)
 
 
 def milliseconds(program: Callable, *arguments: Any, seconds: float = 0.2) -> float:

@@ -39,12 +39,12 @@ def may_fit(config: Config) -> bool:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None or (topology := topology_of(device)) is None:
         return True
-    return quick(config, topology, device.platform).total <= SPARE * limit
+    config = auto.resolve_auto(config, meshes.make_mesh(config, [device]))
+    return quick(config, topology).total <= SPARE * limit
 
 
-def quick(config: Config, topology: Topology, platform: str) -> estimate.QuickEstimate:
-    """The estimate of `t5like plan --quick`."""
-    config = auto.resolve_auto_for(config, platform)
+def quick(config: Config, topology: Topology) -> estimate.QuickEstimate:
+    """The estimate of `t5like plan --quick` for a resolved config."""
     inputs = estimate.abstract_inputs(config)
     persistent = estimate.persistent_memory(inputs, meshes.axis_sizes(config, topology.num_devices))
     return estimate.quick_estimate(config, topology, persistent)
@@ -52,8 +52,12 @@ def quick(config: Config, topology: Topology, platform: str) -> estimate.QuickEs
 
 def predictions(config: Config, compiled: jax.stages.Compiled, device: jax.Device) -> dict[str, Any]:
     """Milliseconds of the step by `t5like plan`, from the program and from shapes; None where it predicts no time."""
+    result: dict[str, Any] = {"plan_ms": None, "quick_ms": None}
     if (topology := topology_of(device)) is None:
-        return {"plan_ms": None, "quick_ms": None}
-    seconds = quick(config, topology, device.platform).seconds
-    prediction = estimate.predict(hlo_cost.analyze(compiled.as_text()), topology)
+        return result
+    try:
+        seconds = quick(config, topology).seconds
+        prediction = estimate.predict(hlo_cost.analyze(compiled.as_text()), topology)
+    except Exception as error:  # a program in a form that the planner does not know: the step was measured all the same
+        return result | {"plan_error": f"{type(error).__name__}: {error}"[:200]}
     return {"plan_ms": prediction and 1e3 * prediction.seconds, "quick_ms": seconds and 1e3 * seconds}

@@ -96,7 +96,7 @@ def first_that_fits(tries: list[Attempt], run: Callable[[Attempt], T], is_full: 
     raise DoesNotFit(f"{smallest.rows} rows with remat={smallest.remat} do not fit in the device's memory")
 
 
-def fields(shape: Shape, attempt: Attempt, dtype: str) -> list[tuple[str, str]]:
+def fields(shape: Shape, attempt: Attempt, dtype: str, kernels: str = "auto") -> list[tuple[str, str]]:
     """Config fields of a shape: AdamW without dropout, clipping, z-loss, as in `peers.py`, on one device."""
     values: dict[str, Any] = {
         "tokenizer.vocab_size": shape.vocabulary,
@@ -111,6 +111,7 @@ def fields(shape: Shape, attempt: Attempt, dtype: str) -> list[tuple[str, str]]:
         "model.mlp_dim": shape.mlp_dim,
         "model.dtype": dtype,
         "model.remat": attempt.remat,
+        "model.kernels": kernels,
         "model.dropout_rate": 0,
         "optimizer.name": "adamw",
         "optimizer.learning_rate": 1e-4,
