@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 RECIPES = ("t5like", "nanot5", "huggingface")
 COLORS = {"t5like": "tab:blue", "nanot5": "tab:orange", "huggingface": "tab:green"}
-EVALUATIONS = 10  # of a run, after the one of the initial weights
+EVALUATIONS = 6  # of a run, after the one of the initial weights
 SPARE = 3  # rows are made for this many times the steps of t5like, in case that another recipe has faster steps
 
 

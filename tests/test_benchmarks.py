@@ -101,6 +101,17 @@ def test_settings_are_compared_by_their_heldout_loss(flags, tmp_path, capfd):
     assert err.index("| fast") < err.index("| slow")
 
 
+def test_activations_are_compared_over_widths():
+    import widths
+
+    measured = widths.sizes(str(ROOT / "configs/t5_small.py"), 64, "adafactor 0.01", steps=1)
+    assert {"encoder residual", "decoder cross_attention_output", "decoder mlp_hidden", "logits"} <= set(measured)
+    assert all(0 < before != after > 0 for before, after in measured.values())
+    results = {("rule", width): {"residual": [1.0, width**0.5]} for width in (64, 128, 256)}
+    [row] = widths.rows(results, [64, 128, 256])
+    assert row["exponent"] == pytest.approx(0.5) and row["exponent before"] == pytest.approx(0) and row["128"] > 11
+
+
 def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):
     import generate
 
