@@ -65,6 +65,7 @@ def t5like_decoder(config: "Config", rows: int, prompt: int, new: int, beams: in
     import jax
     import numpy as np
 
+    from t5like import tree
     from t5like.data import pipeline
     from t5like.inference.decoding import decode_texts, row_keys, unstack_params
     from t5like.inference.sampling import DecodingOptions
@@ -73,7 +74,7 @@ def t5like_decoder(config: "Config", rows: int, prompt: int, new: int, beams: in
     from t5like.sharding import mesh as meshes
 
     config = auto.resolve_auto(config, meshes.make_mesh(config, jax.devices()[:1]))
-    params = jax.jit(lambda key: train_state.init_state(config, pipeline.spec(config), key).params)(jax.random.key(0))
+    params = tree.nested(train_state.random_params(config, pipeline.spec(config), jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     params = jax.jit(lambda params: unstack_params(config, params))(params)
     prompts = np.random.default_rng(0).integers(3, config.tokenizer.vocab_size, (rows, prompt)).astype(np.int32)

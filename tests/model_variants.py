@@ -2,10 +2,10 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 from conftest import random_batch, small
 
+from t5like import tree
 from t5like.config.schema import Config
 from t5like.model.transformer import Transformer
 from t5like.optim import step, train_state
@@ -86,8 +86,7 @@ def with_model(variant, **model) -> Config:
 @functools.cache
 def init(config: Config, seed: int = 0):
     """Random parameters, made once for all tests of a process."""
-    make = functools.partial(train_state.init_params, config, random_batch(config))
-    return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(seed))
+    return tree.nested(train_state.random_params(config, random_batch(config), jax.random.key(seed)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

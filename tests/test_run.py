@@ -12,7 +12,7 @@ from conftest import small
 from documents import ROOT
 
 import t5like
-from t5like import errors
+from t5like import errors, tree
 from t5like.checkpoint import run_directory
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
@@ -42,7 +42,7 @@ def untrained(request, run) -> Run:
     config = small(model={"architecture": request.param, "num_layers": 1}, tokenizer=sizes)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, spec = auto.resolve_auto(config, mesh), pipeline.spec(config)
-    params = jax.jit(lambda key: train_state.init_params(config, spec, key))(jax.random.key(0))
+    params = tree.nested(train_state.random_params(config, spec, jax.random.key(0)))
     return Run(None, run_directory.Run(0, config, mesh, params, run.tokenizer))
 
 

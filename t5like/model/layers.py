@@ -23,15 +23,19 @@ MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}
 
 @struct.dataclass
 class Parameter(nn.LogicallyPartitioned):
-    """The box of a parameter: a logical axis for each dim, mean and standard deviation of its initial values."""
+    """The box of a parameter: a logical axis for each dim, mean and standard deviation of its initial values.
+
+    `key` is that of a random parameter, or of each layer's: whoever has it can draw the values without the model.
+    """
 
     mean: float = struct.field(default=0.0, pytree_node=False)
     std: float = struct.field(default=0.0, pytree_node=False)
+    key: jax.Array | None = None
 
 
 def normal(std: float, axes: tuple[str, ...]):
     """An initializer: N(0, std) in float32, with a logical axis for each dim."""
-    return lambda *arguments: Parameter(nn.initializers.normal(std)(*arguments), axes, std=std)
+    return lambda key, *shape: Parameter(nn.initializers.normal(std)(key, *shape), axes, std=std, key=key)
 
 
 def constant(value: float, axes: tuple[str, ...]):

@@ -4,14 +4,14 @@ Pure functions without I/O. The training loop, evaluation, conversions and the p
 """
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from operator import attrgetter
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.config.schema import Config
@@ -23,14 +23,63 @@ from t5like.types import Batch, LogicalAxes, TrainState, Tree
 
 
 def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
-    """Random float32 parameters in boxes with their logical axes (`flax.linen.LogicallyPartitioned`)."""
+    """Random float32 parameters in boxes with their logical axes (`flax.linen.LogicallyPartitioned`).
+
+    For shapes and small models: `random_params` takes less time to compile.
+    """
+    return jax.tree.map(lambda box: box.replace(key=None), _boxes(config, batch, key), is_leaf=_is_box)
+
+
+def random_params(
+    config: Config, batch: Batch, key: jax.Array, shardings: Mapping[str, NamedSharding | None] | None = None
+) -> dict[str, jax.Array]:
+    """The values of `init_params` by name, each drawn by a program of its own, which equal shapes share.
+
+    One program for all would repeat the random bits and the inverse error function for each parameter, and take three
+    times as long to compile.
+
+    Args:
+        config: its model and tokenizer.
+        batch: gives shapes only.
+        key: of all parameters.
+        shardings: the parameters to draw, with their shardings; by default all, on one device.
+    """
+    boxes = {tree.name_of(path): box for path, box in _named_boxes(_abstract_boxes(config, batch))}
+    shardings = dict.fromkeys(boxes) if shardings is None else shardings
+    if not shardings:
+        return {}
+    mesh = next((sharding.mesh for sharding in shardings.values() if sharding), None)
+    everywhere = mesh and NamedSharding(mesh, PartitionSpec())
+    keys = jax.jit(_keys, static_argnums=0, out_shardings=everywhere)(_of_model(config), batch, key)
+    values = {}
+    for name, sharding in shardings.items():
+        box = boxes[name]
+        if box.key is None:
+            draw = jax.jit(jnp.full, static_argnums=(0, 2), out_shardings=sharding)
+            values[name] = draw(box.value.shape, box.mean, box.value.dtype)
+        else:
+            draw = jax.jit(_normal, static_argnums=2, out_shardings=sharding)
+            values[name] = draw(keys[name], np.float32(box.std), box.value.shape[len(box.key.shape) :])
+    return values
+
+
+def _normal(key: jax.Array, std: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A draw from N(0, std), or one for each key of a stack of layers."""
+    draw = lambda key: jax.random.normal(key, shape, jnp.float32) * std
+    return jax.vmap(draw)(key) if key.ndim else draw(key)
+
+
+def _keys(config: Config, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """The key of each random parameter by name. Nothing is drawn: values without effect are not compiled."""
+    return {
+        tree.name_of(path): box.key for path, box in _named_boxes(_boxes(config, batch, key)) if box.key is not None
+    }
+
+
+def _boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
+    """`init_params` with the keys in the boxes."""
     ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
     return Transformer(config).init(key, ids)["params"]
-
-
-def init_state(config: Config, batch: Batch, key: jax.Array) -> TrainState:
-    """The state before the first step; `batch` gives shapes only. Call it under `jax.jit` with `out_shardings`."""
-    return _first_state(config, nn.meta.unbox(init_params(config, batch, key)), parameter_axes(config, batch))
 
 
 def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
@@ -51,13 +100,12 @@ def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
 
 def parameter_axes(config: Config, batch: Batch) -> LogicalAxes:
     """Logical axes of every parameter by name; `batch` gives shapes only."""
-    boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxes(config, batch), is_leaf=_is_box)
-    return {tree.name_of(path): box.names for path, box in boxes}
+    return {tree.name_of(path): box.names for path, box in _named_boxes(_abstract_boxes(config, batch))}
 
 
 def initial_values(config: Config, batch: Batch) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each parameter's initial values, by name, from its initializer."""
-    boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxes(config, batch), is_leaf=_is_box)
+    boxes = _named_boxes(_abstract_boxes(config, batch))
     return {tree.name_of(path): (box.mean, box.std) for path, box in boxes}
 
 
@@ -65,18 +113,27 @@ def _is_box(node: object) -> bool:
     return isinstance(node, nn.meta.AxisMetadata)
 
 
+def _named_boxes(boxes: Tree) -> list[tuple[tuple, nn.LogicallyPartitioned]]:
+    return jax.tree_util.tree_leaves_with_path(boxes, is_leaf=_is_box)
+
+
 def _abstract_boxes(config: Config, batch: Batch) -> Tree:
-    """Shapes of `init_params`, in boxes with their logical axes."""
+    """Shapes of `init_params`, in boxes with their logical axes and keys."""
     row_types = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
-    return _trace_boxes(Config(model=config.model, tokenizer=config.tokenizer), row_types)
+    return _trace_boxes(_of_model(config), row_types)
+
+
+def _of_model(config: Config) -> Config:
+    """What the parameters depend on; the other fields have their defaults."""
+    return Config(model=config.model, tokenizer=config.tokenizer)
 
 
 @lru_cache(maxsize=32)
 def _trace_boxes(config: Config, row_types: tuple) -> Tree:
-    """Trace `init_params` once in a process; `row_types`: (row shape, dtype) or None, by field of the batch."""
+    """Trace `_boxes` once in a process; `row_types`: (row shape, dtype) or None, by field of the batch."""
     batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in row_types))
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # the shapes must not depend on the caller's mesh
-        return jax.eval_shape(lambda batch: init_params(config, batch, jax.random.key(0)), batch)
+        return jax.eval_shape(lambda batch: _boxes(config, batch, jax.random.key(0)), batch)
 
 
 def new_state(
@@ -91,19 +148,12 @@ def new_state(
         params: parameters by name that exist already and become part of the state; the others are random. Random
             values depend on config, seed and name only.
     """
-    shardings, key = shardings_of(abstract), jax.random.key(config.seed)
+    shardings = shardings_of(abstract)
+    wanted, given = tree.flatten(shardings.params), params or {}
+    missing = {name: sharding for name, sharding in wanted.items() if name not in given}
     with jax.set_mesh(mesh_of(abstract)):
-        if not params:
-            return jax.jit(partial(init_state, config), out_shardings=shardings)(batch, key)
-        wanted = tree.flatten(shardings.params)
-        missing = {name: sharding for name, sharding in wanted.items() if name not in params}
-
-        def random_params(batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-            everything = tree.flatten(nn.meta.unbox(init_params(config, batch, key)))
-            return {name: everything[name] for name in missing}  # XLA removes what computes the others
-
-        random = jax.jit(random_params, out_shardings=missing)(batch, key) if missing else {}
-        leaves = [params[name] if name in params else random[name] for name in wanted]
+        random = random_params(config, batch, jax.random.key(config.seed), missing)
+        leaves = [given[name] if name in given else random[name] for name in wanted]
         whole = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
         axes = parameter_axes(config, batch)
         rest = jax.jit(

@@ -356,7 +356,7 @@ def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
     config = small(model={"architecture": "decoder"}, train={"microbatches": 4})
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
     batch = random_batch(config)
-    params = jax.jit(partial(train_state.init_state, config))(batch, jax.random.key(0)).params
+    params = tree.nested(train_state.random_params(config, batch, jax.random.key(0)))
     start = jax.tree.map(lambda zero: zero + 1, eval_step.zero_metrics(config, params, batch))
     programs = [
         jax.jit(eval_step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)

@@ -1,7 +1,9 @@
 """The initial state: existing parameters are used as they are, and only the others are initialized at random."""
 
 import shutil
+from functools import partial
 
+import flax.linen as nn
 import jax
 import numpy as np
 from conftest import random_batch, small, write_text
@@ -12,6 +14,15 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.optim import bad_steps, train_state
 from t5like.sharding import mesh as meshes
 from t5like.train.initial_state import restore_state
+
+
+def test_parameters_drawn_one_by_one_on_a_mesh_are_those_that_the_model_draws_on_one_device():
+    config = small(model={"architecture": "decoder"}, mesh={"fsdp": 2, "data": 4}, seed=3)
+    batch = random_batch(config)
+    boxes = jax.jit(partial(train_state.init_params, config, batch))(jax.random.key(3))
+    mesh = meshes.make_mesh(config)
+    drawn = train_state.new_state(config, batch, train_state.abstract_state(config, batch, mesh)).params
+    assert_bitwise(drawn, nn.meta.unbox(boxes))
 
 
 def test_only_missing_parameters_are_random_with_the_values_of_a_random_state():

@@ -3,7 +3,6 @@
 import functools
 import json
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -193,8 +192,7 @@ def gradient(config):
 
 @functools.cache
 def params_of(config):
-    make = functools.partial(train_state.init_params, config, blank_rows(config, 1))
-    return jax.jit(lambda key: nn.meta.unbox(make(key)))(jax.random.key(0))
+    return tree.nested(train_state.random_params(config, blank_rows(config, 1), jax.random.key(0)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
