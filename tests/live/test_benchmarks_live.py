@@ -50,3 +50,14 @@ def test_what_recipes_learn_is_compared(flags, tmp_path, capfd):
     first = [point["loss"] for point in points if point["step"] == 0]
     assert first == pytest.approx([first[0]] * 3, abs=1e-3)  # the same weights and rows
     assert (tmp_path / "learning.png").exists() and "| huggingface " in err
+
+
+def test_an_accelerators_parts_are_measured_with_pytorch(capfd, tmp_path):
+    import accelerator
+
+    assert accelerator.main([f"--out={tmp_path}", "--only=matmul,bert_base,decoding", "--minutes=60"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["program"] for row in rows] == ["t5like"] * 3 + ["torch"] * 3
+    (_, ours, _), (_, theirs, decoded) = ([row["result"] for row in rows[first : first + 3]] for first in (0, 3))
+    assert ours["params"] == theirs["params"] and theirs["tokens_per_second"] > 0 and theirs["attention"] == "sdpa"
+    assert [case["rows"] for case in decoded["cases"]] == [1, 2]
