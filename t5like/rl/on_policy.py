@@ -28,7 +28,7 @@ from t5like.sharding.placement import to_host
 from t5like.types import Metrics, TrainState, Tree
 
 TABLES = "answers"  # folder in a run directory
-SHOWN = 5  # held-out prompts in samples.txt
+SHOWN = 5  # held-out prompts in samples.txt, at most those of an evaluation
 
 
 class OnPolicy(RecordTask):
@@ -61,11 +61,13 @@ class OnPolicy(RecordTask):
         self._scorer, self._show = scorer, show
         self._collector = Collector(config, mesh, self.tokenizer, self._prompts, scorer)
         self._metrics: Metrics = {}
+        self._evaluated: list[Collected] = []  # answers of the last evaluation, until the next step
         rewards = ", ".join(f"{weight:g} x {name}" for name, weight in zip(scorer.names, scorer.weights, strict=True))
         self.lines = [*self.lines, f"rewards    {rewards}"]
 
     def device_batch(self, state: TrainState, index: int, batch: np.ndarray) -> tuple[Experience, Metrics]:
         """Sample and score the answers of a step; the steps of `rl.updates_per_rollout` share them."""
+        self._evaluated = []
         if index % self.updates_per_batch == 0 or not self._has(index):
             *made, self._metrics = self._new_experience(state, index, batch)
             self._keep(index, *made)
@@ -180,6 +182,7 @@ class OnPolicy(RecordTask):
         if not done and not any(np.isfinite(part.rewards_RBG).any() for part in parts):
             why = "; ".join(self._scorer.failures())
             raise DataError(f"rl.rewards: no held-out answer has a reward; {why}; t5like rl --audit tests rewards")
+        self._evaluated = parts
         error = values["eval/standard_error"]
         return values, f"held-out reward {values['eval/reward']:.3f} +- {error:.3f} (standard error)"
 
@@ -214,11 +217,12 @@ class OnPolicy(RecordTask):
         return values, parts
 
     def summarize(self, params: Tree, fingerprints: Mapping[str, Any]) -> list[str]:
-        _, parts = self._answer_heldout(params, SHOWN, lambda: None)
+        count = min(SHOWN, self._config.rl.eval_prompts)
+        parts = self._evaluated or self._answer_heldout(params, count, lambda: None)[1]
         if not processes.is_primary():
             return []
         lines = []
-        for record in [record for part in parts for record in self._records(part)]:
+        for record in [record for part in parts for record in self._records(part)][:count]:
             lines += [f"{name:7} {printable(str(record[name]))}" for name in ("prompt", "target", "answer", "reward")]
             lines.append("")
         replace_file(self._workdir / SAMPLES, "\n".join(lines), CheckpointError, "move it away")
