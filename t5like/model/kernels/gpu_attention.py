@@ -28,7 +28,6 @@ from jax.experimental.pallas import triton as plgpu
 from t5like.model.kernels.fused_attention import KernelSpec, Operands, attend_on_shards
 from t5like.model.kernels.gpu_attention_kernels import (
     BIAS_ALIGNMENT,
-    LOG2_E,
     Blocks,
     KernelInputs,
     Program,
@@ -138,7 +137,7 @@ def _attend_shard(spec: KernelSpec, operands: Operands) -> jax.Array:
     q_BNLH, k_BKSH, v_BKSH, bias, *segments, prefix_BS, first = operands
     inputs = KernelInputs(q_BNLH, k_BKSH, v_BKSH, None, *segments, first=first)
     if bias is not None:
-        inputs = inputs._replace(bias_NW=bias[0, 0] * LOG2_E)
+        inputs = inputs._replace(bias_NW=bias[0, 0])
     if prefix_BS is not None:
         end_B = jnp.where(prefix_BS, jnp.arange(1, 1 + prefix_BS.shape[1], dtype=jnp.int32), 0).max(-1)
         inputs = inputs._replace(prefix_BS=prefix_BS.astype(jnp.int32), prefix_end_B=end_B)
@@ -202,7 +201,7 @@ def _bias_gradient(spec: KernelSpec, inputs: KernelInputs) -> jax.Array:
     if start < 0:
         sums_NW, start = sums_NW[:, -start:], 0
     gradient_NW = jnp.pad(sums_NW[:, :width], ((0, 0), (start, max(width - start - sums_NW.shape[1], 0))))
-    return gradient_NW[:, :width] / LOG2_E
+    return gradient_NW[:, :width]
 
 
 def _blocks(kernel: str, inputs: KernelInputs) -> Blocks:
@@ -220,6 +219,8 @@ def _call(kernel, spec: KernelSpec, inputs: KernelInputs, blocks: Blocks, grid, 
     """Run a kernel on a grid of programs (block, head, row); its references are to whole arrays."""
     (_, heads, queries, head_dim), (_, kv_heads, keys, _) = inputs.q_BNLH.shape, inputs.k_BKSH.shape
     sizes = Sizes(queries, keys, head_dim, heads // kv_heads)
+    if inputs.bias_NW is not None:
+        inputs = inputs._replace(bias_NW=inputs.bias_NW.astype(inputs.q_BNLH.dtype))
 
     def whole(x):
         shape = x.shape

@@ -45,7 +45,7 @@ class KernelInputs(NamedTuple):
     q_BNLH: Any
     k_BKSH: Any
     v_BKSH: Any
-    bias_NW: Any = None  # times log2(e)
+    bias_NW: Any = None  # in the dtype of q: Triton would copy wider numbers to shared memory first, element by element
     query_segments_BL: Any = None
     key_segments_BS: Any = None
     prefix_BS: Any = None  # int32, not 0 at keys that a causal mask does not hide
@@ -108,13 +108,14 @@ class Program(NamedTuple):
     def scores(self, q_LH, k_SH, row, head, first_query, first_key, *, transposed=False):
         """Scores of a block times log2(e), [L, S] or [S, L]; -inf where the mask is False."""
         inputs, sizes, (queries, keys, *_) = self.inputs, self.sizes, self.blocks
-        scores = (matmul(k_SH, q_LH, 1, 1) if transposed else matmul(q_LH, k_SH, 1, 1)) * LOG2_E
+        scores = matmul(k_SH, q_LH, 1, 1) if transposed else matmul(q_LH, k_SH, 1, 1)
         along_queries = lambda x: x[None, :] if transposed else x[:, None]
         along_keys = lambda x: x[:, None] if transposed else x[None, :]
         query, key = along_queries(first_query + jnp.arange(queries)), along_keys(first_key + jnp.arange(keys))
         if inputs.bias_NW is not None:
             offset = rounded_up(sizes.queries, BIAS_ALIGNMENT) - 1
-            scores += plgpu.load(inputs.bias_NW.at[head, key - query + offset])
+            scores += plgpu.load(inputs.bias_NW.at[head, key - query + offset]).astype(jnp.float32)
+        scores *= LOG2_E
         behind = prefix = query_segments = key_segments = None
         if self.spec.by_index:
             behind = query - key + self._first()
