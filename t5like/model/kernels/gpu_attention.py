@@ -47,18 +47,23 @@ MAX_HEAD_BYTES = 512  # of a vector of a query: 256 numbers in bfloat16
 BIAS_PROGRAMS = 1024  # of the kernel for the bias's gradient, approximately: several for each core of a GPU
 
 
-# By kernel, for heads of at most 128 bytes (64 of bfloat16) and for larger ones.
+# By kernel and the most bytes of a query's vector (128: 64 numbers in bfloat16), without and with a bias, whose addresses
+# take registers. Chosen from what the compiler reports for an H100: no or few spilled registers, two programs or
+# more at a time in a core where possible, and blocks of 128 queries where loads of keys would else take the L2 cache's
+# bandwidth.
 BLOCKS = {
-    "forward": Blocks(128, 64, 4, 3),
-    "queries": Blocks(64, 64, 4, 3),
-    "keys": Blocks(64, 64, 4, 3),
-    "bias": Blocks(64, 64, 4, 3),
-}
-BLOCKS_OF_WIDE_HEADS = {
-    "forward": Blocks(64, 64, 4, 2),
-    "queries": Blocks(64, 32, 4, 2),
-    "keys": Blocks(32, 64, 4, 2),
-    "bias": Blocks(64, 64, 4, 2),
+    ("forward", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("queries", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("keys", 128): (Blocks(64, 64, 4, 3),) * 2,
+    ("bias", 128): (Blocks(64, 64, 4, 3),) * 2,
+    ("forward", 256): (Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2)),
+    ("queries", 256): (Blocks(64, 64, 4, 2),) * 2,
+    ("keys", 256): (Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
+    ("bias", 256): (Blocks(64, 64, 4, 2),) * 2,
+    ("forward", 512): (Blocks(64, 64, 4, 2),) * 2,
+    ("queries", 512): (Blocks(64, 32, 4, 2),) * 2,
+    ("keys", 512): (Blocks(32, 64, 8, 2),) * 2,
+    ("bias", 512): (Blocks(64, 64, 8, 2),) * 2,
 }
 
 
@@ -206,8 +211,8 @@ def _bias_gradient(spec: KernelSpec, inputs: KernelInputs) -> jax.Array:
 
 def _blocks(kernel: str, inputs: KernelInputs) -> Blocks:
     """The blocks of a kernel, not larger than short rows need; a product of matrices needs 16 of everything."""
-    wide = padded_head_dim(inputs.q_BNLH.shape[3]) * inputs.q_BNLH.dtype.itemsize > 128
-    blocks = (BLOCKS_OF_WIDE_HEADS if wide else BLOCKS)[kernel]
+    size = max(padded_head_dim(inputs.q_BNLH.shape[3]) * inputs.q_BNLH.dtype.itemsize, 128)
+    blocks = BLOCKS[kernel, size][inputs.bias_NW is not None]
     fits = lambda size, length: min(size, max(pl.next_power_of_2(length), 16))
     queries, keys = fits(blocks.queries, inputs.q_BNLH.shape[2]), fits(blocks.keys, inputs.k_BKSH.shape[2])
     if kernel == "bias":
