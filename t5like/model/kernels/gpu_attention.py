@@ -47,14 +47,14 @@ MAX_HEAD_BYTES = 512  # of a vector of a query: 256 numbers in bfloat16
 BIAS_PROGRAMS = 1024  # of the kernel for the bias's gradient, approximately: several for each core of a GPU
 
 
-# By kernel and the most bytes of a query's vector (128: 64 numbers in bfloat16), without and with a bias, whose addresses
-# take registers. Chosen from what the compiler reports for an H100: no or few spilled registers, two programs or
-# more at a time in a core where possible, and blocks of 128 queries where loads of keys would else take the L2 cache's
-# bandwidth.
+# By kernel and bytes of a query's vector (up to 128: 64 numbers in bfloat16), without and with a bias, whose addresses
+# take registers. Chosen by what the compiler reports for an H100 and an A100: no or few spilled registers, two programs
+# or more at a time in a core where possible, and blocks of 128 queries where loads of keys would else take the
+# bandwidth of the L2 cache. Not measured.
 BLOCKS = {
     ("forward", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
-    ("queries", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
-    ("keys", 128): (Blocks(64, 64, 4, 3),) * 2,
+    ("queries", 128): (Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
+    ("keys", 128): (Blocks(64, 64, 4, 3), Blocks(32, 64, 4, 3)),
     ("bias", 128): (Blocks(64, 64, 4, 3),) * 2,
     ("forward", 256): (Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2)),
     ("queries", 256): (Blocks(64, 64, 4, 2),) * 2,
