@@ -1,5 +1,6 @@
 # make train   set up, then pretrain a tiny T5 on this machine; ARGS="--config.train.num_steps=50" adds flags
 # make test    set up, then run the tests; ARGS="-k checkpoint" adds options of pytest
+# make newest  the same in an environment of its own, .newest, with the newest versions that setup.py allows; Python 3.12
 # make reliability  set up, then kill, stop and starve real runs: minutes; needs Linux, and root for a disk that fills up
 # make soak    set up, then one run under random faults; ARGS="--seed=1 --minutes=10" chooses them
 # make parity  set up with PyTorch, transformers and TRL (large), then compare with them: models, losses, text
@@ -14,9 +15,10 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test reliability soak parity cluster slurm browser chromium container golden check lock clean
+.PHONY: help train test newest reliability soak parity cluster slurm browser chromium container golden check lock clean
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := $(VENV)/peers_installed
@@ -34,6 +36,10 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
+
+# jax 0.11 needs Python 3.12. The tests of documents are of the pinned versions.
+newest:
+	@$(MAKE) --no-print-directory test VENV=.newest CONSTRAINTS=/dev/null PYTHON="$(or $(PYTHON),python3.12 python3.13)"
 
 reliability: $(INSTALLED)
 	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/reliability $(ARGS)
@@ -84,11 +90,11 @@ lock: $(INSTALLED)
 	@$(BIN)/python launch/container/lock.py
 
 clean:
-	@rm -rf $(VENV) $(LIBTPU) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
+	@rm -rf $(VENV) .newest $(LIBTPU) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted installation starts again.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py $(filter-out /dev/null,$(CONSTRAINTS))
 	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	    python=; \
@@ -99,7 +105,7 @@ $(INSTALLED): setup.py constraints.txt
 	fi; \
 	echo "Installing t5like into $(VENV) with $$($$python --version), once; this takes a minute or two ..."; \
 	$$python -m venv $(VENV) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) \
 	    --editable '.[dev]' \
 	    >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@$(COMPILE)
@@ -107,7 +113,7 @@ $(INSTALLED): setup.py constraints.txt
 
 $(PEERS): $(INSTALLED)
 	@echo "Installing PyTorch, transformers and TRL into $(VENV), once ..."; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) \
 	    --editable '.[dev,parity]' \
 	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@
@@ -117,7 +123,7 @@ $(PEERS): $(INSTALLED)
 $(LIBTPU)/installed: $(INSTALLED)
 	@echo "Installing the TPU compiler into $(LIBTPU), once ..."; \
 	rm -rf $(LIBTPU) && mkdir $(LIBTPU) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-deps \
 	    --target $(LIBTPU) libtpu==$(LIBTPU_VERSION) >$(LIBTPU)/install.log 2>&1 || \
 	    { cat $(LIBTPU)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@

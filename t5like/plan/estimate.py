@@ -18,8 +18,17 @@ one model on one machine is more accurate. The calibration has no step that is b
 **Quick.** Matmuls at a fixed share of the peak, softmax at the memory's bandwidth, exposed collectives. The share is
 the middle of 0.77, 0.88 and 0.96: with these, the matmuls of the three steps (1,454, 1,939 and 2,862 TFLOP per chip)
 and their exposed collectives take the published time. With the middle the error is -11, +2 and +9 %.
+
+**GPUs.** No step of t5like was measured on a GPU. A compiled step takes the sum of its kernels and exposed collectives
+(`gpu_time`), to which +-35 % is only a guess. One outside check: with the shapes of MPT 7B, 128 rows of 4,096 tokens and
+full remat, the sum for 8 H100s is 6.86 s, and PyTorch's published time 7.61 s. The shares of the quick estimate contain all other work. They are the
+middle of what published steps of another program reach: MPT with PyTorch, FSDP and FlashAttention, 760 million to 70
+billion parameters, on 8 to 64 GPUs, of which model, rows and remat are published (mosaicml/llm-foundry,
+scripts/train/benchmarking/README.md). Seven on A100s reach 0.57 to 0.77, ten on H100s 0.38 to 0.59, the larger the
+model and the rows the more. So the estimate misses these steps by -21 to +22 %. H200 and B200 have the H100's share.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -27,21 +36,24 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from t5like import tree
-from t5like.config.schema import Config
+from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.metrics import flops
 from t5like.model.attention_plan import plan_attention
 from t5like.optim import train_state
+from t5like.plan import gpu_time
 from t5like.plan.hlo_cost import Analysis, Collective
-from t5like.plan.topology import Topology
+from t5like.plan.topology import Topology, one_chip
+from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
-from t5like.sharding import placement
 from t5like.sharding.auto import FUSED
 from t5like.types import Batch, TrainState
 
-SERIAL_TO_REAL_RATIO = 1.2  # serial time over real time
-UNCERTAINTY = 0.15  # of a predicted step time
-MATMUL_SHARE = 0.87  # of the peak that a step's matmuls reach
+SERIAL_TO_REAL_RATIO = 1.2  # serial time over real time, on TPUs
+UNCERTAINTY = 0.15  # of a predicted step time on TPUs
+CALIBRATION = {"tpu": (SERIAL_TO_REAL_RATIO, UNCERTAINTY), "gpu": (1.0, 0.35)}
+MATMUL_SHARE = 0.87  # of the peak that a step's matmuls reach, on TPUs
+STEP_SHARE = {"a100": 0.66, "h100": 0.48, "h200": 0.48, "b200": 0.48}  # the same on GPUs, all other work included
 EXPOSED_REDUCTION_SHARE = {"v5e": 0.1, "v5p": 0.1, "v6e": 0.1}  # of the gradients' reduction, on chips that overlap it
 # libtpu gathers weights that are split over three axes of a torus, three times a step, by all-reduces of zero-padded
 # shards. Measured as so many passes over the gathered weights in memory (7B and T5 XXL on v5p:8x8x8).
@@ -85,7 +97,7 @@ class QuickEstimate(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The time of one compiled step, seconds; None where the compiler gives no cycles."""
+    """The time of one compiled step, seconds."""
 
     compute: float  # cycles / clock
     exposed: float  # collectives that no other work hides
@@ -93,6 +105,8 @@ class Prediction(NamedTuple):
     custom: float  # kernels without cycles
     serial: float
     seconds: float
+    ratio: float  # serial time over the predicted one
+    uncertainty: float  # of the predicted time, as a share of it
 
 
 class AbstractInputs(NamedTuple):
@@ -202,8 +216,11 @@ def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) 
     seconds = None
     if chip.peak:
         softmax = config.train.microbatches * scores * 8 / chip.memory_bandwidth  # four passes that read and write
-        seconds = total_flops / (MATMUL_SHARE * chip.peak) + softmax
-        seconds += _quick_network(config, topology, sizes, weights, width)
+        seconds = total_flops / (STEP_SHARE.get(topology.kind, MATMUL_SHARE) * chip.peak) + softmax
+        if chip.platform == "gpu":
+            seconds = max(seconds, _quick_gpu_network(config, topology, sizes, weights))
+        else:
+            seconds += _quick_network(config, topology, sizes, weights, width)
     return QuickEstimate(activations, state.total + activations, total_flops, seconds)
 
 
@@ -229,6 +246,25 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
             passes * 2 * tokens * config.model.model_dim * width / (chip.ici * torus_axes(topology, sizes["tensor"]))
         )
     return seconds
+
+
+def _quick_gpu_network(config: Config, topology: Topology, sizes: dict[str, int], weights: float) -> float:
+    """Seconds of collectives of weights and gradients, which GPUs transfer while they compute.
+
+    Args:
+        config: resolved.
+        topology: GPUs.
+        sizes: devices by mesh axis.
+        weights: bytes of the gathered weights, in the dtype of computation.
+    """
+    inner = sizes["tensor"] * sizes["context"]  # devices between two neighbors of the fsdp axis
+    wire = lambda kind, size, axis, stride: (
+        gpu_time.wire_seconds(kind, int(size), topology, sizes[axis], stride) if sizes[axis] > 1 else 0.0
+    )
+    gathers = wire("all-gather", weights, "fsdp", inner) * (3 if config.model.remat in ("full", "qk") else 2)
+    reductions = wire("reduce-scatter", weights, "fsdp", inner)
+    reductions += wire("all-reduce", weights / sizes["fsdp"], "data", inner * sizes["fsdp"])
+    return config.train.microbatches * (gathers + reductions)
 
 
 # ---- From a compiled program ----
@@ -258,7 +294,10 @@ def torus_axes(topology: Topology, group: int) -> float:
 
 
 def wire_seconds(collective: Collective, topology: Topology) -> float:
-    """Time on the wire of one run of a collective, at full bandwidth and without latency."""
+    """Time on the wire of one run of a collective; of a TPU at full bandwidth and without latency."""
+    if topology.chip.platform == "gpu":
+        group = collective.group or topology.num_devices
+        return gpu_time.wire_seconds(collective.kind, collective.bytes, topology, group, collective.stride)
     ring = topology.chip.ici * torus_axes(topology, collective.group or topology.num_devices)
     if collective.kind == "all-reduce":
         return 2 * collective.bytes / ring
@@ -276,7 +315,7 @@ def exposed_seconds(collective: Collective, topology: Topology) -> float:
 
 
 def predict(analysis: Analysis, topology: Topology) -> Prediction | None:
-    """The time of a compiled step; None where the compiler gives no cycles (CPU)."""
+    """The time of a compiled step; None where no cycles are known (CPU)."""
     chip = topology.chip
     if not chip.peak:
         return None
@@ -289,7 +328,25 @@ def predict(analysis: Analysis, topology: Topology) -> Prediction | None:
     custom /= CUSTOM_CALL_SHARE * chip.peak
     serial = compute + exposed + custom
     overlapped = wire + between - exposed
-    return Prediction(compute, exposed, overlapped, custom, serial, serial / SERIAL_TO_REAL_RATIO)
+    ratio, uncertainty = CALIBRATION[chip.platform]
+    return Prediction(compute, exposed, overlapped, custom, serial, serial / ratio, ratio, uncertainty)
+
+
+def step_seconds(config: Config, chip: str) -> float:
+    """The estimate for one accelerator of this kind, without compiling; see `quick_estimate`.
+
+    Args:
+        config: `auto` fields may be unresolved; its mesh is replaced by one of a single device.
+        chip: `h100`, `v5e` and the other kinds of `topology`.
+
+    Raises:
+        ConfigError: there is no such chip, or the config can't run on it.
+    """
+    topology = one_chip(chip)
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    config = auto.resolve_auto_for(config, topology.chip.platform)
+    held = persistent_memory(abstract_inputs(config), meshes.axis_sizes(config, 1))
+    return quick_estimate(config, topology, held).seconds
 
 
 def mfu(config: Config, topology: Topology, seconds: float) -> float:

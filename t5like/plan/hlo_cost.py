@@ -3,7 +3,7 @@
 `cost_analysis()` counts the body of a loop once, however often it runs, has no network time, and charges a second for
 some copies: 1/21 of the FLOPs of a scanned 7B model. So the text is parsed instead (`hlo_text`). On a TPU each fusion
 has the compiler's own estimate of its cycles (``estimated_cycles``); collectives and custom calls have none, `estimate`
-computes their time. A CPU's program has no cycles. `planner` calls `analyze`.
+computes their time. A GPU's come from a roofline (`gpu_time`). A CPU's program has none. `planner` calls `analyze`.
 
     while                      trips: ``known_trip_count``, or the constant that its condition compares with
     fusion                     cycles, and the matmuls inside; a TPU writes these as convolutions
@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from t5like.plan import gpu_time
 from t5like.plan.hlo_text import (
     ARRAY_TYPE,
     Instruction,
@@ -55,6 +56,7 @@ FREE = (  # opcodes that take no time of their own
     "call",
     "opt-barrier",
 )
+NO_KERNEL = ("async", "copy-start", "copy-done", "send", "recv", "partition-id", "replica-id", "after-all")  # on a GPU
 
 
 class Loop(NamedTuple):
@@ -76,6 +78,7 @@ class Collective(NamedTuple):
     hiding: float  # cycles per step of concurrent work; 0 if the collective is exposed
     group: int  # number of participating devices
     source: str
+    stride: int = 1  # devices from one participant to the next
 
 
 class Work(NamedTuple):
@@ -143,10 +146,12 @@ def matmul_flops(computation: dict[str, Instruction], item: Instruction) -> floa
 
 
 def _attention_flops(computation: dict[str, Instruction], item: Instruction) -> float:
-    """FLOPs of a Pallas kernel that declares them (`model.kernels.tpu_attention`), or of libtpu's kernel for attention.
+    """FLOPs of attention: of the kernel for TPUs, which declares them, of that for GPUs, or of libtpu's.
 
     The latter reads queries [B, N, L, H], keys and values [B, K, S, H].
     """
+    if gpu_time.TRITON in item.rest:
+        return gpu_time.attention_flops(source_of(item), [dims(computation[name].type) for name in operands(item)[:2]])
     if 'custom_call_target="tpu_custom_call"' not in item.rest:
         return 0.0
     if match := re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', item.rest):
@@ -170,8 +175,9 @@ def _library_flops(computation: dict[str, Instruction], item: Instruction) -> fl
 class Module:
     """The computations of a module, how often each of them runs, and its loops; FLOPs of any instruction."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, rates: gpu_time.Rates | None = None):
         self.computations, entry = parse(text)
+        self._rates = rates
         self.runs: dict[str, int] = defaultdict(int)
         self.in_loop: dict[str, bool] = defaultdict(bool)
         self.loops: list[Loop] = []
@@ -226,10 +232,18 @@ class Module:
             return sum(matmul_flops(parent, inner) for parent, inner in self.inside(attribute(item, "calls")))
         return matmul_flops(computation, item)
 
+    def cycles(self, computation: dict[str, Instruction], item: Instruction) -> float:
+        """Cycles of an instruction: the compiler's estimate, or on a GPU the roofline's nanoseconds; 0: unknown."""
+        if match := re.search(r'"estimated_cycles":"(\d+)"', item.rest):
+            return float(match[1])
+        if self._rates is None or item.op in FREE or _collective(item.op) in (*COLLECTIVES, *NO_KERNEL):
+            return 0.0
+        size = gpu_time.kernel_bytes(self.computations, computation, item)
+        return self._rates.nanoseconds(self.flops(computation, item), size, fused=gpu_time.TRITON in item.rest)
 
-def _cycles(item: Instruction) -> float:
-    match = re.search(r'"estimated_cycles":"(\d+)"', item.rest)
-    return float(match[1]) if match else 0.0
+
+def _collective(opcode: str) -> str:
+    return re.sub("-(start|done|update)$", "", opcode)
 
 
 def _category(item: Instruction, flops: float) -> str:
@@ -240,9 +254,9 @@ def _category(item: Instruction, flops: float) -> str:
     return "matmul" if flops else "other"
 
 
-def analyze(text: str) -> Analysis:
-    """Compute what one run of a program does on one device, from its text."""
-    module = Module(text)
+def analyze(text: str, rates: gpu_time.Rates | None = None) -> Analysis:
+    """Compute what one run of a program does on one device, from its text; of a GPU with its `rates`."""
+    module = Module(text, rates)
     work, collectives, custom, tensors = [], _Collectives(module), defaultdict(int), {}
     slices_bytes = 0.0
     for name, runs in list(module.runs.items()):
@@ -250,8 +264,8 @@ def analyze(text: str) -> Analysis:
         for item in computation.values():
             if item.op in FREE:
                 continue
-            flops, cycles, source = module.flops(computation, item), _cycles(item), source_of(item)
-            base = re.sub("-(start|done)$", "", item.op)
+            flops, cycles, source = module.flops(computation, item), module.cycles(computation, item), source_of(item)
+            base = _collective(item.op)
             if item.op == "custom-call":
                 target = re.search(r'custom_call_target="([^"]*)"', item.rest)
                 custom[target[1] if target else "?"] += runs
@@ -297,7 +311,7 @@ class _Collectives:
     def plain(self, name: str, item: Instruction) -> None:
         """Add a collective that is an instruction of its own: exposed, or hidden from its start to its done."""
         computation = self._module.computations[name]
-        asynchronous = item.op.endswith("-start")
+        asynchronous = item.op.endswith("-start") and '"is_sync":true' not in item.rest
         hiding = self._between(computation, item) * self._module.runs[name] if asynchronous else 0.0
         self._plain.append(self._make(name, computation, item, asynchronous, hiding))
 
@@ -320,7 +334,7 @@ class _Collectives:
                 break
             if item.op == "async-update" and own in (names_read := operands(item)):
                 own, cycles = name, 0.0 if len(names_read) > 1 else cycles
-            cycles += _cycles(item)
+            cycles += self._module.cycles(computation, item)
         return cycles
 
     def fused(self, name: str, fusion: Instruction, cycles: float) -> None:
@@ -358,4 +372,5 @@ class _Collectives:
         # The result of a start contains its operands.
         size = max(read, written - read) if item.op.endswith("-start") else max(read, written)
         runs, in_loop = self._module.runs[name], self._module.in_loop[name]
-        return Collective(kind, size, runs, in_loop, asynchronous, hiding, group_size(item.rest), source_of(item))
+        group, stride = group_size(item.rest), gpu_time.group_stride(item.rest)
+        return Collective(kind, size, runs, in_loop, asynchronous, hiding, group, source_of(item), stride)

@@ -13,7 +13,7 @@ from t5like.config.schema import Config
 from t5like.errors import UserError
 from t5like.metrics import flops
 from t5like.plan import compile as compiler
-from t5like.plan import estimate, hlo_cost, preflight, search
+from t5like.plan import estimate, gpu_time, hlo_cost, preflight, search
 from t5like.plan.topology import Topology
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -142,7 +142,8 @@ def describe_program(
     }
     if not program.text:
         return plan
-    analysis = hlo_cost.analyze(program.text)
+    rates = gpu_time.rates(topology) if topology.chip.platform == "gpu" else None
+    analysis = hlo_cost.analyze(program.text, rates)
     prediction = estimate.predict(analysis, topology)
     plan |= {
         "flops": analysis.flops,
@@ -159,7 +160,6 @@ def describe_program(
         if is_train:
             plan["time"]["mfu"] = estimate.mfu(config, topology, prediction.seconds)
             plan["time"]["tokens_per_second"] = estimate.tokens_per_step(config) / prediction.seconds
-            plan["time"]["uncertainty"] = estimate.UNCERTAINTY
     return plan
 
 

@@ -94,20 +94,21 @@ def _speed(plan: Plan) -> str:
             f"step       {time['seconds']:.3f} s (+-{spread:.0f} %), MFU {100 * time['mfu']:.1f} %, "
             f"{time['tokens_per_second']:,.0f} tokens/s",
             f"           compute {time['compute']:.3f} s, exposed collectives {time['exposed']:.3f} s, "
-            f"kernels {time['custom']:.3f} s; their sum is 1.2 x the predicted step",
+            f"kernels {time['custom']:.3f} s; their sum is {time['ratio']:g} x the predicted step",
         ]
+        unit = "cycles" if plan["topology"]["platform"] == "tpu" else "time"  # of a GPU: by a roofline
         cycles = train["cycles"]
         shares = (
             f"{name} {100 * value / cycles['total']:.0f} %"
             for name, value in sorted(cycles.items(), key=lambda item: -item[1])
             if name != "total" and value
         )
-        lines.append(f"           cycles: {', '.join(shares)}")
+        lines.append(f"           {unit}: {', '.join(shares)}")
         rows = [
             (f"{100 * row['cycles'] / cycles['total']:.1f} %", f"{row['runs']:,}", row["category"], row["source"][-90:])
             for row in train["slowest"][:MAX_ROWS]
         ]
-        lines.append(_table("slowest    by cycles", ("share", "runs", "kind", "source"), rows))
+        lines.append(_table(f"slowest    by {unit}", ("share", "runs", "kind", "source"), rows))
     else:
         lines.append("step       no time: this compiler estimates no cycles")
     return "\n".join(lines)
@@ -147,6 +148,8 @@ def _quick(plan: Plan) -> str:
     seconds = "" if quick["seconds"] is None else f", {quick['seconds']:.3f} s per step, MFU {100 * quick['mfu']:.1f} %"
     verdict = "" if quick["fits"] else ", which does not fit"
     line = f"estimate   without compiling: {_gib(quick['total'])} per device{verdict}{seconds}"
+    if quick["seconds"] is not None and plan["topology"]["platform"] == "gpu":
+        line += "\n           a GPU's times are not calibrated: no step of t5like was measured on one"
     train = plan.get("train")
     if train and "total" in train["memory"]:
         line += f"\n           {quick['total'] / train['memory']['total'] - 1:+.0%} of the compiled memory"

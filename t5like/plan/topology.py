@@ -2,8 +2,8 @@
 
     v5e:16x16  v6e:8x8      a slice of a TPU torus, by its sides
     v5p:8x8x8  v4:4x4x8
-    h100:8  a100:4x8  h200  GPUs of a host, or hosts x GPUs per host: memory and collectives, no time
-    cpu:8                   that many CPU devices of this machine: the same
+    h100:8  a100:4x8  h200:1  b200:8   GPUs of a host, or hosts x GPUs per host
+    cpu:8                   that many CPU devices of this machine: memory and collectives, no time
 
 Only `devices` loads a compiler; only the compiling process calls it (`plan.compile`).
 """
@@ -14,6 +14,7 @@ import re
 from typing import NamedTuple
 
 from t5like.errors import ConfigError
+from t5like.metrics.flops import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -24,16 +25,16 @@ class Chip(NamedTuple):
     platform: str  # tpu | gpu | cpu, JAX's names
     memory: int | None  # bytes available to a program; None: unknown
     peak: float = 0.0  # FLOP/s, bf16; 0: unknown, no time is predicted
-    flops_per_cycle: int = 1  # of its matrix units; peak / this is the clock
-    ici: float = 0.0  # bytes/s along one torus axis, both directions together
+    flops_per_cycle: int = 1  # of its matrix units; peak / this is the clock. Of a GPU: 1e-9 of the peak, see `clock`
+    ici: float = 0.0  # bytes/s along one torus axis, both directions together; of a GPU: NVLink, one direction
     memory_bandwidth: float = 0.0  # bytes/s
-    dcn: float = 0.0  # bytes/s per chip between slices, each direction
+    dcn: float = 0.0  # bytes/s per chip between slices, or of a GPU to other hosts, each direction
     wrap: int = 1  # an axis is a ring if its side is a multiple of this
     largest: tuple[int, ...] = ()  # the longest sides of a slice
 
     @property
     def clock(self) -> float:
-        """Cycles per second at which the matrix units reach the peak."""
+        """Cycles per second at which the matrix units reach the peak; 1e9 for a GPU: its cycles are nanoseconds."""
         return self.peak / self.flops_per_cycle
 
 
@@ -49,6 +50,7 @@ CHIPS = {
     "v5p": Chip("tpu", int(95.73 * GIB), 459e12, 8 * 2 * 128**2, 1.8e11, 2765e9, 6.25e9, 4, (16, 16, 24)),
     "v6e": Chip("tpu", int(31.24 * GIB), 918e12, 2 * 2 * 256**2, 1.8e11, 1640e9, 12.5e9, 16, (16, 16)),
 }
+TPU_NAMES = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's
 # XLA compiles for a GPU from its description: openxla/xla, xla/backends/gpu/target_config/specs/*.txtpb. These are the
 # fields that differ: name, cores, units, shared memory of a core and of a block, L2 bytes, GHz, memory bytes
 # and bytes/s, compute capability.
@@ -56,7 +58,12 @@ GPUS = {
     "a100": ("NVIDIA A100-SXM4-80GB", 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 2039040000000, 8),
     "h100": ("NVIDIA H100 80GB HBM3", 132, 128, 233472, 232448, 52428800, 1.98, 84942979072, 3352320000000, 9),
     "h200": ("NVIDIA H200 141GB HBM3e", 132, 128, 233472, 232448, 52428800, 1.98, 151397597184, 4800000000000, 9),
+    "b200": ("NVIDIA B200", 148, 128, 233472, 232448, 132644864, 1.965, 191514411008, 7672320000000, 10),
 }
+# Bytes/s of a GPU, each direction. NVLink to the other GPUs of its host: half of the total bandwidth in NVIDIA's data
+# sheets of A100 (600 GB/s), H100 and H200 (900) and HGX B200 (1,800). InfiniBand adapters, one for each GPU, in those
+# of DGX A100 (200 Gb/s), DGX H100, H200 and B200 (400 Gb/s). The peak is that of `metrics.flops`.
+GPU_LINKS = {"a100": (300e9, 25e9), "h100": (450e9, 50e9), "h200": (450e9, 50e9), "b200": (900e9, 50e9)}
 GPU_SHARE = 0.75  # of a GPU's memory that JAX allocates by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
 FLAT = (
     "2x2",
@@ -110,7 +117,7 @@ def parse(text: str, num_slices: int = 1) -> Topology:
     if kind in GPUS:
         if len(shape) > 2 or shape[-1] > 8:
             raise ConfigError(f"--topology={text} must be GPUs of a host, at most 8, or hosts x GPUs; use {kind}:4x8")
-        return Topology(kind, (1, *shape)[-2:], num_slices, Chip("gpu", int(GPU_SHARE * GPUS[kind][7])))
+        return Topology(kind, (1, *shape)[-2:], num_slices, gpu(kind))
     chip = CHIPS[kind]
     if len(chip.largest) == 2 and sides not in FLAT:
         raise ConfigError(f"--topology={text} is no slice of {kind}; use {kind}: with {', '.join(FLAT)}")
@@ -120,6 +127,26 @@ def parse(text: str, num_slices: int = 1) -> Topology:
             f"{'x'.join(map(str, chip.largest))}, or 2x2x1, 2x2x2, 2x2x4, 2x4x4; use {kind}:4x4x8"
         )
     return Topology(kind, shape, num_slices, chip)
+
+
+def one_chip(kind: str) -> Topology:
+    """A single accelerator of this kind, a key of `CHIPS` or `GPUS`.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    if kind not in (*CHIPS, *GPUS):
+        raise ConfigError(f"chip={kind} must be one of {', '.join((*CHIPS, *GPUS))}; use h100")
+    return Topology(kind, (1, 1), 1, CHIPS[kind] if kind in CHIPS else gpu(kind))
+
+
+def kind_of_device(device_kind: str) -> str | None:
+    """The kind of JAX's device ``NVIDIA H100 80GB HBM3`` is h100; None for others, and for a part of one (MIG)."""
+    if device_kind in TPU_NAMES:
+        return TPU_NAMES[device_kind]
+    found = re.search(rf"\b({'|'.join(GPUS)})\b", device_kind, re.IGNORECASE)
+    other = re.search(r"\b(MIG|PCIe|NVL)\b", device_kind, re.IGNORECASE)
+    return found[1].lower() if found and not other else None
 
 
 def is_block(shape: tuple[int, ...], largest: tuple[int, ...]) -> bool:
@@ -132,6 +159,13 @@ def is_block(shape: tuple[int, ...], largest: tuple[int, ...]) -> bool:
 
 def _machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu(kind: str) -> Chip:
+    """One GPU of this kind, of which a program has JAX's default share of the memory."""
+    memory, bandwidth = GPUS[kind][7:9]
+    peak, (nvlink, network) = PEAK_FLOPS[kind.upper()], GPU_LINKS[kind]
+    return Chip("gpu", int(GPU_SHARE * memory), peak, round(peak / 1e9), nvlink, bandwidth, network)
 
 
 def _gpu_target(kind: str) -> str:

@@ -2,18 +2,7 @@
 
 `step` passes them to `jax.jit`, so that the trainer and `t5like plan` compile the same program. benchmarks/RESULTS.md
 ("Effect of each change") has the measurements. libtpu 0.0.42, which jax 0.10.2 requires, and 0.0.52 accept all of them;
-those for NVIDIA GPUs, jaxlib 0.10.2 and 0.11.2.
-
-Not here, though guides recommend them for GPUs (docs.nvidia.com/jax-toolbox, "Tips for High-Performance LLMs with JAX
-and XLA"; docs.jax.dev, "GPU performance tips"; MaxText's a3 scripts):
-
-* ``xla_gpu_enable_latency_hiding_scheduler``: jaxlib 0.10.2 compiles the same program without it.
-* ``xla_gpu_enable_command_buffer`` (CUDA graphs), ``xla_gpu_triton_gemm_any``, ``xla_gpu_enable_cublaslt``,
-  ``xla_gpu_enable_pipelined_reduce_scatter``, ``xla_gpu_enable_highest_priority_async_stream``: on by default. A matmul
-  runs as Triton's or cuBLAS's, whichever the compiler measures to be faster (``xla_gpu_autotune_level`` 4).
-* ``xla_gpu_*_combine_threshold_bytes``: MaxText combines up to 128 MiB or 1 GiB, so that a layer gathers its weights at
-  once. In the backward pass, whose gathers are not pipelined, no matmul is left to hide that. With XLA's 30 MiB a large
-  weight is gathered behind the matmul before its own, and small ones share the latency of one collective.
+jaxlib 0.10.2 and 0.11.2 those for GPUs; docs/scaling.md says which options of other guides are left out, and why.
 """
 
 import contextlib
@@ -29,8 +18,6 @@ from t5like.errors import ConfigError
 Option = bool | int | str
 
 NONE = "none"  # value of train.compiler_options: none of those below
-
-_NVIDIA = "NVIDIA"
 
 # Gradients are reduced over fsdp in the backward pass of every layer, weights are gathered in both passes. With
 # libtpu's defaults the reductions are exposed; on chips with sparse cores the gathers are exposed as well.
@@ -53,14 +40,11 @@ OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
     },
     "TPU v5": _SPARSE_CORES,  # v5p
     "TPU v6 lite": _SPARSE_CORES,
-    _NVIDIA: {  # every GPU whose name begins so; without effect in a program for one GPU, which has no collectives
-        # The weights of a layer are gathered in the trip before its own, behind the matmuls of another layer. Otherwise
-        # each trip begins with a gather that nothing hides.
+    "NVIDIA": {  # all of them
+        # Each trip through a loop of layers gathers the weights of the next trip, and reduces the gradients of the last
+        # one, behind its matmuls. Two trips are one body, which then swaps the buffers that it would copy.
         "xla_gpu_enable_pipelined_all_gather": True,
-        # Gradients are reduced in the trip after their own. That concerns fsdp too: XLA turns the all-reduce into a
-        # reduce-scatter later, when ``xla_gpu_enable_pipelined_reduce_scatter`` no longer sees it in the loop.
-        "xla_gpu_enable_pipelined_all_reduce": True,
-        # A pipelined loop hands buffers to its next trip. Two trips in one body swap them instead of copying.
+        "xla_gpu_enable_pipelined_all_reduce": True,  # also what becomes a reduce-scatter
         "xla_gpu_enable_while_loop_double_buffering": True,
     },
 }
@@ -69,7 +53,7 @@ OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
 def of_chip(config: TrainConfig, mesh: Mesh) -> dict[str, Option]:
     """The options for the chips of a mesh; evaluation, which may run on other machines, uses only these."""
     kind = mesh.devices.flat[0].device_kind
-    return {} if NONE in config.compiler_options else OPTIONS.get(_NVIDIA if kind.startswith(_NVIDIA) else kind, {})
+    return {} if NONE in config.compiler_options else OPTIONS.get(kind, OPTIONS.get(kind.split()[0], {}))
 
 
 def of_training(config: TrainConfig, mesh: Mesh) -> dict[str, Option]:
