@@ -20,12 +20,14 @@ the middle of 0.77, 0.88 and 0.96: with these, the matmuls of the three steps (1
 and their exposed collectives take the published time. With the middle the error is -11, +2 and +9 %.
 
 **GPUs.** No step of t5like was measured on a GPU. A compiled step takes the sum of its kernels and exposed collectives
-(`gpu_time`), to which +-35 % is only a guess. One outside check: with the shapes of MPT 7B, 128 rows of 4,096 tokens and
-full remat, the sum for 8 H100s is 6.86 s, and PyTorch's published time 7.61 s. The shares of the quick estimate contain all other work. They are the
-middle of what published steps of another program reach: MPT with PyTorch, FSDP and FlashAttention, 760 million to 70
-billion parameters, on 8 to 64 GPUs, of which model, rows and remat are published (mosaicml/llm-foundry,
-scripts/train/benchmarking/README.md). Seven on A100s reach 0.57 to 0.77, ten on H100s 0.38 to 0.59, the larger the
-model and the rows the more. So the estimate misses these steps by -21 to +22 %. H200 and B200 have the H100's share.
+(`gpu_time`), to which +-35 % is only a guess. One outside check: with the shapes of MPT 7B, 128 rows of 4,096 tokens,
+full remat and 8 H100s, the sum is 6.86 s; with PyTorch the published step takes 7.61 s.
+
+The shares of the quick estimate contain all other work. They are the middle of what published steps of another program
+reach: MPT with PyTorch, FSDP and FlashAttention, 760 million to 70 billion parameters, on 8 to 64 GPUs, of which model,
+rows and remat are published (mosaicml/llm-foundry, scripts/train/benchmarking/README.md). Seven on A100s reach 0.57 to
+0.77, ten on H100s 0.38 to 0.59, the larger the model and the rows the more. So the estimate misses these steps by -21
+to +22 %. H200 and B200 have the H100's share.
 """
 
 import dataclasses
