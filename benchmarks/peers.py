@@ -11,6 +11,9 @@ decoder. The work is `metrics.flops.model_flops` for all. `counted_flops` is PyT
 is lower by the matmuls of fused attention: T5's cross-attention, Llama's self-attention. Each process also measures the
 matmul rate of its library, which depends on the processor: a difference there is not a property of the model's code.
 
+`--before=CHECKOUT` adds the code of another checkout of t5like. With `--wait_file=FILE` the steps of a shape begin when
+the file exists: compile on a busy machine, and make the file when it is idle.
+
 Prints a JSON line per peer and shape, and at the end, on standard error, a table in Markdown. Standard library only.
 """
 
@@ -62,7 +65,7 @@ SHAPES = {
 MEASURED = ("tiny", "small", "dec", "bert", "long")
 
 
-def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
+def t5like_command(shape: Shape, options: argparse.Namespace, checkout: Path = HERE.parent) -> list[str]:
     """The command line of `train_step.py` for a shape."""
     fields = {
         "tokenizer.vocab_size": shape.vocabulary,
@@ -93,9 +96,9 @@ def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
         config = "bert_base.py"
     return [
         sys.executable,
-        str(HERE / "train_step.py"),
+        str(checkout / "benchmarks" / "train_step.py"),
         "--serve",
-        f"--config={HERE.parent / 'configs' / config}",
+        f"--config={checkout / 'configs' / config}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]
 
@@ -103,14 +106,15 @@ def t5like_command(shape: Shape, options: argparse.Namespace) -> list[str]:
 class Peer:
     """A process that runs training steps on request."""
 
-    def __init__(self, name: str, command: list[str]):
-        """Start it and wait for its first step; `start` has the cost."""
+    def __init__(self, name: str, command: list[str], **variables: str):
+        """Start it with these environment variables and wait for its first step; `start` has the cost."""
         # Idle OpenMP threads must sleep while others are measured; compilation is measured, so caches are disabled.
         environment = os.environ | {
             "OMP_WAIT_POLICY": "passive",
             "JAX_ENABLE_COMPILATION_CACHE": "false",
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **variables,
         }
         self.name, self.rounds = name, []
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -146,12 +150,19 @@ def compare(name: str, options: argparse.Namespace) -> list[dict]:
     shape, peers = SHAPES[name], []
     try:
         peers.append(Peer("t5like", t5like_command(shape, options)))
+        if options.before:
+            command = t5like_command(shape, options, options.before)
+            peers.append(Peer("t5like before", command, PYTHONPATH=str(options.before)))
         for peer in options.peers:
             settings = [f"--shape={name}", f"--optimizer={options.optimizer}", f"--dtype={options.dtype}", *PEERS[peer]]
             peers.append(Peer(f"torch {peer}", [options.torch_python, str(HERE / "torch_peer.py"), *settings]))
             ours, theirs = peers[0].start["params"], peers[-1].start["params"]
             if ours != theirs:
                 raise SystemExit(f"peers.py: {name}: t5like has {ours:,} parameters, {peers[-1].name} {theirs:,}")
+        if options.wait_file:
+            print(f"peers.py: {name} waits for {options.wait_file}", file=sys.stderr, flush=True)
+            while not options.wait_file.exists():
+                time.sleep(0.2)
         for _ in range(options.warmup + options.rounds):
             for peer in peers:
                 time.sleep(options.pause)
@@ -224,6 +235,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=["adamw", "adafactor"], default="adamw")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter that has torch and transformers")
+    parser.add_argument("--before", type=Path, help="another checkout of t5like, to compare with")
+    parser.add_argument("--wait_file", type=Path, help="the steps of a shape begin when this file exists")
     options = parser.parse_args(arguments)
     for field, known in (("shapes", SHAPES), ("peers", PEERS)):
         names = [name for name in getattr(options, field).split(",") if name]

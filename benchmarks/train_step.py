@@ -1,11 +1,13 @@
 """Speed of the full training step of any config on this machine's devices, without data.
 
-    python benchmarks/train_step.py --config=configs/tiny.py [--config.SECTION.FIELD=VALUE ...] [--steps=20]
+    python benchmarks/train_step.py --config=configs/tiny.py [--config.SECTION.FIELD=VALUE ...] [--steps=20] [--profile]
+    python benchmarks/train_step.py --shape=tiny [...]    # a shape of peers.py instead of a config
 
 The step is the trainer's own (`t5like.optim.step`), started as by the trainer; tokens are random and go through the
 config's objective. Prints three JSON lines: the machine; the cost of the start (from process start to the first
 finished step, tracing, compilation; the latter two run concurrently with the initialization of the state, as in
-`train`); the speed (tokens/s as the trainer counts them, MFU against `metrics.flops.peak_flops`, peak memory).
+`train`); the speed (tokens/s as the trainer counts them, MFU against `metrics.flops.peak_flops`, peak memory). With
+--profile, standard error gets where the time of three more steps goes, by kind of operation.
 
 Compiled programs are cached, so the first start is slower than later ones; JAX_ENABLE_COMPILATION_CACHE=false disables
 the cache. `peers.py` runs this file with --serve (see `measurement`).
@@ -13,11 +15,14 @@ the cache. `peers.py` runs this file with --serve (see `measurement`).
 
 import argparse
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import measurement
+import peers
 
 from t5like.cli.flags import Parser
 from t5like.cli.main import keep_freed_memory, start_devices
@@ -134,15 +139,35 @@ class Trainer:
         return seconds
 
 
+def profile(trainer: Trainer) -> None:
+    """Print to standard error where the time of three steps goes."""
+    from t5like.metrics.profiler import Profiler
+    from t5like.train import profile_summary
+
+    show = lambda line: print(line, file=sys.stderr)
+    with tempfile.TemporaryDirectory() as directory:
+        recorder = Profiler(Path(directory), 1, profile_summary.explain(trainer.compiled, show))
+        for number in range(1, 5):
+            recorder.before(number)
+            trainer.run(1)
+        recorder.stop()
+
+
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, "Config"]:
     """The options and the config of a command line."""
     parser = Parser(prog="train_step.py", description="Measure the training step of a config.", allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="--config.SECTION.FIELD=VALUE changes a field")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", metavar="FILE", help="--config.SECTION.FIELD=VALUE changes a field")
+    model.add_argument("--shape", choices=list(peers.SHAPES), help="a shape of peers.py")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, after 2 that are not")
     parser.add_argument("--fake_devices", type=int, default=None, metavar="N", help="N CPU devices in this process")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
     parser.add_argument("--serve", action="store_true", help="read numbers of steps from standard input and time them")
     rest, overrides = measurement.split(arguments)
     options = parser.parse_args(rest)
+    if options.shape:
+        config, *fields = peers.t5like_command(peers.SHAPES[options.shape], peers.parse([]))[3:]
+        options.config, overrides = config.partition("=")[2], measurement.split(fields)[1] + overrides
     return options, loader.load(options.config, overrides)
 
 
@@ -194,6 +219,8 @@ def main(arguments: list[str]) -> None:
         peak_rss_mb=memory,
         peak_device_mb=max(device_bytes) // 2**20 or None,
     )
+    if options.profile:
+        profile(trainer)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ def test_the_training_step_is_measured_alone_and_on_request(capfd, monkeypatch):
 
     program, path, serve, *command = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))
     assert (program, path, serve) == (sys.executable, str(ROOT / "benchmarks/train_step.py"), "--serve")
-    train_step.main([*command, "--steps=2"])
-    machine, start, speed = lines(capfd.readouterr().out)
+    train_step.main([*command, "--steps=2", "--profile"])
+    out, err = capfd.readouterr()
+    machine, start, speed = lines(out)
+    assert "profile    steps 1 to 3 on" in err and "matrix products" in err
     embeddings, attention, mlp, norms = 2 * 512 * 64, 4 * 64 * 64, 3 * 64 * 64, 3 * 64
     assert start["params"] == embeddings + attention + mlp + norms and 5 < start["loss"] < 8
     assert machine["cpu"] and machine["devices"] == 8 and machine["dtype"] == "float32"

@@ -1,9 +1,11 @@
 """The attention function against softmax in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from t5like.model.attention import attend
+from t5like.model.kernels import cpu, plain
 from t5like.model.masks import MaskSpec, causal_mask, segment_mask
 
 
@@ -26,3 +28,18 @@ def test_attend_equals_softmax_in_float64(rng):
         mask=MaskSpec(allowed_B1LS=causal_mask(5, 7, 2)),
     )
     np.testing.assert_allclose(computed, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
+
+
+def test_two_blocks_of_causal_queries_equal_plain_attention(rng):
+    length = cpu.LONG + 1
+    q, k, v, out = (jnp.asarray(rng.normal(size=(1, 1, length, 4)), jnp.float32) for _ in range(4))
+    bias, mask = jnp.asarray(rng.normal(size=(1, 1, length, length)), jnp.float32), causal_mask(length, length)
+
+    @jax.jit
+    def computed(q, k, v, bias):
+        values, gradients = jax.vjp(lambda *inputs: cpu.attend_causal(*inputs, mask), q, k, v, bias)
+        others, expected = jax.vjp(lambda *inputs: plain.attend(*inputs, mask), q, k, v, bias)
+        return (values, *gradients(out)), (others, *expected(out))
+
+    for ours, theirs in zip(*computed(q, k, v, bias), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=1e-5)
