@@ -68,13 +68,19 @@ def run(name: str, flags: list[str], options: argparse.Namespace) -> dict[str, o
     return result
 
 
-def main(arguments: list[str]) -> None:
-    """Make the runs of a file of settings."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line; `flags` are those of all runs."""
     parser = argparse.ArgumentParser(description="Compare settings of a config at about the same processor time.")
     parser.add_argument("settings", type=Path, help="a file; each line is a name and flags of t5like train")
     parser.add_argument("--config", default="configs/tiny.py")
     parser.add_argument("--workdir", type=Path, default=Path("runs/sweep"))
     options, options.flags = parser.parse_known_args(arguments)
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Make the runs of a file of settings."""
+    options = parse(arguments)
     results = []
     for name, flags in read_settings(options.settings).items():
         results.append(run(name, flags, options))

@@ -1,6 +1,6 @@
 """Coordinate check: do activations keep their size from narrow to wide models, at equal learning-rate rules?
 
-    python benchmarks/widths.py [--config=configs/t5_small.py] [--widths=128,256,512,1024] [--steps=8] [--rules=...]
+    python benchmarks/widths.py [--config=configs/t5_small.py] [--widths=128,256,512,1024] [--steps=8]
 
 A learning rate that was found at one width holds at another if each kind of activation stays of order 1 in the first
 steps at all widths (Yang et al. 2022, arXiv:2203.03466, appendix D.1). The config's model is trained at each width,
@@ -106,25 +106,31 @@ def rows(results: dict[tuple[str, int], dict[str, list[float]]], widths: list[in
     return table
 
 
-def main(arguments: list[str]) -> None:
-    """Measure the activations of all rules and widths."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line."""
     parser = argparse.ArgumentParser(description="Compare activations of models of several widths.")
     parser.add_argument("--config", default=str(Path(__file__).resolve().parent.parent / "configs/t5_small.py"))
     parser.add_argument("--widths", default="128,256,512,1024", help="multiples of 64")
     parser.add_argument("--rules", default=",".join(RULES), help=f"of {', '.join(RULES)}")
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args(arguments)
-    widths, rules = [int(width) for width in options.widths.split(",")], options.rules.split(",")
-    if unknown := set(rules) - set(RULES):
+    options.widths, options.rules = [int(width) for width in options.widths.split(",")], options.rules.split(",")
+    if unknown := set(options.rules) - set(RULES):
         parser.error(f"--rules: {', '.join(unknown)} must be of {', '.join(RULES)}")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the activations of all rules and widths."""
+    options = parse(arguments)
     measurement.emit(**measurement.machine("jax", "jaxlib"))
     results = {}
-    for rule in rules:
-        for width in widths:
+    for rule in options.rules:
+        for width in options.widths:
             results[rule, width] = sizes(options.config, width, rule, options.steps)
             for name, (before, after) in results[rule, width].items():
                 measurement.emit(rule=rule, width=width, activation=name, before=before, after=after)
-    print(measurement.table(rows(results, widths)), file=sys.stderr)
+    print(measurement.table(rows(results, options.widths)), file=sys.stderr)
 
 
 if __name__ == "__main__":
