@@ -27,6 +27,7 @@ failed or its values are wrong, 2 a wrong command line, 75 the time was over: st
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SCRIPTS = {"t5like": "accelerator_jax.py", "torch": "accelerator_torch.py"}
 LOGS = {"t5like": "jax.log", "torch": "torch.log"}
-START_SECONDS = 120  # until a process knows its device
+START_SECONDS = 300  # until a process knows its device
 LEAST_SECONDS = 15  # a part is not started with less time
 VARYING = ("date", "load")  # of a machine, which equal measurements need not share
 Row = dict[str, Any]
@@ -69,10 +70,15 @@ class Worker:
         command = [python, str(HERE / SCRIPTS[program]), *(["--toy"] if toy else [])]
         with self._log.open("ab") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-            self._process = subprocess.Popen(command, env=environment(toy=toy), cwd=ROOT, **pipes)
+            settings = {"env": environment(toy=toy), "cwd": ROOT, "start_new_session": True}
+            self._process = subprocess.Popen(command, **settings, **pipes)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.machine = self._answer(START_SECONDS)["machine"]
+        try:
+            self.machine = self._answer(START_SECONDS)["machine"]
+        except BaseException:
+            self.stop()
+            raise
 
     def measure(self, request: str, seconds: float) -> Row:
         """The result of a part.
@@ -80,16 +86,15 @@ class Worker:
         Raises:
             Failed: the process ended, or took longer than so many seconds.
         """
-        try:
+        with contextlib.suppress(BrokenPipeError):  # then the answer says why
             self._process.stdin.write(f"{request}\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer says why
         return self._answer(seconds)
 
     def stop(self) -> None:
-        """End the process, which frees the device's memory."""
-        self._process.kill()
+        """End the process and those that it has started, which frees the device's memory."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _read(self) -> None:

@@ -72,10 +72,48 @@ def test_every_part_runs_without_other_packages_and_is_not_repeated(accelerator,
 
     with (tmp_path / "out/results.jsonl").open("a") as file:
         file.write('\n{"key": "cut of')
-    assert accelerator.main([*command, "--only=matmul,t5_base"]) == 0
+    code = accelerator.main([*command, "--only=matmul,t5_base", "--kernels=plain", "--minutes=0.1"])
     out, err = capfd.readouterr()
-    assert out == "" and err.count("measured before") == 2 and "| t5_base " in err
-    assert json.loads((tmp_path / "out/report.json").read_text())["results"]["t5like"].keys() == {"matmul", "t5_base"}
+    assert (code, out) == (75, "") and "matmul: measured before" in err and "t5_base: measured before" not in err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["not_measured"] == {"t5_base": "no time was left"} and list(report["results"]["t5like"]) == ["matmul"]
+
+
+def test_batches_are_halved_until_they_fit_then_recomputed(accelerator):
+    import accelerator_shapes as shapes
+
+    tries, seen = shapes.attempts(16), []
+    assert tries == [(16, "none"), (8, "none"), (4, "none"), (16, "full"), (8, "full"), (4, "full")]
+    assert shapes.attempts(16, shapes.Attempt(4, "none"))[:2] == [(4, "none"), (16, "full")]
+
+    def run(attempt: shapes.Attempt) -> int:
+        seen.append(attempt)
+        if attempt.remat == "none":
+            raise MemoryError
+        return attempt.rows
+
+    assert shapes.first_that_fits(tries, run, lambda error: isinstance(error, MemoryError)) == 16
+    assert seen == tries[:4]
+    with pytest.raises(shapes.DoesNotFit, match="4 rows with remat=none do not fit"):
+        shapes.first_that_fits(tries[:3], run, lambda error: True)
+    with pytest.raises(MemoryError):
+        shapes.first_that_fits(tries, run, lambda error: False)
+
+
+def test_goals_are_judged_where_both_sides_were_measured(accelerator):
+    import accelerator_report as reports
+
+    attention = {"case": "encoder", "biased": True, "ours_ms": 2.0, "cudnn_ms": 1.5}
+    ours = {"t5_base": {"mfu": 0.5, "tokens_per_second": 27.0}, "attention_speed": {"cases": [attention]}}
+    torch = {"t5_base": {"tokens_per_second": 20.0}}
+    goals = list(reports.goals({"t5like": ours, "torch": torch}, judged=True))
+    met = {goal["goal"]: (goal["measured"], goal["met"]) for goal in goals if goal["measured"] is not None}
+    assert met == {
+        "t5_base: MFU of the bfloat16 peak": (0.5, False),
+        "t5_base: tokens/s over those of compiled PyTorch": (1.35, True),
+        "attention, encoder: rate over cuDNN's": (0.75, True),
+    }
+    assert {goal["met"] for goal in reports.goals({"t5like": ours, "torch": torch}, judged=False)} == {None}
 
 
 @pytest.mark.parametrize(
