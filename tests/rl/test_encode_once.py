@@ -4,12 +4,14 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small
 
+from t5like import tree
 from t5like.config.schema import Config
 from t5like.inference import decoding
 from t5like.inference.prompt_format import Prompt
@@ -17,6 +19,7 @@ from t5like.inference.sampling import TracedOptions
 from t5like.model import attention
 from t5like.model.kernels import tpu_attention
 from t5like.model.transformer import Transformer
+from t5like.optim import train_state
 from t5like.rl.experience import answer_rows
 from t5like.types import Batch
 
@@ -71,7 +74,7 @@ def test_one_encoder_row_for_several_answers_equals_a_copy_for_each(monkeypatch,
     monkeypatch.setattr(attention, "tpu_attention", SimpleNamespace(**{**vars(tpu_attention), "attend": attend}))
     config = shape_of(layers=layers, kernels=kernels, num_layers=1)
     batch = rows_of(config, PROMPTS, ANSWERS)
-    params = jax.jit(Transformer(config).init)(jax.random.key(0), batch)["params"]
+    params = tree.nested(train_state.random_params(config, batch, jax.random.key(0)))
     once, copied = hidden_and_gradients(config, params, [batch, repeated(batch)])
     real_BL = batch.weights_BL > 0
     np.testing.assert_allclose(once[1][real_BL], copied[1][real_BL], rtol=1e-5, atol=1e-5)
@@ -86,7 +89,8 @@ def test_the_encoders_work_does_not_grow_with_the_number_of_answers():
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, inputs_length=512, targets_length=4))
     flops = lambda function, *arguments: jax.jit(function).lower(*arguments).cost_analysis()["flops"]
     batches = {answers: rows_of(config, 2, answers) for answers in (1, 5)}
-    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0), batches[1])["params"]
+    init = lambda key: nn.meta.unbox(Transformer(config).init(key, batches[1])["params"])
+    abstract = jax.eval_shape(init, jax.random.key(0))
     encode = lambda params: Transformer(config).apply(
         {"params": params}, batches[1].encoder_BS, batches[1].encoder_segments_BS, method="encode"
     )
