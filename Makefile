@@ -37,7 +37,7 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
 
-# jax 0.11 needs Python 3.12. The tests of documents are of the pinned versions.
+# jax 0.11 needs Python 3.12.
 newest:
 	@$(MAKE) --no-print-directory test VENV=.newest CONSTRAINTS=/dev/null PYTHON="$(or $(PYTHON),python3.12 python3.13)"
 

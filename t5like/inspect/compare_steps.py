@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -264,7 +265,7 @@ def read(side: Side) -> Tensors:
             noise = {name: Noise(*values) for name, values in facts["noise"].items()}
             values = {name: file[name] for name in file.files if name}
             return Tensors(values, noise, facts["unit"], facts["text"], facts["axes"])
-    except (OSError, ValueError, KeyError, AssertionError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AssertionError, TypeError, tokenize.TokenError) as error:
         reason = one_line(error) or "another format"
         raise CheckpointError(f"{side.name}={side.path} is no file of compare-steps --output: {reason}") from None
 

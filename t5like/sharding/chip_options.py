@@ -5,6 +5,8 @@ benchmarks/RESULTS.md ("Effect of each change") has the measurements. libtpu 0.0
 recommend for GPUs are left out, and why.
 """
 
+from jaxlib.version import __version_info__ as jaxlib_version
+
 Option = bool | int | str
 
 # Gradients are reduced over fsdp in the backward pass of every layer, weights are gathered in both passes. With
@@ -17,6 +19,14 @@ _SPARSE_CORES = {  # Sparse cores transfer the data while the matrix units compu
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
 }
+_PIPELINED: dict[str, Option] = (  # the reduction too that becomes a reduce-scatter; jaxlib 0.11.1 has new names
+    {
+        "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
+        "xla_gpu_pipeline_all_reduce": "COLLECTIVE_PIPELINING_MODE_ON",
+    }
+    if jaxlib_version >= (0, 11, 1)
+    else {"xla_gpu_enable_pipelined_all_gather": True, "xla_gpu_enable_pipelined_all_reduce": True}
+)
 OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
     "TPU v5 lite": {
         # An all-reduce runs inside the matmul after it, as all-gathers do by default. No other chip can do that.
@@ -31,8 +41,7 @@ OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
     "NVIDIA": {  # all of them
         # Each trip through a loop of layers gathers the weights of the next trip, and reduces the gradients of the last
         # one, behind its matmuls. Two trips are one body, which then swaps the buffers that it would copy.
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,  # also what becomes a reduce-scatter
+        **_PIPELINED,
         "xla_gpu_enable_while_loop_double_buffering": True,
     },
 }

@@ -18,6 +18,7 @@ training tokens of a large store.
 
 import contextlib
 import hashlib
+import tokenize
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -263,7 +264,7 @@ class Stream:
             counts = np.load(self._counts_path, allow_pickle=False)
             if counts.shape == (vocab_size,) and counts.dtype == np.int64 and counts.sum() == self.num_tokens:
                 return counts
-        except (OSError, ValueError, EOFError, MemoryError):
+        except (OSError, ValueError, EOFError, MemoryError, tokenize.TokenError):  # the header is a Python expression
             pass  # not counted yet, or damaged
         counts = np.zeros(vocab_size, np.int64)
         for shard in range(len(self._records)):
