@@ -9,13 +9,15 @@
 # make container  set up, then install the locked requirements of the container image `cpu`, and run t5like there
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
+# make gpu     set up with NVIDIA's compiler, then compile the GPU kernels for an H100 and an A100: a minute, no GPU
 # make check   set up, then lint, and check the format
 # make lock    set up, then renew the locked requirements of the container images (needs Python 3.11 on Linux x86_64)
 # make clean   remove the environment and all caches; runs/ stays
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test newest reliability soak parity cluster slurm browser chromium container golden check lock clean
+.PHONY: help train test newest reliability soak parity cluster slurm browser chromium container golden gpu check lock \
+	clean
 
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -24,6 +26,7 @@ INSTALLED := $(VENV)/installed
 PEERS := $(VENV)/peers_installed
 LIBTPU := .libtpu
 LIBTPU_VERSION := 0.0.52
+CUDA := .cuda
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 # Bytecode of what pip has installed, by all processors instead of pip's one; some files are not for this Python.
 COMPILE = { $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null 2>&1 || :; }
@@ -82,6 +85,9 @@ container: $(INSTALLED)
 golden: $(LIBTPU)/installed
 	@PYTHONPATH=$(CURDIR):$(CURDIR)/$(LIBTPU) $(BIN)/python tests/golden/make_plans.py $(ARGS)
 
+gpu: $(CUDA)/installed
+	@JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(CUDA) $(BIN)/python -m pytest -q tests/gpu $(ARGS)
+
 check: $(INSTALLED)
 	@$(BIN)/ruff check . $(ARGS)
 	@$(BIN)/ruff format --check .
@@ -90,7 +96,7 @@ lock: $(INSTALLED)
 	@$(BIN)/python launch/container/lock.py
 
 clean:
-	@rm -rf $(VENV) .newest $(LIBTPU) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
+	@rm -rf $(VENV) .newest $(LIBTPU) $(CUDA) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted installation starts again.
@@ -126,4 +132,15 @@ $(LIBTPU)/installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-deps \
 	    --target $(LIBTPU) libtpu==$(LIBTPU_VERSION) >$(LIBTPU)/install.log 2>&1 || \
 	    { cat $(LIBTPU)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
+	@touch $@
+
+# JAX's plugin for CUDA with the compiler that it calls, and no library that needs a GPU; a folder of its own, as above.
+$(CUDA)/installed: $(INSTALLED)
+	@echo "Installing NVIDIA's compiler into $(CUDA), once ..."; \
+	rm -rf $(CUDA) && mkdir $(CUDA) && \
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CUDA) \
+	    jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 \
+	    nvidia-cuda-cupti-cu12 >$(CUDA)/install.log 2>&1 || \
+	    { cat $(CUDA)/install.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@

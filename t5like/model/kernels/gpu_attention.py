@@ -13,7 +13,7 @@ every run. (cuDNN's attention takes a bias only as an array, and in JAX its grad
 jax-ml/jax#30593. So it is not used.)
 
 It is written for Pallas' Triton backend: compiled for NVIDIA GPUs from compute capability 8.0 (A100) on, run by the
-interpreter on CPUs (the tests), and compiled for an H100 without one. It has not run on a GPU yet. JAX
+interpreter on CPUs (the tests), and compiled for an H100 without one (`make gpu`). It has not run on a GPU yet. JAX
 0.11 still has this backend, with a warning that a later version will not.
 """
 

@@ -18,9 +18,9 @@ from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 
 CASES = {
-    "relative": {"mesh": {"data": 2, "tensor": 2}, "queries": 40, "keys": 37, "relative": True},
+    "relative": {"mesh": {"data": 2, "tensor": 2}, "queries": 40, "keys": 37, "head_dim": 24, "relative": True}
+    | {"window": 20, "ahead": 9},
     "packed": {"queries": 40, "heads": 4, "causal": True, "segments": True, "prefix": True, "window": 20},
-    "windows": {"rows": 1, "queries": 70, "head_dim": 24, "window": 20, "ahead": 9, "relative": True},
     "cross": {"queries": 20, "keys": 35, "segments": True, "dtype": "bfloat16"},
     "context": {"mesh": {"tensor": 2, "context": 2}, "queries": 64, "heads": 4, "causal": True, "relative": True},
 }
