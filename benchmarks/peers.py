@@ -1,6 +1,6 @@
 """The same training step in t5like and in PyTorch `transformers`, measured alternately in one run.
 
-    python benchmarks/peers.py [--shapes=NAME,...] [--peers=eager,compiled] [--rounds=10] [--torch_python=PYTHON]
+    python benchmarks/peers.py [--shapes=tiny,bert] [--peers=eager,compiled] [--rounds=10] [--torch_python=PYTHON]
 
 For each shape every implementation has a process of its own, so that thread pool and allocator are as in real use. The
 processes are started sequentially, with empty compilation caches, and then run one step each alternately, with short

@@ -1,13 +1,13 @@
 """Speed of the full training step of any config on this machine's devices, without data.
 
     python benchmarks/train_step.py --config=configs/tiny.py [--config.SECTION.FIELD=VALUE ...] [--steps=20] [--profile]
-    python benchmarks/train_step.py --shape=tiny [...]    # a shape of peers.py instead of a config
+    python benchmarks/train_step.py --shape=tiny [--steps=20] [--profile]    # a shape of peers.py instead of a config
 
 The step is the trainer's own (`t5like.optim.step`), started as by the trainer; tokens are random and go through the
 config's objective. Prints three JSON lines: the machine; the cost of the start (from process start to the first
 finished step, tracing, compilation; the latter two run concurrently with the initialization of the state, as in
 `train`); the speed (tokens/s as the trainer counts them, MFU against `metrics.flops.peak_flops`, peak memory). With
---profile, standard error gets where the time of three more steps goes, by kind of operation.
+the option "profile", standard error gets where the time of three more steps goes, by kind of operation.
 
 Compiled programs are cached, so the first start is slower than later ones; JAX_ENABLE_COMPILATION_CACHE=false disables
 the cache. `peers.py` runs this file with --serve (see `measurement`).

@@ -243,7 +243,7 @@ BAD = [
         "data.objective='gap' must be one of",
     ),
     ("t5like export --format=onnx --workdir=RUN --output=DIR", "invalid choice: 'onnx'"),
-    (".venv/bin/python benchmarks/train_step.py", "arguments are required: --config"),
+    (".venv/bin/python benchmarks/train_step.py", "one of the arguments --config --shape is required"),
     ("python benchmarks/input_pipeline.py --config.data.batch=3", "there is no field 'batch'"),
     ("python benchmarks/peers.py --shapes=huge", "exit code 2"),
     ("python benchmarks/speed.py", "benchmarks/speed.py is no file"),
