@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from t5like.config.schema import Config
-from t5like.plan import estimate, hlo_cost
+from t5like.plan import estimate, gpu_time, hlo_cost
 from t5like.plan import topology as topologies
 from t5like.plan.topology import Topology
 from t5like.sharding import auto
@@ -57,7 +57,8 @@ def predictions(config: Config, compiled: jax.stages.Compiled, device: jax.Devic
         return result
     try:
         seconds = quick(config, topology).seconds
-        prediction = estimate.predict(hlo_cost.analyze(compiled.as_text()), topology)
+        rates = gpu_time.rates(topology) if device.platform == "gpu" else None
+        prediction = estimate.predict(hlo_cost.analyze(compiled.as_text(), rates), topology)
     except Exception as error:  # a program in a form that the planner does not know: the step was measured all the same
         return result | {"plan_error": f"{type(error).__name__}: {error}"[:200]}
     return {"plan_ms": prediction and 1e3 * prediction.seconds, "quick_ms": seconds and 1e3 * seconds}
