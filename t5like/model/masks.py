@@ -53,7 +53,7 @@ def segment_mask(query_segments_BL: jax.Array, key_segments_BS: jax.Array) -> ja
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["query_segments_BL", "key_segments_BS", "prefix_BS", "allowed_B1LS"],
-    meta_fields=["causal", "window", "window_ahead", "hides_future"],
+    meta_fields=["causal", "window", "window_ahead"],
 )
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -67,7 +67,6 @@ class MaskSpec:
         window: as in `window_mask`; 0: no window. By index in the row: documents that follow each other, and padding
             on the left, shift query and key alike.
         window_ahead: as in `window_mask`.
-        hides_future: whether `allowed_B1LS`, with L = S, hides all keys after the query, which kernels may then skip.
     """
 
     causal: bool = False
@@ -77,7 +76,6 @@ class MaskSpec:
     allowed_B1LS: jax.Array | None = None
     window: int = 0
     window_ahead: int = 0
-    hides_future: bool = False
 
     def build(
         self, queries: int, keys: int, first_query: jax.Array | int = 0, branch_start: int | None = None

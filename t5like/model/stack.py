@@ -162,8 +162,7 @@ class Stack(nn.Module):
             spec = dataclasses.replace(mask, window=window, window_ahead=0 if self.causal else window)
             if plan.self_attention not in FUSED:
                 array = spec.build(plan.queries, plan.keys, first_query, plan.branch_start)
-                square = plan.queries == plan.keys and isinstance(first_query, int) and plan.branch_start is None
-                spec = MaskSpec(allowed_B1LS=array, hides_future=spec.causal and spec.prefix_BS is None and square)
+                spec = MaskSpec(allowed_B1LS=array)
             by_window[window] = spec
         return [by_window[window] for window in windows]
 

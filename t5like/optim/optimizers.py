@@ -41,9 +41,7 @@ def without_frozen_gradients(config: Config, params: Tree) -> Tree:
     )
 
 
-def make_optimizer(
-    config: Config, params: Tree, axes: LogicalAxes, norm: Array | None = None
-) -> optax.GradientTransformation:
+def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.GradientTransformation:
     """Make the complete update rule of a config; ``apply_updates`` adds what it returns.
 
     Weight decay is decoupled and follows the learning rate: an update takes ``rate * weight_decay * parameter`` away.
@@ -52,7 +50,6 @@ def make_optimizer(
     Args:
         params: arrays or shapes; only names and shapes are read.
         axes: logical axes of every parameter by name (`step.parameter_axes`): which dims are matrix dims.
-        norm: of the gradients that will be clipped, if it is known; None: `update` computes it.
 
     Raises:
         ConfigError: a pattern of `no_decay` or `frozen` matches no parameter, or all parameters are frozen.
@@ -62,8 +59,7 @@ def make_optimizer(
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
     tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # checked even without weight decay
-    clip = optax.clip_by_global_norm if norm is None else lambda limit: _clip(norm, limit)
-    chain = [clip(optimizer.clip_norm)] if optimizer.clip_norm else []
+    chain = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     chain.append(_direction(optimizer, axes))
     if optimizer.weight_decay:
         # a function, because its tree has no frozen leaves
@@ -75,13 +71,6 @@ def make_optimizer(
         )
     chain.append(optax.scale_by_learning_rate(learning_rate(config)))
     return optax.selective_transform(optax.chain(*chain), freeze_mask=frozen)
-
-
-def _clip(norm: Array, limit: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` for gradients whose norm is known."""
-    return optax.stateless(
-        lambda grads, _: jax.tree.map(lambda grad: jnp.where(norm < limit, grad, grad / norm * limit), grads)
-    )
 
 
 def _direction(optimizer: OptimizerConfig, axes: LogicalAxes) -> optax.GradientTransformation:

@@ -124,16 +124,9 @@ def make_train_step(
         grads, metrics = gradient(state.params, batch, state.step)
         batch = model_batch(batch)
         norm = optax.tree.norm(grads)
-        moments_twice = config.model.kernels == "cpu" and config.optimizer.name != "adafactor"
-        axes = parameter_axes(config, batch)
-        optimizer = make_optimizer(config, state.params, axes, norm if moments_twice else None)
+        optimizer = make_optimizer(config, state.params, parameter_axes(config, batch))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         good, recent, verdict = bad_steps.judge(config, state.recent, state.step, metrics["loss"], norm, updates)
-        if moments_twice:
-            # XLA:CPU would store new moments until all updates are known to be finite, in memory that is nowhere as
-            # large as here. To compute them again, in place, takes less time and memory; barriers keep it from merging.
-            grads, good = jax.lax.optimization_barrier((grads, good))
-            _, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
         ema = state.ema

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 
 from t5like.types import MASKED
 
-LONG = 256  # from so many causal queries on, a quarter of the scores costs more than a second block of them
-
 
 def _transposed(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
@@ -82,25 +80,3 @@ def _sum_of_rows(x_BNLS: jax.Array) -> jax.Array:
 
 
 attend.defvjp(_attend_forward, _attend_backward)
-
-
-def attend_causal(
-    q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array
-) -> jax.Array:
-    """As `attend`, for L = S and a mask that hides all later keys: the first half of the queries reads half of them.
-
-    More blocks would save at most another eighth of the matmuls, and cost more time to compile than they save here.
-    """
-    length = q_BNLH.shape[2]
-    half = length // 2
-    if length < LONG:
-        return attend(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS)
-
-    def block(first: int, end: int) -> jax.Array:
-        queries, keys = slice(first, end), slice(0, end)
-        bias = None if bias_1NLS is None else bias_1NLS[:, :, queries, keys]
-        return attend(
-            q_BNLH[:, :, queries], k_BNSH[:, :, keys], v_BNSH[:, :, keys], bias, mask_B1LS[..., queries, keys]
-        )
-
-    return jnp.concatenate([block(0, half), block(half, length)], axis=2)
