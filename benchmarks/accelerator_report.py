@@ -37,7 +37,7 @@ def driver() -> str | None:
         return None
     query = [program, "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(query, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

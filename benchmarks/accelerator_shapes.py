@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from measurement import UPDATE
+
 T = TypeVar("T")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -114,12 +116,7 @@ def fields(shape: Shape, attempt: Attempt, dtype: str, kernels: str = "auto") ->
         "model.kernels": kernels,
         "model.dropout_rate": 0,
         "optimizer.name": "adamw",
-        "optimizer.learning_rate": 1e-4,
-        "optimizer.schedule": "constant",
-        "optimizer.warmup_steps": 0,
-        "optimizer.weight_decay": 0.01,
-        "optimizer.clip_norm": 0,
-        "train.z_loss": 0,
+        **UPDATE,
         "mesh.data": 1,
         "mesh.fsdp": 1,
     }

@@ -154,9 +154,8 @@ def run(recipe: str, seed: int, steps: int, options: argparse.Namespace) -> list
         program = [options.torch_python, str(HERE / "learning_peer.py"), *(["--eager"] if options.eager else [])]
     flags = [f"--recipe={recipe}", f"--seed={seed}", f"--steps={steps}", f"--minutes={options.minutes}"]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # waiting threads use no processor time
-    process = subprocess.run(
-        [*program, *flags, f"--files={options.files}"], env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
+    command = [*program, *flags, f"--files={options.files}"]
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     if process.returncode:
         raise SystemExit(f"learning.py: {recipe} ended with exit code {process.returncode}; its messages are above")
     points = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]

@@ -13,6 +13,14 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+UPDATE: dict[str, object] = {  # fields of a config whose update PyTorch's optimizers do as well
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 0,
+    "train.z_loss": 0,
+}
 WIDEST = ("amx_tile", "avx512f", "avx2", "sve", "asimd")  # instruction sets, the fastest first
 
 

@@ -81,12 +81,7 @@ def t5like_command(shape: Shape, options: argparse.Namespace, checkout: Path = H
         "model.dtype": options.dtype,
         "model.remat": "none",
         "optimizer.name": options.optimizer,
-        "optimizer.learning_rate": 1e-4,
-        "optimizer.schedule": "constant",
-        "optimizer.warmup_steps": 0,
-        "optimizer.weight_decay": 0.01,
-        "optimizer.clip_norm": 0,
-        "train.z_loss": 0,
+        **measurement.UPDATE,
     }
     if shape.targets:
         fields["data.targets_length"] = shape.targets

@@ -144,7 +144,7 @@ def _predict_windows(generator, decoding, rows, prompts, begin: int) -> Iterator
         predictions: dict[int, list[Answer]] = {}
         for start in range(0, len(by_length), BATCH_SIZE):
             batch = by_length[start : start + BATCH_SIZE]
-            padding = batch[:1] * (BATCH_SIZE - len(batch) if len(rows) > BATCH_SIZE else 0)  # one shape for all calls
+            padding = batch[:1] * (min(BATCH_SIZE, len(rows)) - len(batch))  # one shape for all calls
             padded = batch + padding
             answers = generator.answer([prompts[number] for number in padded], decoding, rows=padded)
             predictions |= dict(zip(batch, answers[: len(batch)], strict=True))

@@ -100,8 +100,7 @@ class _Evaluator:
     def _evaluate(self, equation: JaxprEqn, values: list[Any], origins: list[Origin | None], scope: str):
         name, parameters = equation.primitive.name, equation.params
         if name in CALLS:
-            inner = parameters[CALLS[name]]
-            closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+            closed = _closed(parameters[CALLS[name]])
             return self.run(closed.jaxpr, closed.consts, values, origins, scope)
         if name == "scan":
             return self._scan(parameters, values, origins, scope)
@@ -118,8 +117,8 @@ class _Evaluator:
         ]
 
     def _scan(self, parameters: dict[str, Any], values: list[Any], origins: list[Origin | None], scope: str):
-        first, count = parameters["num_consts"], parameters["num_carry"]
-        body, length = parameters["jaxpr"], parameters["length"]
+        first, count = _constants_and_carry(parameters)
+        body, length = _closed(parameters["jaxpr"]), parameters["length"]
         consts, const_origins = values[:first], origins[:first]
         carry, carry_origins = values[first : first + count], origins[first : first + count]
         steps = range(length)[::-1] if parameters["reverse"] else range(length)
@@ -143,6 +142,18 @@ class _Evaluator:
             stacked_origins = [old or new for old, new in zip(stacked_origins, found[count:], strict=True)]
         stacked = [jnp.stack(each) for each in zip(*(collected[index] for index in range(length)), strict=True)]
         return [*carry, *stacked], [*carry_origins, *stacked_origins]
+
+
+def _closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def _constants_and_carry(parameters: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried; the others are sliced."""
+    if "ft_in" in parameters:  # from jax 0.11 on
+        constants, carry, _ = parameters["ft_in"].unpack()
+        return len(list(constants)), len(list(carry))
+    return parameters["num_consts"], parameters["num_carry"]
 
 
 def _module(scope: str) -> tuple[str, bool]:

@@ -14,7 +14,6 @@ import re
 from typing import NamedTuple
 
 from t5like.errors import ConfigError
-from t5like.metrics.flops import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -163,6 +162,8 @@ def _machine_memory() -> int:
 
 def gpu(kind: str) -> Chip:
     """One GPU of this kind, of which a program has JAX's default share of the memory."""
+    from t5like.metrics.flops import PEAK_FLOPS  # it imports JAX, without which commands about jobs start sooner
+
     memory, bandwidth = GPUS[kind][7:9]
     peak, (nvlink, network) = PEAK_FLOPS[kind.upper()], GPU_LINKS[kind]
     return Chip("gpu", int(GPU_SHARE * memory), peak, round(peak / 1e9), nvlink, bandwidth, network)

@@ -17,7 +17,9 @@ from t5like.errors import Preempted
 @pytest.fixture(autouse=True)
 def fresh():
     preemption.reset()
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and so would a training loop
     yield
+    signal.signal(signal.SIGHUP, hangup)
     preemption.reset()
     activity.__init__()
 

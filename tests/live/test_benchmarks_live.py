@@ -37,6 +37,7 @@ def test_decoding_is_compared(capfd):
     assert ours["transformers' time / t5like's"] > 0 and theirs["tokens/s"] > 0 and "| toy_dec " in err
 
 
+@pytest.mark.long
 def test_what_recipes_learn_is_compared(flags, tmp_path, capfd):
     import learning
 
@@ -52,6 +53,7 @@ def test_what_recipes_learn_is_compared(flags, tmp_path, capfd):
     assert (tmp_path / "learning.png").exists() and "| huggingface " in err
 
 
+@pytest.mark.long
 def test_an_accelerators_parts_are_measured_with_pytorch(capfd, tmp_path):
     import accelerator
 

@@ -81,7 +81,7 @@ def test_the_choice_is_the_most_likely_one(workdirs, command):
     "arguments, code, message",
     [
         (["--tasks=t5like_choise", f"--tasks_dir={TASKS}"], 2, "use t5like_choice"),
-        (["--tasks=lambada_openai"], 3, "--tasks=lambada_openai can't be loaded"),
+        pytest.param(["--tasks=lambada_openai"], 3, "lambada_openai can't be loaded", marks=pytest.mark.long),
         (["--tasks=t5like_say", f"--tasks_dir={TASKS}"], 2, "model.architecture=encoder can't generate text"),
     ],
 )
