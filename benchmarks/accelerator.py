@@ -69,7 +69,7 @@ class Worker:
         self._log = out / LOGS[program]
         command = [python, str(HERE / SCRIPTS[program]), *(["--toy"] if toy else [])]
         with self._log.open("ab") as log:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "encoding": "utf-8"}
             settings = {"env": environment(toy=toy), "cwd": ROOT, "start_new_session": True}
             self._process = subprocess.Popen(command, **settings, **pipes)
         self._lines: queue.Queue[str | None] = queue.Queue()
