@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import measurement
@@ -20,8 +21,8 @@ import torch
 from accelerator_shapes import SHAPES, Attempt, Shape, attempts, first_that_fits
 from accelerator_shapes import toy as small
 from generate import torch_decoder
-from torch_peer import llama, t5
-from transformers import BertConfig, BertForMaskedLM
+from torch_peer import bert, llama, t5
+from transformers import BertForMaskedLM
 
 GIB = 2**30
 WHOLE_LAYERS = 24  # a model of more layers takes minutes to compile as a whole
@@ -42,25 +43,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def bert(shape: Shape) -> torch.nn.Module:
-    """BERT for masked language modelling."""
-    config = BertConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.model_dim,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.mlp_dim,
-        max_position_embeddings=shape.inputs,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForMaskedLM(config)
-
-
 def build(shape: Shape) -> torch.nn.Module:
     """The model of a shape with random weights, on the device."""
     torch.manual_seed(0)
-    make = bert if not shape.targets else t5 if shape.inputs else llama
+    make = partial(bert, model=BertForMaskedLM) if not shape.targets else t5 if shape.inputs else llama
     with torch.device(DEVICE):
         return make(shape).train()
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from learning import intervals, report, steps_within
-from transformers import T5Config, T5ForConditionalGeneration
+from torch_peer import t5_1_1
 from transformers.optimization import Adafactor
 
 
@@ -68,29 +68,18 @@ def make_model(shape: dict) -> torch.nn.Module:
     """T5 1.1 with the shape of t5like's model: gated GELU, untied head, no dropout."""
     if shape["tied_embeddings"] or shape["mlp"] != "gated_gelu" or shape["positions"] != "relative":
         raise SystemExit("learning_peer.py: the config's model must be a T5 1.1, with an untied head")
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=shape["vocab_size"],
-            d_model=shape["model_dim"],
-            d_kv=shape["head_dim"],
-            d_ff=shape["mlp_dim"],
-            num_layers=shape["num_layers"],
-            num_decoder_layers=shape["num_decoder_layers"] or shape["num_layers"],
-            num_heads=shape["num_heads"],
-            relative_attention_num_buckets=shape["relative_buckets"],
-            relative_attention_max_distance=shape["relative_max_distance"],
-            layer_norm_epsilon=shape["norm_epsilon"],
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            use_cache=False,
-        )
-    )
-    # transformers 5 reads tie_word_embeddings=False as unscaled logits, but ties the head anyway.
-    model.lm_head = torch.nn.Linear(shape["model_dim"], shape["vocab_size"], bias=False)
-    return model.train()
+    return t5_1_1(
+        vocab_size=shape["vocab_size"],
+        d_model=shape["model_dim"],
+        d_kv=shape["head_dim"],
+        d_ff=shape["mlp_dim"],
+        num_layers=shape["num_layers"],
+        num_decoder_layers=shape["num_decoder_layers"] or shape["num_layers"],
+        num_heads=shape["num_heads"],
+        relative_attention_num_buckets=shape["relative_buckets"],
+        relative_attention_max_distance=shape["relative_max_distance"],
+        layer_norm_epsilon=shape["norm_epsilon"],
+    ).train()
 
 
 class Run:

@@ -24,25 +24,31 @@ from transformers import (
 
 
 def t5(shape: Shape) -> torch.nn.Module:
-    """T5 1.1: gated GELU, untied head."""
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=shape.vocabulary,
-            d_model=shape.model_dim,
-            d_kv=64,
-            d_ff=shape.mlp_dim,
-            num_layers=shape.layers,
-            num_heads=shape.heads,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            use_cache=False,
-        )
+    """The T5 1.1 of a shape."""
+    return t5_1_1(
+        vocab_size=shape.vocabulary,
+        d_model=shape.model_dim,
+        d_kv=64,
+        d_ff=shape.mlp_dim,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
     )
+
+
+def t5_1_1(**sizes: float) -> torch.nn.Module:
+    """T5 1.1 with these fields of `T5Config`: gated GELU, untied head, no dropout."""
+    config = T5Config(
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        use_cache=False,
+        **sizes,
+    )
+    model = T5ForConditionalGeneration(config)
     # transformers 5 reads tie_word_embeddings=False as unscaled logits, but ties the head anyway.
-    model.lm_head = torch.nn.Linear(shape.model_dim, shape.vocabulary, bias=False)
+    model.lm_head = torch.nn.Linear(config.d_model, config.vocab_size, bias=False)
     return model
 
 
@@ -63,9 +69,9 @@ def llama(shape: Shape) -> torch.nn.Module:
     )
 
 
-def bert(shape: Shape) -> torch.nn.Module:
-    """BERT with the heads for masked tokens and sentence pairs."""
-    return BertForPreTraining(
+def bert(shape: Shape, model: Callable[[BertConfig], torch.nn.Module] = BertForPreTraining) -> torch.nn.Module:
+    """BERT; by default with the heads for masked tokens and sentence pairs."""
+    return model(
         BertConfig(
             vocab_size=shape.vocabulary,
             hidden_size=shape.model_dim,
