@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5like.config import schema
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model.attention import attend
 from t5like.model.attention_plan import plan_attention
 from t5like.model.masks import MaskSpec

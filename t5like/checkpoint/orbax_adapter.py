@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 from t5like.checkpoint.agreement import Attempt
 from t5like.distributed import processes
 from t5like.errors import CheckpointError
+from t5like.io.storage import error_number
 
 SAVE_SECONDS = 600  # a save that takes longer has failed: a run must not wait for ever for its storage
 
@@ -91,6 +93,7 @@ def checkpoint_errors(
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = " ".join(str(cause).split()) or type(cause).__name__
-        if len(text) > 300:  # TensorStore's messages begin with the operation and end with the reason
-            text = f"{text[:100]} ... {text[-200:]}"
+        if len(text) > 300:  # TensorStore nests messages: the system's reason may stand anywhere behind the operation
+            number = error_number(failed)
+            text = f"{text[:100]} ... {os.strerror(number) if number else text[-200:]}"
         raise error(f"{path} {failure}: {text}" + f"; {remedy}" * bool(remedy)) from failed

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model import intermediates
 from t5like.model.attention_plan import FUSED, Kernel
 from t5like.model.cache import KeyValues
 from t5like.model.kernels import cpu, gpu_attention, plain, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
-from t5like.model.positions import rotate
+from t5like.model.rotary import rotate
 from t5like.sharding.logical_axes import constrain, context_size
 
 # Up to so many queries of a group, the heads of the group become queries of one head; else keys are repeated per head.

@@ -7,7 +7,7 @@ traced.
 from functools import partial
 from typing import Literal, NamedTuple
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model.kernels import gpu_attention, tpu_attention
 from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import batch_parts, context_size

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model import intermediates
 from t5like.model.attention import Attention
 from t5like.model.attention_plan import AttentionPlan

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model.layers import Dense, Norm, normal
 from t5like.model.mlp import ACTIVATIONS
 from t5like.sharding.logical_axes import constrain

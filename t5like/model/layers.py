@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model.kernels import cpu, tpu_matmul
 
 # By ModelConfig.kernels; for tpu `tpu_matmul.matmuls`.

@@ -5,7 +5,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.model import intermediates
 from t5like.model.kernels import tpu_matmul
 from t5like.model.layers import Dense, dropout, projections

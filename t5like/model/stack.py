@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t5like.config.schema import ModelConfig, RotaryConfig
+from t5like.config.model_schema import ModelConfig, RotaryConfig
 from t5like.model import intermediates
 from t5like.model.attention_plan import FUSED, AttentionPlan, plan_attention
 from t5like.model.block import Block, LayerInputs, LayerOutput

@@ -19,6 +19,7 @@ from small_states import REST, assert_bitwise, new_state, on_mesh, saved
 from t5like.checkpoint import digests, metadata
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import describe, digest
+from t5like.checkpoint.orbax_adapter import checkpoint_errors
 from t5like.checkpoint.step_directories import COMMITTED
 from t5like.errors import CheckpointError
 from t5like.types import TrainState
@@ -239,6 +240,13 @@ def test_a_full_disk_raises_an_error_and_leaves_no_files(tmp_path):
     checkpoints.save(new_state(4), **REST)
     checkpoints.close()
     assert checkpoints.steps() == [1, 4]
+
+
+def test_a_long_error_of_the_storage_is_shortened_to_the_reason_of_the_system(tmp_path):
+    message = f"Error opening zarr driver: {'x' * 300}: File too large [os_error_code='27'] {'y' * 300}"
+    expected = pytest.raises(CheckpointError, match=r"can't be read: Error opening .* \.\.\. File too large$")
+    with expected, checkpoint_errors(tmp_path, "can't be read"):
+        raise ValueError(message)
 
 
 def test_a_directory_that_can_not_be_created_raises_an_error(tmp_path):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from t5like.config import checks, formats, loader
-from t5like.config.schema import ARCHITECTURES, Config, ModelConfig, Objective, OptimizerConfig, sections
+from t5like.config.model_schema import ModelConfig
+from t5like.config.schema import ARCHITECTURES, Config, Objective, OptimizerConfig, sections
 from t5like.data import pipeline
 from t5like.data.objectives.denoisers import denoisers
 from t5like.errors import ConfigError

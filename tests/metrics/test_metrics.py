@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5like.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig
+from t5like.config.model_schema import ModelConfig
+from t5like.config.schema import Config, DataConfig, TokenizerConfig
 from t5like.errors import CheckpointError, DataError
 from t5like.metrics import flops
 from t5like.metrics.flops import model_flops, peak_flops

@@ -19,7 +19,8 @@ import numpy as np
 from t5like import tree
 from t5like.checkpoint import run_directory
 from t5like.config import loader
-from t5like.config.schema import Config, ModelConfig
+from t5like.config.model_schema import ModelConfig
+from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, shorten

@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from t5like.config.schema import Config, ModelConfig
+from t5like.config.model_schema import ModelConfig
+from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import family_keys
 from t5like.interop.huggingface.config_keys import one_of

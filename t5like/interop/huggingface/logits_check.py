@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from t5like.config.schema import Config, ModelConfig
+from t5like.config.model_schema import ModelConfig
+from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from t5like.config.schema import RotaryConfig
+from t5like.config.model_schema import RotaryConfig
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface.config_keys import nonnegative, positive_int
 

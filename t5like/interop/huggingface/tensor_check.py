@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 from t5like.errors import CheckpointError, shorten
 from t5like.interop.huggingface import safetensors_files, weight_maps
 from t5like.interop.huggingface.weight_maps import ENCODER_DECODERS, TensorMap

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5like.config.schema import ModelConfig
+from t5like.config.model_schema import ModelConfig
 
 ENCODER_DECODERS = ("t5", "mt5", "umt5")
 DECODERS = ("llama", "qwen3", "mistral")  # with the tensors of Llama
