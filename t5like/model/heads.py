@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config.model_schema import ModelConfig
-from t5like.model.layers import Dense, Norm, normal
+from t5like.model.layers import Dense, Norm, normal, parameter
 from t5like.model.mlp import ACTIVATIONS
 from t5like.sharding.logical_axes import constrain
 
@@ -53,8 +53,8 @@ class ScalarHead(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         """The output of the last stack [B, L, D] -> float32 [B, L]."""
         size = self.config.model_dim
-        weights_D = self.param("kernel", normal(size**-0.5, ("embed",)), (size,), jnp.float32)
-        bias = self.param("bias", normal(0.0, ()), (), jnp.float32)
+        weights_D = parameter(self, "kernel", normal(size**-0.5, ("embed",)), (size,))
+        bias = parameter(self, "bias", normal(0.0, ()), ())
         return x_BLD.astype(jnp.float32) @ weights_D + bias
 
 

@@ -8,6 +8,7 @@ selects.
 """
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,20 @@ def normal(std: float, axes: tuple[str, ...]):
 def constant(value: float, axes: tuple[str, ...]):
     """An initializer: one value, with a logical axis for each dim."""
     return lambda *arguments: Parameter(nn.initializers.constant(value)(*arguments), axes, mean=value)
+
+
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> jax.Array:
+    """A float32 parameter of a module; `init` makes it where it does not exist.
+
+    `Module.param` alone would trace the initialization at each call, to compare shapes: a sixth of the time of tracing
+    a step.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, jnp.float32)
+    value = nn.meta.unbox(module.get_variable("params", name))
+    if value.shape != shape:
+        raise ValueError(f"{'/'.join(module.path)}/{name} has shape {value.shape}, not {shape}")
+    return value
 
 
 def kernel_init(config: ModelConfig, fan_in: int, axes: tuple[str, ...], *, residual: bool = False, scale: float = 1.0):
@@ -78,10 +93,10 @@ class Dense(nn.Module):
         """The kernel, and the bias or None, in the dtype of computation."""
         config, bias = self.config, None
         init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
-        kernel = self.param("kernel", init, (inputs, self.features), jnp.float32).astype(config.dtype)
+        kernel = parameter(self, "kernel", init, (inputs, self.features)).astype(config.dtype)
         if config.biases:
             zeros = constant(0.0, self.axes[1:])
-            bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(config.dtype)
+            bias = parameter(self, "bias", zeros, (self.features,)).astype(config.dtype)
         return kernel, bias
 
 
@@ -104,7 +119,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         config, dim = self.config, x_BLD.shape[-1]
-        scale = self.param("scale", constant(1.0, ("norm",)), (dim,), jnp.float32)
+        scale = parameter(self, "scale", constant(1.0, ("norm",)), (dim,))
         x = x_BLD.astype(jnp.float32)
         if config.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
@@ -114,7 +129,7 @@ class Norm(nn.Module):
             * jnp.broadcast_to(scale, x.shape)
         )
         if config.norm == "layer":
-            bias = self.param("bias", constant(0.0, ("norm",)), (dim,), jnp.float32)
+            bias = parameter(self, "bias", constant(0.0, ("norm",)), (dim,))
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(config.dtype)
 

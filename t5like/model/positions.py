@@ -13,7 +13,7 @@ import numpy as np
 from t5like.config.model_schema import ModelConfig
 from t5like.model.attention_plan import AttentionPlan
 from t5like.model.kernels import gpu_attention, tpu_attention
-from t5like.model.layers import normal
+from t5like.model.layers import normal, parameter
 from t5like.sharding.logical_axes import constrain, context_size
 
 BAND_ROWS = 128  # rows of a relative bias that are laid out at once: the width of a TPU's registers
@@ -57,11 +57,11 @@ class RelativeBias(nn.Module):
         laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
         """
         config = self.config
-        table_RN = self.param(
+        table_RN = parameter(
+            self,
             "table",
             normal(config.model_dim**-0.5, ("buckets", "heads")),
             (config.relative_buckets, config.num_heads),
-            jnp.float32,
         )
         queries, keys, start = plan.queries, plan.keys, plan.branch_start
         if plan.self_attention == "gpu":

@@ -39,13 +39,13 @@ class Transformer(nn.Module):
         config, model = self.config, self.config.model
         t5 = model.init == "t5"
         table = lay.normal(1.0 if t5 else 0.02, ("vocab", "embed"))
-        self.embedding = self.param("embedding", table, (config.vocab_rows, model.model_dim), jnp.float32)
+        self.embedding = lay.parameter(self, "embedding", table, (config.vocab_rows, model.model_dim))
         if model.positions == "learned":
             learned = lay.normal(1.0 if t5 else 0.02, ("positions", "embed"))
-            self.positions = self.param("positions", learned, (model.max_length, model.model_dim), jnp.float32)
+            self.positions = lay.parameter(self, "positions", learned, (model.max_length, model.model_dim))
         if model.token_types:
             types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
-            self.token_types = self.param("token_types", types, (model.token_types, model.model_dim), jnp.float32)
+            self.token_types = lay.parameter(self, "token_types", types, (model.token_types, model.model_dim))
             if model.next_sentence_head:
                 self.pairs = heads.PairClassifier(model)
         if model.embedding_norm:
@@ -58,12 +58,12 @@ class Transformer(nn.Module):
             # Half of T5's standard deviation: the logits of an untrained model then have variance 1/4 and its loss is
             # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
             head = lay.kernel_init(model, model.model_dim, ("embed", "vocab"), scale=0.5)
-            self.head = self.param("head", head, (model.model_dim, config.vocab_rows), jnp.float32)
+            self.head = lay.parameter(self, "head", head, (model.model_dim, config.vocab_rows))
         if model.scalar_head:
             self.scalar_head = heads.ScalarHead(model)
         if model.head == "mlm":
             self.mlm = heads.MlmTransform(model)
-            self.head_bias = self.param("head_bias", lay.constant(0.0, ("vocab",)), (config.vocab_rows,), jnp.float32)
+            self.head_bias = lay.parameter(self, "head_bias", lay.constant(0.0, ("vocab",)), (config.vocab_rows,))
 
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""
