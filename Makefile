@@ -28,8 +28,8 @@ LIBTPU := .libtpu
 LIBTPU_VERSION := 0.0.52
 CUDA := .cuda
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
-# Bytecode of what pip has installed, by all processors instead of pip's one; some files are not for this Python.
-COMPILE = { $(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null 2>&1 || :; }
+# Bytecode of what pip has installed and t5like imports, by all processors instead of pip's one.
+COMPILE = { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|aio|pip)/' $(VENV)/lib >/dev/null 2>&1 || :; }
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
