@@ -5,13 +5,14 @@ Called by `checks`.
 
 import math
 
+from t5like.config.model_schema import DECODER_SIZES
 from t5like.config.schema import Config, get
 from t5like.errors import ConfigError, shown
 
 
 def check_model(config: Config) -> None:
     """Refuse a model that no machine can run; see `checks.check`."""
-    for check_part in (_model, _layer_patterns, _rotary, _lengths):
+    for check_part in (_model, _decoder, _attention, _layer_patterns, _rotary, _lengths):
         check_part(config)
 
 
@@ -56,6 +57,59 @@ def _model(config: Config) -> None:
         "model.relative_bias",
         f"needs model.positions=relative, not {model.positions}; use shared",
     )
+
+
+def _decoder(config: Config) -> None:
+    """Fields of a decoder that differs from the encoder, or that reads it in another way."""
+    model = config.model
+    sizes = [f"decoder_{name}" for name in DECODER_SIZES]
+    for name in (*sizes, "separate_embeddings", "merged_attention"):
+        require(
+            config,
+            model.architecture == "encoder_decoder" or not getattr(model, name),
+            f"model.{name}",
+            f"needs model.architecture=encoder_decoder, not {model.architecture}; use {type(getattr(model, name))()}",
+        )
+    decoder = model.in_decoder
+    shared = ["separate_embeddings=False"] * (not model.separate_embeddings)
+    shared += [f"{name}=True" for name in ("merged_attention", "embedding_norm") if getattr(model, name)]
+    shared += ["positions=learned"] * (model.positions == "learned")
+    require(
+        config,
+        decoder.model_dim == model.model_dim or not shared,
+        "model.decoder_model_dim",
+        f"must be model.model_dim={model.model_dim} with model.{', '.join(shared)}; use 0",
+    )
+    require(
+        config,
+        decoder.num_heads % decoder.kv_heads == 0,
+        "model.decoder_num_kv_heads",
+        f"gives the decoder {decoder.kv_heads} key heads, which must divide its {decoder.num_heads} heads; "
+        f"use {math.gcd(decoder.kv_heads, decoder.num_heads)}",
+    )
+    require(
+        config,
+        model.positions != "rotary" or decoder.head_dim % 2 == 0,
+        "model.decoder_head_dim",
+        f"must be even for rotary positions; use {decoder.head_dim + 1}",
+    )
+
+
+def _attention(config: Config) -> None:
+    model = config.model
+    require(
+        config,
+        model.scale_attention or not model.attention_scale_dim,
+        "model.attention_scale_dim",
+        "needs model.scale_attention=True; use 0",
+    )
+    for name in ("encoder_window", "encoder_window_ahead"):
+        require(
+            config,
+            not getattr(model, name) or (model.has_encoder and model.attention_window > 0),
+            f"model.{name}",
+            "needs an encoder and model.attention_window; use 0",
+        )
 
 
 def _layer_patterns(config: Config) -> None:

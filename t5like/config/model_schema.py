@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from t5like.config.field_types import LARGEST, NotNegative, Range, Share
 
+DECODER_SIZES = ("model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")  # fields of decoder_...
 MlpKind = Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"]
 
 
@@ -42,6 +43,12 @@ class ModelConfig:
     num_kv_heads: Annotated[int, Range(0, 2**14)] = 0  # key and value heads, for grouped-query attention; 0: num_heads
     head_dim: Annotated[int, Range(1, 2**14)] = 64  # dimension of a head
     mlp_dim: Annotated[int, Range(1, 2**24)] = 1024  # hidden dimension of the MLP (d_ff)
+    # sizes of an encoder-decoder's decoder, where they differ from the encoder's (T5Gemma 9B-2B); 0: as in the encoder
+    decoder_model_dim: Annotated[int, Range(0, 2**20)] = 0  # needs separate_embeddings if it differs
+    decoder_num_heads: Annotated[int, Range(0, 2**14)] = 0
+    decoder_num_kv_heads: Annotated[int, Range(0, 2**14)] = 0
+    decoder_head_dim: Annotated[int, Range(0, 2**14)] = 0
+    decoder_mlp_dim: Annotated[int, Range(0, 2**24)] = 0
     # activation of the MLP; gelu: the tanh approximation
     mlp: MlpKind = "gated_gelu"
     positions: Literal["relative", "rotary", "learned"] = "relative"  # as in T5; Llama; GPT-2 and BERT
@@ -53,17 +60,35 @@ class ModelConfig:
     rotary: RotaryConfig = RotaryConfig()  # rotary position embeddings, for positions=rotary
     max_length: Annotated[int, Range(1, 2**24)] = 1024  # learned positions: number of positions
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm, as in T5 and Llama; LayerNorm, as in GPT-2 and BERT
-    # pre: norm the input of each attention and MLP; post: norm after the residual sum, as in BERT
-    norm_position: Literal["pre", "post"] = "pre"
+    # pre: norm the input of each attention and MLP. post: norm after the residual sum, as in BERT. sandwich: norm the
+    # input and the output of each, as in Gemma 2.
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    norm_offset: bool = False  # multiply by 1 + scale instead of scale, which then begins at 0, as in Gemma
     norm_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-6  # added to the mean square (rms) or variance (layer)
     embedding_norm: bool = False  # norm after the sum of the embeddings, as in BERT
     biases: bool = False  # biases on all dense layers
+    # factor on token embeddings; sqrt_dim: square root of model_dim, rounded to dtype, as in Gemma
+    embedding_scale: Literal["none", "sqrt_dim"] = "none"
+    # encoder-decoder: the decoder has an embedding of its own, to which tied_embeddings then refers, as in T5Gemma
+    separate_embeddings: bool = False
     tied_embeddings: bool = False  # use the token embedding as the output head
-    # multiply attention logits by head_dim**-0.5; T5 has this factor in its initialization instead
+    # multiply attention logits by attention_scale_dim**-0.5; T5 has this factor in its initialization instead
     scale_attention: bool = False
+    attention_scale_dim: NotNegative = 0  # query_pre_attn_scalar of Gemma; 0: head_dim
+    # attention logits x become c tanh(x / c) with this c (Gemma 2: 50); 0: they are not capped
+    # (before a relative bias is added)
+    attention_softcap: Annotated[float, Range(0, 1e6)] = 0.0
+    logits_softcap: Annotated[float, Range(0, 1e6)] = 0.0  # the same for the logits of tokens (Gemma 2: 30)
+    # encoder-decoder: no cross-attention layers; self-attention of the decoder also reads the encoder's output, with
+    # one softmax and the same projections, as in T5Gemma 2
+    merged_attention: bool = False
     qk_norm: bool = False  # norm on the query and key of each head, as in Qwen3
     # sliding window, in tokens, the current token included: earlier tokens, in an encoder also later ones; 0: no window
     attention_window: NotNegative = 0
+    # the window of an encoder-decoder's encoder, where it differs (T5Gemma); 0: attention_window
+    encoder_window: NotNegative = 0
+    # the same for later tokens, the current one included (T5Gemma 2); 0: as for earlier tokens
+    encoder_window_ahead: NotNegative = 0
     # Types of the layers of each stack, repeated from the first layer, such as local,local,local,local,local,global.
     # Only local layers have attention_window. Empty: it applies to all layers.
     layer_pattern: tuple[Literal["local", "global"], ...] = ()
@@ -111,6 +136,20 @@ class ModelConfig:
     def decoder_layers(self) -> int:
         """Layers of the decoder; only an encoder-decoder can have another number than `num_layers`."""
         return (self.num_decoder_layers if self.has_encoder else 0) or self.num_layers
+
+    @property
+    def in_decoder(self) -> "ModelConfig":
+        """The model with the sizes of the decoder's layers, which only an encoder-decoder can have."""
+        sizes = {name: getattr(self, f"decoder_{name}") for name in DECODER_SIZES}
+        changes = {name: size for name, size in sizes.items() if size}
+        return dataclasses.replace(self, **changes) if changes and self.architecture == "encoder_decoder" else self
+
+    def window(self, *, causal: bool) -> tuple[int, int]:
+        """Self-attention's limits on earlier and on later tokens, as in `masks.window_mask`; 0: no limit."""
+        if causal or not self.attention_window:
+            return self.attention_window, 0
+        window = self.encoder_window or self.attention_window
+        return window, self.encoder_window_ahead or window
 
     @property
     def kv_heads(self) -> int:

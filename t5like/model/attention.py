@@ -17,6 +17,7 @@ from t5like.model.cache import KeyValues
 from t5like.model.kernels import cpu, gpu_attention, plain, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
+from t5like.model.merged_attention import merge
 from t5like.model.rotary import rotate
 from t5like.sharding.logical_axes import constrain, context_size
 
@@ -32,6 +33,7 @@ def attend(
     bias_1NLS: jax.Array | None = None,
     mask: MaskSpec = MaskSpec(),  # noqa: B008  (frozen)
     kernel: Kernel = "plain",
+    softcap: float = 0.0,
 ) -> jax.Array:
     """softmax(q k + bias) v with float32 scores, per head.
 
@@ -43,16 +45,18 @@ def attend(
             `tpu_attention.bias_per_batch_shard` or `gpu_attention.bias_per_shard`.
         mask: which keys a query attends to. A query that attends to none gets 0, not an average of hidden values.
         kernel: of `AttentionPlan`.
+        softcap: see `plain.soft_capped`; applied to q k.
 
     Returns:
         [B, N, L, H] in the dtype of v.
     """
     if kernel in FUSED:
+        assert not softcap, "plan_attention chooses no fused kernel"
         return (tpu_attention if kernel == "tpu" else gpu_attention).attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
     mask_B1LS = mask.build(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= GROUPED_DECODE_MAX_QUERIES:
-        return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel)
+        return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel, softcap)
     if groups > 1:
         k_BKSH, v_BKSH = (jnp.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
     if context_size() > 1:
@@ -60,13 +64,14 @@ def attend(
         k_BKSH, v_BKSH = (constrain(x, "batch", "act_heads", None, None) for x in (k_BKSH, v_BKSH))
         if mask_B1LS is not None:
             mask_B1LS = constrain(mask_B1LS, None if mask_B1LS.shape[0] == 1 else "batch", None, "length", None)
-    out_BNLH = (cpu.attend if kernel == "cpu" else plain.attend)(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS)
+    inputs = (q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS)
+    out_BNLH = cpu.attend(*inputs) if kernel == "cpu" and not softcap else plain.attend(*inputs, softcap)
     if mask_B1LS is not None:
         out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
     return out_BNLH.astype(v_BKSH.dtype)
 
 
-def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel) -> jax.Array:
+def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel, softcap) -> jax.Array:
     """Treat the heads of a group as queries of one head: decoding would else repeat its whole cache in every step."""
     heads, groups = k_BKSH.shape[1], q_BNLH.shape[1] // k_BKSH.shape[1]
     join = lambda x: x.reshape(x.shape[0], heads, -1, x.shape[-1])
@@ -75,12 +80,18 @@ def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel) -> jax
         mask_B1LS = jnp.broadcast_to(mask_B1LS, (*mask_B1LS.shape[:2], q_BNLH.shape[2], mask_B1LS.shape[3]))
         mask_B1LS = jnp.tile(mask_B1LS, (1, 1, groups, 1))
     mask = MaskSpec(allowed_B1LS=mask_B1LS)
-    out = attend(join(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1KLS, mask=mask, kernel=kernel)
+    out = attend(join(q_BNLH), k_BKSH, v_BKSH, bias_1NLS=bias_1KLS, mask=mask, kernel=kernel, softcap=softcap)
     return out.reshape(q_BNLH.shape)
 
 
 def attention_weights(
-    q_BNLH: jax.Array, k_BKSH: jax.Array, *, bias_1NLS: jax.Array | None = None, mask: MaskSpec, kernel: Kernel
+    q_BNLH: jax.Array,
+    k_BKSH: jax.Array,
+    *,
+    bias_1NLS: jax.Array | None = None,
+    mask: MaskSpec,
+    kernel: Kernel,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """The weights that `attend` multiplies values with, [B, N, L, S] float32; computed plainly, for any kernel."""
     k_BNSH = jnp.repeat(k_BKSH, q_BNLH.shape[1] // k_BKSH.shape[1], axis=1)
@@ -88,7 +99,7 @@ def attention_weights(
     if bias_1NLS is not None and kernel == "gpu":
         bias_1NLS = gpu_attention.bias_array(bias_1NLS, q_BNLH.shape[2], k_BNSH.shape[2])
     bias_1NLS = None if bias_1NLS is None else bias_1NLS[:1]  # the TPU kernel's has equal copies
-    weights_BNLS = jax.nn.softmax(plain.masked_scores(q_BNLH, k_BNSH, bias_1NLS, mask_B1LS), axis=-1)
+    weights_BNLS = jax.nn.softmax(plain.masked_scores(q_BNLH, k_BNSH, bias_1NLS, mask_B1LS, softcap), axis=-1)
     return weights_BNLS if mask_B1LS is None else jnp.where(mask_B1LS, weights_BNLS, 0.0)
 
 
@@ -130,7 +141,8 @@ class Attention(nn.Module):
         return constrain(x_BLNH.transpose(0, 2, 1, 3), "batch", "act_heads", "length", None)
 
     def _scale(self, q: jax.Array) -> jax.Array:
-        return q * self.config.head_dim**-0.5 if self.config.scale_attention else q
+        config = self.config
+        return q * (config.attention_scale_dim or config.head_dim) ** -0.5 if config.scale_attention else q
 
     def keys_values(self, source_BSD: jax.Array) -> KeyValues:
         """Keys and values of a source, for `cross`."""
@@ -173,6 +185,8 @@ class Attention(nn.Module):
         train: bool,
         cache: KeyValues | None = None,
         first_query: jax.Array | int = 0,
+        source: KeyValues | jax.Array | None = None,
+        source_mask: MaskSpec = MaskSpec(),  # noqa: B008  (frozen)
     ) -> tuple[jax.Array, KeyValues | None]:
         """Self-attention of x [B, L, D].
 
@@ -185,6 +199,8 @@ class Attention(nn.Module):
             train: whether to drop out.
             cache: keys and values of earlier tokens; this call's are written from index `first_query` on.
             first_query: index of x's first token in the cache.
+            source: further keys and values, or what they are projected from; see `merged_attention`. None: none.
+            source_mask: of them.
 
         Returns:
             the output [B, L, D] and the new cache, or None without one.
@@ -192,15 +208,18 @@ class Attention(nn.Module):
         rotary_BL = positions_BL if self.config.positions == "rotary" else None
         queries, keys, values = projections((x_BLD, self.query), (x_BLD, self.key), (x_BLD, self.value))
         q_BNLH = self._queries(queries, rotary_BL)
-        source = self._source(keys, values, rotary_BL)
+        own = self._source(keys, values, rotary_BL)
         if cache is not None:
             update = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first_query, axis=2)
-            source = cache = KeyValues(*map(update, cache, source))
-        return self._attend(q_BNLH, source, bias_1NLS, mask, kernel, train=train), cache
+            own = cache = KeyValues(*map(update, cache, own))
+        if source is not None:
+            source = source if isinstance(source, KeyValues) else self.keys_values(source)
+            own, bias_1NLS, mask = merge(own, source, bias_1NLS, mask, source_mask, x_BLD.shape[1])
+        return self._attend(q_BNLH, own, bias_1NLS, mask, kernel, train=train), cache
 
     def _attend(self, q_BNLH: jax.Array, source: KeyValues, bias_1NLS, mask: MaskSpec, kernel: Kernel, *, train: bool):
         """Attention and the output projection: [B, L, D]."""
-        weights = lambda: attention_weights(q_BNLH, source.k_BKSH, bias_1NLS=bias_1NLS, mask=mask, kernel=kernel)
-        intermediates.record(self, f"{self.name}_weights", weights)
-        out = attend(q_BNLH, *source, bias_1NLS=bias_1NLS, mask=mask, kernel=kernel).transpose(0, 2, 1, 3)
+        how = {"bias_1NLS": bias_1NLS, "mask": mask, "kernel": kernel, "softcap": self.config.attention_softcap}
+        intermediates.record(self, f"{self.name}_weights", lambda: attention_weights(q_BNLH, source.k_BKSH, **how))
+        out = attend(q_BNLH, *source, **how).transpose(0, 2, 1, 3)
         return self.out(dropout(self, out.reshape(*out.shape[:2], -1), self.config.dropout_rate, train=train))

@@ -63,9 +63,13 @@ class Block(nn.Module):
         config = self.config
         self.relative_bias = bias_module(config, "per_layer", causal=self.causal)
         self.attention, self.attention_norm = Attention(config), Norm(config)
-        if self.cross:
+        if self.cross and not config.merged_attention:
             self.cross_attention, self.cross_attention_norm = Attention(config), Norm(config)
+            if config.norm_position == "sandwich":
+                self.cross_attention_output_norm = Norm(config)
         self.mlp, self.mlp_norm = Mlp(config), Norm(config)
+        if config.norm_position == "sandwich":
+            self.attention_output_norm, self.mlp_output_norm = Norm(config), Norm(config)
 
     def __call__(
         self,
@@ -80,6 +84,7 @@ class Block(nn.Module):
         bias_1NLS = inputs.bias_1NLS
         if self.relative_bias is not None:
             bias_1NLS = self.relative_bias(plan, inputs.first_query)
+        source = cache.cross if cache else inputs.encoded_BSD
         y_BLD, own = self.attention(
             self._input(self.attention_norm, x_BLD),
             bias_1NLS=bias_1NLS,
@@ -89,38 +94,43 @@ class Block(nn.Module):
             train=train,
             cache=cache and cache.own,
             first_query=inputs.first_query,
+            source=source if self.config.merged_attention else None,
+            source_mask=inputs.cross_mask,
         )
         intermediates.record(self, "attention_output", lambda: y_BLD)
-        x_BLD = self._add(self.attention_norm, x_BLD, y_BLD, train=train)
-        if self.cross:
+        x_BLD = self._add("attention", x_BLD, y_BLD, train=train)
+        if self.cross and not self.config.merged_attention:
             cross_BLD = self.cross_attention.cross(
                 self._input(self.cross_attention_norm, x_BLD),
-                cache.cross if cache else inputs.encoded_BSD,
+                source,
                 mask=inputs.cross_mask,
                 kernel=plan.cross_attention,
                 train=train,
             )
             intermediates.record(self, "cross_attention_output", lambda: cross_BLD)
-            x_BLD = self._add(self.cross_attention_norm, x_BLD, cross_BLD, train=train)
+            x_BLD = self._add("cross_attention", x_BLD, cross_BLD, train=train)
         mlp_input_BLD = self._input(self.mlp_norm, x_BLD)
         intermediates.record(self, "mlp_input", lambda: mlp_input_BLD)
         mlp_BLD, auxiliary = self.mlp(mlp_input_BLD, train=train)
         intermediates.record(self, "mlp_output", lambda: mlp_BLD)
-        x_BLD = self._add(self.mlp_norm, x_BLD, mlp_BLD, train=train)
+        x_BLD = self._add("mlp", x_BLD, mlp_BLD, train=train)
         intermediates.record(self, "residual", lambda: x_BLD)
         return LayerOutput(x_BLD, cache and Cache(own, cache.cross), auxiliary)
 
     def _input(self, norm: Norm, x_BLD: jax.Array) -> jax.Array:
         """What a sublayer reads of the residual stream x."""
-        return norm(x_BLD) if self.config.norm_position == "pre" else x_BLD
+        return x_BLD if self.config.norm_position == "post" else norm(x_BLD)
 
-    def _add(self, norm: Norm, x_BLD: jax.Array, y_BLD: jax.Array, *, train: bool) -> jax.Array:
+    def _add(self, sublayer: str, x_BLD: jax.Array, y_BLD: jax.Array, *, train: bool) -> jax.Array:
         """Add a sublayer's output y to the residual stream x."""
+        if self.config.norm_position == "sandwich":
+            y_BLD = getattr(self, f"{sublayer}_output_norm")(y_BLD)
         x_BLD = x_BLD + dropout(self, y_BLD, self.config.dropout_rate, train=train)
         if self.config.norm_position == "post":
-            x_BLD = norm(x_BLD)
+            x_BLD = getattr(self, f"{sublayer}_norm")(x_BLD)
         return constrain(x_BLD, "batch", "length", "act_embed")
 
     def keys_values(self, encoded_BSD: jax.Array) -> KeyValues:
-        """The layer's cross-attention keys and values."""
-        return self.cross_attention.keys_values(encoded_BSD)
+        """The keys and values of the encoder's output, as the layer attends to them."""
+        attention = self.attention if self.config.merged_attention else self.cross_attention
+        return attention.keys_values(encoded_BSD)

@@ -70,7 +70,7 @@ def embed(table_VD: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
 def scales_logits(config: ModelConfig) -> bool:
     """Whether logits are multiplied by model_dim**-0.5."""
     if config.logits_scale == "auto":
-        return config.tied_embeddings and config.init == "t5"
+        return config.tied_embeddings and config.init == "t5" and config.embedding_scale == "none"
     return config.logits_scale == "model_dim"
 
 

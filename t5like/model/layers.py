@@ -112,14 +112,18 @@ def projections(*pairs: tuple[jax.Array, Dense]) -> tuple[jax.Array, ...]:
 
 
 class Norm(nn.Module):
-    """RMS norm (Zhang & Sennrich 2019; T5: no bias, no mean) or layer norm, always in float32."""
+    """RMS norm (Zhang & Sennrich 2019; T5: no bias, no mean) or layer norm, always in float32.
+
+    With `norm_offset` the parameter is the factor minus 1 (Gemma's released code).
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         config, dim = self.config, x_BLD.shape[-1]
-        scale = parameter(self, "scale", constant(1.0, ("norm",)), (dim,))
+        scale = parameter(self, "scale", constant(0.0 if config.norm_offset else 1.0, ("norm",)), (dim,))
+        scale = 1 + scale if config.norm_offset else scale
         x = x_BLD.astype(jnp.float32)
         if config.norm == "layer":
             x = x - x.mean(-1, keepdims=True)

@@ -60,17 +60,20 @@ def unstack_layers(layers: Tree) -> tuple[Tree, ...]:
 
 
 class Stack(nn.Module):
-    """Y blocks with stacked parameters, the relative bias that they may share, and the norm behind them."""
+    """Y blocks with stacked parameters, the relative bias that they may share, and the norm behind them.
+
+    `config` is `ModelConfig.in_decoder` for a decoder; `cross_dim` is D of the encoder's output, 0 without an encoder.
+    """
 
     config: ModelConfig
     num_layers: int
     causal: bool
-    cross: bool = False
+    cross_dim: int = 0
 
     def setup(self) -> None:
         config = self.config
         self.relative_bias = bias_module(config, "shared", causal=self.causal)
-        if config.norm_position == "pre":
+        if config.norm_position != "post":
             self.final_norm = Norm(config)
         # `param` alone would trace the initialization at each call: a fifth of the time that tracing a step takes.
         layers = self.get_variable("params", "layers") if self.has_variable("params", "layers") else None
@@ -79,12 +82,15 @@ class Stack(nn.Module):
     @property
     def pattern(self) -> tuple[Block, ...]:
         """The blocks of the pattern, bound to no parameters: they are applied to slices of `layers`."""
-        return tuple(Block(config, self.cross, self.causal, parent=None) for config in layer_configs(self.config))
+        return tuple(
+            Block(config, self.cross_dim > 0, self.causal, parent=None) for config in layer_configs(self.config)
+        )
 
     def _init(self, key: jax.Array) -> Tree:
         """Initialize each layer from its own key; every leaf gets a leading dim `layers`."""
         x_BLD = jnp.zeros((1, 1, self.config.model_dim), self.config.dtype)
-        inputs = LayerInputs(None, MaskSpec(), jnp.zeros((1, 1), jnp.int32), x_BLD if self.cross else None)
+        encoded_BSD = jnp.zeros((1, 1, self.cross_dim), x_BLD.dtype) if self.cross_dim else None
+        inputs = LayerInputs(None, MaskSpec(), jnp.zeros((1, 1), jnp.int32), encoded_BSD)
         # Parameters have the same shapes and initializers at every position of the pattern.
         init = partial(self.pattern[0].init, plan=AttentionPlan(1, 1))
         layers = jax.vmap(lambda k: init(k, x_BLD, inputs)["params"])(jax.random.split(key, self.num_layers))
@@ -148,7 +154,7 @@ class Stack(nn.Module):
         return LayerOutput(self._normalize(x_BLD), cache, auxiliary)
 
     def _normalize(self, x_BLD: jax.Array) -> jax.Array:
-        return self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD
+        return x_BLD if self.config.norm_position == "post" else self.final_norm(x_BLD)
 
     def _dropout_keys(self, *, train: bool) -> jax.Array | None:
         if not train or self.config.dropout_rate == 0:
@@ -157,9 +163,9 @@ class Stack(nn.Module):
 
     def _masks(self, mask: MaskSpec, plan: AttentionPlan, first_query: jax.Array | int) -> list[MaskSpec]:
         """The mask of self-attention at each position of the pattern; as an array, unless the kernel is fused."""
-        windows, by_window = [config.attention_window for config in layer_configs(self.config)], {}
+        windows, by_window = [config.window(causal=self.causal) for config in layer_configs(self.config)], {}
         for window in dict.fromkeys(windows):
-            spec = dataclasses.replace(mask, window=window, window_ahead=0 if self.causal else window)
+            spec = dataclasses.replace(mask, window=window[0], window_ahead=window[1])
             if plan.self_attention not in FUSED:
                 array = spec.build(plan.queries, plan.keys, first_query, plan.branch_start)
                 spec = MaskSpec(allowed_B1LS=array)

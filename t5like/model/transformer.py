@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config.schema import Config
-from t5like.model import heads
+from t5like.model import embeddings, heads
 from t5like.model import layers as lay
 from t5like.model.block import LayerOutput
 from t5like.model.cache import Caches
 from t5like.model.kernels import cpu
+from t5like.model.kernels.plain import soft_capped
 from t5like.model.masks import MaskSpec
 from t5like.model.stack import Stack
 from t5like.sharding.logical_axes import constrain
@@ -37,9 +38,11 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config, model = self.config, self.config.model
-        t5 = model.init == "t5"
-        table = lay.normal(1.0 if t5 else 0.02, ("vocab", "embed"))
-        self.embedding = lay.parameter(self, "embedding", table, (config.vocab_rows, model.model_dim))
+        t5, last = model.init == "t5", model.in_decoder  # of the stack whose output the heads read
+        for name, dim in {"embedding": model.model_dim, "decoder_embedding": last.model_dim}.items():
+            if name == "embedding" or model.separate_embeddings:
+                table = lay.normal(embeddings.initial_std(model, dim), ("vocab", "embed"))
+                setattr(self, name, lay.parameter(self, name, table, (config.vocab_rows, dim)))
         if model.positions == "learned":
             learned = lay.normal(1.0 if t5 else 0.02, ("positions", "embed"))
             self.positions = lay.parameter(self, "positions", learned, (model.max_length, model.model_dim))
@@ -53,14 +56,15 @@ class Transformer(nn.Module):
         if model.has_encoder:
             self.encoder = Stack(model, model.num_layers, causal=False)
         if model.has_decoder:
-            self.decoder = Stack(model, model.decoder_layers, causal=True, cross=model.has_encoder)
+            cross_dim = model.model_dim if model.has_encoder else 0
+            self.decoder = Stack(last, model.decoder_layers, causal=True, cross_dim=cross_dim)
         if not model.tied_embeddings:
             # Half of T5's standard deviation: the logits of an untrained model then have variance 1/4 and its loss is
             # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
-            head = lay.kernel_init(model, model.model_dim, ("embed", "vocab"), scale=0.5)
-            self.head = lay.parameter(self, "head", head, (model.model_dim, config.vocab_rows))
+            head = lay.kernel_init(model, last.model_dim, ("embed", "vocab"), scale=0.5)
+            self.head = lay.parameter(self, "head", head, (last.model_dim, config.vocab_rows))
         if model.scalar_head:
-            self.scalar_head = heads.ScalarHead(model)
+            self.scalar_head = heads.ScalarHead(last)
         if model.head == "mlm":
             self.mlm = heads.MlmTransform(model)
             self.head_bias = lay.parameter(self, "head_bias", lay.constant(0.0, ("vocab",)), (config.vocab_rows,))
@@ -98,7 +102,7 @@ class Transformer(nn.Module):
             cross_mask = MaskSpec(False, of_inputs_BL, batch.encoder_segments_BS)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD, _, auxiliary = self.decoder(
-            self._embed(batch.decoder_BL, positions_BL, train=train),
+            self._embed(batch.decoder_BL, positions_BL, decoder=True, train=train),
             mask=MaskSpec(True, segments_BL, segments_BL, batch.prefix_BL),
             positions_BL=positions_BL,
             encoded_BSD=encoded_BSD,
@@ -139,15 +143,17 @@ class Transformer(nn.Module):
         config, model = self.config, self.config.model
         if model.head == "mlm":
             hidden_BLD = self.mlm(hidden_BLD)
-        kernel_DV = self.embedding.T if model.tied_embeddings else self.head
+        tied = self.decoder_embedding if model.separate_embeddings else self.embedding
+        kernel_DV = tied.T if model.tied_embeddings else self.head
         if heads.scales_logits(model):
             # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
-            hidden_BLD = hidden_BLD * model.model_dim**-0.5
+            hidden_BLD = hidden_BLD * model.in_decoder.model_dim**-0.5
         multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else heads.project_to_vocabulary
         logits_BLV = multiply(hidden_BLD, kernel_DV.astype(model.dtype))
         logits_BLV = constrain(logits_BLV, "batch", "length", "act_vocab")
         if model.head == "mlm":
             logits_BLV = logits_BLV + self.head_bias[None, None]
+        logits_BLV = soft_capped(logits_BLV, model.logits_softcap)
         if config.vocab_rows == config.tokenizer.vocab_size:
             return logits_BLV
         real_V = jnp.arange(config.vocab_rows) < config.tokenizer.vocab_size
@@ -189,7 +195,7 @@ class Transformer(nn.Module):
         if positions_BL is None:
             positions_BL = _positions(ids_BL, None) + first
         x_BLD, cache, _ = self.decoder(
-            self._embed(ids_BL, positions_BL, train=False),
+            self._embed(ids_BL, positions_BL, decoder=True, train=False),
             mask=MaskSpec(causal=mask_B1LS is None, allowed_B1LS=mask_B1LS),
             positions_BL=positions_BL,
             cross_mask=MaskSpec(allowed_B1LS=cross_mask_B1LS),
@@ -200,10 +206,17 @@ class Transformer(nn.Module):
         return self.logits(x_BLD[:, -1:] if last_only else x_BLD), cache
 
     def _embed(
-        self, ids_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None = None, *, train: bool
+        self,
+        ids_BL: jax.Array,
+        positions_BL: jax.Array,
+        token_types_BL: jax.Array | None = None,
+        *,
+        decoder: bool = False,
+        train: bool,
     ) -> jax.Array:
         model = self.config.model
-        x_BLD = heads.embed(self.embedding, ids_BL, model.dtype)
+        table_VD = self.decoder_embedding if decoder and model.separate_embeddings else self.embedding
+        x_BLD = embeddings.scaled_embed(table_VD, ids_BL, model)
         if model.positions == "learned":
             # Padding may be behind the last position; `generate` refuses texts that are so long.
             x_BLD = x_BLD + heads.embed(self.positions, jnp.minimum(positions_BL, model.max_length - 1), model.dtype)
@@ -219,7 +232,7 @@ class Transformer(nn.Module):
     def _drop_output(self, x_BLD: jax.Array, *, train: bool) -> jax.Array:
         """Dropout behind the final norm, as in T5. A post-norm stack has none here: its dropout is before the norm."""
         model = self.config.model
-        return lay.dropout(self, x_BLD, model.dropout_rate if model.norm_position == "pre" else 0.0, train=train)
+        return lay.dropout(self, x_BLD, 0.0 if model.norm_position == "post" else model.dropout_rate, train=train)
 
 
 def _positions(ids_BL: jax.Array, positions_BL: jax.Array | None) -> jax.Array:
