@@ -1,21 +1,16 @@
 """Initial weights from another run: unchanged, or adapted to another architecture, vocabulary or depth.
 
 `init_from.adapt` lists which differences are adapted; every other difference is refused. The source of each parameter
-is chosen by name and shape before anything is read (`ParameterSource`), and reported. Arrays are read once, onto the
+is chosen by name and shape before anything is read (`parameter_sources`), and reported. Arrays are read once, onto the
 mesh of this run, and released one at a time as they are adapted: there is never a second copy of the model.
 
-* architecture: an encoder-decoder from a decoder-only model. Both stacks start as its layers. Cross-attention with its
-  norm, and the encoder's relative bias (its buckets are bidirectional, the decoder's are not), are random.
-* vocabulary: rows are mapped from tokenizer to tokenizer by piece, sentinels by index. Rows of pieces that the old
-  tokenizer does not have are the mean of all old rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
-  Language Models").
-* depth: the old stack is repeated from the bottom, layers 0 1 for 5 give 0 1 0 1 0 (Gong et al. 2019, "Efficient
-  Training of BERT by Progressively Stacking").
+With `init_from.decoder_checkpoint` there are two: the encoder comes from one, everything else from the other.
 
 Called by `train.initial_state`.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -27,25 +22,28 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like import tree
-from t5like.checkpoint import recovery
+from t5like.checkpoint import parameter_sources, recovery
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
+from t5like.checkpoint.parameter_sources import (
+    MEAN_ROW,
+    ROW_DIMS,
+    SCALAR_HEAD,
+    ParameterSource,
+    VocabularyMap,
+    map_vocabulary,
+)
 from t5like.checkpoint.run_directory import check_initial_run
 from t5like.config import loader
-from t5like.config.schema import Config
+from t5like.config.schema import Config, get
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
 from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
+from t5like.optim import new_parameters
 from t5like.types import Array, TrainState
 
-ROW_DIMS = {
-    "embedding": 0,
-    "head": 1,
-    "head_bias": 0,
-}  # parameters with a row for each token id, and the dim of the rows
-SCALAR_HEAD = "scalar_head/"  # random if the checkpoint has none, ignored if the model has none
 REPORT = "init_from.txt"  # in the run directory
 UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are part of `InitialWeights.report`
     f"model.{name}:"
@@ -60,35 +58,6 @@ UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are 
         "vocab_multiple",
     )
 )
-MEAN_ROW = -1  # in a VocabularyMap: there is no old row
-
-
-class ParameterSource(NamedTuple):
-    """The source of a parameter.
-
-    Attributes:
-        source: the old parameter's name; None: it is random.
-        layers: the old layer of each layer; empty: unchanged.
-        rows: the dim whose rows are mapped to another vocabulary; None: unchanged.
-    """
-
-    source: str | None
-    layers: tuple[int, ...] = ()
-    rows: int | None = None
-
-
-class VocabularyMap(NamedTuple):
-    """A map from a new vocabulary's rows to an old one's.
-
-    Attributes:
-        old_V: int32 [new rows], the old row of each, or `MEAN_ROW`, also for padding rows.
-        old_size: rows of the old vocabulary that are ids; the rows after them are padding.
-        text: the number of rows of each type, in words.
-    """
-
-    old_V: np.ndarray
-    old_size: int
-    text: str
 
 
 class InitialWeights(NamedTuple):
@@ -96,15 +65,31 @@ class InitialWeights(NamedTuple):
 
     Attributes:
         params: by name, with the shardings of the run; without the random ones.
-        step: of the checkpoint.
+        source: steps and run directories, in words.
         report: a line for each parameter: its name and its source.
         differs: other fields of the model that differ from the checkpoint's, a line for each; they may be intended.
     """
 
     params: dict[str, Array]
-    step: int
+    source: str
     report: list[str]
     differs: list[str]
+
+
+class Part(NamedTuple):
+    """A checkpoint, and what is taken from it.
+
+    Attributes:
+        field: of the config, with the run directory.
+        step: of the checkpoint; -1: the newest one that can be read.
+        wanted: shape, dtype and sharding of the parameters of this run that come from it, by name.
+        whole: whether it must contain nothing else.
+    """
+
+    field: str
+    step: int
+    wanted: dict[str, jax.ShapeDtypeStruct]
+    whole: bool
 
 
 def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokenizer) -> InitialWeights:
@@ -112,7 +97,7 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
 
     A parameter whose name matches `init_from.reinitialize` is random. The checkpoint must contain all other ones, and
     no more. The moving average is used if that run has one. If `init_from.step` names no step, damaged checkpoints are
-    reported, and the newest one before them is used.
+    reported, and the newest one before them is used. The same holds for `init_from.decoder_checkpoint`.
 
     Args:
         config: of this run.
@@ -121,39 +106,63 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not fit; with a list of the differences.
-        ConfigError: a pattern of `init_from.reinitialize` matches no parameter.
+        ConfigError: a pattern of `init_from.reinitialize` matches no parameter, or `init_from.warmup_steps` has no
+            parameter to train.
     """
     init = config.init_from
-    directory = expand(init.checkpoint)
     check_initial_run(config, None)
     tree.mask(abstract.params, init.reinitialize, field="init_from.reinitialize")
-    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    read = partial(_read, config, abstract, tokenizer, checkpoints)
-    if init.step >= 0:
-        return read(init.step)
+    new_parameters.check(config, abstract.params)
+    parts = [_load(config, tokenizer, part) for part in _parts(config, tree.flatten(abstract.params))]
+    params = {name: array for part in parts for name, array in part.params.items()}
+    join = lambda field: [line for part in parts for line in getattr(part, field)]
+    return InitialWeights(params, " and ".join(part.source for part in parts), join("report"), join("differs"))
+
+
+def _parts(config: Config, wanted: dict[str, jax.ShapeDtypeStruct]) -> list[Part]:
+    """The checkpoints of a run's initial weights."""
+    init = config.init_from
+    if not init.decoder_checkpoint:
+        return [Part("init_from.checkpoint", init.step, wanted, whole=True)]
+    of_encoder = {name: leaf for name, leaf in wanted.items() if name.startswith("encoder/")}
+    rest = {name: leaf for name, leaf in wanted.items() if name not in of_encoder}
+    return [
+        Part("init_from.checkpoint", init.step, of_encoder, whole=False),
+        Part("init_from.decoder_checkpoint", init.decoder_step, rest, whole=False),
+    ]
+
+
+def _load(config: Config, tokenizer: Tokenizer, part: Part) -> InitialWeights:
+    """Read a part from the step that it names, or from the newest one that is not damaged."""
+    checkpoints = Checkpoints(expand(get(config, part.field)) / "checkpoints", keep=1)
+    read = partial(_read, config, tokenizer, part, checkpoints)
+    if part.step >= 0:
+        return read(part.step)
     readable = recovery.newest_readable(checkpoints, checkpoints.steps() or [checkpoints.meta().step], read)
     recovery.warn(readable)
     return readable.value
 
 
-def _read(
-    config: Config, abstract: TrainState, tokenizer: Tokenizer, checkpoints: Checkpoints, step: int
-) -> InitialWeights:
-    """Read the weights of one checkpoint; arguments and errors as in `load_initial_weights`."""
-    init, meta = config.init_from, checkpoints.meta(step)
+def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpoints, step: int) -> InitialWeights:
+    """Read a part from one checkpoint; errors as in `load_initial_weights`."""
+    init, meta, wanted = config.init_from, checkpoints.meta(step), part.wanted
     ema = any(name.startswith("ema/") for name in meta.leaves)
     prefix = "ema/" if ema else "params/"
     stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
-    wanted = tree.flatten(abstract.params)
-    _check_adapted(config, meta, stored, wanted, tokenizer, checkpoints.directory.parent)
+    names = parameter_sources.source_names(config, meta.config, wanted, stored)
+    _check_adapted(config, meta, stored, part, names, tokenizer)
     rows = _map_from(config, meta, tokenizer) if "vocabulary" in init.adapt else None
-    origins = {name: _origin(config, meta.config, name, leaf, stored) for name, leaf in wanted.items()}
+    origins = {
+        name: parameter_sources.choose_source(config, name, leaf, names[name], stored) for name, leaf in wanted.items()
+    }
     sources = {
         origin.source: _as_stored(wanted[name], origin, stored, meta.config)
         for name, origin in origins.items()
         if origin.source
     }
     without = init.reinitialize if config.model.scalar_head else (*init.reinitialize, f"{SCALAR_HEAD}.*")
+    if not part.whole:
+        without = (*without, *map(re.escape, parameter_sources.unused(stored, sources)))
     read = checkpoints.restore_params(sources, meta.step, ema=ema, without=without)
     last = {origin.source: name for name, origin in origins.items()}  # the last parameter that uses each source
     params = {}
@@ -162,14 +171,18 @@ def _read(
             array = read.pop(origin.source) if last[origin.source] == name else jnp.copy(read[origin.source])
             params[name] = _adapt(array, wanted[name].sharding, origin, rows)
             del array
+    directory = get(config, part.field)
+    of = "" if part.whole else f", of {directory}"
     width = max(map(len, origins))
-    report = [f"{name:{width}}  {_describe(name, origin, rows)}" for name, origin in origins.items()]
+    report = [
+        f"{name:{width}}  {parameter_sources.describe(name, origin, rows, of)}" for name, origin in origins.items()
+    ]
     differs = loader.difference(meta.config, config)
     return InitialWeights(
         params,
-        meta.step,
+        f"step {meta.step:,} of {directory}",
         report,
-        [line for line in differs if line.startswith("model.") and not line.startswith(UNREPORTED_FIELDS)],
+        [line + of for line in differs if line.startswith("model.") and not line.startswith(UNREPORTED_FIELDS)],
     )
 
 
@@ -183,35 +196,8 @@ def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None
         return
     init = config.init_from
     adapted = f", init_from.adapt={','.join(init.adapt)}" if init.adapt else ""
-    text = (
-        "\n".join([f"step {weights.step:,} of {init.checkpoint}{adapted}", "", *weights.report, *weights.differs])
-        + "\n"
-    )
+    text = "\n".join([f"{weights.source}{adapted}", "", *weights.report, *weights.differs]) + "\n"
     replace_file(workdir / REPORT, text, CheckpointError)
-
-
-def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyMap:
-    """Map a new tokenizer's ids to an old one's: special ids by their role, sentinels by index, the rest by piece.
-
-    A piece that only the new one has, a sentinel beyond the old ones, and the padding rows map to `MEAN_ROW`.
-    """
-    special = {*old.sentinel_ids.tolist(), old.pad_id, old.eos_id, old.unk_id}
-    pieces = {old.name(token): token for token in range(old.vocab_size) if token not in special and old.name(token)}
-    roles = {new.pad_id: old.pad_id, new.eos_id: old.eos_id}
-    if new.unk_id is not None and old.unk_id is not None:
-        roles[new.unk_id] = old.unk_id
-    roles |= dict(zip(new.sentinel_ids.tolist(), old.sentinel_ids.tolist(), strict=False))
-    sentinels = set(new.sentinel_ids.tolist())
-    old_V = np.full(num_rows, MEAN_ROW, np.int32)
-    for token in range(new.vocab_size):
-        if token in roles:
-            old_V[token] = roles[token]
-        elif token not in sentinels:
-            old_V[token] = pieces.get(new.name(token), MEAN_ROW)
-    kept = int((old_V != MEAN_ROW).sum())
-    lost = old.vocab_size - len(set(old_V[old_V != MEAN_ROW].tolist()))
-    text = f"{kept:,} of {new.vocab_size:,} rows by piece, {new.vocab_size - kept:,} at the mean"
-    return VocabularyMap(old_V, old.vocab_size, text + (f", {lost:,} unused old rows" if lost else ""))
 
 
 def _map_from(config: Config, meta: Meta, tokenizer: Tokenizer) -> VocabularyMap:
@@ -223,57 +209,36 @@ def _check_adapted(
     config: Config,
     meta: Meta,
     stored: Mapping[str, Leaf],
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    part: Part,
+    names: Mapping[str, str | None],
     tokenizer: Tokenizer,
-    directory: Path,
 ) -> None:
-    """Refuse a difference that could be adapted but is not named in `init_from.adapt`."""
+    """Refuse a difference that could be adapted but is not named in `init_from.adapt`; `names`: `source_names`."""
     init, old, new = config.init_from, meta.config.model, config.model
     differences = {}
     if (old.architecture, new.architecture) == ("decoder", "encoder_decoder"):
         differences["architecture"] = f"it is a decoder-only model, not model.architecture={new.architecture}"
+    if part.field == "init_from.decoder_checkpoint" and old.architecture != "decoder":
+        raise CheckpointError(
+            f"{part.field}={init.decoder_checkpoint} has model.architecture={old.architecture}, and must be "
+            "decoder-only; use the directory of a run with model.architecture=decoder"
+        )
     if tokenizer.hash != meta.tokenizer_hash and not all(
-        tree.matches(name, init.reinitialize) for name in wanted if name in ROW_DIMS
+        tree.matches(name, init.reinitialize) for name in part.wanted if name in ROW_DIMS
     ):
         differences["vocabulary"] = (
             f"its tokenizer is different ({meta.config.tokenizer.vocab_size:,} ids, not {tokenizer.vocab_size:,})"
         )
-    for name, leaf in wanted.items():
-        source = stored.get(_source_name(name, old.architecture, new.architecture))
+    for name, leaf in part.wanted.items():
+        source = stored.get(names[name])
         if source and "/layers/" in name and source.shape[1:] == leaf.shape[1:] and source.shape[0] < leaf.shape[0]:
             differences["depth"] = f"it has {source.shape[0]} layers where this model has {leaf.shape[0]}"
     if missing := [name for name in differences if name not in init.adapt]:
         raise CheckpointError(
-            f"init_from.checkpoint={directory} does not fit: {'; '.join(differences[name] for name in missing)}; "
+            f"{part.field}={get(config, part.field)} does not fit: "
+            f"{'; '.join(differences[name] for name in missing)}; "
             f"use init_from.adapt={','.join([*init.adapt, *missing])} to adapt it"
         )
-
-
-def _source_name(name: str, old: str, new: str) -> str | None:
-    """Return the old parameter that a new one is initialized with; None: the old architecture has none."""
-    if (old, new) != ("decoder", "encoder_decoder"):
-        return name
-    if "/cross_attention" in name or (name.startswith("encoder/") and "relative_bias" in name):
-        return None
-    return name.replace("encoder/", "decoder/", 1) if name.startswith("encoder/") else name
-
-
-def _origin(
-    config: Config, old: Config, name: str, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Leaf]
-) -> ParameterSource:
-    source = _source_name(name, old.model.architecture, config.model.architecture)
-    if _is_new_head(name, stored) or source is None or tree.matches(name, config.init_from.reinitialize):
-        return ParameterSource(None)
-    layers: tuple[int, ...] = ()
-    count = stored[source].shape[0] if "/layers/" in name and source in stored else leaf.shape[0]
-    if "depth" in config.init_from.adapt and count < leaf.shape[0]:
-        layers = tuple(y % count for y in range(leaf.shape[0]))
-    return ParameterSource(source, layers, ROW_DIMS.get(name) if "vocabulary" in config.init_from.adapt else None)
-
-
-def _is_new_head(name: str, stored: Mapping[str, Leaf]) -> bool:
-    """Whether a parameter is part of a scalar head that the checkpoint does not have."""
-    return name.startswith(SCALAR_HEAD) and name not in stored
 
 
 def _as_stored(
@@ -316,15 +281,3 @@ def _mapper(dim: int, old_size: int, sharding: NamedSharding) -> Callable[[Array
         return jnp.where(jnp.broadcast_to(known, taken.shape), taken, jnp.broadcast_to(mean, taken.shape))
 
     return jax.jit(mapped, out_shardings=sharding)
-
-
-def _describe(name: str, origin: ParameterSource, rows: VocabularyMap | None) -> str:
-    if not origin.source:
-        return "new, random"
-    parts = []
-    if origin.layers:
-        parts.append(f"stacked from layers {' '.join(map(str, origin.layers))}")
-    if origin.rows is not None:
-        parts.append(rows.text)
-    text = ", ".join(parts) or "copied"
-    return text if origin.source == name else f"{text}, from {origin.source}"

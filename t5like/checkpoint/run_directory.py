@@ -230,14 +230,16 @@ def check_run_directory(config: Config, workdir: Path, allowed: Sequence[str] = 
 
 
 def check_initial_run(config: Config, workdir: Path | None) -> None:
-    """Raise CheckpointError if `init_from.checkpoint` holds no run, and is needed: the run in `workdir` has not begun.
+    """Raise CheckpointError if a checkpoint of `init_from` holds no run, and the run in `workdir` has not begun.
 
     Called before anything of that run is read, such as its tokenizer, so that the message names the field to change.
     """
-    checkpoint = config.init_from.checkpoint
-    begun = workdir and (workdir / "config.json").is_file()
-    if checkpoint and not begun and not (expand(checkpoint) / "config.json").is_file():
-        raise CheckpointError(f"init_from.checkpoint={checkpoint} contains no run; use the directory of a trained one")
+    if workdir and (workdir / "config.json").is_file():
+        return
+    for name in ("checkpoint", "decoder_checkpoint"):
+        path = getattr(config.init_from, name)
+        if path and not (expand(path) / "config.json").is_file():
+            raise CheckpointError(f"init_from.{name}={path} contains no run; use the directory of a trained one")
 
 
 def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allowed: Sequence[str] = ()) -> None:

@@ -135,13 +135,19 @@ def _data(config: Config) -> None:
 
 
 def _init_from(config: Config) -> None:
-    for field in ("step", "reinitialize", "adapt"):
+    init = config.init_from
+    for field in ("step", "reinitialize", "adapt", "decoder_checkpoint", "warmup_steps"):
         require(
             config,
-            bool(config.init_from.checkpoint) or getattr(config.init_from, field) == getattr(InitConfig, field),
+            bool(init.checkpoint) or getattr(init, field) == getattr(InitConfig, field),
             f"init_from.{field}",
             "needs init_from.checkpoint",
         )
+    rule = "needs init_from.decoder_checkpoint; use -1"
+    require(config, bool(init.decoder_checkpoint) or init.decoder_step == -1, "init_from.decoder_step", rule)
+    rule = "needs init_from.adapt=architecture and model.architecture=encoder_decoder; leave it out"
+    adapts = "architecture" in init.adapt and config.model.architecture == "encoder_decoder"
+    require(config, adapts or not init.decoder_checkpoint, "init_from.decoder_checkpoint", rule)
 
 
 def _objectives(config: Config) -> None:

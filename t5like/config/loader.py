@@ -180,12 +180,17 @@ def override(values: dict, name: str, text: str) -> None:
 def resolve(values: Mapping) -> Config:
     """Build and check the frozen config from nested dicts; missing fields take their default."""
     config = _build(Config, values, "")
-    if checkpoint := config.init_from.checkpoint:
-        check_path("init_from.checkpoint", checkpoint)
-        # The user may continue the run from another working directory.
-        checkpoint = str(expand(checkpoint).absolute())
-        config = dataclasses.replace(config, init_from=dataclasses.replace(config.init_from, checkpoint=checkpoint))
-    if checkpoint and not config.tokenizer.path and "vocabulary" not in config.init_from.adapt:
+    for name in ("checkpoint", "decoder_checkpoint"):
+        if path := getattr(config.init_from, name):
+            check_path(f"init_from.{name}", path)
+            # The user may continue the run from another working directory.
+            init = dataclasses.replace(config.init_from, **{name: str(expand(path).absolute())})
+            config = dataclasses.replace(config, init_from=init)
+    if (
+        (checkpoint := config.init_from.checkpoint)
+        and not config.tokenizer.path
+        and "vocabulary" not in config.init_from.adapt
+    ):
         path = str(Path(checkpoint) / "tokenizer.model")
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
     if config.rl.has_scalar_head:

@@ -187,10 +187,18 @@ class InitConfig:
     # parameters that start from random values, as regular expressions of their names
     reinitialize: tuple[str, ...] = ()
     # Differences from the model of the checkpoint that are allowed. RUN/init_from.txt has the source of each parameter.
-    # architecture: a decoder-only model initializes both stacks of an encoder-decoder; cross-attention is random.
-    # vocabulary: another tokenizer; rows are copied by token, new tokens get the mean. depth: more layers; the old
-    # stack is repeated.
+    # architecture: a decoder-only model initializes both stacks of an encoder-decoder; cross-attention starts as its
+    # self-attention, or random if the shapes differ. vocabulary: another tokenizer; rows are copied by token, new
+    # tokens get the mean. depth: more layers; the old stack is repeated.
     adapt: tuple[Adaptation, ...] = ()
+    # Run directory of a decoder-only model for the decoder of an encoder-decoder, its head and the embeddings that both
+    # stacks share; the encoder then comes from the first stack of init_from.checkpoint.
+    decoder_checkpoint: str = ""
+    # step of decoder_checkpoint; -1: the newest good one
+    decoder_step: Annotated[int, Range(-1, LARGEST)] = -1
+    # Updates at the start in which only some parameters learn: with adapt=architecture cross-attention and the
+    # encoder's relative bias, and always those of reinitialize and a new scalar head.
+    warmup_steps: NotNegative = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,7 @@ def open_step(side: Side, number: int | None) -> tuple[Step, str]:
     source, params = "random parameters", None
     if config.init_from.checkpoint:
         weights = load_initial_weights(config, abstract, preparation.prepare(config).tokenizer)
-        source, params = f"step {weights.step:,} of {config.init_from.checkpoint}", weights.params
+        source, params = weights.source, weights.params
     state = train_state.new_state(config, shape, abstract, params)
     state = state._replace(step=jax.device_put(np.int32(number - 1), abstract.step.sharding))
     rows = replay.open_batches(config, RowSchedule.of(config.data.batch_size)).at(number - 1)

@@ -25,6 +25,7 @@ from optax import contrib
 from t5like import tree
 from t5like.config.schema import Config, OptimizerConfig
 from t5like.errors import ConfigError
+from t5like.optim import new_parameters
 from t5like.optim.schedules import learning_rate
 from t5like.types import Array, LogicalAxes, Tree
 
@@ -59,18 +60,20 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
     tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # checked even without weight decay
-    chain = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
-    chain.append(_direction(optimizer, axes))
+    rule = [_direction(optimizer, axes)]
     if optimizer.weight_decay:
         # a function, because its tree has no frozen leaves
-        chain.append(
+        rule.append(
             optax.add_decayed_weights(
                 optimizer.weight_decay,
                 lambda params: tree.map_named(lambda name, _: not tree.matches(name, optimizer.no_decay), params),
             )
         )
-    chain.append(optax.scale_by_learning_rate(learning_rate(config)))
-    return optax.selective_transform(optax.chain(*chain), freeze_mask=frozen)
+    clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
+    if config.init_from.warmup_steps:
+        rule = [new_parameters.first_alone(config, optax.chain(*rule))]
+    chain = optax.chain(*clip, *rule, optax.scale_by_learning_rate(learning_rate(config)))
+    return optax.selective_transform(chain, freeze_mask=frozen)
 
 
 def _direction(optimizer: OptimizerConfig, axes: LogicalAxes) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
-from t5like.optim import bad_steps, losses
+from t5like.optim import bad_steps, losses, new_parameters
 from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
 from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
@@ -102,7 +102,8 @@ def make_gradient(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[.
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
         weight = jnp.maximum(metrics["loss"].weight, 1.0)
-        return jax.tree.map(lambda g: g / weight, grads), metrics  # the one division: over all parts and devices
+        grads = jax.tree.map(lambda g: g / weight, grads)  # the one division: over all parts and devices
+        return new_parameters.alone_at_first(config, grads, step), metrics
 
     return gradient
 

@@ -115,7 +115,7 @@ def initial_state(
         return _from_checkpoints(config, checkpoints, steps, check, read, workdir)
     if init_from:
         weights = load_initial_weights(config, abstract, tokenizer)
-        source = f"from step {weights.step:,} of {init_from}"
+        source = f"from {weights.source}"
         return InitialState(None, 0, lambda: FirstState(random(weights.params), source, history), config, weights)
     return InitialState(None, 0, lambda: FirstState(random(), "from random parameters", history), config)
 

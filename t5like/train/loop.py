@@ -117,7 +117,7 @@ def train(
         raise CheckpointError(f"--workdir={workdir} was changed by another process; start again")
     if weights := initial.weights:
         write_report(workdir, config, weights)
-        show(f"init_from  step {weights.step:,} of {config.init_from.checkpoint}; by parameter in {workdir / REPORT}")
+        show(f"init_from  {weights.source}; by parameter in {workdir / REPORT}")
         for line in [*(weights.report if config.init_from.adapt else ()), *weights.differs]:
             show(f"           {line}")
 

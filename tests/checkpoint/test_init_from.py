@@ -5,6 +5,7 @@ import io
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
@@ -13,15 +14,18 @@ from test_recovery import flip, half_delete, truncate
 
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
-from t5like.checkpoint.init_from import MEAN_ROW, load_initial_weights, map_vocabulary
+from t5like.checkpoint.init_from import load_initial_weights
+from t5like.checkpoint.parameter_sources import MEAN_ROW, map_vocabulary, source_names
+from t5like.checkpoint.run_directory import write_imported
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, DamagedCheckpoint
 from t5like.model.transformer import Transformer
 from t5like.optim import train_state
+from t5like.optim.new_parameters import is_new
 from t5like.sharding import mesh as meshes
-from t5like.types import Batch
+from t5like.types import Batch, TrainState
 
 
 def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
@@ -44,6 +48,7 @@ def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
 
 OLD, NEW = made_tokenizer([], 20), made_tokenizer(["alpha", "beta", "gamma"], 25)
 VOCABULARY = {"tokenizer": {"vocab_size": OLD.vocab_size}}
+MESH = meshes.make_mesh(small(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +135,64 @@ def test_a_decoder_initializes_an_encoder_decoder_and_a_deeper_stack_repeats_lay
     adapt = {"adapt": ("architecture", "depth")}
     _, params, report = begun(decoder, OLD, init_from=adapt, model=model, data={"objective": "span_corruption"})
     layers = [0, 1, 0, 1, 0]
+    assert [line for line in report if "random" in line] == ["encoder/relative_bias/table new, random"]
     for name, value in params.items():
-        if "cross_attention" in name or name == "encoder/relative_bias/table":
-            assert f"{name} new, random" in report
+        if name == "encoder/relative_bias/table":
             continue
-        source = name.replace("encoder/", "decoder/")
+        source = name.replace("encoder/", "decoder/").replace("cross_attention", "attention")
         expected = old[source][layers] if name.startswith("encoder/layers/") else old[source]
         np.testing.assert_array_equal(value, expected, err_msg=name)
     assert "decoder/layers/attention/key/kernel copied" in report
+    assert "decoder/layers/cross_attention/key/kernel copied, from decoder/layers/attention/key/kernel" in report
     assert (
         "encoder/layers/attention/key/kernel stacked from layers 0 1 0 1 0, from decoder/layers/attention/key/kernel"
         in report
     )
     assert len(report) == len(params)
+
+
+def test_encoder_and_decoder_come_from_two_checkpoints_of_other_depths(decoder, tmp_path):
+    directory, config, old = decoder
+    shallow = small(model={"architecture": "decoder", "model_dim": 16, "mlp_dim": 32, "num_layers": 1}, **VOCABULARY)
+    other = {name: value[1:] + 1 if "/layers/" in name else value + 1 for name, value in old.items()}
+    write_imported(tree.nested(jax.tree.map(jnp.asarray, other)), shallow, OLD, tmp_path / "run")
+    loaded = lambda layers, **init: load_initial_weights(*adapted(directory, layers, **init), OLD)
+    both = {"adapt": ("architecture",), "decoder_checkpoint": str(tmp_path / "run")}
+    weights = loaded(1, **both)
+    assert weights.source == f"step 1 of {directory} and step 0 of {tmp_path}/run"
+    for name, value in weights.params.items():
+        source = name.replace("encoder/", "decoder/").replace("cross_attention", "attention")
+        np.testing.assert_array_equal(value, (old if name.startswith("encoder/") else other)[source], err_msg=name)
+    report = [" ".join(line.split()) for line in weights.report]
+    assert f"head copied, of {tmp_path}/run" in report
+    assert f"encoder/layers/mlp/in/kernel copied, from decoder/layers/mlp/in/kernel, of {directory}" in report
+    with pytest.raises(CheckpointError, match=f"decoder_checkpoint={tmp_path}/run does not fit: it has 1 .*depth"):
+        loaded(2, **both)
+    with pytest.raises(CheckpointError, match="init_from.decoder_checkpoint=/none contains no run"):
+        loaded(1, **{**both, "decoder_checkpoint": "/none"})
+
+
+def adapted(directory, decoder_layers: int, **init) -> tuple[Config, TrainState]:
+    """The config of an encoder-decoder that begins with the decoder of a directory, and its abstract state."""
+    model = {"model_dim": 16, "mlp_dim": 32, "num_layers": 2, "num_decoder_layers": decoder_layers}
+    config = small(model=model, data={"objective": "prefix_lm"}, init_from={"checkpoint": str(directory), **init},
+                   tokenizer={"vocab_size": OLD.vocab_size, "num_sentinels": OLD.num_sentinels})  # fmt: skip
+    return config, train_state.abstract_state(config, random_batch(config), MESH)
+
+
+def test_cross_attention_is_random_as_a_whole_if_one_shape_differs():
+    old = small(model={"architecture": "decoder"})
+    new = small(data={"objective": "prefix_lm"}, init_from={"checkpoint": "old", "adapt": ("architecture",)})
+    of = lambda config: tree.flatten(train_state.abstract_state(config, random_batch(config), MESH).params)
+    stored, wanted = of(old), of(new)
+    key = "decoder/layers/cross_attention/key/kernel"  # as of an encoder with another model_dim
+    other = {**wanted, key: jax.ShapeDtypeStruct((2, 48, 32), np.float32)}
+    crossed = {name for name in wanted if "cross_attention" in name}
+    assert len(crossed) == 5
+    for shapes, new_names in ((wanted, set()), (other, crossed)):
+        names = source_names(new, old, shapes, stored)
+        assert {name for name, source in names.items() if source is None} == new_names | {"encoder/relative_bias/table"}
+        assert all(is_new(new, name) == (name in crossed or "relative" in name and "enc" in name) for name in names)
 
 
 @pytest.mark.parametrize(
