@@ -12,14 +12,16 @@ from t5like import tree
 from t5like.config.schema import Config, TokenizerConfig
 from t5like.interop.huggingface import families, weight_maps
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "hf_logits.npz")
+GOLDEN: dict[str, np.ndarray] = {}
+for _file in ("hf_logits", "hf_encoder_logits"):
+    GOLDEN |= np.load(Path(__file__).parent / "golden" / f"{_file}.npz")
 
 
 @cache
 def golden(name: str, part: str) -> dict[str, np.ndarray]:
     """The weights or inputs of a golden."""
     start = f"{name}.{part}."
-    return {key.removeprefix(start): GOLDEN[key] for key in GOLDEN.files if key.startswith(start)}
+    return {key.removeprefix(start): GOLDEN[key] for key in GOLDEN if key.startswith(start)}
 
 
 @cache
@@ -50,5 +52,6 @@ def params_of(name: str) -> dict:
             for param, part in zip(entry.params, parts, strict=True):
                 params.setdefault(param, []).append(part)
         for param in entry.params:
-            params[param] = np.stack(params[param]) if entry.layers else params[param][0]
+            unused = [np.ones_like(params[param][0])] * entry.first
+            params[param] = np.stack(unused + params[param]) if entry.layers else params[param][0]
     return tree.nested(params)

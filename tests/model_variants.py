@@ -72,8 +72,23 @@ VARIANTS = {
     "prefix": {"model": {"architecture": "decoder"}, "data": {"objective": "prefix_lm"}},
     "bert": {"model": {**BERT, "head_dim": 8}, "data": {"objective": "mlm_nsp"}},
     "encoder": {"model": {"architecture": "encoder"}},
-    "rotary_encoder": {
-        "model": {"architecture": "encoder", "positions": "rotary", "norm_position": "post", "mlp": "gated_silu"}
+    "modernbert": {
+        "model": {
+            "architecture": "encoder",
+            "positions": "rotary",
+            "rotary": {"local_base": 100.0},
+            "attention_window": 4,
+            "layer_pattern": ("global", "local"),
+            "norm": "layer",
+            "norm_bias": False,
+            "embedding_norm": True,
+            "first_attention_norm": False,
+            "mlp": "gated_gelu_exact",
+            "head": "mlm",
+            "tied_embeddings": True,
+            "scale_attention": True,
+            "init": "gpt2",
+        }
     },
 }
 

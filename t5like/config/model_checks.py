@@ -53,6 +53,12 @@ def _model(config: Config) -> None:
     )
     require(
         config,
+        model.first_attention_norm or model.norm_position != "post",
+        "model.first_attention_norm",
+        "needs model.norm_position=pre, not post; use true",
+    )
+    require(
+        config,
         model.positions == "relative" or model.relative_bias == "shared",
         "model.relative_bias",
         f"needs model.positions=relative, not {model.positions}; use shared",

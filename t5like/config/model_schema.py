@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from t5like.config.field_types import LARGEST, NotNegative, Range, Share
 
 DECODER_SIZES = ("model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")  # fields of decoder_...
-MlpKind = Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_silu"]
+MlpKind = Literal["relu", "gelu", "gelu_exact", "gated_gelu", "gated_gelu_exact", "gated_silu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ModelConfig:
     decoder_num_kv_heads: Annotated[int, Range(0, 2**14)] = 0
     decoder_head_dim: Annotated[int, Range(0, 2**14)] = 0
     decoder_mlp_dim: Annotated[int, Range(0, 2**24)] = 0
-    # activation of the MLP; gelu: the tanh approximation
+    # activation of the MLP; gelu, gated_gelu: the tanh approximation; gated_gelu_exact as in ModernBERT
     mlp: MlpKind = "gated_gelu"
     positions: Literal["relative", "rotary", "learned"] = "relative"  # as in T5; Llama; GPT-2 and BERT
     relative_buckets: Annotated[int, Range(4, 2**16)] = 32  # relative positions: number of distance buckets
@@ -64,8 +64,11 @@ class ModelConfig:
     # input and the output of each, as in Gemma 2.
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     norm_offset: bool = False  # multiply by 1 + scale instead of scale, which then begins at 0, as in Gemma
+    norm_bias: bool = True  # a bias in each LayerNorm; false, as in ModernBERT. RMSNorm has none.
     norm_epsilon: Annotated[float, Range(1e-30, 1)] = 1e-6  # added to the mean square (rms) or variance (layer)
     embedding_norm: bool = False  # norm after the sum of the embeddings, as in BERT
+    # whether the first layer has a norm before its attention; ModernBERT has embedding_norm in its place
+    first_attention_norm: bool = True
     biases: bool = False  # biases on all dense layers
     # factor on token embeddings; sqrt_dim: square root of model_dim, rounded to dtype, as in Gemma
     embedding_scale: Literal["none", "sqrt_dim"] = "none"
@@ -131,6 +134,11 @@ class ModelConfig:
     def has_decoder(self) -> bool:
         """Whether there is a decoder: not in an encoder-only model."""
         return self.architecture != "encoder"
+
+    @property
+    def has_next_sentence_head(self) -> bool:
+        """Whether there is a head for sentence pairs: only in an encoder with token types."""
+        return self.architecture == "encoder" and self.token_types > 0 and self.next_sentence_head
 
     @property
     def decoder_layers(self) -> int:

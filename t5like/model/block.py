@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from t5like.config.model_schema import ModelConfig
 from t5like.model import intermediates
@@ -28,6 +29,7 @@ class LayerInputs(NamedTuple):
         encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
         cross_mask: of cross-attention.
         first_query: index of the first token in the cache.
+        is_first: bool, whether this is the first layer, if it reads the embeddings without a norm; None: no such layer.
     """
 
     bias_1NLS: jax.Array | None
@@ -36,6 +38,7 @@ class LayerInputs(NamedTuple):
     encoded_BSD: jax.Array | None = None
     cross_mask: MaskSpec = MaskSpec()
     first_query: jax.Array | int = 0
+    is_first: jax.Array | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -85,8 +88,11 @@ class Block(nn.Module):
         if self.relative_bias is not None:
             bias_1NLS = self.relative_bias(plan, inputs.first_query)
         source = cache.cross if cache else inputs.encoded_BSD
+        attention_input_BLD = self._input(self.attention_norm, x_BLD)
+        if inputs.is_first is not None:
+            attention_input_BLD = jnp.where(inputs.is_first, x_BLD, attention_input_BLD)
         y_BLD, own = self.attention(
-            self._input(self.attention_norm, x_BLD),
+            attention_input_BLD,
             bias_1NLS=bias_1NLS,
             mask=inputs.mask,
             kernel=plan.self_attention,

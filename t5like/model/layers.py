@@ -132,7 +132,7 @@ class Norm(nn.Module):
             * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
             * jnp.broadcast_to(scale, x.shape)
         )
-        if config.norm == "layer":
+        if config.norm == "layer" and config.norm_bias:
             bias = parameter(self, "bias", constant(0.0, ("norm",)), (dim,))
             y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(config.dtype)

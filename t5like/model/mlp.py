@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "gelu": jax.nn.gelu,
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "gated_gelu": jax.nn.gelu,
+    "gated_gelu_exact": partial(jax.nn.gelu, approximate=False),
     "gated_silu": jax.nn.silu,
 }
 

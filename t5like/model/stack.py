@@ -15,6 +15,7 @@ from operator import itemgetter
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5like.config.model_schema import ModelConfig, RotaryConfig
 from t5like.model import intermediates
@@ -161,6 +162,10 @@ class Stack(nn.Module):
             return None
         return jax.random.split(self.make_rng("dropout"), self.num_layers)
 
+    def _is_first(self) -> np.ndarray | None:
+        """`LayerInputs.is_first` of each layer."""
+        return None if self.config.first_attention_norm else np.arange(self.num_layers) == 0
+
     def _masks(self, mask: MaskSpec, plan: AttentionPlan, first_query: jax.Array | int) -> list[MaskSpec]:
         """The mask of self-attention at each position of the pattern; as an array, unless the kernel is fused."""
         windows, by_window = [config.window(causal=self.causal) for config in layer_configs(self.config)], {}
@@ -173,13 +178,13 @@ class Stack(nn.Module):
         return [by_window[window] for window in windows]
 
     def _layer(self, block: Block, inputs: LayerInputs, plan: AttentionPlan, *, train: bool) -> Callable:
-        """A layer as a function (x, params, dropout key, cache) -> x, (cache, auxiliary, intermediates by name)."""
+        """A layer as a function: (x, params, dropout key, cache, is_first) -> x, (cache, auxiliary, intermediates)."""
         names = intermediates.requested(self)
 
-        def layer(x_BLD, inputs, params, key, cache):
+        def layer(x_BLD, inputs, params, key, cache, is_first):
             rngs = None if key is None else {"dropout": key}
             options = {"plan": plan, "train": train, "rngs": rngs, "mutable": names or False}
-            output = block.apply({"params": params}, x_BLD, inputs, cache, **options)
+            output = block.apply({"params": params}, x_BLD, inputs._replace(is_first=is_first), cache, **options)
             output, variables = output if names else (output, {})
             recorded = intermediates.returned(self.name, variables)
             return output.x_BLD, (output.cache, output.auxiliary, recorded)
@@ -205,7 +210,7 @@ class Stack(nn.Module):
             auxiliary = reduce(Auxiliary.merged, auxiliaries)
             return x_BLD, (jax.tree.map(stack, *caches), auxiliary, jax.tree.map(stack, *recorded))
 
-        groups = jax.tree.map(split, (self.layers, keys_Y, cache))
+        groups = jax.tree.map(split, (self.layers, keys_Y, cache, self._is_first()))
         x_BLD, (cache, auxiliary, recorded) = jax.lax.scan(group, x_BLD, groups)
         auxiliary = jax.tree.map(lambda x: x.sum(0), auxiliary)
         return x_BLD, jax.tree.map(join, cache), auxiliary, jax.tree.map(join, recorded)
@@ -214,11 +219,12 @@ class Stack(nn.Module):
         self, layers: Sequence[Callable], x_BLD: jax.Array, keys_Y: jax.Array | None, cache: tuple[Cache, ...] | None
     ):
         """Run the layers one after another."""
-        params, outputs = unstack_layers(self.layers), []
+        params, is_first_Y, outputs = unstack_layers(self.layers), self._is_first(), []
         for y in range(self.num_layers):
             key = None if keys_Y is None else keys_Y[y]
+            is_first = None if is_first_Y is None else is_first_Y[y]
             with jax.named_scope(f"layer_{y}"):
-                x_BLD, output = layers[y % len(layers)](x_BLD, params[y], key, cache and cache[y])
+                x_BLD, output = layers[y % len(layers)](x_BLD, params[y], key, cache and cache[y], is_first)
             outputs.append(output)
         caches, auxiliaries, recorded = zip(*outputs, strict=True)
         recorded = jax.tree.map(lambda *each: jnp.stack(each), *recorded)

@@ -49,8 +49,8 @@ class Transformer(nn.Module):
         if model.token_types:
             types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
             self.token_types = lay.parameter(self, "token_types", types, (model.token_types, model.model_dim))
-            if model.next_sentence_head:
-                self.pairs = heads.PairClassifier(model)
+        if model.has_next_sentence_head:
+            self.pairs = heads.PairClassifier(model)
         if model.embedding_norm:
             self.embedding_norm = lay.Norm(model)
         if model.has_encoder:
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
         """Float32 logits [B, L, V] of a batch."""
         hidden_BLD = self.hidden(batch, train=train).x_BLD
-        if self.is_initializing() and self.config.model.token_types and self.config.model.next_sentence_head:
+        if self.is_initializing() and self.config.model.has_next_sentence_head:
             self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
         if self.is_initializing() and self.config.model.scalar_head:
             self.scalars(hidden_BLD)

@@ -81,9 +81,9 @@ def test_no_token_attends_to_another_document(model):
     assert (np.abs(a - b).max(-1)[segments != 1] == 0).all() and np.abs(a - b).max(-1)[segments == 1].max() > 0
 
 
-@pytest.mark.parametrize("variant", ["bert", "encoder", "rotary_encoder"])
+@pytest.mark.parametrize("variant", ["bert", "encoder", "modernbert"])
 def test_an_encoder_attends_in_both_directions_inside_a_document_and_never_to_padding(variant):
-    config = with_model(variant, num_layers=1)
+    config = with_model(variant, num_layers=1, layer_pattern=(), attention_window=0, rotary={})
     batch = random_batch(config)
     segments_S = np.repeat([1, 2, 0], [12, 10, 10])
     batch = batch._replace(encoder_segments_BS=np.tile(segments_S, (len(batch.targets_BL), 1)))

@@ -38,6 +38,7 @@ _USUAL_NAMES = {
     "pad": ("<pad>", "[PAD]"),
     "unk": ("<unk>",),
 }
+_SAME = {"cls": "bos", "sep": "eos"}  # what masked language models without their own tokens use
 _SPACE_BYTES = "\u0120\u010a\u0109\u010d"  # how GPT-2's alphabet writes space, newline, tab and carriage return
 
 
@@ -189,6 +190,8 @@ class JsonModel:
         for role, names in _USUAL_NAMES.items():
             if role not in roles and (known := [name for name in names if name in self._vocabulary]):
                 roles[role] = self._vocabulary[known[0]]
+        if "mask" in roles:  # EuroBERT's texts begin with BOS and end with EOS
+            roles |= {role: roles[same] for role, same in _SAME.items() if role not in roles and same in roles}
         unknown = self._json["model"].get("unk_token")
         if "unk" not in roles and unknown in self._vocabulary:
             roles["unk"] = self._vocabulary[unknown]
@@ -206,7 +209,7 @@ class JsonModel:
             )
         self.eos_id = roles["sep"] if pair else roles["eos"]
         pad = roles.get("pad")
-        if len(self.sentinel_ids) and pad != 0:
+        if len(self.sentinel_ids) and pad != 0 and not pair:  # an encoder never reads the id of padding
             named = "no pad token" if pad is None else f"pad id {pad}"
             raise DataError(
                 f"{self._origin} has {named}, but with sentinels that must be id 0; use another tokenizer, or "

@@ -110,10 +110,10 @@ def _snippet(config: Config, loaded: run_directory.Run) -> str:
     architecture, tokenizer = config.model.architecture, loaded.tokenizer
     name = ARCHITECTURES[architecture][1]
     if architecture == "encoder":
-        name = "AutoModelForPreTraining" if config.model.token_types else name
+        name = "AutoModelForPreTraining" if config.model.has_next_sentence_head else name
         body = [
             f'inputs = tokenizer("A text with a {tokenizer.sentinel_names[0]} in it.", return_tensors="pt")',
-            f"logits = model(**inputs).{'prediction_logits' if config.model.token_types else 'logits'}[0]",
+            f"logits = model(**inputs).{'prediction_logits' if config.model.has_next_sentence_head else 'logits'}[0]",
             'print(tokenizer.decode(logits[inputs["input_ids"][0] == tokenizer.mask_token_id].argmax(-1)))',
         ]
     else:

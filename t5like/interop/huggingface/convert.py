@@ -22,6 +22,7 @@ from t5like.config import loader
 from t5like.config.model_schema import ModelConfig
 from t5like.config.schema import Config
 from t5like.data import pipeline
+from t5like.data.objectives import masking
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError, shorten
 from t5like.interop.huggingface import (
@@ -123,7 +124,10 @@ def _new_config(
     data = {
         "encoder_decoder": _denoising(tokenizer.num_sentinels),
         "decoder": {"objective": "causal_lm", "inputs_length": 0, "targets_length": min(1024, longest)},
-        "encoder": {"objective": "mlm_nsp" if model.next_sentence_head else "mlm", "inputs_length": min(512, longest)},
+        "encoder": {
+            "objective": "mlm_nsp" if model.has_next_sentence_head else "mlm",
+            "inputs_length": min(512, longest),
+        },
     }[model.architecture]
     optimizer = {"name": "adamw", "learning_rate": 5e-5, "schedule": "linear", "warmup_steps": 500}
     if model.architecture == "encoder_decoder":  # as T5 is fine-tuned (Raffel et al. 2020, section 3.1.2)
@@ -161,7 +165,7 @@ def _read_params(
     tensors: Mapping[str, safetensors_files.Tensor],
 ) -> dict[str, jax.Array]:
     """The parameters of an entry of the weight map, in float32, read layer by layer."""
-    arrays = [np.empty(abstract[name].shape, np.float32) for name in entry.params]
+    arrays = [np.ones(abstract[name].shape, np.float32) for name in entry.params]  # see `TensorMap.first`
     for hf_name, y in entry.names():
         tensor = safetensors_files.read(tensors[record.names[hf_name][0]])
         tensor_check.check_finite(tensors[record.names[hf_name][0]], tensor)
@@ -269,7 +273,13 @@ class Export:
         if self.record is None:
             ends = eos_ids.listed(config, tokenizer)
             pad = tokenizer.pad_id
-            return families.config_of(self.family, config, rows=self.rows, eos=ends, pad=pad, dtype=self.dtype)
+            special = {}
+            if config.model.architecture == "encoder":
+                mask, cls = tokenizer.sentinel_ids[[masking.MASK, masking.CLS]].tolist()
+                special = {"cls": cls, "sep": tokenizer.eos_id, "mask": mask}
+            return families.config_of(
+                self.family, config, rows=self.rows, eos=ends, pad=pad, dtype=self.dtype, special_ids=special
+            )
         values = safetensors_files.read_json(kept / "config.json")
         _, imported = families.model_of(
             values, untied=not config.model.tied_embeddings, next_sentence_head=config.model.next_sentence_head

@@ -10,12 +10,13 @@ from typing import Any
 from t5like.config.model_schema import ModelConfig
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError
-from t5like.interop.huggingface import family_keys
+from t5like.interop.huggingface import encoder_keys, family_keys
 from t5like.interop.huggingface.config_keys import one_of
 from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS
 from t5like.model.heads import scales_logits
 
-FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert")
+FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert", "modernbert", "eurobert")
+ENCODERS = ("bert", "modernbert", "eurobert")
 ARCHITECTURES = {
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
@@ -25,9 +26,11 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "bert": "BertForPreTraining",
+    "modernbert": "ModernBertForMaskedLM",
+    "eurobert": "EuroBertForMaskedLM",
 }
 
-_ALIKE = {"layer_pattern": (), "mlp_pattern": ()}  # no family has layers that differ
+_ALIKE = {"layer_pattern": (), "mlp_pattern": (), "first_attention_norm": True}  # of all but ModernBERT
 # Fields that are the same in all models of a family: an import sets them, an export refuses other values.
 _T5 = {
     "architecture": "encoder_decoder",
@@ -44,6 +47,7 @@ _T5 = {
 }
 _DECODER = {**_ALIKE, "norm_position": "pre", "embedding_norm": False, "scale_attention": True}
 _LLAMA = {"architecture": "decoder", "positions": "rotary", **_DECODER, "norm": "rms", "mlp": "gated_silu"}
+_ENCODER = {**_LLAMA, "architecture": "encoder", "qk_norm": False, "token_types": 0}
 FIXED: dict[str, dict[str, Any]] = {
     "t5": {**_T5, "relative_bias": "shared"},
     "mt5": {**_T5, "relative_bias": "shared"},
@@ -56,6 +60,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "positions": "learned",
         **_DECODER,
         "norm": "layer",
+        "norm_bias": True,
         "biases": True,
         "qk_norm": False,
         "attention_window": 0,
@@ -65,6 +70,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "architecture": "encoder",
         "positions": "learned",
         "norm": "layer",
+        "norm_bias": True,
         "norm_position": "post",
         "embedding_norm": True,
         "biases": True,
@@ -76,6 +82,34 @@ FIXED: dict[str, dict[str, Any]] = {
         "attention_window": 0,
         **_ALIKE,
     },
+    "eurobert": {**_ENCODER, "head": "plain", "biases": False, "attention_window": 0},
+    "modernbert": {
+        "architecture": "encoder",
+        "positions": "rotary",
+        "norm": "layer",
+        "norm_position": "pre",
+        "embedding_norm": True,
+        "first_attention_norm": False,
+        "scale_attention": True,
+        "qk_norm": False,
+        "num_kv_heads": 0,
+        "head": "mlm",
+        "token_types": 0,
+        "mlp_pattern": (),
+    },
+}
+
+_FIELDS = {
+    "gpt2": family_keys.gpt2_fields,
+    "bert": family_keys.bert_fields,
+    "modernbert": encoder_keys.modernbert_fields,
+    "eurobert": encoder_keys.eurobert_fields,
+}
+_KEYS = {
+    "gpt2": family_keys.gpt2_keys,
+    "bert": family_keys.bert_keys,
+    "modernbert": encoder_keys.modernbert_keys,
+    "eurobert": encoder_keys.eurobert_keys,
 }
 
 
@@ -101,7 +135,7 @@ def model_of(hf_config: Mapping[str, Any], *, untied: bool, next_sentence_head: 
         elif family in DECODERS:
             fields = family_keys.llama_fields(hf_config, family)
         else:
-            fields = {"gpt2": family_keys.gpt2_fields, "bert": family_keys.bert_fields}[family](hf_config)
+            fields = _FIELDS[family](hf_config)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"config.json does not have the form that transformers writes: {error}") from None
     if family == "bert":
@@ -123,7 +157,7 @@ def check_exportable(family: str, config: Config) -> None:
         _require(family, value == required, f"model.{field}", text(getattr(model, field)), text(required))
     activations = set(family_keys.mlps(family).values())
     _require(family, model.mlp in activations, "model.mlp", model.mlp, " or ".join(sorted(activations)))
-    if family in ("gpt2", "bert"):
+    if family in ("gpt2", "bert", "modernbert"):
         joined = model.num_heads * model.head_dim
         _require(family, joined == model.model_dim, "model.head_dim", model.head_dim, "model_dim / num_heads")
     if family == "bert":
@@ -147,10 +181,11 @@ def numeric_fields(model: ModelConfig) -> dict[str, Any]:
         del fields[name]
     fields["logits_scale"] = scales_logits(model)
     fields["num_kv_heads"] = model.kv_heads
+    fields["norm_bias"] = model.norm == "layer" and model.norm_bias
     fields["num_decoder_layers"] = model.decoder_layers
     if model.architecture != "encoder_decoder":
         del fields["num_decoder_layers"]
-    if model.has_decoder:
+    if not model.has_next_sentence_head:
         del fields["next_sentence_head"]
     fields |= {f"rotary.{name}": value for name, value in fields.pop("rotary").items()}
     prefixes_of = {"relative": ("relative_",), "rotary": ("rotary.",), "learned": ("max_length",)}
@@ -170,13 +205,22 @@ def default_family(model: ModelConfig) -> str:
     if model.architecture == "encoder_decoder":
         return "umt5" if model.relative_bias == "per_layer" else "t5"
     if model.architecture == "encoder":
-        return "bert"
+        return ("modernbert" if model.head == "mlm" else "eurobert") if model.positions == "rotary" else "bert"
     if model.positions == "learned":
         return "gpt2"
     return "qwen3" if model.qk_norm else "mistral" if model.attention_window else "llama"
 
 
-def config_of(family: str, config: Config, *, rows: int, eos: int | list[int], pad: int, dtype: str) -> dict[str, Any]:
+def config_of(
+    family: str,
+    config: Config,
+    *,
+    rows: int,
+    eos: int | list[int],
+    pad: int,
+    dtype: str,
+    special_ids: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """The config.json of a model that `check_exportable` accepts.
 
     Args:
@@ -184,16 +228,17 @@ def config_of(family: str, config: Config, *, rows: int, eos: int | list[int], p
         eos: the id, or ids, that end a text.
         pad: the padding id.
         dtype: of the weights, such as float32.
+        special_ids: of an encoder's cls, sep and mask.
     """
     if family in ENCODER_DECODERS:
         keys = family_keys.t5_keys(family, config)
     elif family in DECODERS:
         keys = family_keys.llama_keys(family, config)
     else:
-        keys = {"gpt2": family_keys.gpt2_keys, "bert": family_keys.bert_keys}[family](family, config)
+        keys = _KEYS[family](config)
     architecture = ARCHITECTURES[family]
     if family == "bert":
-        architecture = architecture if config.model.next_sentence_head else "BertForMaskedLM"
+        architecture = architecture if config.model.has_next_sentence_head else "BertForMaskedLM"
     return {
         "model_type": family,
         "architectures": [architecture],
@@ -203,6 +248,7 @@ def config_of(family: str, config: Config, *, rows: int, eos: int | list[int], p
         "bos_token_id": None,
         "eos_token_id": eos,
         "pad_token_id": pad,
+        **encoder_keys.special_ids(family, special_ids or {}),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

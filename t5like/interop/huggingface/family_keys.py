@@ -14,7 +14,7 @@ from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import rope_config
 from t5like.interop.huggingface.config_keys import nonnegative, one_of, positive_int
-from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS
+from t5like.interop.huggingface.weight_maps import ENCODER_DECODERS, LIKE_LLAMA
 from t5like.model.heads import scales_logits
 
 # The activation's name in config.json -> model.mlp. An export writes the first of several names with one meaning.
@@ -23,7 +23,8 @@ MLPS = {
     "t5": {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu", "gelu_new": "gelu"}
     | {"gated-gelu_new": "gated_gelu", "gelu": "gelu_exact"},
     "llama": {"silu": "gated_silu"},
-    "plain": _PLAIN,
+    "modernbert": {"gelu": "gated_gelu_exact", "gelu_pytorch_tanh": "gated_gelu", "gelu_new": "gated_gelu"}
+    | {"silu": "gated_silu"},
 }
 
 
@@ -31,8 +32,10 @@ def dropout_keys(family: str, rate: float) -> dict[str, float]:
     """The dropout rate under the family's keys."""
     if family in ENCODER_DECODERS:
         return {"dropout_rate": rate}
-    if family in DECODERS:
+    if family in LIKE_LLAMA:
         return {"attention_dropout": rate}
+    if family == "modernbert":
+        return dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), rate)
     if family == "gpt2":
         return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), rate)
     return dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), rate)
@@ -56,7 +59,7 @@ def t5_fields(hf_config: Mapping[str, Any], family: str, *, untied: bool) -> dic
         "num_heads": positive_int(hf_config, "num_heads"),
         "head_dim": positive_int(hf_config, "d_kv"),
         "mlp_dim": positive_int(hf_config, "d_ff"),
-        "mlp": _activation(hf_config, "feed_forward_proj", family, "relu" if family == "t5" else "gated-gelu"),
+        "mlp": activation(hf_config, "feed_forward_proj", family, "relu" if family == "t5" else "gated-gelu"),
         "relative_buckets": positive_int(hf_config, "relative_attention_num_buckets", 32),
         "relative_max_distance": positive_int(hf_config, "relative_attention_max_distance", 128),
         "norm_epsilon": nonnegative(hf_config, "layer_norm_epsilon", 1e-6),
@@ -81,7 +84,7 @@ def t5_keys(family: str, config: Config) -> dict[str, Any]:
         "num_heads": model.num_heads,
         "d_kv": model.head_dim,
         "d_ff": model.mlp_dim,
-        "feed_forward_proj": _name_of(family, model.mlp),
+        "feed_forward_proj": name_of(family, model.mlp),
         "relative_attention_num_buckets": model.relative_buckets,
         "relative_attention_max_distance": model.relative_max_distance,
         "layer_norm_epsilon": model.norm_epsilon,
@@ -121,7 +124,7 @@ def llama_fields(hf_config: Mapping[str, Any], family: str) -> dict[str, Any]:
             hf_config, "head_dim", 128 if family == "qwen3" else positive_int(hf_config, "hidden_size") // heads
         ),
         "mlp_dim": positive_int(hf_config, "intermediate_size"),
-        "mlp": _activation(hf_config, "hidden_act", family, "silu"),
+        "mlp": activation(hf_config, "hidden_act", family, "silu"),
         "norm_epsilon": nonnegative(hf_config, "rms_norm_eps", 1e-6),
         "biases": biases,
         "attention_window": (window or 0) if family == "mistral" else 0,
@@ -142,10 +145,10 @@ def llama_keys(family: str, config: Config) -> dict[str, Any]:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "intermediate_size": model.mlp_dim,
-        "hidden_act": _name_of(family, model.mlp),
+        "hidden_act": name_of(family, model.mlp),
         "rms_norm_eps": model.norm_epsilon,
         **({"attention_bias": model.biases} if family != "mistral" else {}),
-        **({"mlp_bias": model.biases} if family == "llama" else {}),
+        **({"mlp_bias": model.biases} if family in ("llama", "eurobert") else {}),
         **({"sliding_window": model.attention_window or None} if family == "mistral" else {}),
         **({"use_sliding_window": False, "sliding_window": None} if family == "qwen3" else {}),
         **dropout_keys(family, model.dropout_rate),
@@ -170,7 +173,7 @@ def gpt2_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": heads,
         "head_dim": dim // heads,
         "mlp_dim": positive_int(hf_config, "n_inner", 4 * dim),
-        "mlp": _activation(hf_config, "activation_function", "gpt2", "gelu_new"),
+        "mlp": activation(hf_config, "activation_function", "gpt2", "gelu_new"),
         "norm_epsilon": nonnegative(hf_config, "layer_norm_epsilon", 1e-5),
         "max_length": positive_int(hf_config, "n_positions", 1024),
         "dropout_rate": nonnegative(hf_config, "resid_pdrop", 0.1),
@@ -179,7 +182,7 @@ def gpt2_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def gpt2_keys(family: str, config: Config) -> dict[str, Any]:
+def gpt2_keys(config: Config) -> dict[str, Any]:
     """The keys of GPT-2 for a model."""
     model = config.model
     return {
@@ -188,9 +191,9 @@ def gpt2_keys(family: str, config: Config) -> dict[str, Any]:
         "n_head": model.num_heads,
         "n_inner": model.mlp_dim,
         "n_positions": model.max_length,
-        "activation_function": _name_of(family, model.mlp),
+        "activation_function": name_of("gpt2", model.mlp),
         "layer_norm_epsilon": model.norm_epsilon,
-        **dropout_keys(family, model.dropout_rate),
+        **dropout_keys("gpt2", model.dropout_rate),
         "tie_word_embeddings": model.tied_embeddings,
     }
 
@@ -206,7 +209,7 @@ def bert_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": heads,
         "head_dim": dim // heads,
         "mlp_dim": positive_int(hf_config, "intermediate_size", 3072),
-        "mlp": _activation(hf_config, "hidden_act", "bert", "gelu"),
+        "mlp": activation(hf_config, "hidden_act", "bert", "gelu"),
         "norm_epsilon": nonnegative(hf_config, "layer_norm_eps", 1e-12),
         "max_length": positive_int(hf_config, "max_position_embeddings", 512),
         "token_types": positive_int(hf_config, "type_vocab_size", 2),
@@ -215,7 +218,7 @@ def bert_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def bert_keys(family: str, config: Config) -> dict[str, Any]:
+def bert_keys(config: Config) -> dict[str, Any]:
     """The keys of BERT for a model."""
     model = config.model
     return {
@@ -223,11 +226,11 @@ def bert_keys(family: str, config: Config) -> dict[str, Any]:
         "hidden_size": model.model_dim,
         "num_attention_heads": model.num_heads,
         "intermediate_size": model.mlp_dim,
-        "hidden_act": _name_of(family, model.mlp),
+        "hidden_act": name_of("bert", model.mlp),
         "layer_norm_eps": model.norm_epsilon,
         "max_position_embeddings": model.max_length,
         "type_vocab_size": model.token_types,
-        **dropout_keys(family, model.dropout_rate),
+        **dropout_keys("bert", model.dropout_rate),
         "tie_word_embeddings": True,
     }
 
@@ -237,14 +240,17 @@ def bert_keys(family: str, config: Config) -> dict[str, Any]:
 
 def mlps(family: str) -> dict[str, str]:
     """The names of the family's activations -> model.mlp."""
-    return MLPS["t5" if family in ENCODER_DECODERS else "llama" if family in DECODERS else "plain"]
+    layout = "t5" if family in ENCODER_DECODERS else "llama" if family in LIKE_LLAMA else family
+    return MLPS.get(layout, _PLAIN)
 
 
-def _name_of(family: str, mlp: str) -> str:
+def name_of(family: str, mlp: str) -> str:
+    """The family's name of an activation."""
     return next(name for name, value in mlps(family).items() if value == mlp)
 
 
-def _activation(hf_config: Mapping[str, Any], key: str, family: str, default: str) -> str:
+def activation(hf_config: Mapping[str, Any], key: str, family: str, default: str) -> str:
+    """`model.mlp` of a key with the name of an activation."""
     names = mlps(family)
     return names[one_of(hf_config, key, tuple(names), default)]
 

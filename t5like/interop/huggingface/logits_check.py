@@ -72,7 +72,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
 def task_of(model: ModelConfig) -> str:
     """The AutoModelFor class of transformers with the heads of the model; `architectures` may name another class."""
     if model.architecture == "encoder":
-        return "PreTraining" if model.next_sentence_head else "MaskedLM"
+        return "PreTraining" if model.has_next_sentence_head else "MaskedLM"
     return "Seq2SeqLM" if model.architecture == "encoder_decoder" else "CausalLM"
 
 
@@ -84,7 +84,7 @@ def example(config: Config) -> dict[str, np.ndarray]:
     mask = np.ones((ROWS, length), np.int64)
     mask[1, length * 2 // 3 :] = 0
     inputs = {"input_ids": draw(length), "attention_mask": mask}
-    if model.architecture == "encoder":
+    if model.token_types:
         inputs["token_type_ids"] = np.minimum(np.arange(length)[None] * 2 // length, model.token_types - 1) + 0 * mask
     if model.architecture == "encoder_decoder":
         inputs |= {"decoder_input_ids": draw(length // 2), "decoder_attention_mask": mask[:, ::2][:, : length // 2]}
@@ -101,7 +101,7 @@ def t5like_logits(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -
         decoder_segments = inputs["decoder_attention_mask"].astype(np.int32)
         batch = Batch(decoder, decoder, np.ones(decoder.shape, np.float32), ids, segments, decoder_segments)
     elif config.model.architecture == "encoder":
-        types = inputs["token_type_ids"].astype(np.int32)
+        types = inputs["token_type_ids"].astype(np.int32) if config.model.token_types else None
         batch = Batch(None, ids, ones, ids, segments, token_types_BS=types)
     else:
         batch = Batch(ids, ids, ones, decoder_segments_BL=segments)
@@ -110,7 +110,7 @@ def t5like_logits(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -
     def run(params):
         apply = lambda **options: Transformer(config).apply({"params": params}, **options)
         logits = {"logits": apply(batch=batch)}
-        if config.model.architecture == "encoder" and config.model.next_sentence_head:
+        if config.model.has_next_sentence_head:
             logits["pair_logits"] = apply(
                 batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch).x_BLD)
             )

@@ -27,7 +27,7 @@ from t5like.io.atomic import replace_file
 from t5like.io.strict_json import InvalidJSON, loads
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-ENCODER_DECODERS, ENCODERS = ("t5", "mt5", "umt5"), ("bert",)
+ENCODER_DECODERS, ENCODERS = ("t5", "mt5", "umt5"), ("bert", "modernbert", "eurobert")
 T5_SENTINELS = 100  # default of transformers' T5Tokenizer
 
 
@@ -191,7 +191,8 @@ def _config(tokenizer: Tokenizer, family: str, max_length: int) -> dict[str, Any
     }
     config |= {f"{role}_token": tokenizer.name(token) for role, token in sorted(_named_ids(tokenizer).items())}
     if family in ENCODERS:
-        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        if family == "bert":
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         config["mask_token"], config["cls_token"] = (tokenizer.sentinel_names[number] for number in (MASK, CLS))
         config["sep_token"] = tokenizer.name(tokenizer.eos_id)
     if family not in (*ENCODERS, *ENCODER_DECODERS):
@@ -221,7 +222,7 @@ def _post_processor(tokenizer: Tokenizer, family: str) -> dict[str, Any]:
         return {"Sequence": {"id": which, "type_id": segment}}
 
     single = [*special(before, 0), text("A", 0), *special(after, 0)]
-    second = 1 if family in ENCODERS else 0
+    second = 1 if family == "bert" else 0
     return {
         "type": "TemplateProcessing",
         "single": single,

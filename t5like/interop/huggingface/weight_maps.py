@@ -14,11 +14,13 @@ from t5like.config.model_schema import ModelConfig
 
 ENCODER_DECODERS = ("t5", "mt5", "umt5")
 DECODERS = ("llama", "qwen3", "mistral")  # with the tensors of Llama
+LIKE_LLAMA = (*DECODERS, "eurobert")  # EuroBERT is an encoder with them
 IGNORED = {  # tensors in files that are not weights: masks, positions, and a bias that T5 never uses
     "t5": r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     "llama": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     "gpt2": r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
     "bert": r"(bert\.)?embeddings\.position_ids",
+    "modernbert": r"model\.layers\.\d+\.attn\.rotary_emb\.inv_freq",
 }
 
 
@@ -30,6 +32,7 @@ class TensorMap(NamedTuple):
         params: the parameter's name. Several: concatenated in the last dim of the tensor (GPT-2's c_attn).
         transpose: the tensor is [outputs, inputs], as in torch's Linear.
         layers: number of layers; the parameter is stacked over them, in its first dim. 0: not in a layer.
+        first: the first layer that has the tensor; the parameters of earlier layers are 1, and unused.
         vocabulary: the tensor's first dim is the vocabulary.
     """
 
@@ -37,13 +40,14 @@ class TensorMap(NamedTuple):
     params: tuple[str, ...]
     transpose: bool = False
     layers: int = 0
+    first: int = 0
     vocabulary: bool = False
 
     def names(self) -> Iterator[tuple[str, int | None]]:
         """The name of each tensor, and its layer."""
         if not self.layers:
             yield self.hf_name, None
-        for y in range(self.layers):
+        for y in range(self.first, self.layers):
             yield self.hf_name.format(y), y
 
 
@@ -69,7 +73,7 @@ def weight_map(family: str, model: ModelConfig) -> list[TensorMap]:
     """The weight map of a family for a model that it can represent."""
     if family in ENCODER_DECODERS:
         return _t5(model)
-    return {"gpt2": _gpt2, "bert": _bert}.get(family, _llama)(model)
+    return {"gpt2": _gpt2, "bert": _bert, "modernbert": _modernbert}.get(family, _llama)(model)
 
 
 def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
@@ -78,7 +82,7 @@ def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
     Args:
         tied: the output head is the embedding, so that a head in the file is a copy of it.
     """
-    layout = "t5" if family in ENCODER_DECODERS else "llama" if family in DECODERS else family
+    layout = "t5" if family in ENCODER_DECODERS else "llama" if family in LIKE_LLAMA else family
     if re.fullmatch(IGNORED[layout], name):
         return None
     if layout == "gpt2":  # OpenAI's release has no prefix
@@ -94,19 +98,21 @@ def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
+        "modernbert": {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if tied else {},
     }[layout].get(name, name)
 
 
-def _dense(hf_name: str, param: str, layers: int, *, biases: bool) -> list[TensorMap]:
-    """The weight of a Linear, and its bias if it has one."""
-    return [TensorMap(f"{hf_name}.weight", (f"{param}/kernel",), True, layers)] + (
-        [TensorMap(f"{hf_name}.bias", (f"{param}/bias",), layers=layers)] if biases else []
+def _dense(hf_name: str, params: str | Sequence[str], layers: int, *, biases: bool) -> list[TensorMap]:
+    """The weight of a Linear, and its bias if it has one; several layers of t5like may be one Linear."""
+    leaves = lambda leaf: tuple(f"{param}/{leaf}" for param in ([params] if isinstance(params, str) else params))
+    return [TensorMap(f"{hf_name}.weight", leaves("kernel"), True, layers)] + (
+        [TensorMap(f"{hf_name}.bias", leaves("bias"), layers=layers)] if biases else []
     )
 
 
-def _norm(hf_name: str, param: str, layers: int = 0, *, bias: bool = False) -> list[TensorMap]:
-    return [TensorMap(f"{hf_name}.weight", (f"{param}/scale",), layers=layers)] + (
-        [TensorMap(f"{hf_name}.bias", (f"{param}/bias",), layers=layers)] if bias else []
+def _norm(hf_name: str, param: str, layers: int = 0, *, first: int = 0, bias: bool = False) -> list[TensorMap]:
+    return [TensorMap(f"{hf_name}.weight", (f"{param}/scale",), layers=layers, first=first)] + (
+        [TensorMap(f"{hf_name}.bias", (f"{param}/bias",), layers=layers, first=first)] if bias else []
     )
 
 
@@ -135,7 +141,8 @@ def _t5(model: ModelConfig) -> list[TensorMap]:
 
 
 def _llama(model: ModelConfig) -> list[TensorMap]:
-    block, layer, layers = "model.layers.{}", "decoder/layers", model.num_layers
+    stack = "decoder" if model.has_decoder else "encoder"
+    block, layer, layers = "model.layers.{}", f"{stack}/layers", model.num_layers
     entries = [TensorMap("model.embed_tokens.weight", ("embedding",), vocabulary=True)]
     for hf_name, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
         entries += _dense(f"{block}.self_attn.{hf_name}_proj", f"{layer}/attention/{name}", layers, biases=model.biases)
@@ -146,7 +153,7 @@ def _llama(model: ModelConfig) -> list[TensorMap]:
         entries += _dense(f"{block}.mlp.{hf_name}_proj", f"{layer}/mlp/{name}", layers, biases=model.biases)
     entries += _norm(f"{block}.input_layernorm", f"{layer}/attention_norm", layers)
     entries += _norm(f"{block}.post_attention_layernorm", f"{layer}/mlp_norm", layers)
-    entries += _norm("model.norm", "decoder/final_norm")
+    entries += _norm("model.norm", f"{stack}/final_norm")
     return entries + ([] if model.tied_embeddings else [TensorMap("lm_head.weight", ("head",), True, vocabulary=True)])
 
 
@@ -200,3 +207,25 @@ def _bert(model: ModelConfig) -> list[TensorMap]:
     entries += _dense("cls.predictions.transform.dense", "mlm/dense", 0, biases=True)
     entries += _norm("cls.predictions.transform.LayerNorm", "mlm/norm", bias=True)
     return [*entries, TensorMap("cls.predictions.bias", ("head_bias",), vocabulary=True)]
+
+
+def _modernbert(model: ModelConfig) -> list[TensorMap]:
+    block, layer, layers, bias = "model.layers.{}", "encoder/layers", model.num_layers, model.norm_bias
+    norm = lambda hf_name, param, **of: _norm(hf_name, param, bias=bias and model.norm == "layer", **of)
+    entries = [TensorMap("model.embeddings.tok_embeddings.weight", ("embedding",), vocabulary=True)]
+    for hf_name, names in (
+        ("attn.Wqkv", ("attention/query", "attention/key", "attention/value")),
+        ("attn.Wo", ("attention/out",)),
+        ("mlp.Wi", ("mlp/gate", "mlp/in")),  # the activation is on the first half
+        ("mlp.Wo", ("mlp/out",)),
+    ):
+        params = [f"{layer}/{name}" for name in names]
+        entries += _dense(f"{block}.{hf_name}", params, layers, biases=model.biases)
+    entries += norm("model.embeddings.norm", "embedding_norm")
+    entries += norm(f"{block}.attn_norm", f"{layer}/attention_norm", layers=layers, first=1)
+    entries += norm(f"{block}.mlp_norm", f"{layer}/mlp_norm", layers=layers)
+    entries += norm("model.final_norm", "encoder/final_norm")
+    entries += _dense("head.dense", ["mlm/dense"], 0, biases=model.biases)
+    entries += norm("head.norm", "mlm/norm")
+    entries.append(TensorMap("decoder.bias", ("head_bias",), vocabulary=True))
+    return entries + ([] if model.tied_embeddings else [TensorMap("decoder.weight", ("head",), True, vocabulary=True)])

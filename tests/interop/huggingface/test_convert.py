@@ -40,6 +40,7 @@ MODELS = {
         "tied_embeddings": True,
     },
     "umt5": {"relative_bias": "per_layer", "num_layers": 1},
+    "modernbert": {**families.FIXED["modernbert"], "num_layers": 2, "mlp": "gated_gelu_exact", "norm_bias": False},
     "bert": {**families.FIXED["bert"], "num_layers": 1, "mlp": "gelu_exact", "token_types": 2, "init": "bert"},
 }
 
@@ -80,7 +81,9 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(left[name], right[name], strict=True)
 
 
-@pytest.mark.parametrize("family, dtype", [("llama", "BF16"), ("gpt2", "F16"), ("umt5", "F32"), ("bert", "BF16")])
+@pytest.mark.parametrize(
+    "family, dtype", [("llama", "BF16"), ("gpt2", "F16"), ("umt5", "F32"), ("bert", "BF16"), ("modernbert", "F32")]
+)
 def test_an_export_of_an_import_has_the_same_tensors_bit_for_bit_and_the_same_settings(
     family, dtype, tokenizer, tmp_path
 ):
@@ -95,7 +98,7 @@ def test_an_export_of_an_import_has_the_same_tensors_bit_for_bit_and_the_same_se
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == wanted
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    assert ((tmp_path / "out" / "generation_config.json").exists()) == (family != "bert")
+    assert ((tmp_path / "out" / "generation_config.json").exists()) == ("bert" not in family)
     assert (tmp_path / "out" / "README.md").exists() and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

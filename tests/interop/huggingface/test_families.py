@@ -18,7 +18,7 @@ from t5like.interop.huggingface import families, weight_maps
 from t5like.model.transformer import Transformer
 from t5like.types import Batch
 
-NAMES = sorted(name.removesuffix(".config") for name in GOLDEN.files if name.endswith(".config"))
+NAMES = sorted(name.removesuffix(".config") for name in GOLDEN if name.endswith(".config"))
 
 
 def batch_of(name: str) -> Batch:
@@ -28,8 +28,8 @@ def batch_of(name: str) -> Batch:
         decoder = inputs["decoder_input_ids"]
         return Batch(decoder, decoder, np.ones(decoder.shape, np.float32), ids, mask, np.ones_like(decoder))
     ones = np.ones(ids.shape, np.float32)
-    if "token_type_ids" in inputs:
-        return Batch(None, ids, ones, ids, mask, token_types_BS=inputs["token_type_ids"])
+    if model_of(name)[1].model.architecture == "encoder":
+        return Batch(None, ids, ones, ids, mask, token_types_BS=inputs.get("token_type_ids"))
     return Batch(ids, ids, ones, decoder_segments_BL=mask)
 
 
