@@ -1,4 +1,4 @@
-"""Compares a fused attention kernel, in Pallas' interpreter, with plain attention."""
+"""Compares an attention kernel, in Pallas' interpreter if it is fused, with plain attention."""
 
 import math
 
@@ -54,7 +54,8 @@ def compare(
 
     def plain(q, k, v, bias):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        return attend(q, k, v, bias_1NLS=None if bias is None else bias_array(bias, queries, keys), mask=mask)
+        every_key = MaskSpec(allowed_B1LS=mask.build(queries, keys))
+        return attend(q, k, v, bias_1NLS=None if bias is None else bias_array(bias, queries, keys), mask=every_key)
 
     arguments = (0, 1, 2, 3) if relative else (0, 1, 2)
     gradients = lambda attend: jax.jit(jax.value_and_grad(lambda *x: total(attend, *x), arguments))(q, k, v, bias)

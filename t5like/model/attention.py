@@ -14,7 +14,7 @@ from t5like.config.model_schema import ModelConfig
 from t5like.model import intermediates
 from t5like.model.attention_plan import FUSED, Kernel
 from t5like.model.cache import KeyValues
-from t5like.model.kernels import cpu, gpu_attention, plain, tpu_attention
+from t5like.model.kernels import cpu, gpu_attention, local_attention, plain, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
 from t5like.model.merged_attention import merge
@@ -41,7 +41,7 @@ def attend(
         q_BNLH: queries; already scaled.
         k_BKSH: keys. With fewer heads (K < N) each serves N / K query heads, in order (Ainslie et al. 2023).
         v_BKSH: values.
-        bias_1NLS: added to the scores, the same for all rows; for a fused kernel from
+        bias_1NLS: added to the scores, the same for all rows, by key - query under a window; for a fused kernel from
             `tpu_attention.bias_per_batch_shard` or `gpu_attention.bias_per_shard`.
         mask: which keys a query attends to. A query that attends to none gets 0, not an average of hidden values.
         kernel: of `AttentionPlan`.
@@ -54,6 +54,10 @@ def attend(
         assert not softcap, "plan_attention chooses no fused kernel"
         return (tpu_attention if kernel == "tpu" else gpu_attention).attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
+    if local_attention.skips_keys(mask, length, k_BKSH.shape[2]):
+        *blocks, bias_1NLS, mask = local_attention.to_blocks(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
+        out_BNLH = attend(*blocks, bias_1NLS=bias_1NLS, mask=mask, kernel=kernel, softcap=softcap)
+        return local_attention.from_blocks(out_BNLH, len(q_BNLH), length)
     mask_B1LS = mask.build(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= GROUPED_DECODE_MAX_QUERIES:
         return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel, softcap)

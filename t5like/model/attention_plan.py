@@ -8,7 +8,8 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from t5like.config.model_schema import ModelConfig
-from t5like.model.kernels import gpu_attention, tpu_attention
+from t5like.model.kernels import gpu_attention, local_attention, tpu_attention
+from t5like.model.masks import MaskSpec
 from t5like.sharding.auto import FUSED
 from t5like.sharding.logical_axes import batch_parts, context_size
 
@@ -32,6 +33,10 @@ class AttentionPlan(NamedTuple):
     self_attention: Kernel = "plain"
     cross_attention: Kernel = "plain"
     branch_start: int | None = None
+
+    def by_blocks(self, mask: MaskSpec) -> bool:
+        """Whether `attention.attend` skips the keys outside of a window, where the kernel is not fused."""
+        return self.branch_start is None and local_attention.skips_keys(mask, self.queries, self.keys)
 
 
 def plan_attention(

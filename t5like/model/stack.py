@@ -167,11 +167,11 @@ class Stack(nn.Module):
         return None if self.config.first_attention_norm else np.arange(self.num_layers) == 0
 
     def _masks(self, mask: MaskSpec, plan: AttentionPlan, first_query: jax.Array | int) -> list[MaskSpec]:
-        """The mask of self-attention at each position of the pattern; as an array, unless the kernel is fused."""
+        """The mask of self-attention at each position of the pattern; as an array, unless the kernel evaluates it."""
         windows, by_window = [config.window(causal=self.causal) for config in layer_configs(self.config)], {}
         for window in dict.fromkeys(windows):
             spec = dataclasses.replace(mask, window=window[0], window_ahead=window[1])
-            if plan.self_attention not in FUSED:
+            if plan.self_attention not in FUSED and not plan.by_blocks(spec):
                 array = spec.build(plan.queries, plan.keys, first_query, plan.branch_start)
                 spec = MaskSpec(allowed_B1LS=array)
             by_window[window] = spec

@@ -5,9 +5,9 @@ never leave the core, forward or backward: one program computes a head of a row.
 memory (VMEM) as a whole, queries come in blocks, so a softmax reads all its scores at once: there is no running maximum
 as in FlashAttention (Dao et al. 2022). Its other idea is used: the backward pass saves only the operands and recomputes
 the weights. The mask is a `MaskSpec`, evaluated in the core; a block of queries reads only the keys that a causal mask
-and a window allow. The relative bias is read once per head, and its gradient is summed over the rows in the core. Over
-the mesh axis `context` a device has its own queries and gathers keys and values. Lengths that do not fit in VMEM
-(`fits`) use the plain kernel.
+and a window allow, on one side or on both. The relative bias is read once per head, and its gradient is summed over the
+rows in the core. Over the mesh axis `context` a device has its own queries and gathers keys and values. Lengths that do
+not fit in VMEM (`fits`) use the plain kernel.
 
 `attention_plan` decides when the kernel is used, `sharding.auto` on which machines. It is compiled for TPUs, and runs
 in Pallas' interpreter on CPUs (the tests); it has not run on a TPU yet.
@@ -190,28 +190,44 @@ class _BlockGroup(NamedTuple):
     end: int  # index behind the last key
 
 
-def _block_size(queries: int, keys: int) -> int:
-    """Queries of a block."""
-    return min(queries, max(SCORES_PER_BLOCK // keys // NUM_LANES, 1) * NUM_LANES)
+def _reach(spec: KernelSpec, inputs: KernelInputs) -> tuple[int | None, int | None]:
+    """Keys before and after its own index that a query attends to; None: no limit."""
+    after = spec.window_ahead - 1 if spec.window_ahead else None
+    if spec.causal and inputs.prefix_B1S is None:
+        after = 0
+    return spec.window - 1 if spec.window else None, after
+
+
+def _block_size(queries: int, keys: int, width: int | None = None) -> int:
+    """Queries of a block; with a window of `width` keys not many more than half of them, or it would hide few keys."""
+    size = max(SCORES_PER_BLOCK // keys // NUM_LANES, 1)
+    if width is not None:
+        size = min(size, pl.cdiv(width, 2 * NUM_LANES))
+    return min(queries, size * NUM_LANES)
 
 
 def _block_groups(spec: KernelSpec, inputs: KernelInputs, queries: int, keys: int) -> Iterator[_BlockGroup]:
     """Blocks that read the same number of keys; the last one may be smaller.
 
-    Under a causal mask no block of a group reads keys behind its last query, on the device with the last queries.
+    No block of a group reads keys that are hidden behind its last query, on the device with the last queries. If keys
+    are hidden on both sides, a block reads the others only, and those up to a multiple of NUM_LANES.
     """
-    size = _block_size(queries, keys)
+    before, after = _reach(spec, inputs)
+    width = None if before is None or after is None else before + 1 + after
+    size = _block_size(queries, keys, width)
     full = queries // size
     step = pl.cdiv(full, MAX_UNROLLED_BLOCKS)
     parts = [(first * size, size, min(step, full - first)) for first in range(0, full, step)]
     if queries % size:
         parts.append((full * size, queries % size, 1))
-    causal = spec.causal and inputs.prefix_B1S is None
     for first, size, blocks in parts:
-        end = keys - max(queries - first - size * blocks, 0) if causal else keys
+        end = keys
+        if after is not None:
+            end = max(keys - queries, 0) + first + size * blocks + after
+            end = min(keys, pl.cdiv(end, NUM_LANES) * NUM_LANES)
         span = end
-        if causal and spec.window:  # from a multiple of NUM_LANES on
-            span = end - max(end - size - spec.window - NUM_LANES, 0) // NUM_LANES * NUM_LANES
+        if width is not None:  # from a multiple of NUM_LANES on
+            span = end - max(end - size - width - NUM_LANES, 0) // NUM_LANES * NUM_LANES
         yield _BlockGroup(first, size, blocks, span, end)
 
 

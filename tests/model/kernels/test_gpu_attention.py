@@ -13,6 +13,8 @@ from t5like.data import pipeline
 from t5like.errors import ConfigError
 from t5like.model import attention
 from t5like.model.kernels import gpu_attention
+from t5like.model.kernels.fused_attention import KernelSpec
+from t5like.model.kernels.gpu_attention_kernels import KernelInputs, Program, Sizes
 from t5like.optim import step, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -39,6 +41,18 @@ def test_the_gpu_kernels_equal_plain_attention_with_gradients(rng, monkeypatch, 
         return gpu_attention.attend(q, k, v, bias, mask, interpret=True)
 
     attention_cases.compare(rng, fused, **CASES[case])
+
+
+@pytest.mark.parametrize("window, ahead, limit", [(128, 0, 0.14), (64, 64, 0.14), (512, 0, 0.28), (0, 0, 1.0)])
+def test_only_blocks_in_a_window_are_visited(window, ahead, limit):
+    length, blocks = 2048, gpu_attention.Blocks(128, 64, 4, 2)
+    spec = KernelSpec(bool(window and not ahead), window, ahead, interpret=True)
+    program = Program(spec, Sizes(length, length, 64, 1), blocks, KernelInputs(None, None, None))
+    count = lambda visited, size: sum(int(end - start) for start, end in map(visited, range(0, length, size)))
+    keys = count(lambda first: program.key_blocks(0, first), blocks.queries)
+    queries = count(lambda first: program.query_blocks(0, first), blocks.keys)
+    assert limit * 0.75 <= keys * blocks.keys * blocks.queries / length**2 <= limit
+    assert limit * 0.75 <= queries * blocks.keys * blocks.queries / length**2 <= limit
 
 
 def test_a_step_for_gpus_has_the_kernels_in_every_attention_and_other_devices_refuse_them():

@@ -13,6 +13,7 @@ from t5like.data import pipeline
 from t5like.errors import ConfigError
 from t5like.model import attention
 from t5like.model.kernels import tpu_attention
+from t5like.model.kernels.fused_attention import KernelSpec
 from t5like.optim import step, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -42,6 +43,16 @@ def test_the_tpu_kernel_equals_plain_attention_with_gradients(rng, monkeypatch, 
         return tpu_attention.attend(q, k, v, bias, mask, interpret=True)
 
     attention_cases.compare(rng, fused, **CASES[case])
+
+
+@pytest.mark.parametrize("window, ahead, limit", [(128, 0, 0.2), (64, 64, 0.2), (512, 0, 0.45), (0, 0, 1.0)])
+def test_blocks_of_queries_read_few_keys_outside_of_their_window(window, ahead, limit):
+    length, inputs = 2048, tpu_attention.KernelInputs(None, None, None)
+    spec = KernelSpec(bool(window and not ahead), window, ahead, interpret=True)
+    scores = sum(
+        each.blocks * each.size * each.keys for each in tpu_attention._block_groups(spec, inputs, length, length)
+    )
+    assert limit * 0.75 <= scores / length**2 <= limit
 
 
 def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_devices_refuse_it():
