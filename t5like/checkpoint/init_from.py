@@ -9,6 +9,7 @@ With `init_from.decoder_checkpoint` there are two: the encoder comes from one, e
 Called by `train.initial_state`.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ from t5like.checkpoint.parameter_sources import (
 )
 from t5like.checkpoint.run_directory import check_initial_run
 from t5like.config import loader
+from t5like.config.model_schema import DECODER_SIZES
 from t5like.config.schema import Config, get
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError
@@ -56,6 +58,9 @@ UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are 
         "kernels",
         "remat",
         "vocab_multiple",
+        "separate_embeddings",
+        "merged_attention",
+        *(f"decoder_{size}" for size in DECODER_SIZES),
     )
 )
 
@@ -124,7 +129,8 @@ def _parts(config: Config, wanted: dict[str, jax.ShapeDtypeStruct]) -> list[Part
     init = config.init_from
     if not init.decoder_checkpoint:
         return [Part("init_from.checkpoint", init.step, wanted, whole=True)]
-    of_encoder = {name: leaf for name, leaf in wanted.items() if name.startswith("encoder/")}
+    own = ("encoder/", "embedding") if config.model.separate_embeddings else ("encoder/",)
+    of_encoder = {name: leaf for name, leaf in wanted.items() if name.startswith(own)}
     rest = {name: leaf for name, leaf in wanted.items() if name not in of_encoder}
     return [
         Part("init_from.checkpoint", init.step, of_encoder, whole=False),
@@ -177,7 +183,8 @@ def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpo
     report = [
         f"{name:{width}}  {parameter_sources.describe(name, origin, rows, of)}" for name, origin in origins.items()
     ]
-    differs = loader.difference(meta.config, config)
+    model = config.model.in_decoder if part.field == "init_from.decoder_checkpoint" else config.model
+    differs = loader.difference(meta.config, dataclasses.replace(config, model=model))
     return InitialWeights(
         params,
         f"step {meta.step:,} of {directory}",

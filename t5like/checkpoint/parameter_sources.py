@@ -26,6 +26,7 @@ from t5like.data.tokenizers.tokenizer import Tokenizer
 
 ROW_DIMS = {
     "embedding": 0,
+    "decoder_embedding": 0,
     "head": 1,
     "head_bias": 0,
 }  # parameters with a row for each token id, and the dim of the rows
@@ -110,6 +111,8 @@ def source_names(
         moved = f"{stack}{name.removeprefix('encoder/')}" if name.startswith("encoder/") else name
         new_bias = "relative_bias" in name and moved != name
         names[name] = None if new_bias else moved.replace("/cross_attention", "/attention", 1)
+    if "decoder_embedding" in names:
+        names["decoder_embedding"] = "embedding"
     crossed = [name for name in wanted if "/cross_attention" in name]
     fits = lambda leaf, source: source is not None and source.shape[1:] == leaf.shape[1:]  # whatever the depth
     if not all(fits(wanted[name], stored.get(names[name])) for name in crossed):

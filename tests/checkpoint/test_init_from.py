@@ -25,7 +25,7 @@ from t5like.model.transformer import Transformer
 from t5like.optim import train_state
 from t5like.optim.new_parameters import is_new
 from t5like.sharding import mesh as meshes
-from t5like.types import Batch, TrainState
+from t5like.types import Batch
 
 
 def made_tokenizer(extra: list[str], sentinels: int) -> Tokenizer:
@@ -151,33 +151,42 @@ def test_a_decoder_initializes_an_encoder_decoder_and_a_deeper_stack_repeats_lay
     assert len(report) == len(params)
 
 
-def test_encoder_and_decoder_come_from_two_checkpoints_of_other_depths(decoder, tmp_path):
-    directory, config, old = decoder
-    shallow = small(model={"architecture": "decoder", "model_dim": 16, "mlp_dim": 32, "num_layers": 1}, **VOCABULARY)
-    other = {name: value[1:] + 1 if "/layers/" in name else value + 1 for name, value in old.items()}
-    write_imported(tree.nested(jax.tree.map(jnp.asarray, other)), shallow, OLD, tmp_path / "run")
-    loaded = lambda layers, **init: load_initial_weights(*adapted(directory, layers, **init), OLD)
-    both = {"adapt": ("architecture",), "decoder_checkpoint": str(tmp_path / "run")}
-    weights = loaded(1, **both)
-    assert weights.source == f"step 1 of {directory} and step 0 of {tmp_path}/run"
+def test_encoder_and_decoder_of_other_sizes_come_from_two_checkpoints(decoder, rng, tmp_path):
+    directory, _, old = decoder
+    sizes = {"model_dim": 8, "mlp_dim": 16, "num_heads": 2}
+    other_config = small(model={"architecture": "decoder", "num_layers": 1, **sizes}, **VOCABULARY)
+    shapes = train_state.abstract_state(other_config, random_batch(other_config), MESH).params
+    other = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    write_imported(other, other_config, OLD, tmp_path / "run")
+    model = {"model_dim": 16, "mlp_dim": 32, "num_decoder_layers": 1, "separate_embeddings": True}
+    model |= {f"decoder_{name}": size for name, size in sizes.items()}
+    init = {"checkpoint": str(directory), "adapt": "architecture", "decoder_checkpoint": str(tmp_path / "run")}
+    tokenizer = {"vocab_size": OLD.vocab_size, "num_sentinels": OLD.num_sentinels}
+    config = small(model=model, data={"objective": "prefix_lm"}, init_from=init, tokenizer=tokenizer)
+    abstract = train_state.abstract_state(config, random_batch(config), MESH)
+    weights = load_initial_weights(config, abstract, OLD)
+    assert weights.source == f"step 1 of {directory} and step 0 of {tmp_path}/run" and not weights.differs
+    other, report = tree.flatten(other), [" ".join(line.split()) for line in weights.report]
+    assert len(report) == len(tree.flatten(abstract.params))
+    new = {name for name in tree.flatten(abstract.params) if "cross_attention" in name} | {
+        "encoder/relative_bias/table"
+    }
+    assert {line.partition(" ")[0] for line in report if line.endswith(" new, random")} == new
     for name, value in weights.params.items():
-        source = name.replace("encoder/", "decoder/").replace("cross_attention", "attention")
-        np.testing.assert_array_equal(value, (old if name.startswith("encoder/") else other)[source], err_msg=name)
-    report = [" ".join(line.split()) for line in weights.report]
-    assert f"head copied, of {tmp_path}/run" in report
+        of_encoder = name.startswith("encoder/") or name == "embedding"
+        expected = old[name.replace("encoder/", "decoder/")] if of_encoder else other[name.removeprefix("decoder_")]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    assert f"decoder_embedding copied, from embedding, of {tmp_path}/run" in report
     assert f"encoder/layers/mlp/in/kernel copied, from decoder/layers/mlp/in/kernel, of {directory}" in report
-    with pytest.raises(CheckpointError, match=f"decoder_checkpoint={tmp_path}/run does not fit: it has 1 .*depth"):
-        loaded(2, **both)
+    deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, num_decoder_layers=2))
+    message = (
+        f"decoder_checkpoint={tmp_path}/run does not fit: it has 1 layers where .*init_from.adapt=architecture,depth"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_initial_weights(deeper, train_state.abstract_state(deeper, random_batch(deeper), MESH), OLD)
+    nowhere = dataclasses.replace(config, init_from=dataclasses.replace(config.init_from, decoder_checkpoint="/none"))
     with pytest.raises(CheckpointError, match="init_from.decoder_checkpoint=/none contains no run"):
-        loaded(1, **{**both, "decoder_checkpoint": "/none"})
-
-
-def adapted(directory, decoder_layers: int, **init) -> tuple[Config, TrainState]:
-    """The config of an encoder-decoder that begins with the decoder of a directory, and its abstract state."""
-    model = {"model_dim": 16, "mlp_dim": 32, "num_layers": 2, "num_decoder_layers": decoder_layers}
-    config = small(model=model, data={"objective": "prefix_lm"}, init_from={"checkpoint": str(directory), **init},
-                   tokenizer={"vocab_size": OLD.vocab_size, "num_sentinels": OLD.num_sentinels})  # fmt: skip
-    return config, train_state.abstract_state(config, random_batch(config), MESH)
+        load_initial_weights(nowhere, abstract, OLD)
 
 
 def test_cross_attention_is_random_as_a_whole_if_one_shape_differs():
