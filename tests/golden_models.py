@@ -13,7 +13,7 @@ from t5like.config.schema import Config, TokenizerConfig
 from t5like.interop.huggingface import families, weight_maps
 
 GOLDEN: dict[str, np.ndarray] = {}
-for _file in ("hf_logits", "hf_encoder_logits"):
+for _file in ("hf_logits", "hf_encoder_logits", "hf_gemma_logits"):
     GOLDEN |= np.load(Path(__file__).parent / "golden" / f"{_file}.npz")
 
 

@@ -12,6 +12,7 @@ from t5like.config.field_types import LARGEST, Range
 from t5like.errors import ConfigError, shown
 
 HF_FAMILIES = ("t5", "mt5", "umt5", "llama", "qwen3", "mistral", "gpt2", "bert", "modernbert", "eurobert")
+HF_FAMILIES += ("gemma2", "gemma3_text", "t5gemma", "t5gemma2")
 # The flags that only one format of a command takes, with their defaults.
 FORMATS = {
     "import": {"hf": {}, "t5x": {"config": None}},

@@ -57,7 +57,7 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
     """FLOPs of one row's forward pass in ``encoder``, ``decoder`` and ``head``.
 
     A matmul of [m, k] and [k, n] takes 2 m k n. With S input and L target tokens (decoder-only: L is the row;
-    encoder-only: S is the row, and the head reads all of it, L = S):
+    encoder-only: S is the row, and the head reads all of it, L = S), and in each stack its own sizes:
 
         |                            | per encoder layer               | per decoder layer | with an encoder  |
         |----------------------------|---------------------------------|-------------------|------------------|
@@ -66,25 +66,29 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
         | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
-    and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler
-    and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. Conventions: attention counts all
-    pairs of tokens, also those that a causal or segment mask removes; embedding look-ups, token types included, norms,
-    softmax and biases count nothing.
+    Cross-attention's keys and values are projected from the encoder's D. `merged_attention` has no query and output
+    kernels of its own for the encoder. And once 2 L D V for the head, V with its padding rows. The MLM head has
+    2 S D D more, for its dense layer. Pooler and classes have 2 D D + 2 * 2 D, for the first token, if an objective has
+    pairs. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes;
+    embedding look-ups, token types included, norms, softmax and biases count nothing.
     """
     model, parts = config.model, {}
-    queries = model.num_heads * model.head_dim
-    keys = model.kv_heads * model.head_dim
     mlp_kernels = 3 if model.mlp.startswith("gated") else 2
     names = [name for name in ("encoder", "decoder") if getattr(model, f"has_{name}")]
     for name, stack in zip(names, stack_shapes(config), strict=True):
+        sizes = model.in_decoder if name == "decoder" else model
+        queries, keys = sizes.num_heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
         projections = attention = 0
-        for length in stack.keys:
-            projections += stack.layers * 4 * model.model_dim * (stack.queries * queries + length * keys)
+        for i, length in enumerate(stack.keys):
+            source_dim = model.model_dim if i else sizes.model_dim
+            has_queries = i == 0 or not model.merged_attention
+            projections += stack.layers * 4 * has_queries * stack.queries * sizes.model_dim * queries
+            projections += stack.layers * 4 * length * source_dim * keys
             attention += stack.layers * 4 * stack.queries * length * queries
-        mlp = stack.layers * mlp_kernels * 2 * stack.queries * model.model_dim * model.mlp_dim
+        mlp = stack.layers * mlp_kernels * 2 * stack.queries * sizes.model_dim * sizes.mlp_dim
         parts[name] = ForwardFlops(projections, attention, mlp, 0)
     targets = stack.queries  # of the last stack
-    vocabulary = 2 * targets * model.model_dim * config.vocab_rows
+    vocabulary = 2 * targets * sizes.model_dim * config.vocab_rows
     if model.architecture == "encoder":
         vocabulary += 2 * targets * model.model_dim**2 if model.head == "mlm" else 0
         vocabulary += 2 * model.model_dim**2 + 2 * 2 * model.model_dim if "mlm_nsp" in config.data.objective else 0

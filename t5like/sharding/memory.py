@@ -133,7 +133,7 @@ def _cached_positions(config: Config, prompt: int, new: int, texts: int) -> int:
 
 def _bytes_per_position(config: Config) -> int:
     """Bytes of keys and values of one position, in all layers of the decoder."""
-    model = config.model
+    model = config.model.in_decoder
     return 2 * model.decoder_layers * model.kv_heads * model.head_dim * _width(config)
 
 

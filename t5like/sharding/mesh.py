@@ -119,11 +119,16 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
     length = "data.inputs_length", config.data.inputs_length
     if model.architecture == "decoder":
         length = "data.inputs_length + data.targets_length", config.row_length
+    decoder = model.in_decoder
     for field, value, axis in (
         ("model.model_dim", model.model_dim, "fsdp"),
         ("model.num_heads", model.num_heads, "tensor"),
         ("model.num_kv_heads", model.kv_heads, "tensor"),
         ("model.mlp_dim", model.mlp_dim, "tensor"),
+        ("model.decoder_model_dim", decoder.model_dim, "fsdp"),
+        ("model.decoder_num_heads", decoder.num_heads, "tensor"),
+        ("model.decoder_num_kv_heads", decoder.kv_heads, "tensor"),
+        ("model.decoder_mlp_dim", decoder.mlp_dim, "tensor"),
         ("vocabulary rows", config.vocab_rows, "tensor"),
         (*length, "context"),
     ):

@@ -68,7 +68,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     family, model = families.model_of(
         hf_config, untied=untied, next_sentence_head=tensor_check.has_next_sentence_head(hf_config, tensors)
     )
-    rows = hf_config.get("vocab_size")
+    rows = families.vocabulary_rows(family, hf_config)
     tensor_check.check_sizes(model, rows, tensors)
     tokenizer = tokenizer_files.read(source)
     extra_eos, unknown_eos = eos_ids.extra_ids(source, hf_config, tokenizer)

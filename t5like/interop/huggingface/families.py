@@ -7,15 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from t5like.config.model_schema import ModelConfig
+from t5like.config.model_schema import DECODER_SIZES, ModelConfig
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError
-from t5like.interop.huggingface import encoder_keys, family_keys
+from t5like.interop.huggingface import encoder_keys, family_keys, gemma
 from t5like.interop.huggingface.config_keys import one_of
 from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS
 from t5like.model.heads import scales_logits
 
-FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert", "modernbert", "eurobert")
+FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert", "modernbert", "eurobert", *gemma.FAMILIES)
 ENCODERS = ("bert", "modernbert", "eurobert")
 ARCHITECTURES = {
     "t5": "T5ForConditionalGeneration",
@@ -28,9 +28,29 @@ ARCHITECTURES = {
     "bert": "BertForPreTraining",
     "modernbert": "ModernBertForMaskedLM",
     "eurobert": "EuroBertForMaskedLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "t5gemma": "T5GemmaForConditionalGeneration",
+    "t5gemma2": "T5Gemma2ForConditionalGeneration",
+}
+EXPERTS = "experts are not supported; use a dense model, such as "
+REFUSED = {  # known families that are not supported -> why, and what works
+    "switch_transformers": f"{EXPERTS}t5",
+    "mixtral": f"{EXPERTS}mistral",
+    "gemma3": "models with images are not supported; save the text part as gemma3_text: in transformers "
+    "AutoModelForImageTextToText.from_pretrained(DIR).model.language_model.save_pretrained(NEW), and its tokenizer",
 }
 
-_ALIKE = {"layer_pattern": (), "mlp_pattern": (), "first_attention_norm": True}  # of all but ModernBERT
+_WITHOUT = {  # what only Gemma has
+    "norm_offset": False,
+    "embedding_scale": "none",
+    "attention_scale_dim": 0,
+    "attention_softcap": 0.0,
+    "logits_softcap": 0.0,
+    "encoder_window": 0,
+    "encoder_window_ahead": 0,
+}
+_ALIKE = {**_WITHOUT, "layer_pattern": (), "mlp_pattern": (), "first_attention_norm": True}  # of all but ModernBERT
 # Fields that are the same in all models of a family: an import sets them, an export refuses other values.
 _T5 = {
     "architecture": "encoder_decoder",
@@ -43,6 +63,9 @@ _T5 = {
     "qk_norm": False,
     "num_kv_heads": 0,
     "attention_window": 0,
+    **{f"decoder_{name}": 0 for name in DECODER_SIZES},
+    "separate_embeddings": False,
+    "merged_attention": False,
     **_ALIKE,
 }
 _DECODER = {**_ALIKE, "norm_position": "pre", "embedding_norm": False, "scale_attention": True}
@@ -96,7 +119,9 @@ FIXED: dict[str, dict[str, Any]] = {
         "head": "mlm",
         "token_types": 0,
         "mlp_pattern": (),
+        **_WITHOUT,
     },
+    **gemma.FIXED,
 }
 
 _FIELDS = {
@@ -125,6 +150,8 @@ def model_of(hf_config: Mapping[str, Any], *, untied: bool, next_sentence_head: 
         CheckpointError: the value of a key is not supported; names key, value and supported values.
     """
     family = hf_config.get("model_type")
+    if family in REFUSED:
+        raise CheckpointError(f"config.json: model_type={family!r}: {REFUSED[family]}")
     if family not in FAMILIES:
         raise CheckpointError(f"config.json: model_type={family!r} is not one of {', '.join(FAMILIES)}")
     for key in ("quantization_config", "add_cross_attention", "is_decoder"):
@@ -134,6 +161,8 @@ def model_of(hf_config: Mapping[str, Any], *, untied: bool, next_sentence_head: 
             fields = family_keys.t5_fields(hf_config, family, untied=untied)
         elif family in DECODERS:
             fields = family_keys.llama_fields(hf_config, family)
+        elif family in gemma.FAMILIES:
+            fields = gemma.fields(hf_config, family)
         else:
             fields = _FIELDS[family](hf_config)
     except (TypeError, ValueError, AttributeError) as error:
@@ -141,6 +170,11 @@ def model_of(hf_config: Mapping[str, Any], *, untied: bool, next_sentence_head: 
     if family == "bert":
         fields["next_sentence_head"] = next_sentence_head
     return family, ModelConfig(**{**FIXED[family], **fields})
+
+
+def vocabulary_rows(family: str, hf_config: Mapping[str, Any]) -> Any:
+    """`vocab_size`, the rows of the embedding, as the file has it."""
+    return gemma.vocabulary_rows(hf_config, family) if family in gemma.FAMILIES else hf_config.get("vocab_size")
 
 
 def check_exportable(family: str, config: Config) -> None:
@@ -157,6 +191,8 @@ def check_exportable(family: str, config: Config) -> None:
         _require(family, value == required, f"model.{field}", text(getattr(model, field)), text(required))
     activations = set(family_keys.mlps(family).values())
     _require(family, model.mlp in activations, "model.mlp", model.mlp, " or ".join(sorted(activations)))
+    if family in gemma.FAMILIES:
+        gemma.check_exportable(family, model, _require)
     if family in ("gpt2", "bert", "modernbert"):
         joined = model.num_heads * model.head_dim
         _require(family, joined == model.model_dim, "model.head_dim", model.head_dim, "model_dim / num_heads")
@@ -182,9 +218,14 @@ def numeric_fields(model: ModelConfig) -> dict[str, Any]:
     fields["logits_scale"] = scales_logits(model)
     fields["num_kv_heads"] = model.kv_heads
     fields["norm_bias"] = model.norm == "layer" and model.norm_bias
+    fields["attention_scale_dim"] = model.scale_attention and (model.attention_scale_dim or model.head_dim)
+    fields["encoder_window"] = model.window(causal=False) if model.has_encoder else None
+    del fields["encoder_window_ahead"]
     fields["num_decoder_layers"] = model.decoder_layers
+    fields |= {f"decoder_{name}": getattr(model.in_decoder, name) for name in DECODER_SIZES}
+    fields["decoder_num_kv_heads"] = model.in_decoder.kv_heads
     if model.architecture != "encoder_decoder":
-        del fields["num_decoder_layers"]
+        fields = {name: value for name, value in fields.items() if not name.startswith(("decoder_", "num_decoder"))}
     if not model.has_next_sentence_head:
         del fields["next_sentence_head"]
     fields |= {f"rotary.{name}": value for name, value in fields.pop("rotary").items()}
@@ -202,6 +243,9 @@ def numeric_fields(model: ModelConfig) -> dict[str, Any]:
 
 def default_family(model: ModelConfig) -> str:
     """The family for the export of a model that was not imported."""
+    if model.norm_position == "sandwich":
+        by_attention = {"decoder": ("gemma2", "gemma3_text"), "encoder_decoder": ("t5gemma", "t5gemma2")}
+        return by_attention.get(model.architecture, ("bert", "bert"))[model.qk_norm]
     if model.architecture == "encoder_decoder":
         return "umt5" if model.relative_bias == "per_layer" else "t5"
     if model.architecture == "encoder":
@@ -234,6 +278,9 @@ def config_of(
         keys = family_keys.t5_keys(family, config)
     elif family in DECODERS:
         keys = family_keys.llama_keys(family, config)
+    elif family in gemma.FAMILIES:
+        special = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad}
+        keys = gemma.keys(family, config, rows, special)
     else:
         keys = _KEYS[family](config)
     architecture = ARCHITECTURES[family]
@@ -244,7 +291,7 @@ def config_of(
         "architectures": [architecture],
         **keys,
         "vocab_size": rows,
-        **({"decoder_start_token_id": 0} if family in ENCODER_DECODERS else {}),
+        **({"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}),
         "bos_token_id": None,
         "eos_token_id": eos,
         "pad_token_id": pad,

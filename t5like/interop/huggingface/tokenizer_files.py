@@ -27,7 +27,7 @@ from t5like.io.atomic import replace_file
 from t5like.io.strict_json import InvalidJSON, loads
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-ENCODER_DECODERS, ENCODERS = ("t5", "mt5", "umt5"), ("bert", "modernbert", "eurobert")
+ENCODER_DECODERS, ENCODERS = ("t5", "mt5", "umt5", "t5gemma", "t5gemma2"), ("bert", "modernbert", "eurobert")
 T5_SENTINELS = 100  # default of transformers' T5Tokenizer
 
 

@@ -14,12 +14,17 @@ from t5like.config.model_schema import ModelConfig
 
 ENCODER_DECODERS = ("t5", "mt5", "umt5")
 DECODERS = ("llama", "qwen3", "mistral")  # with the tensors of Llama
+GEMMAS = ("gemma2", "gemma3_text")
 LIKE_LLAMA = (*DECODERS, "eurobert")  # EuroBERT is an encoder with them
+T5GEMMA2_EMBEDDING = "model.encoder.text_model.embed_tokens.weight"
 IGNORED = {  # tensors in files that are not weights: masks, positions, and a bias that T5 never uses
     "t5": r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     "llama": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     "gpt2": r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
     "bert": r"(bert\.)?embeddings\.position_ids",
+    "t5gemma": r"(model\.)?rotary_emb\.inv_freq",
+    # images, and an embedding in place of one token's that ends an image
+    "t5gemma2": r"model\.encoder\.(vision_tower|multi_modal_projector)\..*|model\..*\.embed_tokens\.eoi_embedding",
     "modernbert": r"model\.layers\.\d+\.attn\.rotary_emb\.inv_freq",
 }
 
@@ -73,6 +78,8 @@ def weight_map(family: str, model: ModelConfig) -> list[TensorMap]:
     """The weight map of a family for a model that it can represent."""
     if family in ENCODER_DECODERS:
         return _t5(model)
+    if family in (*GEMMAS, "t5gemma", "t5gemma2"):
+        return _gemma(family, model)
     return {"gpt2": _gpt2, "bert": _bert, "modernbert": _modernbert}.get(family, _llama)(model)
 
 
@@ -82,11 +89,13 @@ def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
     Args:
         tied: the output head is the embedding, so that a head in the file is a copy of it.
     """
-    layout = "t5" if family in ENCODER_DECODERS else "llama" if family in LIKE_LLAMA else family
+    layout = "t5" if family in ENCODER_DECODERS else "llama" if family in (*LIKE_LLAMA, *GEMMAS) else family
     if re.fullmatch(IGNORED[layout], name):
         return None
     if layout == "gpt2":  # OpenAI's release has no prefix
         name = f"transformer.{name}" if re.match(r"(h|wte|wpe|ln_f)\.", name) else name
+    if family in GEMMAS and not name.startswith(("model.", "lm_head.")):  # a model that was saved without its head
+        name = f"model.{name}"
     if layout == "bert":  # Google's release has TensorFlow's names of a norm's parameters
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return {
@@ -98,6 +107,8 @@ def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
+        "t5gemma": {"lm_head.out_proj.weight": "model.decoder.embed_tokens.weight"} if tied else {},
+        "t5gemma2": dict.fromkeys(("lm_head.out_proj.weight", "model.decoder.embed_tokens.weight"), T5GEMMA2_EMBEDDING),
         "modernbert": {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if tied else {},
     }[layout].get(name, name)
 
@@ -229,3 +240,42 @@ def _modernbert(model: ModelConfig) -> list[TensorMap]:
     entries += norm("head.norm", "mlm/norm")
     entries.append(TensorMap("decoder.bias", ("head_bias",), vocabulary=True))
     return entries + ([] if model.tied_embeddings else [TensorMap("decoder.weight", ("head",), True, vocabulary=True)])
+
+
+def _gemma(family: str, model: ModelConfig) -> list[TensorMap]:
+    """Gemma 2 and 3 and T5Gemma 1 and 2, whose stacks are alike but for the names of norms."""
+    if family in GEMMAS:
+        norms = {"attention": "input_layernorm", "attention_output": "post_attention_layernorm"}
+        entries = _gemma_stack("model", "decoder", model.num_layers, norms, model)
+        head = "lm_head.weight"
+    else:
+        places = {"encoder": "model.encoder" + ".text_model" * (family == "t5gemma2"), "decoder": "model.decoder"}
+        norms = {"attention": "pre_self_attn_layernorm", "attention_output": "post_self_attn_layernorm"}
+        entries = _gemma_stack(places["encoder"], "encoder", model.num_layers, norms, model)
+        if not model.merged_attention:
+            norms |= {"cross_attention": "pre_cross_attn_layernorm"}
+            norms |= {"cross_attention_output": "post_cross_attn_layernorm"}
+        entries += _gemma_stack(places["decoder"], "decoder", model.decoder_layers, norms, model)
+        head = "lm_head.out_proj.weight"
+    return entries + ([] if model.tied_embeddings else [TensorMap(head, ("head",), True, vocabulary=True)])
+
+
+def _gemma_stack(place: str, stack: str, layers: int, norms: Mapping[str, str], model: ModelConfig) -> list[TensorMap]:
+    block, layer, entries = f"{place}.layers.{{}}", f"{stack}/layers", []
+    if stack == "encoder" or not model.has_encoder or model.separate_embeddings:
+        embedding = "decoder_embedding" if model.has_encoder and stack == "decoder" else "embedding"
+        entries.append(TensorMap(f"{place}.embed_tokens.weight", (embedding,), vocabulary=True))
+    for hf_name, name in {"self_attn": "attention", "cross_attn": "cross_attention"}.items():
+        if name not in norms:
+            continue
+        for part, param in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
+            entries += _dense(f"{block}.{hf_name}.{part}_proj", f"{layer}/{name}/{param}", layers, biases=False)
+        if model.qk_norm:
+            for part, param in (("q", "query"), ("k", "key")):
+                entries += _norm(f"{block}.{hf_name}.{part}_norm", f"{layer}/{name}/{param}_norm", layers)
+    for part, param in (("gate", "gate"), ("up", "in"), ("down", "out")):
+        entries += _dense(f"{block}.mlp.{part}_proj", f"{layer}/mlp/{param}", layers, biases=False)
+    mlp = {"mlp": "pre_feedforward_layernorm", "mlp_output": "post_feedforward_layernorm"}
+    for name, hf_name in {**norms, **mlp}.items():
+        entries += _norm(f"{block}.{hf_name}", f"{layer}/{name}_norm", layers)
+    return entries + _norm(f"{place}.norm", f"{stack}/final_norm")
