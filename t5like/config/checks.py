@@ -222,6 +222,21 @@ def _rates(config: Config) -> None:
         "must be steps in ascending order; use 1000,2000",
     )
     phases = 1 + len(data.phase_boundaries)
+    densities = data.phase_noise_density
+    require(
+        config,
+        len(densities) in (0, phases),
+        "data.phase_noise_density",
+        f"must have one value for each of the {phases} phases of data.phase_boundaries, or be empty; use "
+        + ",".join(f"{data.noise_density:g}" for _ in range(phases)),
+    )
+    require(
+        config,
+        not densities or data.objective == ("mlm",),
+        "data.phase_noise_density",
+        f"needs data.objective=mlm, not {','.join(data.objective)}; use data.noise_density, which is the same in all "
+        "phases",
+    )
     for field, of, names in (
         ("data.rates", "data.source", data.source),
         ("data.objective_rates", "data.objective", data.objective),

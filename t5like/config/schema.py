@@ -85,6 +85,9 @@ class DataConfig:
     targets_length: Annotated[int, Range(1, 2**20)] = 114
     # span corruption and MLM: share of the tokens that are masked
     noise_density: Annotated[float, Range(above=0, below=1)] = 0.15
+    # objective mlm: noise_density in each phase of phase_boundaries, such as 0.3,0.15,0.05; held-out rows always have
+    # noise_density. Empty: noise_density in all phases.
+    phase_noise_density: Annotated[tuple[float, ...], Range(above=0, below=1)] = ()
     mean_span_length: Annotated[float, Range(1, 2**20)] = 3.0  # span corruption: mean number of tokens per masked span
     whole_word_masking: bool = False  # MLM: mask all pieces of a word together
     # Whether tokens attend to other documents in the same row, as in T5. A row is a window of the concatenated
@@ -102,8 +105,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    # adamw_rms: update sizes in proportion to the RMS of each parameter, as in nanoT5
-    name: Literal["adafactor", "adamw", "adamw_rms", "lion", "muon"] = "adafactor"
+    # adamw_rms: update sizes in proportion to the RMS of each parameter, as in nanoT5. stable_adamw: AdamW with clipped
+    # updates instead of clipped gradients, as in ModernBERT (use clip_norm=0).
+    name: Literal["adafactor", "adamw", "adamw_rms", "stable_adamw", "lion", "muon"] = "adafactor"
     learning_rate: Annotated[float, Range(1e-30, 1e38)] = 0.01  # peak learning rate
     # Learning rate after the warm-up. wsd: constant, then linear decay in the last decay_steps.
     schedule: Literal["constant", "rsqrt", "cosine", "linear", "wsd"] = "rsqrt"

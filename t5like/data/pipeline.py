@@ -13,6 +13,7 @@ The path of a batch: `prefetch` -> `Batches.at` -> `Batches.locate` -> `RowSourc
 """
 
 import collections
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -200,6 +201,8 @@ class Batches:
             else ExampleRows(config, streams[each.source])
             for each in self.components
         ]
+        densities = config.data.phase_noise_density
+        self._by_phase = [[rows.with_noise_density(each) for rows in self.row_sources] for each in densities]
         self.num_rows = np.array([source.count for source in self.row_sources])
         self._check_size(streams)
         first_of_source = [[c.source for c in self.components].index(source) for source in range(len(streams))]
@@ -266,6 +269,8 @@ class Batches:
             rate = " then ".join(f"{100 * rate:.3g} %" for rate in rates_P)
             where = f" of {source_names(data)[each.source]}" if len(data.source) > 1 else ""
             share = f", {rate} of the rows" if len(self.components) > 1 else ""
+            if data.phase_noise_density:
+                share += f", {' then '.join(f'{100 * x:.3g} %' for x in data.phase_noise_density)} of the tokens masked"
             packed = "" if each.denoiser else f", packing efficiency {100 * rows.efficiency:.0f} %"
             lines.append(
                 f"{each.name}{where}: {rows.count:,} rows an epoch{packed}, {drawn / rows.count:.2f} epochs{share}"
@@ -285,7 +290,8 @@ class Batches:
         if self.heldout:
             return self._heldout_batch(row_B)
         component_B, index_B, offset_B = self.locate(row_B)
-        return self._make_rows(component_B, index_B, offset_B, keyed_bits(self.config.seed, CORRUPTION, row_B))
+        sources = self._by_phase[bisect(self.config.data.phase_boundaries, step)] if self._by_phase else None
+        return self._make_rows(component_B, index_B, offset_B, keyed_bits(self.config.seed, CORRUPTION, row_B), sources)
 
     def _heldout_batch(self, row_B: np.ndarray) -> Batch:
         real_B = row_B < self.num_heldout
@@ -339,15 +345,16 @@ class Batches:
         return component_B, index_B
 
     def _make_rows(
-        self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray
+        self, component_B: np.ndarray, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray, sources=None
     ) -> Batch:
-        """The batch of these rows, each from its component."""
-        if len(self.row_sources) == 1:
-            return self.row_sources[0].batch(index_B, offset_B, keys_B)
+        """The batch of these rows, each from its component; `sources` instead of `row_sources` if they are given."""
+        sources = sources or self.row_sources
+        if len(sources) == 1:
+            return sources[0].batch(index_B, offset_B, keys_B)
         batch = Batch(*(None if x is None else np.repeat(x, len(component_B), axis=0) for x in self._blank_row))
         for component in np.unique(component_B):
             of_component_B = component_B == component
-            part = self.row_sources[component].batch(*(x[of_component_B] for x in (index_B, offset_B, keys_B)))
+            part = sources[component].batch(*(x[of_component_B] for x in (index_B, offset_B, keys_B)))
             for values, part_values in zip(batch, part, strict=True):
                 if part_values is not None:
                     values[of_component_B] = part_values

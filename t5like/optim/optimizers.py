@@ -25,7 +25,7 @@ from optax import contrib
 from t5like import tree
 from t5like.config.schema import Config, OptimizerConfig
 from t5like.errors import ConfigError
-from t5like.optim import new_parameters
+from t5like.optim import new_parameters, update_clipping
 from t5like.optim.schedules import learning_rate
 from t5like.types import Array, LogicalAxes, Tree
 
@@ -69,6 +69,8 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
                 lambda params: tree.map_named(lambda name, _: not tree.matches(name, optimizer.no_decay), params),
             )
         )
+    if optimizer.name == "stable_adamw":
+        rule = [update_clipping.clip_updates(optimizer, optax.chain(*rule), lambda name, leaf: _rms(axes[name], leaf))]
     clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     if config.init_from.warmup_steps:
         rule = [new_parameters.first_alone(config, optax.chain(*rule))]
@@ -82,7 +84,7 @@ def _direction(optimizer: OptimizerConfig, axes: LogicalAxes) -> optax.GradientT
     match optimizer.name:
         case "adafactor":
             return scale_by_adafactor(axes)
-        case "adamw":
+        case "adamw" | "stable_adamw":
             return adam
         case "adamw_rms":
             return optax.chain(adam, scale_by_parameter_rms(axes))

@@ -104,7 +104,7 @@ def test_every_value_of_an_enumerated_field_is_implemented():
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate=nan must be a finite number"),
         (
             {"optimizer": {"name": "adam"}},
-            "optimizer.name='adam' must be one of adafactor, adamw, adamw_rms, lion, muon; did you mean 'adamw'?",
+            "optimizer.name='adam' must be one of adafactor, adamw, adamw_rms, stable_adamw, lion, muon; did you mean 'adamw'?",
         ),
         ({"data": {"batch_size": 0}}, "data.batch_size=0 must be at least 1"),
         ({"data": {"noise_density": 1.0}}, "data.noise_density=1.0 must be more than 0 and less than 1; use 0.15"),
@@ -176,6 +176,14 @@ def test_every_value_of_an_enumerated_field_is_implemented():
         (
             {"data": {"phase_boundaries": (5, 5)}},
             "data.phase_boundaries=(5, 5) must be steps in ascending order; use 1000,2000",
+        ),
+        (
+            {"data": {"objective": "mlm", "phase_noise_density": (0.3, 0.1)}, "model": {"architecture": "encoder"}},
+            "data.phase_noise_density=(0.3, 0.1) must have one value for each of the 1 phases of data.phase_boundaries",
+        ),
+        (
+            {"data": {"phase_noise_density": (0.3,)}},
+            "data.phase_noise_density=(0.3,) needs data.objective=mlm, not span_corruption; use data.noise_density",
         ),
         ({"mesh": {"fsdp": -1}}, "mesh.data=-1 and mesh.fsdp=-1: only one axis can be -1; use mesh.fsdp=1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor=0 must be at least 1, or -1 for the remaining devices"),

@@ -229,6 +229,24 @@ def test_rates_change_at_the_given_step_and_not_before():
     assert set(objectives_of(batches, range(5, 9))) == {"prefix_lm"}
 
 
+def test_the_masked_share_changes_at_the_given_step_in_training_alone():
+    masks = {"phase_noise_density": (0.3, 0.1), "phase_boundaries": (3,), "noise_density": 0.2, "batch_size": 8}
+    share = lambda batch: batch.weights_BL.sum() / 8 / 62
+    batches = mixed("mlm", architecture="encoder", **masks)
+    plain = mixed("mlm", architecture="encoder", phase_boundaries=(3,), batch_size=8)
+    assert [share(batches.at(step)) for step in (2, 3)] == pytest.approx([0.3, 0.1], abs=0.01)
+    for step in (2, 3):  # the windows stay the same
+        kept = (batches.at(step).weights_BL == 0) & (plain.at(step).weights_BL == 0)
+        assert kept.mean() > 0.5 and (batches.at(step).encoder_BS == plain.at(step).encoder_BS)[kept].all()
+    whole, parts = batches.at(3), [batches.at(3, np.arange(4 * p, 4 * p + 4)) for p in range(2)]
+    assert digest(whole) == digest([None if x is None else np.concatenate([x, y]) for x, y in zip(*parts, strict=True)])
+    batches.follow(batches.schedule.passing_over(3, 5))  # a rewind gives step 3 other rows of the same phase
+    assert share(batches.at(3)) == pytest.approx(0.1, abs=0.01) and digest(batches.at(3)) != digest(whole)
+    assert "30 % then 10 % of the tokens masked" in batches.describe()[0]
+    heldout = mixed("mlm", architecture="encoder", heldout=True, **masks)
+    assert share(heldout.at(0)) == pytest.approx(0.2, abs=0.01)
+
+
 def test_no_window_occurs_twice_in_an_epoch_when_rates_change():
     batches = mixed("causal_lm", "prefix_lm", objective_rates=(1, 1, 3, 1), phase_boundaries=(3,), batch_size=8,
                     rates=(1, 0, 1, 0))  # fmt: skip

@@ -122,6 +122,10 @@ def test_layer_configs_repeat_the_shorter_pattern():
             "model.attention_window=4 needs a local layer in model.layer_pattern; use 0",
         ),
         ({"rotary": {"local_base": 100.0}}, "model.rotary.local_base=100.0 must be at least 1 and needs"),
+        (
+            {"first_attention_norm": False, "norm_position": "post"},
+            "model.first_attention_norm=False needs model.norm_position=pre, not post; use true",
+        ),
         ({"mlp_pattern": ("gated_gelu", "relu")}, "'relu') must be gated in every layer"),
     ],
 )

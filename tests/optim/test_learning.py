@@ -64,14 +64,32 @@ class Examples:
         return 200
 
 
-def train(objective: str, architecture: str, steps: int) -> list[dict[str, float]]:
+MODERNBERT = {
+    "num_layers": 2,
+    "positions": "rotary",
+    "rotary": {"base": 1000.0, "local_base": 100.0},
+    "layer_pattern": ("global", "local"),
+    "attention_window": 5,
+    "norm": "layer",
+    "norm_bias": False,
+    "embedding_norm": True,
+    "first_attention_norm": False,
+    "biases": False,
+    "mlp": "gated_gelu_exact",
+    "tied_embeddings": True,
+    "scale_attention": True,
+    "init": "gpt2",
+}
+
+
+def train(objective: str, architecture: str, steps: int, model=None, data=None, optimizer=None):
     """The metrics of each step."""
     heads = {"positions": "learned", "head": "mlm", "biases": True} if architecture == "encoder" else {}
     config = small(
-        model={"architecture": architecture, "num_layers": 1, **heads},
+        model={"architecture": architecture, "num_layers": 1, **heads, **(model or {})},
         tokenizer={"vocab_size": 500, "num_sentinels": 64},
-        data={"objective": objective, "inputs_length": 66, "targets_length": 64, "batch_size": 16},
-        optimizer={"learning_rate": 1e-2},
+        data={"objective": objective, "inputs_length": 66, "targets_length": 64, "batch_size": 16, **(data or {})},
+        optimizer={"learning_rate": 1e-2, **(optimizer or {})},
     )
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
@@ -94,6 +112,13 @@ def test_the_first_step_of_an_objective_equals_the_golden_and_the_loss_falls(obj
     why = "a bug, or run `python tests/optim/test_learning.py` and note the change in CHANGELOG.md under Numerics"
     assert {name: found[0][name] for name in golden} == pytest.approx(golden, rel=2e-4), why
     assert np.mean([each["loss"] for each in found[-3:]]) < found[0]["loss"] - 0.5
+
+
+def test_an_encoder_like_modernbert_learns_with_stable_adamw_while_fewer_tokens_are_masked():
+    data = {"phase_boundaries": (10, 20), "phase_noise_density": (0.3, 0.15, 0.05)}
+    optimizer = {"name": "stable_adamw", "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0}
+    found = train("mlm", "encoder", 30, MODERNBERT, data, optimizer)
+    assert np.mean([each["loss"] for each in found[-5:]]) < found[0]["loss"] - 1
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder"])

@@ -13,7 +13,7 @@ from t5like.config.schema import Config, OptimizerConfig
 from t5like.errors import ConfigError
 from t5like.optim.optimizers import make_optimizer
 
-NAMES = ("adafactor", "adamw", "adamw_rms", "lion", "muon")
+NAMES = ("adafactor", "adamw", "adamw_rms", "stable_adamw", "lion", "muon")
 RATE = 0.01
 KERNEL = "encoder/layers/mlp/in/kernel"
 
@@ -93,6 +93,20 @@ class Adafactor64:
         return -max(1e-3, rms(x)) * RATE * u / max(1, rms(u))
 
 
+class StableAdamW64:
+    """Algorithm 2 of Wortsman et al., line by line: moments with corrected decay rates, and a clipped learning rate."""
+
+    def __init__(self):
+        self.t, self.m, self.v = 0, 0.0, 0.0
+
+    def __call__(self, g: np.ndarray, x: np.ndarray) -> np.ndarray:
+        self.t += 1
+        b1, b2 = (b * (1 - b ** (self.t - 1)) / (1 - b**self.t) for b in (0.9, 0.999))
+        self.m, self.v = b1 * self.m + (1 - b1) * g, b2 * self.v + (1 - b2) * g**2
+        rate = RATE / max(1, rms(g / np.sqrt(np.maximum(self.v, 1e-16))))
+        return -rate * DECAY * x - rate * self.m / (np.sqrt(self.v) + 1e-8)
+
+
 class AdamW64:
     def __init__(self, scaled: bool):
         self.scaled, self.t, self.m, self.v = scaled, 0, 0.0, 0.0
@@ -117,20 +131,24 @@ REFERENCES = {
     "adafactor": Adafactor64,
     "adamw": lambda _: AdamW64(scaled=False),
     "adamw_rms": lambda _: AdamW64(scaled=True),
+    "stable_adamw": lambda _: StableAdamW64(),
     "lion": lambda _: Lion64(),
 }
+DECAY = 0.3  # of StableAdamW, which clips it
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_updates_follow_the_papers_equations_layer_by_layer(name):
     params = random_params()
-    found = updates_of(config_of(name), params)
+    decay = {"weight_decay": DECAY, "no_decay": ()} if name == "stable_adamw" else {}
+    grads = [jax.tree.map(lambda g: g * 3.0**step, random_grads(params, step)) for step in range(3)]  # noqa: B023
+    found = updates_of(config_of(name, **decay), params, grads)
     for leaf_name, leaf in tree.flatten(params).items():
         matrices = list(leaf) if "layers" in leaf_name else [leaf]
         for layer, x in enumerate(np.float64(m) for m in matrices):
             reference = REFERENCES[name](x.shape)
             for step in range(3):
-                g = np.float64(tree.flatten(random_grads(params, step))[leaf_name])
+                g = np.float64(tree.flatten(grads[step])[leaf_name])
                 update = reference(g[layer] if "layers" in leaf_name else g, x)
                 x = x + update
                 ours = found[step][leaf_name]

@@ -5,6 +5,9 @@
 (`join_inputs_and_targets`).
 """
 
+import copy
+import dataclasses
+
 import numpy as np
 
 from t5like.config.schema import Config
@@ -29,6 +32,14 @@ class TextRows:
     def batch(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> Batch:
         """See `RowSource`. Each epoch starts at another offset of the circular stream, so window borders differ."""
         return make_rows(self.config, self.denoiser, self.vocabulary, self.text(index_B, offset_B, keys_B))
+
+    def with_noise_density(self, density: float) -> "TextRows":
+        """The same rows with another `data.noise_density`."""
+        rows = copy.copy(self)
+        rows.config = dataclasses.replace(
+            self.config, data=dataclasses.replace(self.config.data, noise_density=density)
+        )
+        return rows
 
     def text(self, index_B: np.ndarray, offset_B: np.ndarray, keys_B: np.ndarray) -> TextWindows:
         """The windows of text from which `batch` makes the same rows."""
