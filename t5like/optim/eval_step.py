@@ -1,5 +1,6 @@
 """The evaluation step: sums of the metrics of `step`'s losses, without gradients and dropout. `heldout` calls it."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5like.config.schema import Config
+from t5like.config.schema import Config, TrainConfig
 from t5like.optim.step import LossFn, pretrain_loss, split_microbatches
 from t5like.sharding import xla_options
 from t5like.types import Batch, Metrics, Tree, add_metrics
+
+MOST_PROGRAMS = 8  # that are kept
+_jitted: dict[tuple, Callable[[Tree, Batch, Metrics], Metrics]] = {}  # by what they depend on
 
 
 def make_eval_step(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[[Tree, Batch, Metrics], Metrics]:
@@ -40,7 +44,18 @@ def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = p
 
 
 def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
-    """The jitted evaluation step; parameters and batch keep the shardings of the arguments."""
-    out = NamedSharding(mesh, PartitionSpec())
-    options = xla_options.of_chip(config.train, mesh)
-    return jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)
+    """The jitted evaluation step; parameters and batch keep the shardings of the arguments.
+
+    A process that evaluates several runs, which differ in their optimizer or their steps only, compiles it once.
+    """
+    without = {name: getattr(Config(), name) for name in ("optimizer", "init_from", "evaluate", "metrics")}
+    steps = {name: getattr(config.train, name) for name in ("microbatches", "z_loss", "label_smoothing", "loss_chunk")}
+    train = TrainConfig(**steps, compiler_options=config.train.compiler_options)
+    key = (dataclasses.replace(config, **without, train=train), mesh, loss_fn)
+    if key not in _jitted:
+        while len(_jitted) >= MOST_PROGRAMS:
+            del _jitted[next(iter(_jitted))]
+        out = NamedSharding(mesh, PartitionSpec())
+        options = xla_options.of_chip(config.train, mesh)
+        _jitted[key] = jax.jit(make_eval_step(config, loss_fn), out_shardings=out, compiler_options=options)
+    return _jitted[key]
