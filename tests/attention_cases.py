@@ -29,6 +29,7 @@ def compare(
     window=0,
     ahead=0,
     relative=False,
+    softcap=0.0,
     dtype="float32",
 ):
     """Compare outputs, and gradients of q, k, v and the bias, on a mesh, for masks and sizes of any kind.
@@ -55,7 +56,8 @@ def compare(
     def plain(q, k, v, bias):
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         every_key = MaskSpec(allowed_B1LS=mask.build(queries, keys))
-        return attend(q, k, v, bias_1NLS=None if bias is None else bias_array(bias, queries, keys), mask=every_key)
+        bias = None if bias is None else bias_array(bias, queries, keys)
+        return attend(q, k, v, bias_1NLS=bias, mask=every_key, softcap=softcap)
 
     arguments = (0, 1, 2, 3) if relative else (0, 1, 2)
     gradients = lambda attend: jax.jit(jax.value_and_grad(lambda *x: total(attend, *x), arguments))(q, k, v, bias)

@@ -98,6 +98,7 @@ SCRIPTS = {
     "benchmarks/learning.py": "tests/test_benchmarks.py",
     "benchmarks/sweep.py": "tests/test_benchmarks.py",
     "benchmarks/widths.py": "tests/test_benchmarks.py",
+    "benchmarks/windows.py": "tests/test_benchmarks.py",
     "benchmarks/checks.py": "tests/test_benchmarks.py",
     "benchmarks/rollouts.py": "tests/test_benchmarks.py",
     "benchmarks/saving.py": "tests/test_benchmarks.py",

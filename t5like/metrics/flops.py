@@ -17,15 +17,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t5like.config.model_schema import ModelConfig
 from t5like.config.schema import Config
 
 
 class StackShape(NamedTuple):
     """One stack of layers, and how long its rows are."""
 
+    model: ModelConfig  # with the sizes of this stack
     layers: int
     queries: int  # tokens of a row
-    keys: tuple[int, ...]  # tokens that each attention of a layer attends to: itself, and in a decoder the encoder
+    keys: tuple[int, ...]  # tokens that a layer attends to: itself, and in a decoder the encoder
+    local_layers: int = 0  # of `layers`: those whose attention to the stack itself has a window
+    window_keys: int = 0  # tokens that a query of these attends to, at most keys[0]
+
+    @property
+    def attentions(self) -> int:
+        """Attentions of a layer, each with its own queries."""
+        return 1 if self.model.merged_attention else len(self.keys)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of queries and keys, in the sum over all layers."""
+        own = (self.layers - self.local_layers) * self.keys[0] + self.local_layers * self.window_keys
+        return self.queries * (own + self.layers * sum(self.keys[1:]))
 
 
 class ForwardFlops(NamedTuple):
@@ -41,11 +56,19 @@ def stack_shapes(config: Config) -> list[StackShape]:
     """The encoder, the decoder, or both in this order."""
     model, data = config.model, config.data
     if model.architecture == "decoder":
-        return [StackShape(model.num_layers, config.row_length, (config.row_length,))]
-    encoder = StackShape(model.num_layers, data.inputs_length, (data.inputs_length,))
+        return [_stack_shape(model, model.num_layers, (config.row_length,), causal=True)]
+    encoder = _stack_shape(model, model.num_layers, (data.inputs_length,), causal=False)
     if model.architecture == "encoder":
         return [encoder]
-    return [encoder, StackShape(model.decoder_layers, data.targets_length, (data.targets_length, data.inputs_length))]
+    lengths = data.targets_length, data.inputs_length
+    return [encoder, _stack_shape(model.in_decoder, model.decoder_layers, lengths, causal=True)]
+
+
+def _stack_shape(model: ModelConfig, layers: int, keys: tuple[int, ...], *, causal: bool) -> StackShape:
+    before, ahead = model.window(causal=causal)  # both contain the query itself
+    pattern = model.layer_pattern or ("local",)
+    local = layers * pattern.count("local") // len(pattern) if before else 0
+    return StackShape(model, layers, keys[0], keys, local, min(before + max(ahead - 1, 0), keys[0]))
 
 
 def forward_flops(config: Config) -> ForwardFlops:
@@ -57,7 +80,7 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
     """FLOPs of one row's forward pass in ``encoder``, ``decoder`` and ``head``.
 
     A matmul of [m, k] and [k, n] takes 2 m k n. With S input and L target tokens (decoder-only: L is the row;
-    encoder-only: S is the row, and the head reads all of it, L = S), and in each stack its own sizes:
+    encoder-only: S is the row, and the head reads all of it, L = S):
 
         |                            | per encoder layer               | per decoder layer | with an encoder  |
         |----------------------------|---------------------------------|-------------------|------------------|
@@ -66,32 +89,27 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
         | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
-    Cross-attention's keys and values are projected from the encoder's D. `merged_attention` has no query and output
-    kernels of its own for the encoder. And once 2 L D V for the head, V with its padding rows. The MLM head has
-    2 S D D more, for its dense layer. Pooler and classes have 2 D D + 2 * 2 D, for the first token, if an objective has
-    pairs. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes;
+    and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler
+    and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. D, N, K, H and F of a decoder may
+    differ from the encoder's; its key and value kernels for the encoder's output have the encoder's D. A local layer
+    has min(S, window) keys for each query, in an encoder those of both sides. Merged attention has no second query and
+    output kernels. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes;
     embedding look-ups, token types included, norms, softmax and biases count nothing.
     """
     model, parts = config.model, {}
-    mlp_kernels = 3 if model.mlp.startswith("gated") else 2
     names = [name for name in ("encoder", "decoder") if getattr(model, f"has_{name}")]
     for name, stack in zip(names, stack_shapes(config), strict=True):
-        sizes = model.in_decoder if name == "decoder" else model
-        queries, keys = sizes.num_heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-        projections = attention = 0
-        for i, length in enumerate(stack.keys):
-            source_dim = model.model_dim if i else sizes.model_dim
-            has_queries = i == 0 or not model.merged_attention
-            projections += stack.layers * 4 * has_queries * stack.queries * sizes.model_dim * queries
-            projections += stack.layers * 4 * length * source_dim * keys
-            attention += stack.layers * 4 * stack.queries * length * queries
-        mlp = stack.layers * mlp_kernels * 2 * stack.queries * sizes.model_dim * sizes.mlp_dim
-        parts[name] = ForwardFlops(projections, attention, mlp, 0)
-    targets = stack.queries  # of the last stack
-    vocabulary = 2 * targets * sizes.model_dim * config.vocab_rows
+        own = stack.model
+        queries, keys = own.num_heads * own.head_dim, own.kv_heads * own.head_dim
+        read = sum(dim * length for dim, length in zip((own.model_dim, model.model_dim), stack.keys, strict=False))
+        projections = 4 * (stack.attentions * stack.queries * own.model_dim * queries + read * keys)
+        mlp = (3 if own.mlp.startswith("gated") else 2) * 2 * stack.queries * own.model_dim * own.mlp_dim
+        parts[name] = ForwardFlops(stack.layers * projections, 4 * stack.pairs * queries, stack.layers * mlp, 0)
+    targets, dim = stack.queries, stack.model.model_dim  # of the last stack
+    vocabulary = 2 * targets * dim * config.vocab_rows
     if model.architecture == "encoder":
-        vocabulary += 2 * targets * model.model_dim**2 if model.head == "mlm" else 0
-        vocabulary += 2 * model.model_dim**2 + 2 * 2 * model.model_dim if "mlm_nsp" in config.data.objective else 0
+        vocabulary += 2 * targets * dim**2 if model.head == "mlm" else 0
+        vocabulary += 2 * dim**2 + 2 * 2 * dim if "mlm_nsp" in config.data.objective else 0
     return parts | {"head": ForwardFlops(0, 0, 0, vocabulary)}
 
 

@@ -51,8 +51,8 @@ def attend(
         [B, N, L, H] in the dtype of v.
     """
     if kernel in FUSED:
-        assert not softcap, "plan_attention chooses no fused kernel"
-        return (tpu_attention if kernel == "tpu" else gpu_attention).attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
+        fused = tpu_attention if kernel == "tpu" else gpu_attention
+        return fused.attend(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask, softcap=softcap)
     groups, length = q_BNLH.shape[1] // k_BKSH.shape[1], q_BNLH.shape[2]
     if local_attention.skips_keys(mask, length, k_BKSH.shape[2]):
         *blocks, bias_1NLS, mask = local_attention.to_blocks(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)

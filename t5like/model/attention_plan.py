@@ -53,8 +53,8 @@ def plan_attention(
     """Choose the kernels of a stack for inputs of these sizes on the mesh that is set.
 
     A fused kernel is not used with a cache, whose masks are arrays, for rows that the mesh does not divide, for lengths
-    that do not fit in a TPU core's memory, and for heads that do not fit in a GPU core's registers. None has soft caps
-    or merged attention.
+    that do not fit in a TPU core's memory, and for heads that do not fit in a GPU core's registers. Merged
+    attention has none.
 
     Args:
         config: its `kernels` is resolved.
@@ -67,7 +67,7 @@ def plan_attention(
         branch_start: see `AttentionPlan`.
     """
     fallback: Kernel = "cpu" if config.kernels == "cpu" else "plain"
-    unfused = config.attention_softcap > 0 or (config.merged_attention and cross_keys > 0)
+    unfused = config.merged_attention and cross_keys > 0
     if config.kernels not in FUSED or unfused or cached or rows // texts % batch_parts():
         return AttentionPlan(queries, keys, fallback, fallback, branch_start)
     parts = context_size() if queries % context_size() == 0 else 1

@@ -42,6 +42,8 @@ from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
 from t5like.metrics import flops
 from t5like.model.attention_plan import plan_attention
+from t5like.model.kernels import local_attention
+from t5like.model.masks import MaskSpec
 from t5like.optim import train_state
 from t5like.plan import gpu_time
 from t5like.plan.hlo_cost import Analysis, Collective
@@ -162,13 +164,29 @@ def _leaf(name: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Lea
 # ---- From shapes alone ----
 
 
-def _materialized_keys(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> list[int]:
-    """Key lengths of the attentions of a layer whose scores are materialized to main memory in training."""
-    rows = config.data.batch_size // config.train.microbatches
+class _Materialized(NamedTuple):
+    """Keys of each query whose scores are written to main memory in training."""
+
+    all_layers: int
+    largest_layer: int
+
+
+def _materialized_keys(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> _Materialized:
+    rows, causal = (
+        config.data.batch_size // config.train.microbatches,
+        len(stack.keys) > 1 or not config.model.has_encoder,
+    )
     with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes)):
-        plan = plan_attention(config.model, rows, stack.queries, *stack.keys)
-    kernels = plan.self_attention, plan.cross_attention
-    return [keys for keys, kernel in zip(stack.keys, kernels, strict=False) if kernel not in FUSED]
+        plan = plan_attention(stack.model, rows, stack.queries, *stack.keys)
+        window, ahead = stack.model.window(causal=causal)
+        mask = MaskSpec(causal=causal, window=window, window_ahead=ahead)
+        by_blocks = stack.attentions == len(stack.keys) and plan.by_blocks(mask)
+    every, local = stack.keys[0], local_attention.keys_of_block(mask) if by_blocks else stack.keys[0]
+    if plan.self_attention in FUSED:
+        every = local = 0
+    cross = 0 if plan.cross_attention in FUSED else sum(stack.keys[1:])
+    total = (stack.layers - stack.local_layers) * every + stack.local_layers * local + stack.layers * cross
+    return _Materialized(total, (every if stack.layers > stack.local_layers else local) + cross)
 
 
 def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) -> QuickEstimate:
@@ -177,30 +195,32 @@ def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) 
     model, chip, tensor = config.model, topology.chip, sizes["tensor"]
     width = 2 if model.dtype == "bfloat16" else 4
     rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"]) // config.train.microbatches
-    queries, keys = model.num_heads * model.head_dim, model.kv_heads * model.head_dim
-    gated = model.mlp.startswith("gated")
     saved = working = scores = 0.0
     for stack in flops.stack_shapes(config):
+        own = stack.model
+        queries, keys = own.num_heads * own.head_dim, own.kv_heads * own.head_dim
         tokens = rows * stack.queries // sizes["context"]
-        materialized = sum(_materialized_keys(config, sizes, stack))
-        attention = 4 * rows * model.num_heads * stack.queries * materialized / tensor / sizes["context"]
-        scores += stack.layers * attention
-        matmul_outputs = (
-            tokens * (len(stack.keys) * (2 * queries + 2 * keys) + (3 if gated else 2) * model.mlp_dim) / tensor
-        )
-        layer = matmul_outputs * width + (1 + width / 4) * attention + 4 * tokens * model.model_dim * width
-        queries_and_keys = len(stack.keys) * (queries + keys)
+        score_bytes = 4 * rows * own.num_heads * stack.queries / tensor / sizes["context"]  # float32, for each key
+        materialized = _materialized_keys(config, sizes, stack)
+        scores += score_bytes * materialized.all_layers
+        heads = stack.attentions * 2 * queries + len(stack.keys) * 2 * keys
+        matmul_outputs = tokens * (heads + (3 if own.mlp.startswith("gated") else 2) * own.mlp_dim) / tensor
+        sums = 4 + (stack.attentions + 1) * (own.norm_position == "sandwich")  # of the size of the residual stream
+        layer = matmul_outputs * width + sums * tokens * own.model_dim * width
+        queries_and_keys = stack.attentions * queries + len(stack.keys) * keys
         saved_per_layer = {
-            "full": tokens * model.model_dim * width,
-            "qk": tokens * model.model_dim * width + tokens * queries_and_keys / tensor * width,
-            "dots": tokens * model.model_dim * width + matmul_outputs * width,
+            "full": tokens * own.model_dim * width,
+            "qk": tokens * own.model_dim * width + tokens * queries_and_keys / tensor * width,
+            "dots": tokens * own.model_dim * width + matmul_outputs * width,
             "none": layer,
         }[model.remat]
         saved += stack.layers * saved_per_layer
+        if model.remat == "none":
+            saved += (1 + width / 4) * score_bytes * materialized.all_layers
         if model.positions == "relative":  # a stack's bias, and its gradient in float32
-            saved += model.num_heads * stack.queries * stack.keys[0] * (width + 4) / tensor / sizes["context"]
-        # The backward pass keeps one layer's values and the gradient of its scores.
-        working = max(working, layer + attention)
+            saved += own.num_heads * stack.queries * stack.keys[0] * (width + 4) / tensor / sizes["context"]
+        # The backward pass keeps one layer's values, its scores, and the gradient of these.
+        working = max(working, layer + (2 + width / 4) * score_bytes * materialized.largest_layer)
     targets = config.data.inputs_length if model.architecture == "encoder" else flops.stack_shapes(config)[-1].queries
     chunk = min(config.train.loss_chunk or targets, targets)
     logits = rows * chunk * config.vocab_rows * (4 + width) / tensor
@@ -241,7 +261,7 @@ def _quick_network(config: Config, topology: Topology, sizes: dict[str, int], we
     if sizes["tensor"] > 1:
         rows = config.data.batch_size / (sizes["data"] * sizes["fsdp"])
         tokens = (
-            sum(stack.layers * stack.queries * (1 + len(stack.keys)) for stack in flops.stack_shapes(config)) * rows
+            sum(stack.layers * stack.queries * (1 + stack.attentions) for stack in flops.stack_shapes(config)) * rows
         )
         passes = 3 if config.model.remat in ("full", "qk") else 2
         seconds += (

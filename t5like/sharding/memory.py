@@ -162,5 +162,8 @@ def _hidden(config: Config) -> int:
         "encoder_decoder": [(1, data.inputs_length), (answers, data.targets_length)],
     }[model.architecture]
     rows = data.batch_size // config.train.microbatches
-    values = [count * length * (model.model_dim + length * (model.kernels not in FUSED)) for count, length in shapes]
+    local = model.attention_window > 0 and "global" not in model.layer_pattern  # then not all scores exist
+    scores = model.kernels not in FUSED and not local
+    dim = min(model.model_dim, model.in_decoder.model_dim)
+    values = [count * length * (dim + length * scores) for count, length in shapes]
     return rows * max(values) * _width(config)

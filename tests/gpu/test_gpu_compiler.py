@@ -34,8 +34,9 @@ def test_the_kernels_compile_forward_and_backward_and_no_scores_are_in_memory(ca
 
     def total(q, k, v, bias, segments):
         bias = None if bias is None else gpu_attention.bias_per_shard(bias)
-        mask = MaskSpec(causal, segments, segments)
-        return gpu_attention.attend(q, k, v, bias, mask).astype(jnp.float32).sum()
+        mask = MaskSpec(causal, segments, segments, window=128 if head_dim == 256 else 0)
+        softcap = 50.0 if head_dim == 256 else 0.0  # as in Gemma 2
+        return gpu_attention.attend(q, k, v, bias, mask, softcap=softcap).astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(total, (0, 1, 2, 3) if relative else (0, 1, 2)))
     program = gradient.lower(q, k, k, bias, array((rows, length), jnp.int32)).compile()

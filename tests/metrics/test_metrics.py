@@ -63,6 +63,21 @@ def test_flops_take_the_decoders_own_depth():
     assert one < model_flops(config_of(num_decoder_layers=0)) == (one + three) // 2
 
 
+def test_flops_of_windows_merged_attention_and_another_decoder_equal_a_count_by_hand():
+    windows = {"attention_window": 2, "layer_pattern": ("local", "global")}
+    full, local = (model_flops(config_of(**fields)) for fields in ({}, windows))
+    # one encoder layer of two: 3 keys instead of 5; one decoder layer: 2 keys instead of 3
+    assert full - local == 2 * 3 * 2 * 2 * 24 * (5 * (5 - 3) + 3 * (3 - 2))
+    merged = model_flops(config_of(merged_attention=True))
+    assert full - merged == 2 * 3 * 2 * 2 * (2 * 3 * 8 * 24)  # no q and o of cross-attention in two layers
+    sizes = {"decoder_model_dim": 4, "decoder_num_heads": 2, "decoder_num_kv_heads": 1, "decoder_mlp_dim": 6}
+    encoder = 2 * (4 * 5 * 8 * 24 + 2 * 5 * 5 * 24 + 3 * 5 * 8 * 16)
+    # q and o twice, own k and v, those of the encoder's output, scores and values, MLP
+    decoder = 4 * 3 * 4 * 12 + 2 * 3 * 4 * 6 + 2 * 5 * 8 * 6 + 2 * 3 * (3 + 5) * 12 + 3 * 3 * 4 * 6
+    small = config_of(**sizes, separate_embeddings=True, mlp="gated_gelu")
+    assert model_flops(small) == 2 * 3 * 2 * (encoder + 2 * decoder + 3 * 4 * 1024)
+
+
 def test_flops_of_a_forward_pass_are_those_that_xla_counts():
     def decoder(x, q, k, v, o, up, down, head):
         split = lambda y: y.reshape(2, 8, 4, 6)  # noqa: E731

@@ -24,6 +24,7 @@ class KernelSpec(NamedTuple):
     window: int
     window_ahead: int
     interpret: bool
+    softcap: float = 0.0  # of `plain.soft_capped`, applied to q k before the bias is added
 
     def allowed(
         self, behind: jax.Array, prefix: jax.Array | None, query_segments: jax.Array | None, key_segments: jax.Array
@@ -46,6 +47,13 @@ class KernelSpec(NamedTuple):
         if query_segments is not None:
             conditions.append((query_segments == key_segments) & (key_segments != 0))
         return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+    def capped(self, scores: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Scores q k of a block with the soft cap, and their derivative by q k; None: it is 1."""
+        if not self.softcap:
+            return scores, None
+        share = jnp.tanh(scores * (1 / self.softcap))
+        return self.softcap * share, 1 - share * share
 
     @property
     def by_index(self) -> bool:
@@ -76,6 +84,7 @@ def attend_on_shards(
     mask: MaskSpec,
     bias_partition: PartitionSpec,
     *,
+    softcap: float,
     interpret: bool,
 ) -> jax.Array:
     """Run a kernel on every device of the mesh for its rows, heads and queries: the compiler can't split a kernel.
@@ -85,6 +94,7 @@ def attend_on_shards(
         operands: of the whole mesh; segments and prefix are taken from the mask.
         mask: without `allowed_B1LS`.
         bias_partition: how the bias is split.
+        softcap: see `KernelSpec`.
         interpret: run as plain JAX, on any machine.
 
     Returns:
@@ -93,7 +103,7 @@ def attend_on_shards(
     assert mask.allowed_B1LS is None
     queries, keys = operands.q_BNLH.shape[2], operands.k_BKSH.shape[2]
     window, ahead = (size if size < keys else 0 for size in (mask.window, mask.window_ahead))
-    spec = KernelSpec(mask.causal, window, ahead, interpret)
+    spec = KernelSpec(mask.causal, window, ahead, interpret, softcap)
     operands = operands._replace(
         query_segments_BL=mask.query_segments_BL,
         key_segments_BS=mask.key_segments_BS,

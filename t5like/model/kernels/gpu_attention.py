@@ -117,6 +117,7 @@ def attend(
     bias_RPNW: jax.Array | None = None,
     mask: MaskSpec = MaskSpec(),  # noqa: B008  (immutable)
     *,
+    softcap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k + bias, where allowed) v, as `attention.attend`.
@@ -127,6 +128,7 @@ def attend(
         v_BKSH: values.
         bias_RPNW: added to the scores by distance, from `bias_per_shard`; it has a gradient.
         mask: without `allowed_B1LS`.
+        softcap: see `KernelSpec`.
         interpret: run as plain JAX, on any machine.
 
     Returns:
@@ -134,7 +136,7 @@ def attend(
     """
     operands = Operands(q_BNLH, k_BKSH, v_BKSH, bias_RPNW, None, None, None)
     bias_partition = partition(_bias_axes(1 if bias_RPNW is None else bias_RPNW.shape[1]))
-    return attend_on_shards(_attend_shard, operands, mask, bias_partition, interpret=interpret)
+    return attend_on_shards(_attend_shard, operands, mask, bias_partition, softcap=softcap, interpret=interpret)
 
 
 def _attend_shard(spec: KernelSpec, operands: Operands) -> jax.Array:

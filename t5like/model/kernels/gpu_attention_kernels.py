@@ -106,9 +106,9 @@ class Program(NamedTuple):
         return rows if columns is None else columns if rows is None else rows & columns
 
     def scores(self, q_LH, k_SH, row, head, first_query, first_key, *, transposed=False):
-        """Scores of a block times log2(e), [L, S] or [S, L]; -inf where the mask is False."""
+        """Scores of a block times log2(e), [L, S] or [S, L], -inf where the mask is False; slope of the soft cap."""
         inputs, sizes, (queries, keys, *_) = self.inputs, self.sizes, self.blocks
-        scores = matmul(k_SH, q_LH, 1, 1) if transposed else matmul(q_LH, k_SH, 1, 1)
+        scores, slope = self.spec.capped(matmul(k_SH, q_LH, 1, 1) if transposed else matmul(q_LH, k_SH, 1, 1))
         along_queries = lambda x: x[None, :] if transposed else x[:, None]
         along_keys = lambda x: x[:, None] if transposed else x[None, :]
         query, key = along_queries(first_query + jnp.arange(queries)), along_keys(first_key + jnp.arange(keys))
@@ -129,7 +129,7 @@ class Program(NamedTuple):
         allowed = self.spec.allowed(behind, prefix, query_segments, key_segments)
         if sizes.keys % keys and query_segments is None:
             allowed = key < sizes.keys if allowed is None else allowed & (key < sizes.keys)
-        return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+        return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf), slope
 
     def _first(self):
         return 0 if self.inputs.first is None else self.inputs.first[0]
@@ -192,7 +192,7 @@ def forward_kernel(program: Program, out_BNLH, log_sums_BNL) -> None:
         out_LH, top_L, sum_L = carry
         first_key = block * program.blocks.keys
         k_SH, v_SH = (program.keys(x, row, kv_head, first_key) for x in (inputs.k_BKSH, inputs.v_BKSH))
-        scores_LS = program.scores(q_LH, k_SH, row, head, first_query, first_key)
+        scores_LS, _ = program.scores(q_LH, k_SH, row, head, first_query, first_key)
         new_top_L = jnp.maximum(top_L, scores_LS.max(-1))
         weights_LS, scale_L = jnp.exp2(scores_LS - new_top_L[:, None]), jnp.exp2(top_L - new_top_L)
         sum_L = sum_L * scale_L + weights_LS.sum(-1)
@@ -219,9 +219,11 @@ def queries_kernel(program: Program, q_out) -> None:
     def add_keys(block, d_q_LH):
         first_key = block * program.blocks.keys
         k_SH, v_SH = (program.keys(x, row, kv_head, first_key) for x in (inputs.k_BKSH, inputs.v_BKSH))
-        scores_LS = program.scores(q_LH, k_SH, row, head, first_query, first_key)
+        scores_LS, slope_LS = program.scores(q_LH, k_SH, row, head, first_query, first_key)
         weights_LS = jnp.exp2(scores_LS - log_sum_L[:, None])
         d_scores_LS = weights_LS * (matmul(d_out_LH, v_SH, 1, 1) - mean_L[:, None])
+        if slope_LS is not None:
+            d_scores_LS *= slope_LS
         return d_q_LH + matmul(d_scores_LS.astype(k_SH.dtype), k_SH, 1, 0)
 
     start = jnp.zeros(q_LH.shape, jnp.float32)
@@ -241,10 +243,12 @@ def keys_kernel(program: Program, k_out, v_out) -> None:
         load = partial(program.queries, row=row, head=head, start=first_query)
         q_LH, d_out_LH, mean_L = load(inputs.q_BNLH), load(inputs.gradient_BNLH), load(inputs.mean_BNL)
         log_sum_L = load(inputs.log_sums_BNL, fill=HIDDEN_QUERY)
-        scores_SL = program.scores(q_LH, k_SH, row, head, first_query, first_key, transposed=True)
+        scores_SL, slope_SL = program.scores(q_LH, k_SH, row, head, first_query, first_key, transposed=True)
         weights_SL = jnp.exp2(scores_SL - log_sum_L[None])
         d_v_SH += matmul(weights_SL.astype(d_out_LH.dtype), d_out_LH, 1, 0)
         d_scores_SL = weights_SL * (matmul(v_SH, d_out_LH, 1, 1) - mean_L[None])
+        if slope_SL is not None:
+            d_scores_SL *= slope_SL
         d_k_SH += matmul(d_scores_SL.astype(q_LH.dtype), q_LH, 1, 0)
         return d_k_SH, d_v_SH
 
@@ -278,7 +282,7 @@ def bias_kernel(program: Program, bias_out) -> None:
         q_LH, d_out_LH, mean_L = load(inputs.q_BNLH), load(inputs.gradient_BNLH), load(inputs.mean_BNL)
         log_sum_L = load(inputs.log_sums_BNL, fill=HIDDEN_QUERY)
         k_SH, v_SH = (program.keys(x, row, kv_head, first_key) for x in (inputs.k_BKSH, inputs.v_BKSH))
-        scores_LS = program.scores(q_LH, k_SH, row, head, first_query, first_key)
+        scores_LS, _ = program.scores(q_LH, k_SH, row, head, first_query, first_key)
         weights_LS = jnp.exp2(scores_LS - log_sum_L[:, None])
         return sum_LS + weights_LS * (matmul(d_out_LH, v_SH, 1, 1) - mean_L[:, None])
 

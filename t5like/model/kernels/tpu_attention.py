@@ -89,6 +89,7 @@ def attend(
     bias_RNLS: jax.Array | None = None,
     mask: MaskSpec = MaskSpec(),  # noqa: B008  (immutable)
     *,
+    softcap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k + bias, where allowed) v, as `attention.attend`.
@@ -99,6 +100,7 @@ def attend(
         v_BKSH: values.
         bias_RNLS: added to the scores, from `bias_per_batch_shard`.
         mask: without `allowed_B1LS`.
+        softcap: see `KernelSpec`.
         interpret: run as plain JAX, on any machine.
 
     Returns:
@@ -106,7 +108,7 @@ def attend(
     """
     operands = Operands(q_BNLH, k_BKSH, v_BKSH, bias_RNLS, None, None, None)
     bias_partition = partition(("batch", "act_heads", "length", None), (1, 1, q_BNLH.shape[2], 1))
-    return attend_on_shards(_attend_shard, operands, mask, bias_partition, interpret=interpret)
+    return attend_on_shards(_attend_shard, operands, mask, bias_partition, softcap=softcap, interpret=interpret)
 
 
 def _attend_shard(spec: KernelSpec, operands: Operands) -> jax.Array:
@@ -265,9 +267,11 @@ def _block_mask(spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys:
     return spec.allowed(behind_LS, prefix_1S, of_queries_L1, of_keys_1S)
 
 
-def _weights(spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys: pl.Slice) -> tuple[jax.Array, jax.Array]:
-    """Softmax weights [L, S], float32, not normalized, and the factor [L, 1] that normalizes them."""
-    scores_LS = matmul(inputs.q_BNLH[0, 0, queries], inputs.k_BNSH[0, 0, keys], 1, 1)
+def _weights(
+    spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys: pl.Slice
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Softmax weights [L, S], float32, not normalized; the factor [L, 1] that does it; the slope of the soft cap."""
+    scores_LS, slope_LS = spec.capped(matmul(inputs.q_BNLH[0, 0, queries], inputs.k_BNSH[0, 0, keys], 1, 1))
     if inputs.bias_1NLS is not None:
         scores_LS = scores_LS + inputs.bias_1NLS[0, 0, queries, keys].astype(jnp.float32)
     allowed_LS = _block_mask(spec, inputs, queries, keys)
@@ -275,9 +279,10 @@ def _weights(spec: KernelSpec, inputs: KernelInputs, queries: pl.Slice, keys: pl
         scores_LS = jnp.where(allowed_LS, scores_LS, MASKED)
     weights_LS = jnp.exp(scores_LS - scores_LS.max(-1, keepdims=True))
     if inputs.query_segments_BL1 is None:
-        return weights_LS, 1 / weights_LS.sum(-1, keepdims=True)
+        return weights_LS, 1 / weights_LS.sum(-1, keepdims=True), slope_LS
     weights_LS = jnp.where(allowed_LS, weights_LS, 0.0)
-    return weights_LS, 1 / jnp.maximum(weights_LS.sum(-1, keepdims=True), 1e-30)  # a query may attend to no key
+    sums_L1 = jnp.maximum(weights_LS.sum(-1, keepdims=True), 1e-30)  # a query may attend to no key
+    return weights_LS, 1 / sums_L1, slope_LS
 
 
 def _forward_kernel(spec: KernelSpec, *refs) -> None:
@@ -285,7 +290,7 @@ def _forward_kernel(spec: KernelSpec, *refs) -> None:
     inputs = KernelInputs(*refs)
 
     def block(queries, keys):
-        weights_LS, scale_L1 = _weights(spec, inputs, queries, keys)
+        weights_LS, scale_L1, _ = _weights(spec, inputs, queries, keys)
         v_SH = inputs.v_BNSH[0, 0, keys]
         out_LH = matmul(weights_LS.astype(v_SH.dtype), v_SH, 1, 0)
         out_ref[0, 0, queries] = (out_LH * scale_L1).astype(out_ref.dtype)
@@ -311,13 +316,15 @@ def _backward_kernel(spec: KernelSpec, *refs) -> None:
     def block(queries, keys):
         q_LH, d_out_LH = inputs.q_BNLH[0, 0, queries], inputs.gradient_BNLH[0, 0, queries]
         k_SH, v_SH = inputs.k_BNSH[0, 0, keys], inputs.v_BNSH[0, 0, keys]
-        weights_LS, scale_L1 = _weights(spec, inputs, queries, keys)
+        weights_LS, scale_L1, slope_LS = _weights(spec, inputs, queries, keys)
         weights_LS = weights_LS * scale_L1
         v_sum_SH[keys] += matmul(weights_LS.astype(v_SH.dtype), d_out_LH, 0, 0)
         d_weights_LS = matmul(d_out_LH, v_SH, 1, 1)
         d_scores_LS = weights_LS * (d_weights_LS - (weights_LS * d_weights_LS).sum(-1, keepdims=True))
         if bias_out:
             bias_out[0][0, 0, queries, keys] += d_scores_LS
+        if slope_LS is not None:
+            d_scores_LS = d_scores_LS * slope_LS
         d_scores_LS = d_scores_LS.astype(q_LH.dtype)
         q_out[0, 0, queries] = matmul(d_scores_LS, k_SH, 1, 0).astype(q_out.dtype)
         k_sum_SH[keys] += matmul(d_scores_LS, q_LH, 0, 0)

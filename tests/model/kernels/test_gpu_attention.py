@@ -21,7 +21,7 @@ from t5like.sharding import mesh as meshes
 
 CASES = {
     "relative": {"mesh": {"data": 2, "tensor": 2}, "queries": 40, "keys": 37, "head_dim": 24, "relative": True}
-    | {"window": 20, "ahead": 9},
+    | {"window": 20, "ahead": 9, "softcap": 0.7},
     "packed": {"queries": 40, "heads": 4, "causal": True, "segments": True, "prefix": True, "window": 20},
     "cross": {"queries": 20, "keys": 35, "segments": True, "dtype": "bfloat16"},
     "context": {"mesh": {"tensor": 2, "context": 2}, "queries": 64, "heads": 4, "causal": True, "relative": True},
@@ -38,7 +38,7 @@ def test_the_gpu_kernels_equal_plain_attention_with_gradients(rng, monkeypatch, 
         if bias is not None:
             index = gpu_attention.distances(q.shape[2], k.shape[2]) + q.shape[2] - 1
             bias = gpu_attention.bias_per_shard(bias[:, index.clip(0, bias.shape[1] - 1)].swapaxes(0, 1))
-        return gpu_attention.attend(q, k, v, bias, mask, interpret=True)
+        return gpu_attention.attend(q, k, v, bias, mask, softcap=CASES[case].get("softcap", 0.0), interpret=True)
 
     attention_cases.compare(rng, fused, **CASES[case])
 
@@ -72,9 +72,9 @@ def test_a_step_for_gpus_has_the_kernels_in_every_attention_and_other_devices_re
 
 
 def test_a_model_for_gpus_hands_the_kernel_the_bias_and_masks_of_the_plain_model(monkeypatch):
-    def attend(q, k, v, bias, mask):
+    def attend(q, k, v, bias, mask, softcap):
         bias = None if bias is None else gpu_attention.bias_array(bias, q.shape[2], k.shape[2])
-        return attention.attend(q, k, v, bias_1NLS=bias, mask=mask)
+        return attention.attend(q, k, v, bias_1NLS=bias, mask=mask, softcap=softcap)
 
     monkeypatch.setattr(gpu_attention, "attend", attend)
     plain, fused = (with_model("t5", layers="scan", kernels=kernels) for kernels in ("plain", "gpu"))

@@ -14,7 +14,7 @@ from t5like.model.transformer import Transformer
 
 CASES = {
     "causal": {"queries": 30, "causal": True, "window": 6, "segments": True, "kv_heads": 1},
-    "symmetric": {"queries": 31, "window": 5, "ahead": 5, "segments": True, "relative": True},
+    "symmetric": {"queries": 31, "window": 5, "ahead": 5, "segments": True, "relative": True, "softcap": 0.5},
     "ahead": {"queries": 32, "window": 1, "ahead": 8, "mesh": {"data": 2, "tensor": 2}},
 }
 
@@ -27,7 +27,7 @@ def test_attention_by_blocks_equals_a_mask_with_gradients(rng, monkeypatch, case
         length = q.shape[2]
         assert local_attention.skips_keys(mask, length, length)
         bias = None if bias is None else attention_cases.bias_array(bias, length, length)
-        return attend(q, k, v, bias_1NLS=bias, mask=mask, kernel="cpu")
+        return attend(q, k, v, bias_1NLS=bias, mask=mask, kernel="cpu", softcap=CASES[case].get("softcap", 0.0))
 
     attention_cases.compare(rng, by_blocks, **CASES[case])
 

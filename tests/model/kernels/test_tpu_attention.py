@@ -27,7 +27,7 @@ CASES = {
     "symmetric_window": {"queries": 300, "window": 9, "ahead": 9, "segments": True, "heads": 4},
     "symmetric_window_context": {"mesh": {"context": 2}, "queries": 32, "heads": 4, "window": 5, "ahead": 5},
     "context": {"mesh": {"data": 2, "tensor": 2, "context": 2}, "queries": 16, "heads": 4, "causal": True}
-    | {"segments": True, "prefix": True, "window": 5, "relative": True},
+    | {"segments": True, "prefix": True, "window": 5, "relative": True, "softcap": 0.7},
     "long_context": {"mesh": {"context": 2}, "rows": 1, "queries": 1024, "causal": True, "window": 140},
 }
 
@@ -40,7 +40,7 @@ def test_the_tpu_kernel_equals_plain_attention_with_gradients(rng, monkeypatch, 
     def fused(q, k, v, bias, mask):
         if bias is not None:
             bias = tpu_attention.bias_per_batch_shard(attention_cases.bias_array(bias, q.shape[2], k.shape[2]))
-        return tpu_attention.attend(q, k, v, bias, mask, interpret=True)
+        return tpu_attention.attend(q, k, v, bias, mask, softcap=CASES[case].get("softcap", 0.0), interpret=True)
 
     attention_cases.compare(rng, fused, **CASES[case])
 
