@@ -39,7 +39,7 @@ def fields(options: argparse.Namespace, pattern: tuple[str, ...]) -> list[tuple[
         "data.inputs_length": inputs or 32,
         "data.targets_length": targets or 32,
         "data.batch_size": options.rows,
-        "model.num_layers": 6,
+        "model.num_layers": options.layers,
         "model.model_dim": options.dim,
         "model.num_heads": max(options.dim // 64, 1),
         "model.head_dim": min(64, options.dim),
@@ -91,6 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256, help="model.attention_window")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--dim", type=int, default=256, help="model_dim, in heads of 64")
+    parser.add_argument("--layers", type=int, default=6, help="a multiple of the length of all patterns")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each pattern")
     parser.add_argument("--skip", choices=("yes", "no"), default="yes", help="whether windows skip keys")
     return parser.parse_args(arguments)

@@ -118,7 +118,7 @@ def test_steps_are_timed_by_window_pattern(capfd, monkeypatch):
     import windows
 
     monkeypatch.setattr(windows, "PATTERNS", {"full": (), "all local": ("local",)})
-    windows.main(["--length=256", "--window=16", "--dim=16", "--rows=8", "--rounds=1", "--architecture=encoder"])
+    windows.main(["--length=256", "--window=16", "--dim=16", "--rows=8", "--rounds=1", "--layers=1"])
     machine, full, local = lines(capfd.readouterr().out)
     assert machine["jax"] and local["step ms"] > 0 and full["of full"] == 1
     assert all(local[count] < full[count] for count in ("model GFLOP", "XLA's GFLOP"))
