@@ -94,6 +94,8 @@ FIELDS_TOGETHER = (
     "model.mlp_dim=16000000 model.model_dim=1048576",
     "data.batch_size=16777216 data.inputs_length=4096 data.targets_length=4096 tokenizer.num_sentinels=999 "
     "tokenizer.vocab_size=2000",
+    "model.layer_pattern=local,global,global model.attention_window=4",
+    "model.attention_window=40 mesh.context=2",
 )
 
 # ---- `t5like rl` and others: the command, and fields beside the flags of `conftest.rl_flags`; code 2, 3 or 4 ----
