@@ -30,7 +30,44 @@ BERT = {
 }
 
 
+GEMMA = {
+    "num_layers": 1,
+    "positions": "rotary",
+    "num_kv_heads": 2,
+    "norm_position": "sandwich",
+    "norm_offset": True,
+    "embedding_scale": "sqrt_dim",
+    "tied_embeddings": True,
+    "scale_attention": True,
+    "attention_scale_dim": 6,
+    "logits_softcap": 5.0,
+    "attention_window": 3,
+}
 VARIANTS = {
+    "gemma2": {"model": {**GEMMA, "architecture": "decoder", "attention_softcap": 2.0}},
+    "gemma_encoder": {"model": {**GEMMA, "architecture": "encoder", "attention_softcap": 2.0}},
+    "t5gemma": {
+        "model": {
+            **GEMMA,
+            "attention_softcap": 2.0,
+            "encoder_window": 4,
+            "separate_embeddings": True,
+            "decoder_model_dim": 24,
+            "decoder_num_heads": 2,
+            "decoder_num_kv_heads": 1,
+            "decoder_head_dim": 6,
+            "decoder_mlp_dim": 20,
+        }
+    },
+    "t5gemma2": {
+        "model": {
+            **GEMMA,
+            "qk_norm": True,
+            "encoder_window": 2,
+            "encoder_window_ahead": 3,
+            "merged_attention": True,
+        }
+    },
     "t5": {},
     "causal": {"model": {"architecture": "decoder"}},
     "llama": {

@@ -175,8 +175,10 @@ def with_run_tokenizer(config: Config, workdir: Path) -> Config:
     if init.checkpoint and "vocabulary" not in init.adapt:
         directories.append(Path(init.checkpoint))
     source = next((path for path in directories if (path / "config.json").is_file()), None)
-    if source and not tokenizer.extra_eos_ids:
-        tokenizer = dataclasses.replace(tokenizer, extra_eos_ids=saved_config(source).tokenizer.extra_eos_ids)
+    names = [name for name in ("extra_eos_ids", "decoder_start_id") if not getattr(tokenizer, name)]
+    if source and names:
+        saved = saved_config(source).tokenizer
+        tokenizer = dataclasses.replace(tokenizer, **{name: getattr(saved, name) for name in names})
     return dataclasses.replace(config, tokenizer=tokenizer)
 
 

@@ -76,6 +76,12 @@ def _decoder(config: Config) -> None:
             f"model.{name}",
             f"needs model.architecture=encoder_decoder, not {model.architecture}; use {type(getattr(model, name))()}",
         )
+    require(
+        config,
+        config.tokenizer.decoder_start_id < config.tokenizer.vocab_size,
+        "tokenizer.decoder_start_id",
+        f"must be less than tokenizer.vocab_size={config.tokenizer.vocab_size}; use 0",
+    )
     decoder = model.in_decoder
     shared = ["separate_embeddings=False"] * (not model.separate_embeddings)
     shared += [f"{name}=True" for name in ("merged_attention", "embedding_norm") if getattr(model, name)]

@@ -54,6 +54,9 @@ class TokenizerConfig:
     # ids that end a generated text, in addition to the tokenizer's end-of-sequence id, as in Llama 3; set by an import,
     # unused in training
     extra_eos_ids: Annotated[tuple[int, ...], Range(0, 2**24)] = ()
+    # the id that the decoder of an encoder-decoder reads in place of 0, with which its rows begin (T5Gemma: 2); set by
+    # an import
+    decoder_start_id: Annotated[int, Range(0, 2**24)] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

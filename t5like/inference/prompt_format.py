@@ -86,7 +86,7 @@ class PromptFormat:
         if config.model.architecture == "encoder":
             frame = Frame(before=(int(tokenizer.sentinel_ids[CLS]),), after=(eos,))
             return cls(frame, frame, {}, (), eos, reads_text=True)
-        bos = (tokenizer.bos_id,) if decoder and tokenizer.bos_id is not None else ()  # as imported models were trained
+        bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)  # as imported models were trained
         continued = Frame(before=bos, bidirectional=decoder and "prefix_lm" in objectives)
         answered = Frame(after=(eos,), start=start, bidirectional=decoder)
         has_inputs = bool(objectives & {"span_corruption", "ul2", "supervised"})

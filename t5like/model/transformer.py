@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from t5like.config.schema import Config
+from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.model import embeddings, heads
 from t5like.model import layers as lay
 from t5like.model.block import LayerOutput
@@ -216,6 +217,8 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         model = self.config.model
         table_VD = self.decoder_embedding if decoder and model.separate_embeddings else self.embedding
+        if decoder and model.has_encoder and (start := self.config.tokenizer.decoder_start_id):
+            ids_BL = jnp.where(ids_BL == DECODER_START_ID, start, ids_BL)
         x_BLD = embeddings.scaled_embed(table_VD, ids_BL, model)
         if model.positions == "learned":
             # Padding may be behind the last position; `generate` refuses texts that are so long.

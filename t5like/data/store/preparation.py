@@ -189,7 +189,8 @@ def _trained_on(directory: Path, num_sources: int) -> list[str] | None:
 def _own_tokenizer_path(config: Config) -> Path:
     """The path of a tokenizer that is trained on the config's sources."""
     settings = [_source_settings(config.data, spec) for spec in config.data.source]
-    training = {k: v for k, v in dataclasses.asdict(config.tokenizer).items() if k != "extra_eos_ids"}
+    unused = ("extra_eos_ids", "decoder_start_id")
+    training = {k: v for k, v in dataclasses.asdict(config.tokenizer).items() if k not in unused}
     key = _key(FORMAT, settings, config.data.rates, training)
     return cache_directory(config.data.cache_directory) / "tokenizers" / key / "tokenizer.model"
 

@@ -72,7 +72,10 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     tensor_check.check_sizes(model, rows, tensors)
     tokenizer = tokenizer_files.read(source)
     extra_eos, unknown_eos = eos_ids.extra_ids(source, hf_config, tokenizer)
-    config = _new_config(model, tokenizer, rows, hf_config, workdir, extra_eos)
+    special = {"extra_eos_ids": extra_eos}
+    if model.architecture == "encoder_decoder":
+        special["decoder_start_id"] = eos_ids.decoder_start(source, hf_config)
+    config = _new_config(model, tokenizer, rows, hf_config, workdir, special)
     names, ignored = tensor_check.canonical_names(family, model, tensors)
     record = tensor_check.ImportRecord(
         family, names, {name: tensors[files[0]].dtype for name, files in names.items()}, rows
@@ -109,7 +112,7 @@ def _new_config(
     rows: Any,
     hf_config: Mapping[str, Any],
     workdir: Path,
-    extra_eos: list[int],
+    special: dict[str, Any],
 ) -> Config:
     """A config for the model, with data and optimizer settings for further training."""
     if type(rows) is not int or rows < tokenizer.vocab_size:
@@ -138,7 +141,7 @@ def _new_config(
             "path": path,
             "vocab_size": ids,
             "num_sentinels": tokenizer.num_sentinels,
-            "extra_eos_ids": extra_eos,
+            **special,
         },
         "data": data,
         "model": {**dataclasses.asdict(model), "vocab_multiple": multiple},
@@ -335,7 +338,8 @@ def _write_other_files(export: Export, directory: Path, workdir: Path) -> str | 
         differs = tokenizer_files.write(loaded.tokenizer, directory, family=export.family, max_length=longest)
     if config.model.has_decoder and not (directory / eos_ids.GENERATION).exists():
         ends, pad = eos_ids.listed(config, loaded.tokenizer), loaded.tokenizer.pad_id
-        start = {"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}
+        is_pair = config.model.architecture == "encoder_decoder"
+        start = {"decoder_start_token_id": config.tokenizer.decoder_start_id} if is_pair else {}
         settings = {eos_ids.KEY: ends, "pad_token_id": pad, **start, "max_new_tokens": card.new_tokens(config)}
         _write_json(directory / eos_ids.GENERATION, settings)
     card.write(directory, workdir, loaded, export.family)

@@ -1,4 +1,4 @@
-"""The ids that end a text in a Hugging Face directory: `eos_token_id`, one id or several.
+"""The ids that end a text in a Hugging Face directory, `eos_token_id`, and the one that begins a decoder's.
 
 `transformers.generate` reads generation_config.json if it exists, else config.json, and stops at any of the ids. In
 t5like the tokenizer's own end-of-sequence id always ends a text, and `tokenizer.extra_eos_ids` are the others.
@@ -44,3 +44,17 @@ def listed(config: Config, tokenizer: Tokenizer) -> int | list[int]:
     """`eos_token_id` of a run: one id, or all of them."""
     ids = eos_ids(config, tokenizer)
     return ids[0] if len(ids) == 1 else list(ids)
+
+
+def decoder_start(directory: Path, hf_config: Mapping[str, Any]) -> int:
+    """The id that an encoder-decoder's decoder begins with: `decoder_start_token_id`, else `bos_token_id`, else 0.
+
+    Raises:
+        CheckpointError: the value is not an id.
+    """
+    generation = read_json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
+    values = [file.get(key) for key in ("decoder_start_token_id", "bos_token_id") for file in (generation, hf_config)]
+    start = next((value for value in values if value is not None), 0)
+    if type(start) is not int or start < 0:
+        raise CheckpointError(f"decoder_start_token_id={start!r} must be a token id, at least 0")
+    return start

@@ -291,7 +291,11 @@ def config_of(
         "architectures": [architecture],
         **keys,
         "vocab_size": rows,
-        **({"decoder_start_token_id": 0} if config.model.architecture == "encoder_decoder" else {}),
+        **(
+            {"decoder_start_token_id": config.tokenizer.decoder_start_id}
+            if config.model.architecture == "encoder_decoder"
+            else {}
+        ),
         "bos_token_id": None,
         "eos_token_id": eos,
         "pad_token_id": pad,

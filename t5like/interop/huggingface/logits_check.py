@@ -80,7 +80,8 @@ def example(config: Config) -> dict[str, np.ndarray]:
     """Random tokens under transformers' argument names, the second row padded on the right."""
     rng, model = np.random.default_rng(0), config.model
     length = min(LENGTH, model.longest_text)
-    draw = lambda length: rng.integers(0, config.tokenizer.vocab_size, (ROWS, length))
+    lowest = int(config.tokenizer.decoder_start_id > 0)  # 0 then stands for another id
+    draw = lambda length: rng.integers(lowest, config.tokenizer.vocab_size, (ROWS, length))
     mask = np.ones((ROWS, length), np.int64)
     mask[1, length * 2 // 3 :] = 0
     inputs = {"input_ids": draw(length), "attention_mask": mask}
