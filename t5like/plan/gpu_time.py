@@ -58,14 +58,14 @@ def rates(topology: Topology) -> Rates:
 
 
 def attention_flops(source: str, shapes: Sequence[Sequence[int]]) -> float:
-    """FLOPs of a kernel of `model.kernels.gpu_attention`, all pairs of tokens counted; 0 for another kernel.
+    """FLOPs of a kernel of `model.kernels.gpu_attention`, of all pairs or of a window; 0 for another kernel.
 
     Args:
         source: its path in the JAX program, which contains the kernel's name.
         shapes: of queries [B, N, L, H] and keys [B, K, S, H].
     """
-    name = re.search(rf"attention_({'|'.join(_PRODUCTS)})\b", source)
-    return 2.0 * _PRODUCTS[name[1]] * math.prod(shapes[0]) * shapes[1][2] if name else 0.0
+    name = re.search(rf"attention_({'|'.join(_PRODUCTS)})(?:_of_(\d+)_keys)?\b", source)
+    return 2.0 * _PRODUCTS[name[1]] * math.prod(shapes[0]) * int(name[2] or shapes[1][2]) if name else 0.0
 
 
 def kernel_bytes(computations: Mapping[str, Computation], parent: Computation, item: Instruction) -> int:

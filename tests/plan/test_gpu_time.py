@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from t5like.config import loader
 from t5like.errors import ConfigError
 from t5like.metrics import flops
+from t5like.model.kernels import gpu_attention
+from t5like.model.kernels.fused_attention import KernelSpec
+from t5like.model.kernels.gpu_attention_kernels import Blocks, KernelInputs, forward_kernel
 from t5like.plan import estimate, gpu_time, hlo_cost, report, topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -84,6 +88,22 @@ def test_a_matmul_takes_its_measured_time_to_a_quarter(batch, m, n, k, measured)
     work = 2 * batch * m * n * k
     seconds = gpu_time.rates(H100).nanoseconds(work, 2 * batch * (m * k + k * n + m * n)) / 1e9
     assert seconds == pytest.approx(work / measured / 1e12, rel=0.25)
+
+
+def test_a_kernel_with_a_window_computes_the_keys_that_its_name_says():
+    shapes = [(8, 12, 2048, 64), (8, 4, 2048, 64)]
+    work = lambda name: gpu_time.attention_flops(f"decoder/attention/{name}/pallas_call", shapes)
+    assert work("attention_forward") == 4 * 8 * 12 * 2048 * 2048 * 64
+    assert work("attention_forward_of_512_keys") == work("attention_forward") / 4
+    inputs = KernelInputs(None, jnp.zeros((1, 1, 2048, 16)), None)
+    name = lambda *mask: gpu_attention._name(
+        forward_kernel, KernelSpec(*mask, interpret=True), inputs, Blocks(128, 128, 8, 2)
+    )
+    assert [name(True, 0, 0), name(True, 2048, 0)] == ["attention_forward"] * 2
+    assert [name(True, 257, 0), name(False, 65, 65)] == [
+        "attention_forward_of_384_keys",
+        "attention_forward_of_256_keys",
+    ]
 
 
 @pytest.mark.parametrize("kind, size, measured", COLLECTIVES)

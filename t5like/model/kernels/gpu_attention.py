@@ -243,8 +243,20 @@ def _call(kernel, spec: KernelSpec, inputs: KernelInputs, blocks: Blocks, grid, 
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=spec.interpret,
-        name=f"attention_{kernel.__name__.removesuffix('_kernel')}",
+        name=_name(kernel, spec, inputs, blocks),
     )(*inputs)
+
+
+def _name(kernel, spec: KernelSpec, inputs: KernelInputs, blocks: Blocks) -> str:
+    """The name of a kernel, with the keys that a block of queries reads where a window leaves fewer than all.
+
+    From it `plan.gpu_time` knows how much a kernel computes.
+    """
+    name, ahead = f"attention_{kernel.__name__.removesuffix('_kernel')}", 1 if spec.causal else spec.window_ahead
+    if not spec.window or not ahead or inputs.prefix_BS is not None:
+        return name
+    read = rounded_up(spec.window + ahead - 2 + blocks.queries, blocks.keys)
+    return f"{name}_of_{read}_keys" if read < inputs.k_BKSH.shape[2] else name
 
 
 def _run(kernel, spec: KernelSpec, sizes: Sizes, blocks: Blocks, outputs: int, *refs) -> None:
