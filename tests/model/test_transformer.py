@@ -63,9 +63,14 @@ def test_bert_base_has_its_published_size_with_and_without_its_heads():
     assert count(config, without=("mlm/", "head_bias", "pairs/classes/")) == 109_482_240
 
 
+def test_modernbert_base_has_its_published_size_and_a_norm_that_its_first_layer_does_not_use():
+    assert count(preset("modernbert_base", model__vocab_multiple="1")) == 149_655_232 + 768
+
+
 @pytest.mark.parametrize(
     "name",
-    ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b", "bert_base"],
+    ["tiny", "t5_small", "t5_base", "t5_large", "t5_xl", "t5_xxl", "gpt_small", "llama_1b", "llama_7b", "bert_base"]
+    + ["modernbert_base"],
 )
 def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
     # The preset itself would not fit in memory: depth and width are reduced, every other field stays.
@@ -80,7 +85,10 @@ def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
         "model__layers": "scan",  # quick to compile at any depth
         "model__dtype": "float32",
         "model__remat": "none",
+        "train__microbatches": "1",
     }
+    if preset(name).model.layer_pattern:
+        reduced["model__layer_pattern"] = "global,local,local"
     if preset(name).model.num_kv_heads:
         reduced["model__num_kv_heads"] = "2"
     reduced |= (
