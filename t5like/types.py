@@ -62,6 +62,13 @@ class Batch(NamedTuple):
     decoder_sources_BL: Array | None = None
 
 
+class Taught(NamedTuple):
+    """A batch with the parameters of a teacher (`optim.distillation`), which all rows share."""
+
+    rows: Batch
+    teacher: Tree
+
+
 class Sum(NamedTuple):
     """A weighted sum: added across microbatches, devices and hosts, and divided once, when the mean is printed."""
 

@@ -49,6 +49,7 @@ MUTABLE_FIELDS = (
     "tokenizer.extra_eos_ids",
     "evaluate.",
     "metrics.",
+    "distill.teacher:",  # its directory may move; `checkpoint.teacher` identifies its parameters
 )
 CHANGEABLE_FIELDS = (
     "optimizer.learning_rate",
@@ -62,6 +63,9 @@ CHANGEABLE_FIELDS = (
     "train.z_loss",
     "train.label_smoothing",
     "model.dropout_rate",
+    "distill.weight",
+    "distill.temperature",
+    "distill.top_k",
 )
 DATA = "data"  # the value of --allow_change for a source whose texts changed
 # Fields of the model that may differ as long as imported weights have not been trained; other sections may differ too.

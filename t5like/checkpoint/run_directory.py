@@ -27,7 +27,7 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.run_lock import lock
 from t5like.config import loader
-from t5like.config.schema import Config, MeshConfig
+from t5like.config.schema import Config, MeshConfig, get
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.distributed import processes, shared_file_systems
@@ -232,16 +232,15 @@ def check_run_directory(config: Config, workdir: Path, allowed: Sequence[str] = 
 
 
 def check_initial_run(config: Config, workdir: Path | None) -> None:
-    """Raise CheckpointError if a checkpoint of `init_from` holds no run, and the run in `workdir` has not begun.
+    """Raise CheckpointError if `distill.teacher`, or `init_from` of a run that has not begun, names no run.
 
     Called before anything of that run is read, such as its tokenizer, so that the message names the field to change.
     """
-    if workdir and (workdir / "config.json").is_file():
-        return
-    for name in ("checkpoint", "decoder_checkpoint"):
-        path = getattr(config.init_from, name)
+    begun = workdir and (workdir / "config.json").is_file()
+    for field in ("distill.teacher", *(() if begun else ("init_from.checkpoint", "init_from.decoder_checkpoint"))):
+        path = get(config, field)
         if path and not (expand(path) / "config.json").is_file():
-            raise CheckpointError(f"init_from.{name}={path} contains no run; use the directory of a trained one")
+            raise CheckpointError(f"{field}={path} contains no run; use the directory of a trained one")
 
 
 def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allowed: Sequence[str] = ()) -> None:

@@ -9,6 +9,7 @@ import re
 from functools import cache
 from typing import Any, get_type_hints
 
+from t5like.config.distill_schema import DistillConfig
 from t5like.config.field_types import Range
 from t5like.config.model_checks import check_model, require
 from t5like.config.rl_checks import check_rl
@@ -51,6 +52,7 @@ def check(config: Config) -> None:
         check_model,
         _train,
         _mesh,
+        _distill,
         check_rl,
     ):
         check_part(config)
@@ -183,6 +185,14 @@ def _objectives(config: Config) -> None:
         "model.next_sentence_head",
         "must be true for data.objective=mlm_nsp, or use data.objective=mlm",
     )
+
+
+def _distill(config: Config) -> None:
+    distill = config.distill
+    rule = "must be set where other fields of distill are; use the directory of a trained run"
+    require(config, bool(distill.teacher) or distill == DistillConfig(), "distill.teacher", rule)
+    rule = "is for t5like train; leave it out with rl.method"
+    require(config, not distill.teacher or config.rl.method == "none", "distill.teacher", rule)
 
 
 def _evaluate(config: Config) -> None:

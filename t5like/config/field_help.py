@@ -24,6 +24,7 @@ SECTIONS = {
     "init_from.": "initial parameters from another run",
     "evaluate.": "predictions for held-out supervised examples",
     "metrics.": "where metrics go",
+    "distill.": "learning from the predictions of a trained model",
     "rl.": "t5like rl: rewards and pairs",
 }
 

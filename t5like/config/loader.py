@@ -180,18 +180,17 @@ def override(values: dict, name: str, text: str) -> None:
 def resolve(values: Mapping) -> Config:
     """Build and check the frozen config from nested dicts; missing fields take their default."""
     config = _build(Config, values, "")
-    for name in ("checkpoint", "decoder_checkpoint"):
-        if path := getattr(config.init_from, name):
-            check_path(f"init_from.{name}", path)
+    for section, name in (("init_from", "checkpoint"), ("init_from", "decoder_checkpoint"), ("distill", "teacher")):
+        part = getattr(config, section)
+        if path := getattr(part, name):
+            check_path(f"{section}.{name}", path)
             # The user may continue the run from another working directory.
-            init = dataclasses.replace(config.init_from, **{name: str(expand(path).absolute())})
-            config = dataclasses.replace(config, init_from=init)
-    if (
-        (checkpoint := config.init_from.checkpoint)
-        and not config.tokenizer.path
-        and "vocabulary" not in config.init_from.adapt
-    ):
-        path = str(Path(checkpoint) / "tokenizer.model")
+            part = dataclasses.replace(part, **{name: str(expand(path).absolute())})
+            config = dataclasses.replace(config, **{section: part})
+    init = config.init_from
+    directory = init.checkpoint if "vocabulary" not in init.adapt else ""
+    if (directory := directory or config.distill.teacher) and not config.tokenizer.path:
+        path = str(Path(directory) / "tokenizer.model")
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
     if config.rl.has_scalar_head:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, scalar_head=True))

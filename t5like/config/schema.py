@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import ml_collections
 
+from t5like.config.distill_schema import DistillConfig
 from t5like.config.field_types import LARGEST, Axis, NotNegative, Positive, Range, Rates, Share
 from t5like.config.model_schema import ModelConfig
 from t5like.config.rl_schema import RLConfig
@@ -244,6 +245,7 @@ class Config:
     init_from: InitConfig = InitConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     metrics: MetricsConfig = MetricsConfig()
+    distill: DistillConfig = DistillConfig()
     rl: RLConfig = RLConfig()
 
     @property

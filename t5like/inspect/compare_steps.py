@@ -168,6 +168,7 @@ def open_step(side: Side, number: int | None) -> tuple[Step, str]:
         raise ConfigError(str(error).replace("--config=", f"{side.name}=")) from error
     if config.rl.method != "none":
         raise ConfigError(f"{side.name}={side.path} has rl.method={config.rl.method}; use the directory of a run of it")
+    refuse_teacher(side, config)
     config, mesh = on_mesh(side, config)
     number = number or 1
     shape = pipeline.spec(config)
@@ -187,6 +188,7 @@ def _step_of_run(side: Side, workdir: Path, number: int | None) -> tuple[Step, s
     """The step of a run, from the checkpoint before it, on the devices of the side."""
     if number is None:
         number = (checkpoints_of(workdir, config_of(workdir)).latest() or 0) + 1
+    refuse_teacher(side, config_of(workdir))
     before = replay.prepare(workdir, number, lambda _: None)
     requested = replay.config_at(workdir, checkpoints_of(workdir, config_of(workdir)), number)
     config = loader.changed(requested, [each for each in side.overrides if not each[0].startswith("mesh.")])
@@ -201,6 +203,15 @@ def _step_of_run(side: Side, workdir: Path, number: int | None) -> tuple[Step, s
     batch = jax.tree.map(jax.device_put, rows, placement.batch_shardings(rows, mesh))
     prepared = before._replace(config=config, mesh=mesh, state=state, batch=batch)
     return prepared, describe(side, f"step {number:,}", config, mesh)
+
+
+def refuse_teacher(side: Side, config: Config) -> None:
+    """Refuse a step with a teacher, whose parameters are not moved to the mesh of a side."""
+    if config.distill.teacher:
+        raise ConfigError(
+            f"{side.name}={side.path} has distill.teacher={config.distill.teacher}, which compare-steps can't read; "
+            "use a config without it"
+        )
 
 
 def on_mesh(side: Side, config: Config) -> tuple[Config, jax.sharding.Mesh]:

@@ -21,6 +21,7 @@ import numpy as np
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.run_directory import checkpoints_of, config_of, on_devices
+from t5like.checkpoint.teacher import open_teacher, read_params
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
@@ -31,7 +32,7 @@ from t5like.errors import CheckpointError
 from t5like.inspect import first_nonfinite
 from t5like.inspect.step_tensors import Step
 from t5like.model.layer_values import compute_intermediates
-from t5like.optim import step, train_state
+from t5like.optim import distillation, step, train_state
 from t5like.optim.layer_statistics import norms_by_layer
 from t5like.optim.optimizers import make_optimizer
 from t5like.optim.programs import ProgramsByShape
@@ -40,7 +41,7 @@ from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 from t5like.train.evidence import read_record
 from t5like.train.initial_state import restore_state
-from t5like.types import Batch, TrainState, host_metrics
+from t5like.types import Batch, Taught, TrainState, host_metrics
 
 
 def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> None:
@@ -108,7 +109,13 @@ def opened(
     if config.rl.method == "none":
         batches = open_batches(config, schedule)
         place = lambda _, index: placement.to_global(batches.at(index), mesh, config.data.batch_size)
-        yield Steps(place, pipeline.spec(config), step.pretrain_loss, step.unchanged)
+        if not config.distill.teacher:
+            yield Steps(place, pipeline.spec(config), step.pretrain_loss, step.unchanged)
+            return
+        teacher = open_teacher(config, mesh)
+        params, loss_fn = read_params(config, teacher), distillation.distilled_loss(teacher.config)
+        spec = Taught(pipeline.spec(config), teacher.abstract)
+        yield Steps(lambda _, index: Taught(place(_, index), params), spec, loss_fn, distillation.rows_of)
         return
     tokenizer = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.model"))
     rl = dataclasses.replace(config.rl, table_every=0, max_kl=0.0)  # nothing is written; no step ends the run

@@ -27,7 +27,7 @@ from t5like.optim.optimizers import make_optimizer
 from t5like.optim.step import LossFn, ModelBatch, make_gradient, pretrain_loss, split_microbatches, unchanged
 from t5like.optim.train_state import mesh_of, parameter_axes
 from t5like.sharding import placement, xla_options
-from t5like.types import Array, Batch, TrainState, Tree
+from t5like.types import Array, Batch, Taught, TrainState, Tree
 
 ACTIVATIONS = ("attention_output", "cross_attention_output", "mlp_hidden", "mlp_output", "residual")
 OF_ACTIVATION = ("rms", "max", "zeros", "dead")
@@ -53,6 +53,7 @@ def make_statistics(
             gradient_norm, update_norm = norms[1][name], norms[2][name]
             ratio = update_norm / jnp.maximum(size, 1e-30)
             values[name] = jnp.stack([size, gradient_norm, update_norm, ratio], -1)
+        batch = batch.rows if isinstance(batch, Taught) else batch
         part = batch if microbatches == 1 else jax.tree.map(lambda x: x[0], split_microbatches(batch, microbatches))
         return values | activation_statistics(config, state.params, model_batch(part))
 

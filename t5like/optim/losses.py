@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5like.types import Metrics, Sum
+from t5like.types import Metrics, Sum, Tree
 
 
 class Loss(NamedTuple):
@@ -168,8 +168,8 @@ _per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
 def in_chunks(
-    loss: Callable[[jax.Array, jax.Array, jax.Array], Loss],
-    hidden_BLD: jax.Array,
+    loss: Callable[[Tree, jax.Array, jax.Array], Loss],
+    hidden: Tree,
     targets_BL: jax.Array,
     weights_BL: jax.Array,
     chunk: int,
@@ -179,7 +179,7 @@ def in_chunks(
     Args:
         loss: (hidden, targets, weights) of a chunk -> Loss; it applies the output head. Its logits are recomputed in
             the backward pass.
-        hidden_BLD: inputs of the head.
+        hidden: inputs of the head, arrays [B, L, ...].
         targets_BL: ids.
         weights_BL: float32.
         chunk: positions of each row per chunk; a last short chunk is padded with weight 0.
@@ -193,7 +193,5 @@ def in_chunks(
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
 
-    parts = jax.lax.map(
-        jax.checkpoint(lambda args: loss(*args)), (split(hidden_BLD), split(targets_BL), split(weights_BL))
-    )
+    parts = jax.lax.map(jax.checkpoint(lambda args: loss(*args)), jax.tree.map(split, (hidden, targets_BL, weights_BL)))
     return jax.tree.map(lambda x: x.sum(0), parts)

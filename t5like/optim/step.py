@@ -21,9 +21,10 @@ from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
 from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
 from t5like.sharding import placement, xla_options
-from t5like.types import Batch, Metrics, Sum, TrainState, Tree, add_metrics
+from t5like.types import Array, Batch, Metrics, Sum, Taught, TrainState, Tree, add_metrics
 
-LossFn = Callable[[Config, Tree, Any, jax.Array | None], losses.Loss]  # config, params, batch, dropout key or None
+# config, params, batch, dropout key or None; of a batch `Taught` its rows, and at the end its teacher
+LossFn = Callable[..., losses.Loss]
 ModelBatch = Callable[[Any], Batch]  # of what a `LossFn` takes, the batch that the model reads
 
 
@@ -32,8 +33,17 @@ def unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | None) -> losses.Loss:
+def pretrain_loss(
+    config: Config,
+    params: Tree,
+    batch: Batch,
+    key: jax.Array | None,
+    taught: tuple[Array, Callable[..., losses.Loss]] | None = None,
+) -> losses.Loss:
     """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
+
+    `taught`: hidden values [B, L, ...] of another model, and a function that adds its loss at some positions: (loss,
+    logits, weights, hidden values) -> loss.
 
     Auxiliary losses of the model's layers (`types.Auxiliary`) are added, and for sentence pairs `losses.next_sentence`.
     If the rows come from several components, there are metrics by component: nats and weights, and the number of rows
@@ -44,9 +54,9 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
     rngs = None if key is None else {"dropout": key}
     hidden_BLD, auxiliary = model.apply({"params": params}, batch, train=key is not None, method="hidden", rngs=rngs)
 
-    def head(hidden_BLD, targets_BL, weights_BL):
-        logits_BLV = model.apply({"params": params}, hidden_BLD, method="logits")
-        return losses.cross_entropy(
+    def head(hidden, targets_BL, weights_BL):
+        logits_BLV = model.apply({"params": params}, hidden[0], method="logits")
+        loss = losses.cross_entropy(
             logits_BLV,
             targets_BL,
             weights_BL,
@@ -56,11 +66,13 @@ def pretrain_loss(config: Config, params: Tree, batch: Batch, key: jax.Array | N
             component_B1=batch.component_B1,
             num_components=components,
         )
+        return taught[1](loss, logits_BLV, weights_BL, hidden[1]) if taught else loss
 
+    hidden = (hidden_BLD, taught[0]) if taught else (hidden_BLD,)
     if config.train.loss_chunk:
-        loss = losses.in_chunks(head, hidden_BLD, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
+        loss = losses.in_chunks(head, hidden, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
     else:
-        loss = head(hidden_BLD, batch.targets_BL, batch.weights_BL)
+        loss = head(hidden, batch.targets_BL, batch.weights_BL)
     if batch.component_B1 is not None:
         rows_B1 = (batch.weights_BL > 0).any(1, keepdims=True)
         rows = losses.sum_by_component(rows_B1, batch.component_B1, components)
@@ -79,26 +91,27 @@ def make_gradient(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[.
     """The function (params, batch, step) -> (gradient of the mean loss per target, metrics), over all microbatches."""
     microbatches = config.train.microbatches
 
-    def of_part(params: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Metrics]:
+    def of_part(params: Tree, batch: Batch, key: jax.Array, *teacher: Tree) -> tuple[Tree, Metrics]:
         def objective(params):
-            loss = loss_fn(config, without_frozen_gradients(config, params), batch, key)
+            loss = loss_fn(config, without_frozen_gradients(config, params), batch, key, *teacher)
             return loss.objective, loss.metrics
 
         return jax.grad(objective, has_aux=True)(params)
 
     def gradient(params: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)  # of dropout; the state has no random key
+        batch, *teacher = batch if isinstance(batch, Taught) else (batch,)
         if microbatches == 1:
-            grads, metrics = of_part(params, batch, key)
+            grads, metrics = of_part(params, batch, key, *teacher)
         else:
             parts = split_microbatches(batch, microbatches)
 
             def accumulate(sums, part):
                 index, rows = part
-                grads, metrics = of_part(params, rows, jax.random.fold_in(key, index))
+                grads, metrics = of_part(params, rows, jax.random.fold_in(key, index), *teacher)
                 return (jax.tree.map(jnp.add, sums[0], grads), add_metrics(sums[1], metrics, jnp.maximum)), None
 
-            shapes = jax.eval_shape(of_part, params, jax.tree.map(lambda x: x[0], parts), key)
+            shapes = jax.eval_shape(of_part, params, jax.tree.map(lambda x: x[0], parts), key, *teacher)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
         weight = jnp.maximum(metrics["loss"].weight, 1.0)

@@ -144,14 +144,20 @@ def lower(config: Config, topology: Topology, name: str):
     """The step as `train`, or its evaluation, lowers it on these devices."""
     import jax
 
+    from t5like.checkpoint.teacher import open_teacher, with_teacher_step
     from t5like.data import pipeline
-    from t5like.optim import eval_step, step
+    from t5like.optim import distillation, eval_step, step
     from t5like.sharding import mesh as meshes
+    from t5like.types import Taught
 
     mesh = meshes.make_mesh(config, topologies.devices(topology))
     config = auto.resolve_auto(config, mesh)
     batch = pipeline.spec(config)
     abstract = train_state.abstract_state(config, batch, mesh)
+    if name == "train" and config.distill.teacher:
+        teacher = open_teacher(with_teacher_step(config, None), mesh)
+        loss_fn, taught = distillation.distilled_loss(teacher.config), Taught(batch, teacher.abstract)
+        return step.lower_train_step(config, taught, abstract, loss_fn, distillation.rows_of)
     if name == "train":
         return step.lower_train_step(config, batch, abstract)
     shapes = jax.tree.map(

@@ -43,13 +43,17 @@ def of_devices(devices: Sequence[jax.Device]) -> int | None:
     return sum(sizes) if sizes and all(sizes) else None
 
 
-def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax.sharding.Mesh) -> None:
+def check_training(
+    config: Config, batch: Batch, abstract: TrainState, mesh: jax.sharding.Mesh, teacher: Tree | None = None
+) -> None:
     """Refuse a run that does not fit on this process's devices.
 
     Args:
         config: resolved for the mesh.
         batch: shapes of a global batch.
         abstract: the state's shapes and shardings.
+        mesh: of the run.
+        teacher: shapes and shardings of the parameters of `distill.teacher`, if they are known.
 
     Raises:
         ConfigError: with the needed and the available bytes, and the fields that determine them.
@@ -61,6 +65,7 @@ def check_training(config: Config, batch: Batch, abstract: TrainState, mesh: jax
         "parameters": local * _bytes_per_device(abstract.params),
         f"state of optimizer.name={config.optimizer.name}": local * _bytes_per_device(abstract.opt_state),
         "moving average (optimizer.ema_decay)": local * _bytes_per_device(abstract.ema or {}),
+        "teacher (distill.teacher)": local * _bytes_per_device(teacher or {}),
         "reference (rl.reference)": local * _bytes_per_device(abstract.params if config.rl.needs_reference else {}),
     }
     share = local / mesh.size

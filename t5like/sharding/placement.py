@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.sharding.logical_axes import spec
-from t5like.types import Batch, LogicalAxes, TrainState
+from t5like.types import Batch, LogicalAxes, Taught, TrainState
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
@@ -22,8 +22,10 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
         return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(logical(leaf.ndim), leaf.shape)), batch)
 
 
-def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch, of which only shapes and dtypes are read."""
+def abstract_batch(batch: Batch | Taught, mesh: Mesh) -> Batch | Taught:
+    """Shapes, dtypes and shardings of a batch, of which only shapes and dtypes are read; a teacher has shardings."""
+    if isinstance(batch, Taught):
+        return batch._replace(rows=abstract_batch(batch.rows, mesh))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, batch_shardings(batch, mesh)
     )

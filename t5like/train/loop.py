@@ -19,6 +19,7 @@ import jax
 from t5like.checkpoint import provenance
 from t5like.checkpoint.init_from import REPORT, write_report
 from t5like.checkpoint.run_directory import check_run_directory, checkpoints_of, open_run_directory, with_run_tokenizer
+from t5like.checkpoint.teacher import with_teacher_step
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.distributed import processes
@@ -36,9 +37,9 @@ from t5like.optim.programs import ProgramsByShape
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
 from t5like.train import completion, evaluation_steps
+from t5like.train.distillation import open_task as open_training
 from t5like.train.evidence import Evidence
 from t5like.train.initial_state import initial_state, restore_state
-from t5like.train.pretraining import Pretraining
 from t5like.train.profile_summary import explain
 from t5like.train.replicas import compare_replicas
 from t5like.train.report import StepReporter, describe_devices, print_line
@@ -53,7 +54,7 @@ def train(
     workdir: Path,
     on_step: Callable[[int], None] | None = None,
     allowed: Sequence[str] = (),
-    open_task: Callable[..., Task] = Pretraining,
+    open_task: Callable[..., Task] = open_training,
     examine: Callable[[Config, TrainState, Any, int], str] | None = None,
 ) -> None:
     """Train until `train.num_steps`, from the run directory's newest checkpoint if it has one.
@@ -70,7 +71,7 @@ def train(
         UserError: see `errors`; nothing of an earlier run in `workdir` is lost.
     """
     batch, spent = pipeline.spec(config), TimeSpent()
-    config = with_run_tokenizer(config, workdir)
+    config = with_teacher_step(with_run_tokenizer(config, workdir), workdir)
     check_run_directory(config, workdir, allowed)
     primary = processes.is_primary()
     show = print_line if primary else (lambda _: None)

@@ -1,0 +1,81 @@
+"""A run with a teacher: it is continued bitwise with the same one, and another one is refused."""
+
+import json
+import shutil
+
+import pytest
+from conftest import main
+from test_init_from import made_tokenizer
+from test_recovery import flip
+
+from t5like.checkpoint.checkpoints import Checkpoints
+
+
+def leaves(workdir, step: int) -> dict:
+    return Checkpoints(workdir / "checkpoints", keep=9).meta(step).leaves
+
+
+@pytest.fixture(scope="module")
+def student(flags, trained, tmp_path_factory):
+    """Flags of a run with a teacher, which is a copy of `trained` at step 1; the copy; a finished run of 3 steps."""
+    place = tmp_path_factory.mktemp("student")
+    shutil.copytree(trained, place / "teacher", ignore=shutil.ignore_patterns("2"))
+    values = {"distill.teacher": place / "teacher", "train.checkpoint_every": 1, "distill.temperature": 2}
+    # The first two updates train cross-attention alone.
+    values |= {
+        "init_from.checkpoint": trained,
+        "init_from.reinitialize": "decoder/.*cross.*",
+        "init_from.warmup_steps": 2,
+    }
+    flags = [*flags, *(f"--config.{name}={value}" for name, value in values.items())]
+    assert main(["train", *flags, "--config.train.num_steps=3", f"--workdir={place}/whole"]) == 0
+    return flags, place
+
+
+def test_a_run_with_a_teacher_and_a_warmup_continues_bitwise_with_the_same_teacher_alone(
+    student, trained, command, refused, tmp_path
+):
+    flags, place = student
+    train = lambda *more: ("train", *flags, f"--workdir={tmp_path}/run", *more)
+    assert command(*train("--config.train.num_steps=1"))[0] == 0
+    shutil.copytree(place / "teacher", tmp_path / "moved")
+    shutil.copytree(trained / "checkpoints" / "2", tmp_path / "moved" / "checkpoints" / "2")  # the teacher went on
+    code, out, err = command(*train("--config.train.num_steps=3", f"--config.distill.teacher={tmp_path}/moved"))
+    assert code == 0 and " parameters, step 1 of run " in out, err
+    for step in (1, 2, 3):
+        assert leaves(tmp_path / "run", step) == leaves(place / "whole", step)
+    code, message = refused(*train("--config.train.num_steps=4", f"--config.distill.teacher={place}/whole"))
+    assert code == 3 and "distill.teacher: step 1 of run " in message and " -> step 1 of run " in message
+
+    first, second, third = (leaves(place / "whole", step) for step in (1, 2, 3))
+    moved = lambda old, new: {name for name in old if name.startswith("params/") and old[name] != new[name]}
+    assert moved(first, second) and all("cross_attention" in name for name in moved(first, second))
+    assert "params/embedding" in moved(second, third)
+    records = map(json.loads, (place / "whole" / "metrics.jsonl").read_text().splitlines())
+    assert all(record["train/distill_kl"] > 0 for record in records if "train/loss" in record)
+
+
+def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused, tmp_path):
+    flags, place = student
+    train = lambda *more: refused("train", *flags, f"--workdir={tmp_path}/new", *more)
+    assert train("--config.distill.teacher=/none") == (
+        4, "distill.teacher=/none contains no run; use the directory of a trained one"
+    )  # fmt: skip
+    code, message = train("--config.distill.teacher_step=7")
+    assert code == 4 and message.endswith("teacher/checkpoints holds no complete checkpoint of step 7; there are 1")
+    code, message = train("--config.model.architecture=decoder", "--config.data.objective=causal_lm")
+    assert code == 2 and "teacher has model.architecture=encoder_decoder, and the run decoder; " in message
+
+    other = made_tokenizer([], 20)
+    (tmp_path / "other.model").write_bytes(other.model_bytes)
+    own = [f"--config.tokenizer.path={tmp_path}/other.model", f"--config.tokenizer.vocab_size={other.vocab_size}"]
+    code, message = train(*own, "--config.init_from.adapt=vocabulary")
+    assert code == 3 and f"teacher has another tokenizer (400 ids) than the run ({other.vocab_size} ids)" in message
+    assert message.endswith(f"use --config.tokenizer.path={place}/teacher/tokenizer.model")
+
+    shutil.copytree(place / "teacher", tmp_path / "damaged")
+    flip(tmp_path / "damaged" / "checkpoints" / "1")
+    code, message = train(f"--config.distill.teacher={tmp_path}/damaged")
+    assert code == 4 and message.startswith(f"distill.teacher: {tmp_path}/damaged/checkpoints/1")
+    assert message.endswith("; use another one with --config.distill.teacher_step")
+    assert not (tmp_path / "new").exists()
