@@ -83,7 +83,7 @@ PATH_OF_A_BATCH = (
     "optim/schedules",
     "tree",
 )
-MOST_FILES, MOST_LINES = 28, 4275
+MOST_FILES, MOST_LINES = 28, 4300
 
 # Needed by others when they run, never imported here: package -> by what.
 INDIRECT = {
