@@ -1,8 +1,10 @@
 """A trained model in Python: `load` reads a run directory, `Run` generates, and shows batches, logits and layers.
 
-The whole interface is `load` and `Run` with its seven other members, which are those of the command line:
+The whole interface is `load` and `Run` with its nine other members, which are those of the command line:
 
     generate        texts, as `t5like generate`
+    predict         labels or numbers of texts, as `t5like predict`
+    embed           embeddings of texts, as `t5like embed`
     batch           the rows of a training step, as `t5like inspect data`
     tokens          what the model reads for a text, position by position
     logits          scores of the next token at each position
@@ -17,7 +19,7 @@ dim, N heads, Y layers.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack, overload
+from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
@@ -27,6 +29,8 @@ from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
 from t5like.errors import ConfigError, shown
+from t5like.evaluation import label_eval
+from t5like.inference import encoder_rows
 from t5like.inference.generate import BUCKET, Generator
 from t5like.inference.infilling import completed
 from t5like.inference.sampling import DecodingOptions
@@ -149,12 +153,48 @@ class Run:
         return texts[0] if isinstance(prompt, str) else texts
 
     def _generate(self, prompts: list[str], options: DecodingOptions) -> list[str]:
+        self._generator.refuse_labels()
         with jax.set_mesh(self._mesh):
             if self.config.model.architecture == "encoder":
                 return self._generator(prompts)
             rows = [self._generator.prompt(text) for text in prompts]
             answers = [best.text for best, *_ in self._generator.answer(rows, options)]
         return [completed(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
+        """What a model of classification, regression or token classification predicts for each text.
+
+        Args:
+            texts: texts; of a model that reads pairs, pairs. The words of token classification have white space
+                between them.
+
+        Returns:
+            for each text a dict: ``label`` and ``probabilities``, or ``value``, or ``labels``, one for each word.
+
+        Raises:
+            ConfigError: the model predicts no labels, or a text is longer than its positions or not what it reads.
+        """
+        label_eval.check_labels(self.config)
+        rows = self._encoder_rows(texts)
+        with jax.set_mesh(self._mesh):
+            outputs = encoder_rows.label_outputs(self.config, self._params, rows)
+        return [label_eval.prediction(self.config, *each) for each in zip(outputs, rows, strict=True)]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts: the mean of the encoder's output over the tokens of each, float32 [texts, D].
+
+        Raises:
+            ConfigError: the model has no encoder, or a text is longer than its positions.
+        """
+        rows = self._encoder_rows(texts)
+        with jax.set_mesh(self._mesh):
+            return encoder_rows.embeddings(self.config, self._params, rows)
+
+    def _encoder_rows(self, texts: Sequence[str | tuple[str, str]]) -> list[encoder_rows.EncoderRow]:
+        parts = [(text,) if isinstance(text, str) else text for text in ([texts] if isinstance(texts, str) else texts)]
+        if wrong := [each for each in parts if not all(isinstance(part, str) for part in each)]:
+            raise ConfigError(f"texts: {shown(wrong[0])} must be a text, or a pair of texts")
+        return [encoder_rows.row_of(self.config, self.tokenizer, *each) for each in parts]
 
     def batch(self, step: int) -> Batch:
         """The batch of an update, with the rows that training reads, bit for bit: arrays of NumPy.

@@ -29,7 +29,8 @@ class Batch(NamedTuple):
 
     Attributes:
         decoder_BL: int32 ids that the decoder reads; None for an encoder-only model.
-        targets_BL: int32 ids to predict at each position of the decoder (encoder-only: of the encoder).
+        targets_BL: int32 ids to predict at each position of the decoder (encoder-only: of the encoder), or indices of
+            labels; float32 numbers in regression.
         weights_BL: float32 loss weight of each target; 0: no loss.
         encoder_BS: int32 ids that the encoder reads; None for a decoder-only model.
         encoder_segments_BS: int32 document number inside a row, from 1; attention stays inside a document.

@@ -40,6 +40,7 @@ ORDER = (
     "inspect",
     "run",
     "cli.prompts",
+    "cli.encoder_files",
     "cli.parser",
     "cli.inspection_flags",
     "cli.flags",
@@ -83,7 +84,7 @@ PATH_OF_A_BATCH = (
     "optim/schedules",
     "tree",
 )
-MOST_FILES, MOST_LINES = 28, 4300
+MOST_FILES, MOST_LINES = 28, 4325
 
 # Needed by others when they run, never imported here: package -> by what.
 INDIRECT = {

@@ -28,9 +28,9 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.parameter_sources import (
+    FROM_PAIR,
     MEAN_ROW,
     ROW_DIMS,
-    SCALAR_HEAD,
     ParameterSource,
     VocabularyMap,
     map_vocabulary,
@@ -166,9 +166,10 @@ def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpo
         for name, origin in origins.items()
         if origin.source
     }
-    without = init.reinitialize if config.model.scalar_head else (*init.reinitialize, f"{SCALAR_HEAD}.*")
+    left_out = parameter_sources.ignored(config, meta.config, stored, sources)
     if not part.whole:
-        without = (*without, *map(re.escape, parameter_sources.unused(stored, sources)))
+        left_out += parameter_sources.unused(stored, sources)
+    without = (*init.reinitialize, *map(re.escape, left_out))
     read = checkpoints.restore_params(sources, meta.step, ema=ema, without=without)
     last = {origin.source: name for name, origin in origins.items()}  # the last parameter that uses each source
     params = {}
@@ -225,6 +226,8 @@ def _check_adapted(
     differences = {}
     if (old.architecture, new.architecture) == ("decoder", "encoder_decoder"):
         differences["architecture"] = f"it is a decoder-only model, not model.architecture={new.architecture}"
+    if (old.architecture, new.architecture) == FROM_PAIR:
+        differences["architecture"] = f"it is an encoder-decoder, not model.architecture={new.architecture}"
     if part.field == "init_from.decoder_checkpoint" and old.architecture != "decoder":
         raise CheckpointError(
             f"{part.field}={init.decoder_checkpoint} has model.architecture={old.architecture}, and must be "

@@ -4,6 +4,7 @@
   stacks start as its layers, and cross-attention with its norms as its self-attention. If one of these has another
   shape, because the encoder and the decoder differ in size, all of cross-attention is random. The encoder's relative
   bias is random: its buckets are bidirectional, the decoder's are not.
+  An encoder from an encoder-decoder is its encoder.
 * vocabulary: rows are mapped from tokenizer to tokenizer by piece, sentinels by index. Rows of pieces that the old
   tokenizer does not have are the mean of all old rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained
   Language Models").
@@ -13,7 +14,7 @@
 Called by `init_from`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,9 +31,12 @@ ROW_DIMS = {
     "head": 1,
     "head_bias": 0,
 }  # parameters with a row for each token id, and the dim of the rows
-SCALAR_HEAD = "scalar_head/"  # random if the checkpoint has none, ignored if the model has none
+NEW_HEADS = ("scalar_head/", "label_head/")  # random if the checkpoint has none, ignored if the model has none
+UNUSED_BY_LABELS = ("mlm/.*", "head", "head_bias", "pairs/.*")  # ignored by a model that predicts labels
 MEAN_ROW = -1  # in a VocabularyMap: there is no old row
 STACKS = ("encoder/", "decoder/")
+FROM_PAIR = ("encoder_decoder", "encoder")  # an encoder from that of an encoder-decoder
+POOLERS = ("label_head/pooler/", "pairs/pooler/")  # BERT's classifiers begin with the pooler of its pretraining
 
 
 class ParameterSource(NamedTuple):
@@ -88,8 +92,21 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyM
 
 
 def is_new_head(name: str, stored: Mapping[str, Leaf]) -> bool:
-    """Whether a parameter is part of a scalar head that the checkpoint does not have."""
-    return name.startswith(SCALAR_HEAD) and name not in stored
+    """Whether a parameter is part of a head of `NEW_HEADS` that the checkpoint does not have."""
+    return name.startswith(NEW_HEADS) and name not in stored
+
+
+def ignored(config: Config, old: Config, stored: Iterable[str], sources: Collection[str]) -> list[str]:
+    """Old parameters that are left out, because this model has no use for them: heads, or the decoder.
+
+    Args:
+        config, old, stored: as in `source_names`.
+        sources: old parameters that are used.
+    """
+    unused = [f"{head}.*" for head in NEW_HEADS]
+    unused += UNUSED_BY_LABELS if config.data.label_objective else ()
+    unused += ["decoder/.*"] if (old.model.architecture, config.model.architecture) == FROM_PAIR else []
+    return [name for name in stored if name not in sources and tree.matches(name, unused)]
 
 
 def source_names(
@@ -104,7 +121,8 @@ def source_names(
         stored: old parameters.
     """
     if config.model.architecture != "encoder_decoder" or old.model.architecture == "encoder_decoder":
-        return {name: name for name in wanted}
+        pooler = lambda name: name if name in stored else name.replace(*POOLERS)
+        return {name: pooler(name) if pooler(name) in stored else name for name in wanted}
     stack = "decoder/" if old.model.has_decoder else "encoder/"
     names: dict[str, str | None] = {}
     for name in wanted:
@@ -124,7 +142,7 @@ def choose_source(
     config: Config, name: str, leaf: jax.ShapeDtypeStruct, source: str | None, stored: Mapping[str, Leaf]
 ) -> ParameterSource:
     """How a parameter is made of the old one that `source_names` gives it."""
-    if is_new_head(name, stored) or source is None or tree.matches(name, config.init_from.reinitialize):
+    if source is None or is_new_head(source, stored) or tree.matches(name, config.init_from.reinitialize):
         return ParameterSource(None)
     layers: tuple[int, ...] = ()
     count = stored[source].shape[0] if "/layers/" in name and source in stored else leaf.shape[0]

@@ -215,6 +215,7 @@ def generate(options: argparse.Namespace, _) -> None:
     rows = prompts.read_prompts(options.prompts_file) if options.prompts_file else []
     loaded = run_directory.load(expand(options.workdir).absolute(), options.step, all_devices=True)
     generator = Generator(loaded.config, loaded.params, loaded.tokenizer)
+    generator.refuse_labels()
     with jax.set_mesh(loaded.mesh):
         if options.prompts_file:
             source = {"workdir": str(expand(options.workdir).absolute()), "step": loaded.step}
@@ -223,6 +224,24 @@ def generate(options: argparse.Namespace, _) -> None:
             prompts.print_prediction(generator, decoding, options.prompt)
         else:
             prompts.interactive(generator, decoding)
+
+
+def predict(options: argparse.Namespace, _) -> None:
+    """`t5like predict`."""
+    from t5like.checkpoint import run_directory
+    from t5like.cli import encoder_files
+
+    loaded = run_directory.load(expand(options.workdir).absolute(), options.step, all_devices=True)
+    encoder_files.predict(loaded, options.inputs, options.output)
+
+
+def embed(options: argparse.Namespace, _) -> None:
+    """`t5like embed`."""
+    from t5like.checkpoint import run_directory
+    from t5like.cli import encoder_files
+
+    loaded = run_directory.load(expand(options.workdir).absolute(), options.step, all_devices=True)
+    encoder_files.embed(loaded, options.inputs, options.output)
 
 
 def import_hf(options: argparse.Namespace, _) -> None:
@@ -315,6 +334,8 @@ COMMANDS = {  # and those of `cli.inspections`
     "prepare": prepare,
     "evaluate": heldout,
     "generate": generate,
+    "predict": predict,
+    "embed": embed,
     "import": lambda options, overrides: IMPORTS[options.format](options, overrides),
     "plan": plan,
     "export": lambda options, overrides: EXPORTS[options.format](options, overrides),

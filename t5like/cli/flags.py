@@ -98,6 +98,8 @@ def build_parser() -> Parser:
         _add_prepare,
         _add_evaluate,
         _add_generate,
+        _add_predict,
+        _add_embed,
         inspection_flags.add_replay,
         _add_import,
         _add_export,
@@ -229,6 +231,28 @@ def _add_generate(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop generating at this text; may be repeated"
     )
+
+
+def _add_predict(command: Callable[[str, str], Parser]) -> None:
+    sub = command(
+        "predict", "Predict labels of texts, with a model of classification or regression, or labels of words."
+    )
+    _add_encoder_flags(sub)
+    sub.add_argument("--output", type=parse_path, metavar="F", help="JSON lines to write; default: standard output")
+
+
+def _add_embed(command: Callable[[str, str], Parser]) -> None:
+    sub = command("embed", "Write embeddings of texts: the mean of the encoder's output over the tokens of each text.")
+    _add_encoder_flags(sub)
+    text = "F.npy: an array with a row for each text; F.jsonl: JSON lines"
+    sub.add_argument("--output", required=True, type=parse_path, metavar="F", help=text)
+
+
+def _add_encoder_flags(sub: Parser) -> None:
+    sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
+    sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
+    text = "a text in each line, of pairs two with a tab between them; default: standard input"
+    sub.add_argument("--inputs", type=parse_path, metavar="F", help=text)
 
 
 def _add_import(command: Callable[[str, str], Parser]) -> None:

@@ -40,6 +40,7 @@ FILE_COMMANDS = (
     "rl",
     "prepare",
     "evaluate",
+    "embed",
 )  # commands whose result is files; and generate --output
 PROCESS_VARIABLES = {  # flag -> the environment variable that it overrides
     "coordinator": "T5LIKE_COORDINATOR",

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from t5like.config.distill_schema import DistillConfig
 from t5like.config.field_types import Range
+from t5like.config.label_checks import check_labels
 from t5like.config.model_checks import check_model, require
 from t5like.config.rl_checks import check_rl
 from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, get, sections
@@ -46,6 +47,7 @@ def check(config: Config) -> None:
         _tokenizer,
         _data,
         _objectives,
+        check_labels,
         _rates,
         _init_from,
         _evaluate,
@@ -117,7 +119,7 @@ def _data(config: Config) -> None:
     for field in ("inputs_template", "targets_template", "messages_field", "packing"):
         require(
             config,
-            "supervised" in data.objective or getattr(data, field) == getattr(defaults, field),
+            data.has_examples or getattr(data, field) == getattr(defaults, field),
             f"data.{field}",
             "needs data.objective=supervised",
         )
@@ -167,11 +169,12 @@ def _objectives(config: Config) -> None:
             "data.inputs_length",
             f"must be at least 1 for {objective}",
         )
+    alone = data.label_objective or "supervised"
     require(
         config,
-        "supervised" not in data.objective or len(data.objective) == 1,
+        alone not in data.objective or len(data.objective) == 1,
         "data.objective",
-        "can't combine supervised with other objectives; use supervised alone",
+        f"can't combine {alone} with other objectives; use {alone} alone",
     )
     require(
         config,
@@ -199,7 +202,7 @@ def _evaluate(config: Config) -> None:
     evaluate = config.evaluate
     require(
         config,
-        not evaluate.metrics or "supervised" in config.data.objective,
+        not evaluate.metrics or config.data.has_examples,
         "evaluate.metrics",
         "need data.objective=supervised, whose examples have targets; use an empty list",
     )

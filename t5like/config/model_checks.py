@@ -211,7 +211,7 @@ def _lengths(config: Config) -> None:
         needed = data.inputs_length + evaluate.max_new_tokens
     require(
         config,
-        not evaluate.metrics or needed <= model.longest_text,
+        not evaluate.metrics or model.architecture == "encoder" or needed <= model.longest_text,
         "model.max_length",
         f"must be at least {needed} for inputs_length + evaluate.max_new_tokens, with learned positions; use {needed}",
     )

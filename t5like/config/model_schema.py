@@ -110,6 +110,8 @@ class ModelConfig:
     next_sentence_head: bool = True
     # mlm, encoder-only: a dense layer and a norm before the output projection, a bias on the logits
     head: Literal["plain", "mlm"] = "plain"
+    # classification and regression: the head reads the first token ([CLS]), as in BERT, or the mean over the text
+    pooling: Literal["first", "mean"] = "first"
     # a scalar for each position: PPO's values, or the score of a reward model; set by the rl section where it needs one
     scalar_head: bool = False
     dropout_rate: Share = 0.0  # share of values that dropout sets to 0 in training

@@ -8,7 +8,7 @@ of `default()`. `config.loader` reads such a file, and `config.checks` refuses v
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import ml_collections
 
@@ -17,8 +17,11 @@ from t5like.config.field_types import LARGEST, Axis, NotNegative, Positive, Rang
 from t5like.config.model_schema import ModelConfig
 from t5like.config.rl_schema import RLConfig
 
-Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised"]
+LabelObjective = Literal["classification", "regression", "token_classification"]
+Objective = Literal["span_corruption", "mlm", "mlm_nsp", "prefix_lm", "causal_lm", "ul2", "supervised", LabelObjective]
 Metric = Literal["exact_match", "f1", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
+LabelMetric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman", "entity_f1"]
+AnyMetric = Literal[Metric, LabelMetric]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Adaptation = Literal["architecture", "vocabulary", "depth"]
 ARCHITECTURES: dict[str, tuple[str, ...]] = {  # the architectures that each objective supports
@@ -29,6 +32,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {  # the architectures that each obj
     "causal_lm": ("encoder_decoder", "decoder"),
     "ul2": ("encoder_decoder", "decoder"),
     "supervised": ("encoder_decoder", "decoder"),
+    "classification": ("encoder",),
+    "regression": ("encoder",),
+    "token_classification": ("encoder",),
 }
 LANGUAGES = (  # codes of ISO 639-1
     "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en "
@@ -97,14 +103,35 @@ class DataConfig:
     # Whether tokens attend to other documents in the same row, as in T5. A row is a window of the concatenated
     # documents.
     cross_document_attention: bool = True
-    inputs_template: str = "{inputs}"  # supervised: template that builds the inputs from the fields of an example
-    targets_template: str = "{targets}"  # supervised: template of the targets
+    # supervised and label objectives: template that builds the inputs from the fields of an example;
+    # token_classification: one field with the words, a list or a text with white space between them
+    inputs_template: str = "{inputs}"
+    second_template: str = ""  # classification, regression: template of the second text of a pair; empty: single texts
+    # template of the targets; classification: the name or index of a label; regression: a number;
+    # token_classification: one field with the label of each word
+    targets_template: str = "{targets}"
+    labels: tuple[str, ...] = ()  # classification, token_classification: the names of the labels, in order
     # supervised: field with a list of {"role": ..., "content": ...}, used instead of the templates; empty: templates
     messages_field: str = ""
-    # supervised: pack several examples into a row, without attention between them (t5like rl: prompts, and answers, in
-    # its updates); false: one per row
+    # examples: pack several into a row, without attention between them (t5like rl: prompts, and answers, in its
+    # updates); false: one per row
     packing: bool = True
     prefetch: Annotated[int, Range(1, 1000)] = 4  # batches that background threads prepare in advance
+
+    @property
+    def label_objective(self) -> LabelObjective | None:
+        """The objective if it is one that predicts labels with a head of an encoder: it is then the only one."""
+        return next((name for name in self.objective if name in get_args(LabelObjective)), None)
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether the data are examples with inputs and targets, not running text."""
+        return "supervised" in self.objective or self.label_objective is not None
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the head that predicts labels: one for each label, or the number of a regression."""
+        return len(self.labels) if self.labels else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,8 +223,9 @@ class InitConfig:
     reinitialize: tuple[str, ...] = ()
     # Differences from the model of the checkpoint that are allowed. RUN/init_from.txt has the source of each parameter.
     # architecture: a decoder-only model initializes both stacks of an encoder-decoder; cross-attention starts as its
-    # self-attention, or random if the shapes differ. vocabulary: another tokenizer; rows are copied by token, new
-    # tokens get the mean. depth: more layers; the old stack is repeated.
+    # self-attention, or random if the shapes differ. An encoder-decoder initializes an encoder, with its encoder.
+    # vocabulary: another tokenizer; rows are copied by token, new tokens get the mean. depth: more layers; the old
+    # stack is repeated.
     adapt: tuple[Adaptation, ...] = ()
     # Run directory of a decoder-only model for the decoder of an encoder-decoder, its head and the embeddings that both
     # stacks share; the encoder then comes from the first stack of init_from.checkpoint.
@@ -211,8 +239,10 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    # metrics of predictions for held-out supervised examples (`evaluation.text_metrics`); empty: held-out loss only
-    metrics: tuple[Metric, ...] = ()
+    # Metrics of predictions for held-out examples (`evaluation.text_metrics`); empty: held-out loss only. Of labels
+    # (`evaluation.label_metrics`): accuracy, macro_f1, matthews; pearson, spearman (regression); entity_f1 (labels
+    # O, B-NAME, I-NAME).
+    metrics: tuple[AnyMetric, ...] = ()
     # ISO 639-1 code that decides the word segmentation of predictions; auto: by script; see `evaluation.segmentation`
     language: str = "auto"
     # all possible targets; the most likely is predicted without generation; empty: generate

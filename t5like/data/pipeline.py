@@ -31,7 +31,8 @@ from t5like.data.row_schedule import RowSchedule
 from t5like.data.sources.names import source_names
 from t5like.data.store.token_store import Stream, TokenStore
 from t5like.data.supervised.examples import Examples
-from t5like.data.supervised.packing import ExampleRows, blank_rows
+from t5like.data.supervised.labelled import example_rows, open_examples
+from t5like.data.supervised.packing import blank_rows
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.distributed.preemption import wait_for_data
 from t5like.errors import DataError
@@ -69,7 +70,7 @@ def components(config: Config) -> tuple[Component, ...]:
     """
     names = config.data.objective
     parts = [(names.index(each.objective), each.name, each.share, each) for each in denoisers(config)]
-    parts = parts or [(0, "supervised", 1.0, None)]
+    parts = parts or [(0, names[0], 1.0, None)]
     return tuple(Component(source, *part) for source in range(len(config.data.source)) for part in parts)
 
 
@@ -102,9 +103,9 @@ def open_split(config: Config, stores: Sequence[TokenStore], split: str) -> list
     Raises:
         DataError: none of a source's examples fits in a row.
     """
-    if "supervised" not in config.data.objective:
+    if not config.data.has_examples:
         return [store.split(split) for store in stores]
-    return [Examples(config, *each, split) for each in zip(config.data.source, stores, strict=True)]
+    return [open_examples(config, *each, split) for each in zip(config.data.source, stores, strict=True)]
 
 
 def rates(config: Config, sizes: Sequence[float]) -> np.ndarray:
@@ -139,7 +140,7 @@ def spec(config: Config) -> Batch:
 
 def _blank_row(config: Config) -> Batch:
     """One row with all fields of the config's batches, with the values of fields that a component does not write."""
-    row = blank_rows(config, 1) if "supervised" in config.data.objective else text_rows.blank_row(config)
+    row = blank_rows(config, 1) if config.data.has_examples else text_rows.blank_row(config)
     return row._replace(component_B1=np.zeros((1, 1), np.int32) if len(components(config)) > 1 else None)
 
 
@@ -198,7 +199,7 @@ class Batches:
         self.row_sources: list[RowSource] = [
             TextRows(config, vocabulary, streams[each.source], each.denoiser)
             if each.denoiser
-            else ExampleRows(config, streams[each.source])
+            else example_rows(config, vocabulary, streams[each.source])
             for each in self.components
         ]
         densities = config.data.phase_noise_density

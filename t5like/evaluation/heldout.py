@@ -25,7 +25,7 @@ from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.distributed import processes, shared_file_systems
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import printable
-from t5like.evaluation.task_eval import TaskEvaluator
+from t5like.evaluation import label_eval
 from t5like.io.paths import cache_directory
 from t5like.metrics.progress import Progress
 from t5like.metrics.writers import by_component, perplexity
@@ -68,12 +68,9 @@ class Evaluator:
                 progress(index + 1)
             total = jax.device_get(total)
         values = host_metrics(total)
-        metrics = {
-            "eval/loss": values["loss"],
-            "eval/perplexity": perplexity(values["loss"]),
-            "eval/accuracy": values["accuracy"],
-            "eval/tokens": float(total["loss"].weight),
-        }
+        metrics = {"eval/loss": values["loss"], "eval/tokens": float(total["loss"].weight)}
+        if "accuracy" in values:  # not in regression
+            metrics |= {"eval/perplexity": perplexity(values["loss"]), "eval/accuracy": values["accuracy"]}
         _, bytes_C = self._targets
         if size := bytes_C.sum():
             metrics["eval/bits_per_byte"] = float(total["loss"].total) / math.log(2) / float(size)
@@ -88,7 +85,12 @@ class Evaluator:
 
         ``baseline/uniform`` is ln of the vocabulary size. ``baseline/unigram`` is the entropy of the held-out targets'
         own frequencies: no constant prediction has a lower loss on them, so a model with a lower loss uses context.
+        Of labels, see `label_eval.baselines`.
         """
+        if self.config.data.label_objective:
+            parts = [self.heldout.at(index) for index in range(self.num_batches)]
+            targets = [batch.targets_BL[batch.weights_BL > 0] for batch in parts]
+            return label_eval.baselines(self.config, np.concatenate(targets))
         counts_V, _ = self._targets
         share = counts_V[counts_V > 0] / counts_V.sum()
         return {
@@ -103,7 +105,7 @@ class Evaluator:
         Computed on the primary process, which writes the metrics.
         """
         counts_V, bytes_C = np.zeros(self.config.vocab_rows), np.zeros(len(pipeline.components(self.config)))
-        if not processes.is_primary():
+        if not processes.is_primary() or self.config.data.label_objective:
             return counts_V, bytes_C
         bytes_V = np.pad(self.tokenizer.bytes_V, (0, len(counts_V) - self.tokenizer.vocab_size))
         for index in range(self.num_batches):
@@ -123,7 +125,7 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str]
     Returns:
         values, baselines and the step; ``eval/left_out``, the number of held-out examples that are longer than a row,
         if there are any; where the config names `evaluate.metrics`, how each metric normalizes and segments texts
-        (``eval/rule/METRIC``); and the records of `TaskEvaluator`.
+        (``eval/rule/METRIC``); and the records of `task_eval`.
     """
     config = dataclasses.replace(
         run.config,
@@ -144,7 +146,8 @@ def evaluate_run(run: Run, tokenizer_path: Path) -> tuple[dict[str, float | str]
         values["eval/left_out"] = left_out
     if not config.evaluate.metrics:
         return values, []
-    tasks = TaskEvaluator(config, run.mesh, run.tokenizer, pipeline.open_split(config, stores, "train"), heldout)
+    train = pipeline.open_split(config, stores, "train")
+    tasks = label_eval.open_evaluator(config, run.mesh, run.tokenizer, train, heldout)
     with show(tasks.count, unit="answer") as progress:
         scores, records = tasks(run.params, progress.timed())
     return values | scores | tasks.describe() | tasks.baselines(), records

@@ -3,6 +3,8 @@
 Called by `train.loop`, which prints them and writes them to samples.txt.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 
@@ -11,6 +13,7 @@ from t5like.data.pipeline import Batches
 from t5like.data.sources.names import source_names
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.data.tokenizers.vocabulary import DECODER_START_ID
+from t5like.evaluation.label_eval import show_labelled
 from t5like.evaluation.task_eval import EvalExample
 from t5like.inference.generate import Generator
 from t5like.inference.infilling import fill, spans
@@ -32,6 +35,9 @@ def samples(generator: Generator, heldout: Batches, mesh: jax.sharding.Mesh) -> 
         batches.append(jax.tree.map(lambda x, row=row: x[row : row + 1], heldout.at(index)))
         titles.append(f"held-out passage {len(batches)}" + (f", {source}" if len(config.data.source) > 1 else ""))
     with jax.set_mesh(mesh):
+        if config.data.label_objective:
+            show_one = partial(show_labelled, config, tokenizer, params=generator.params)
+            return "\n".join(show_one(*each) for each in zip(titles, batches, strict=True))
         if config.model.architecture == "encoder":
             predictions = [generator.predict_tokens(batch) for batch in batches]
             return "\n".join(show_masked(tokenizer, *each) for each in zip(titles, batches, predictions, strict=True))

@@ -67,6 +67,7 @@ class Generator:
         Raises:
             ConfigError: a prompt or the text is longer than the model's learned positions.
         """
+        self.refuse_labels()
         if self.config.model.architecture == "encoder":
             return [self._unmask(prompt) for prompt in prompts]
         rows = [self.prompt(text) for text in prompts]
@@ -203,6 +204,11 @@ class Generator:
         is_text_1S = (np.arange(ids_1S.shape[1])[None] < lengths_1[:, None]).astype(np.int32)
         predicted_S = self.predict_tokens(Batch(None, ids_1S, is_text_1S.astype(np.float32), ids_1S, is_text_1S))[0]
         return tokenizer.decode([int(predicted_S[i]) if token == mask else token for i, token in enumerate(row)][1:-1])
+
+    def refuse_labels(self) -> None:
+        """Raise ConfigError if the model predicts labels instead of text."""
+        if objective := self.config.data.label_objective:
+            raise ConfigError(f"data.objective={objective}: this model predicts labels, not text; use t5like predict")
 
     def _check_length(self, longest: int) -> None:
         if longest > self.config.model.longest_text:

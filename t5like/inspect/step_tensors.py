@@ -34,7 +34,7 @@ from t5like.types import Array, Batch, TrainState, Tree
 # Of a layer, in the order of its computation. Attention weights are left out for their size.
 FORWARD = (*(name for name in INTERMEDIATES if not name.endswith("weights") and name != "residual"), "residual")
 # Parts of parameter names in the order of the backward pass; parts that are not here come between them.
-FIRST_BACKWARD = ("head", "head_bias", "scalar_head", "pairs", "mlm", "decoder", "final_norm")
+FIRST_BACKWARD = ("head", "head_bias", "scalar_head", "label_head", "pairs", "mlm", "decoder", "final_norm")
 LAST_BACKWARD = ("relative_bias", "encoder", "embedding_norm", "token_types", "positions", "embedding")
 IN_LAYER = ("mlp", "mlp_norm", "cross_attention", "cross_attention_norm", "attention", "attention_norm", "out")
 
@@ -111,7 +111,11 @@ def forward(config: Config, params: Tree, batch: Batch) -> dict[str, Array]:
     """The values of the forward pass by stack and name, layers stacked; ``output`` and ``logits`` behind them."""
     model = Transformer(config)
     hidden, variables = model.apply({"params": params}, batch, method="hidden", mutable=list(FORWARD))
-    logits_BLV = model.apply({"params": params}, hidden.x_BLD, method="logits")
+    if config.data.label_objective:
+        arguments = (hidden.x_BLD, batch.encoder_segments_BS)
+        logits_BLV = model.apply({"params": params}, *arguments, method="label_logits")
+    else:
+        logits_BLV = model.apply({"params": params}, hidden.x_BLD, method="logits")
     segments = {"encoder": batch.encoder_segments_BS, "decoder": batch.decoder_segments_BL}
     values = {f"{stack}/layers/{name}": x["layers"] for name in variables for stack, x in variables[name].items()}
     last = "decoder" if config.model.has_decoder else "encoder"

@@ -89,7 +89,8 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
         | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
-    and once 2 L D V for the head, V with its padding rows. The MLM head has 2 S D D more, for its dense layer. Pooler
+    and once 2 L D V for the head, V with its padding rows; a head of labels has 2 S D C, and for those of texts 2 S D D
+    more for its dense layer, and 2 S S D for the mean. The MLM head has 2 S D D more, for its dense layer. Pooler
     and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. D, N, K, H and F of a decoder may
     differ from the encoder's; its key and value kernels for the encoder's output have the encoder's D. A local layer
     has min(S, window) keys for each query, in an encoder those of both sides. Merged attention has no second query and
@@ -107,7 +108,11 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
         parts[name] = ForwardFlops(stack.layers * projections, 4 * stack.pairs * queries, stack.layers * mlp, 0)
     targets, dim = stack.queries, stack.model.model_dim  # of the last stack
     vocabulary = 2 * targets * dim * config.vocab_rows
-    if model.architecture == "encoder":
+    if config.data.label_objective:
+        vocabulary = 2 * targets * dim * config.data.num_outputs
+        if config.data.label_objective != "token_classification":
+            vocabulary += 2 * targets * dim * (dim + (targets if model.pooling == "mean" else 0))
+    elif model.architecture == "encoder":
         vocabulary += 2 * targets * dim**2 if model.head == "mlm" else 0
         vocabulary += 2 * dim**2 + 2 * 2 * dim if "mlm_nsp" in config.data.objective else 0
     return parts | {"head": ForwardFlops(0, 0, 0, vocabulary)}

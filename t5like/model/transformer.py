@@ -19,6 +19,7 @@ from t5like.model.block import LayerOutput
 from t5like.model.cache import Caches
 from t5like.model.kernels import cpu
 from t5like.model.kernels.plain import soft_capped
+from t5like.model.label_head import LabelHead
 from t5like.model.masks import MaskSpec
 from t5like.model.stack import Stack
 from t5like.sharding.logical_axes import constrain
@@ -50,7 +51,7 @@ class Transformer(nn.Module):
         if model.token_types:
             types = lay.normal(1.0 if t5 else 0.02, ("token_types", "embed"))
             self.token_types = lay.parameter(self, "token_types", types, (model.token_types, model.model_dim))
-        if model.has_next_sentence_head:
+        if model.has_next_sentence_head and not config.data.label_objective:
             self.pairs = heads.PairClassifier(model)
         if model.embedding_norm:
             self.embedding_norm = lay.Norm(model)
@@ -59,6 +60,9 @@ class Transformer(nn.Module):
         if model.has_decoder:
             cross_dim = model.model_dim if model.has_encoder else 0
             self.decoder = Stack(last, model.decoder_layers, causal=True, cross_dim=cross_dim)
+        if objective := config.data.label_objective:
+            self.label_head = LabelHead(model, config.data.num_outputs, objective != "token_classification")
+            return  # without a head for the vocabulary
         if not model.tied_embeddings:
             # Half of T5's standard deviation: the logits of an untrained model then have variance 1/4 and its loss is
             # ln V + 1/8. At the full one, Mesh TensorFlow's, it would be ln V + 1/2.
@@ -71,8 +75,10 @@ class Transformer(nn.Module):
             self.head_bias = lay.parameter(self, "head_bias", lay.constant(0.0, ("vocab",)), (config.vocab_rows,))
 
     def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
-        """Float32 logits [B, L, V] of a batch."""
+        """Float32 logits [B, L, V] of a batch; of labels [B, S, C]."""
         hidden_BLD = self.hidden(batch, train=train).x_BLD
+        if self.config.data.label_objective:
+            return self.label_logits(hidden_BLD, batch.encoder_segments_BS, train=train)
         if self.is_initializing() and self.config.model.has_next_sentence_head:
             self.pair_logits(hidden_BLD)  # for its parameters: no token's logits depend on them
         if self.is_initializing() and self.config.model.scalar_head:
@@ -138,6 +144,10 @@ class Transformer(nn.Module):
     def scalars(self, hidden_BLD: jax.Array) -> jax.Array:
         """A number for each position: float32 [B, L]. Needs `model.scalar_head`."""
         return self.scalar_head(hidden_BLD)
+
+    def label_logits(self, hidden_BSD: jax.Array, segments_BS: jax.Array | None, *, train: bool = False) -> jax.Array:
+        """The output of `label_head.LabelHead`, float32 [B, S, C]. Needs an objective that predicts labels."""
+        return self.label_head(hidden_BSD, segments_BS, train=train)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """The output head: float32 logits [B, L, V]; vocabulary rows that are padding are masked."""

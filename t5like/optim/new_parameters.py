@@ -1,8 +1,8 @@
 """The first updates of an adapted model (`init_from.warmup_steps`), in which only its new parameters learn.
 
 New are those that no checkpoint has: in an encoder-decoder made of a decoder, cross-attention and the encoder's
-relative bias; those of `init_from.reinitialize`; a new scalar head. T5Gemma (Zhang et al. 2025, arXiv:2504.06225)
-trains random cross-attention alone at first.
+relative bias; those of `init_from.reinitialize`; a new head for scalars or labels. T5Gemma (Zhang et al. 2025,
+arXiv:2504.06225) trains random cross-attention alone at first.
 
 Which parameters are new depends on the config and their names alone, so a run that is continued does not need the
 checkpoints that it began with. Called by `optimizers` and `step`.
@@ -24,7 +24,7 @@ def is_new(config: Config, name: str) -> bool:
     """Whether a parameter learns in the warm-up."""
     init = config.init_from
     adapted = OF_ADAPTATION if "architecture" in init.adapt else ()
-    return tree.matches(name, (*init.reinitialize, *adapted, "scalar_head/.*"))
+    return tree.matches(name, (*init.reinitialize, *adapted, "scalar_head/.*", "label_head/.*"))
 
 
 def check(config: Config, params: Tree) -> None:

@@ -17,6 +17,7 @@ from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
 from t5like.optim import bad_steps, losses, new_parameters
+from t5like.optim.label_loss import label_loss
 from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
 from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
@@ -43,7 +44,7 @@ def pretrain_loss(
     """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
 
     `taught`: hidden values [B, L, ...] of another model, and a function that adds its loss at some positions: (loss,
-    logits, weights, hidden values) -> loss.
+    logits, weights, hidden values) -> loss. Of an objective that predicts labels, the loss is `label_loss`.
 
     Auxiliary losses of the model's layers (`types.Auxiliary`) are added, and for sentence pairs `losses.next_sentence`.
     If the rows come from several components, there are metrics by component: nats and weights, and the number of rows
@@ -69,7 +70,9 @@ def pretrain_loss(
         return taught[1](loss, logits_BLV, weights_BL, hidden[1]) if taught else loss
 
     hidden = (hidden_BLD, taught[0]) if taught else (hidden_BLD,)
-    if config.train.loss_chunk:
+    if config.data.label_objective:
+        loss = label_loss(config, params, hidden_BLD, batch, key)
+    elif config.train.loss_chunk:
         loss = losses.in_chunks(head, hidden, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
     else:
         loss = head(hidden, batch.targets_BL, batch.weights_BL)

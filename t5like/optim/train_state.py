@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
-from t5like.config.schema import Config
+from t5like.config.schema import Config, DataConfig
 from t5like.model.transformer import Transformer
 from t5like.optim.bad_steps import new_window
 from t5like.optim.optimizers import make_optimizer
@@ -125,7 +125,9 @@ def _abstract_boxes(config: Config, batch: Batch) -> Tree:
 
 def _of_model(config: Config) -> Config:
     """What the parameters depend on; the other fields have their defaults."""
-    return Config(model=config.model, tokenizer=config.tokenizer)
+    data = config.data
+    head = DataConfig(objective=data.objective, labels=data.labels) if data.label_objective else DataConfig()
+    return Config(model=config.model, tokenizer=config.tokenizer, data=head)
 
 
 @lru_cache(maxsize=32)

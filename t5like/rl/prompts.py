@@ -17,8 +17,9 @@ from t5like.config.schema import Config
 from t5like.data.randomness import keyed_bits, permute
 from t5like.data.row_schedule import RowSchedule
 from t5like.data.sources.files import Record, RequiredFields, check_fields
+from t5like.data.sources.labels import example_format
 from t5like.data.sources.source import RecordSource, open_source
-from t5like.data.sources.templates import Chat, Part, Templates, example_format, inputs_text, text_of
+from t5like.data.sources.templates import Chat, Part, Templates, inputs_text, text_of
 from t5like.data.store.shards import split_draws
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import DataError

@@ -77,9 +77,10 @@ def summary(workdir: Path, config: Config, prints: Mapping[str, Any]) -> str:
     baselines = [(each.get("baseline/uniform"), each.get("baseline/unigram")) for each in records]
     known = next((f"; uniform {each[0]:.3f}, unigram {each[1]:.3f}" for each in baselines if None not in each), "")
     untrained = f"{losses[0][1]:.3f} untrained, " if losses[0][0] == 0 else ""
+    units = {None: "nats per target token", "regression": "squared error"}
+    unit = units.get(config.data.label_objective, "nats per label")
     lines = [
-        f"held-out loss  {untrained}{losses[-1][1]:.3f} after {config.train.num_steps:,} steps "
-        f"(nats per target token{known})",
+        f"held-out loss  {untrained}{losses[-1][1]:.3f} after {config.train.num_steps:,} steps ({unit}{known})",
         verdict(prints, config.train.num_steps, losses[-1][1], EXPECTED),
     ]
     return "\n".join(filter(None, lines))

@@ -17,7 +17,8 @@ from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.distributed import processes
 from t5like.distributed.shared_file_systems import once_per_file_system
 from t5like.evaluation.heldout import Evaluator
-from t5like.evaluation.task_eval import TaskEvaluator, write_predictions
+from t5like.evaluation.label_eval import open_evaluator
+from t5like.evaluation.task_eval import write_predictions
 from t5like.io.paths import cache_directory
 from t5like.metrics.loss_curve import PICTURE
 from t5like.optim import step
@@ -54,7 +55,8 @@ class Pretraining:
         self.batches = Batches(config, vocabulary, splits["train"])
         self._heldout = Batches(config, vocabulary, splits["heldout"], heldout=True)
         self._evaluator = Evaluator(config, mesh, self._heldout, self.tokenizer)
-        self._tasks = TaskEvaluator(config, mesh, self.tokenizer, *splits.values()) if config.evaluate.metrics else None
+        evaluated = (config, mesh, self.tokenizer, splits["train"], splits["heldout"])
+        self._tasks = open_evaluator(*evaluated) if config.evaluate.metrics else None
         self.lines = [
             *(f"data       {line}" for line in self._statistics()),
             *(f"           {line}" for line in self.batches.describe()),
@@ -81,13 +83,17 @@ class Pretraining:
         return placement.to_global(rows, self._mesh, size), self.batches.at(index)
 
     def baselines(self) -> tuple[dict[str, float], str]:
-        values = self._evaluator.baselines() | (self._tasks.baselines() if self._tasks else {})
-        uniform, unigram = values["baseline/uniform"], values["baseline/unigram"]
-        return values, f"baselines: uniform {uniform:.3f}, unigram {unigram:.3f} nats"
+        values = self._evaluator.baselines()
+        losses = ", ".join(f"{name.removeprefix('baseline/')} {value:.3f}" for name, value in values.items())
+        unit = "squared error" if "baseline/mean" in values else "nats"
+        return values | (self._tasks.baselines() if self._tasks else {}), f"baselines: {losses} {unit}"
 
     def evaluate(self, params: Tree, done: int, point: Callable[[], None], *, early: bool) -> tuple[dict, str]:
         values = self._evaluator(params, lambda batches: point())
-        text = f"held-out loss {values['eval/loss']:.3f}, {100 * values['eval/accuracy']:.1f} % of tokens right"
+        text = f"held-out loss {values['eval/loss']:.3f}"
+        if "eval/accuracy" in values:  # not in regression
+            targets = "labels" if self._config.data.label_objective else "tokens"
+            text += f", {100 * values['eval/accuracy']:.1f} % of {targets} right"
         if self._tasks and not early:
             scores, records = self._tasks(params, lambda rows: point())
             values |= scores

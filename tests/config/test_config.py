@@ -61,15 +61,16 @@ def test_every_value_of_an_enumerated_field_is_implemented():
 
     assert set(get_args(Objective)) == set(ARCHITECTURES)
     for objective, architectures in ARCHITECTURES.items():
+        of_labels = objective in ("classification", "token_classification")
         for architecture in architectures:
             config = loader.resolve(
                 {
-                    "data": {"objective": objective, "targets_length": 512},
+                    "data": {"objective": objective, "targets_length": 512, "labels": ["a", "b"] if of_labels else []},
                     "model": {"architecture": architecture, "token_types": 2 * (architecture == "encoder")},
                     "tokenizer": {"num_sentinels": 200},
                 }
             )
-            assert objective == "supervised" or denoisers(config)
+            assert config.data.has_examples or denoisers(config)
     assert choices(ModelConfig, "mlp") == set(mlp.ACTIVATIONS)
     assert choices(ModelConfig, "remat") == {"none", *stack.REMAT}
     for name in choices(OptimizerConfig, "schedule"):

@@ -25,6 +25,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from t5like.data.sources.label_tasks import complexity, name_labels
 from t5like.data.sources.python_expressions import gloss
 from t5like.data.sources.python_stdlib import LEFT_OUT
 from t5like.data.sources.small_functions import examples as small_function_examples
@@ -166,6 +167,21 @@ def classification(library: Library) -> Iterator[_Example]:
             yield key, {"inputs": paragraph, "targets": label}
 
 
+def regression(library: Library) -> Iterator[_Example]:
+    """A function without docstring and comments -> its cyclomatic complexity."""
+    for function in library.functions:
+        if function.body and len(function.body) <= 400:
+            yield function.key, {"inputs": function.body, "targets": str(complexity(function.body))}
+
+
+def token_classification(library: Library) -> Iterator[_Example]:
+    """The tokens of a Python expression -> what each name in it is: called, a value, the name of an argument."""
+    for key, code, _ in library.expressions:
+        words, labels = name_labels(code)
+        if labels:
+            yield key, {"inputs": " ".join(words), "targets": " ".join(labels)}
+
+
 def translation(library: Library) -> Iterator[_Example]:
     """A Python expression -> its reading in English, word by word, with the word order of English.
 
@@ -221,6 +237,8 @@ TASKS = {
     "dialogue": dialogue,
     "text_generation": text_generation,
     "small_functions": small_functions,
+    "regression": regression,
+    "token_classification": token_classification,
 }
 NAMES: tuple[str, ...] = tuple(TASKS)
 Tasks.BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name, description=task.__doc__) for name, task in TASKS.items()]

@@ -53,16 +53,13 @@ class Templates:
     Numbers are written as Python does, true and false in lower case.
     """
 
-    def __init__(self, data: DataConfig) -> None:
-        """Raises ConfigError if a brace is unpaired, or if a template has no field."""
-        self._templates = [
-            (setting, _parse(setting, template))
-            for setting, template in (
-                ("data.inputs_template", data.inputs_template),
-                ("data.targets_template", data.targets_template),
-            )
-        ]
-        roots = {field.partition("/")[0]: None for _, tokens in self._templates for field in tokens[1::2]}
+    def __init__(self, data: DataConfig, names: Sequence[str] = ("inputs_template", "targets_template")) -> None:
+        """`names` are the templates' fields of the section. Raises ConfigError if a brace is unpaired, or a template
+        has no field.
+        """
+        settings = {f"data.{name}": getattr(data, name) for name in names}
+        self.parsed = {setting: _parse(setting, template) for setting, template in settings.items()}
+        roots = {field.partition("/")[0]: None for tokens in self.parsed.values() for field in tokens[1::2]}
         self.required = RequiredFields(tuple(roots), "name in data.inputs_template and data.targets_template")
 
     def parts(self, record: Record) -> tuple[Part, ...]:
@@ -71,15 +68,19 @@ class Templates:
         Raises:
             DataError: a field is missing, or is not a text or number; names the record, the field, and what exists.
         """
+        inputs, targets = self.texts(record)
+        return (Part(inputs), Part(targets, is_target=True)) if targets else ()
+
+    def texts(self, record: Record) -> list[str]:
+        """The text of each template; errors as in `parts`."""
         check_fields(record.where, record.fields, self.required)
-        inputs, targets = (
+        return [
             "".join(
                 text_of(record, token, setting) if index % 2 else token  # text, field, text, ..., text
                 for index, token in enumerate(tokens)
             )
-            for setting, tokens in self._templates
-        )
-        return (Part(inputs), Part(targets, is_target=True)) if targets else ()
+            for setting, tokens in self.parsed.items()
+        ]
 
 
 class Chat:
@@ -125,13 +126,6 @@ class Chat:
         return value
 
 
-def example_format(data: DataConfig) -> Templates | Chat | None:
-    """What turns records into parts under this config; None for running text."""
-    if "supervised" not in data.objective:
-        return None
-    return Chat(data) if data.messages_field else Templates(data)
-
-
 def _parse(setting: str, template: str) -> list[str]:
     """Split a template into text, field, text, ..., text."""
     tokens = [""]
@@ -155,6 +149,20 @@ def text_of(record: Record, path: str, setting: str) -> str:
     Raises:
         DataError: there is no such field, or it is not a text or number; the message names record, field and setting.
     """
+    value = value_of(record, path, setting)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    fix = {list: f"use {{{path}/0}} for its first element", dict: f"use {{{path}/NAME}} for one of its fields"}
+    raise DataError(
+        f"{record.where}: {path!r} is a {type(value).__name__}, not a text or number; "
+        + fix.get(type(value), f"remove the example, or use another field in {setting}")
+    )
+
+
+def value_of(record: Record, path: str, setting: str) -> Any:
+    """The value at a path; raises DataError if there is none, see `text_of`."""
     value, parents = record.fields, []
     for name in path.split("/"):
         where, inside = record.where, f" in {'/'.join(parents)!r}" if parents else ""
@@ -178,12 +186,4 @@ def text_of(record: Record, path: str, setting: str) -> str:
                 f"{where}: {'/'.join(parents)!r} is a {kind} without fields; shorten {{{path}}} in {setting}"
             )
         parents.append(name)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int | float):
-        return str(value)
-    fix = {list: f"use {{{path}/0}} for its first element", dict: f"use {{{path}/NAME}} for one of its fields"}
-    raise DataError(
-        f"{record.where}: {path!r} is a {type(value).__name__}, not a text or number; "
-        + fix.get(type(value), f"remove the example, or use another field in {setting}")
-    )
+    return value

@@ -25,8 +25,8 @@ import numpy as np
 from t5like import __version__
 from t5like.config.schema import Config, DataConfig
 from t5like.data.sources.files import SourceMissing
+from t5like.data.sources.labels import Labelled, example_format
 from t5like.data.sources.source import canonical, open_source
-from t5like.data.sources.templates import example_format
 from t5like.data.store import statistics
 from t5like.data.store.manifest import SPLITS, add_checksum, sum_counts, token_dtype
 from t5like.data.store.shards import Documents, ShardJob, finished_shard, hashes_path, split_draws, write_shards
@@ -133,7 +133,11 @@ def _format_settings(data: DataConfig) -> dict[str, str]:
         return {}
     if data.messages_field:
         return {"messages_field": data.messages_field}
-    return {"inputs_template": data.inputs_template, "targets_template": data.targets_template}
+    templates = {"inputs_template": data.inputs_template, "targets_template": data.targets_template}
+    if data.label_objective is None:
+        return templates
+    labels = {"objective": data.label_objective, "labels": ",".join(data.labels)}
+    return {**templates, "second_template": data.second_template, **labels}
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -216,7 +220,8 @@ def _sample(config: Config, opened: Sequence[Documents], thresholds: Sequence[fl
             if parts := documents[index]:
                 split_draw, sample_draw = split_draws(parts)
                 if split_draw >= threshold and sample_draw < sampled:
-                    yield from (part.text for part in parts)
+                    numbers = isinstance(documents.format, Labelled)  # its targets are no text
+                    yield from (part.text for part in parts if not (numbers and part.is_target))
 
 
 def _threshold(data: DataConfig, source: _Opened, progress: bool) -> float:

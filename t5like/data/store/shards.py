@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5like.data.sources.labels import Labelled
 from t5like.data.sources.source import RecordSource, Source
 from t5like.data.sources.templates import Chat, Part, Templates, inputs_text
+from t5like.data.store.label_numbers import encode_examples
 from t5like.data.store.manifest import COUNTS, SPLITS, check_record, token_dtype
 from t5like.data.store.statistics import count_tokens
 from t5like.data.store.token_store import file_digest
@@ -43,7 +45,7 @@ class Documents:
     """
 
     source: Source | RecordSource
-    format: Templates | Chat | None = None
+    format: Templates | Chat | Labelled | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -143,7 +145,7 @@ def _write_shard(job: ShardJob, shard: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         files = {key: stack.enter_context(atomic_write(job.directory / name)) for key, name in names.items()}
         for documents in _document_batches(job, shard):
-            encoded = iter(job.tokenizer.encode_batch([part.text for each in documents for part in each.parts]))
+            encoded = iter(_encode(job, [part for each in documents for part in each.parts]))
             tokenized = [[(next(encoded), part.is_target) for part in each.parts] for each in documents]
             hashes.extend(each.hash for each in documents)
             for split, heldout in (("train", False), ("heldout", True)):
@@ -154,7 +156,9 @@ def _write_shard(job: ShardJob, shard: int) -> dict[str, Any]:
                         files[split, content].write(arrays[content].tobytes())
                     new = {"documents": len(chosen), "tokens": len(arrays["tokens"])}
                     new["bytes"] = sum(each.num_bytes for each in documents if each.heldout == heldout)
-                    new |= count_tokens(job.tokenizer, arrays["tokens"])
+                    labelled = isinstance(job.documents.format, Labelled)  # its targets are no token ids
+                    ids = [ids for parts in chosen for ids, is_target in parts if not (labelled and is_target)]
+                    new |= count_tokens(job.tokenizer, np.concatenate(ids))
                     counts[split] = {name: counts[split][name] + new[name] for name in COUNTS}
     replace_file(hashes_path(job.directory, shard), np.asarray(hashes).astype("<u8").tobytes())
     described = {
@@ -166,6 +170,13 @@ def _write_shard(job: ShardJob, shard: int) -> dict[str, Any]:
         record["empty"] = len(job.document_range(shard)) - sum(count["documents"] for count in counts.values())
     replace_file(job.directory / f"{shard:05d}.json", json.dumps(record))
     return record
+
+
+def _encode(job: ShardJob, parts: Sequence[Part]) -> list[np.ndarray]:
+    """The numbers of each part, int32."""
+    if isinstance(job.documents.format, Labelled):
+        return encode_examples(job.documents.format.objective, job.tokenizer, parts)
+    return job.tokenizer.encode_batch([part.text for part in parts])
 
 
 def _arrays(tokenizer: Tokenizer, documents: list[list[tuple[np.ndarray, bool]]], first: int) -> dict[str, np.ndarray]:

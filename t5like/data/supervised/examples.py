@@ -13,9 +13,11 @@ from t5like.errors import DataError
 
 
 def capacity(config: Config) -> tuple[int, ...]:
-    """The lengths of a row: of encoder and decoder, or of the single sequence of a decoder-only model."""
+    """The lengths of a row: of encoder and decoder, or of the single sequence of a model with one stack."""
     if config.model.architecture == "decoder":
         return (config.row_length,)
+    if config.data.label_objective:
+        return (config.data.inputs_length,)
     return config.data.inputs_length, config.data.targets_length
 
 
@@ -39,6 +41,8 @@ class Examples:
         too_long: number of units that were dropped.
         note: a line about dropped units for the user, or "".
     """
+
+    of_units = ("begin_N", "cut_N", "end_N", "first_N", "count_N", "lengths_NC")  # the arrays with a unit each
 
     def __init__(self, config: Config, source: str, store: TokenStore, split: str) -> None:
         """Find the units of a split, "train" or "heldout"; `source` is the entry of `data.source`, for messages.
@@ -82,6 +86,9 @@ class Examples:
             fix = "data.inputs_length={} and data.targets_length={}".format(
                 *np.maximum(longest, capacity(config)).tolist()
             )
+        elif data.label_objective:
+            limit, fix = f"data.inputs_length={data.inputs_length}", f"data.inputs_length={longest[0]}"
+            maximum = f"the longest has {longest[0]:,} tokens"
         else:
             limit = f"data.inputs_length + data.targets_length = {config.row_length}"
             maximum = f"the longest has {longest[0]:,} tokens"
@@ -90,5 +97,5 @@ class Examples:
             raise DataError(f"data.source={source}: all {total:,} {what} are longer than {limit}; use {fix}")
         dropped = f"{self.too_long:,} of {total:,} {what} are longer than {limit} and left out"
         self.note = f"data.source={source}: {dropped}; {maximum}"
-        for name in ("begin_N", "cut_N", "end_N", "first_N", "count_N", "lengths_NC"):
+        for name in self.of_units:
             setattr(self, name, getattr(self, name)[fits_N])

@@ -88,6 +88,17 @@ def blank_rows(config: Config, count: int) -> Batch:
             decoder_positions_BL=zeros(length),
             prefix_BL=None if config.data.messages_field else zeros(length, bool),
         )
+    if config.data.label_objective:
+        inputs, pairs = config.data.inputs_length, config.data.second_template and config.model.token_types > 1
+        return Batch(
+            None,
+            zeros(inputs, np.float32 if config.data.label_objective == "regression" else np.int32),
+            zeros(inputs, np.float32),
+            encoder_BS=zeros(inputs),
+            encoder_segments_BS=zeros(inputs),
+            encoder_positions_BS=zeros(inputs),
+            token_types_BS=zeros(inputs) if pairs else None,
+        )
     inputs, targets = config.data.inputs_length, config.data.targets_length
     return Batch(
         zeros(targets),
@@ -136,18 +147,8 @@ class ExampleRows:
 
         A decoder-only conversation begins with START: targets are the tokens, decoder inputs the tokens shifted by one.
         """
-        examples, packing = self.examples, self._packing
-        count_B = packing.first[index_B + 1] - packing.first[index_B]
-        unit_E = packing.order_N[concatenate_ranges(packing.first[index_B], count_B)]
-        row_E = np.repeat(np.arange(len(index_B)), count_B)
-        segment_E = 1 + concatenate_ranges(np.zeros_like(count_B), count_B)
-        lengths_EC = examples.lengths_NC[unit_E]
-        before_EC = np.cumsum(lengths_EC, axis=0) - lengths_EC
-        offset_EC = before_EC - before_EC[np.cumsum(count_B) - count_B][row_E]
-        by_offset = np.argsort(examples.begin_N[unit_E], kind="stable")  # so that each shard is accessed once
-        unit_E, row_E, segment_E, offset_EC = (x[by_offset] for x in (unit_E, row_E, segment_E, offset_EC))
-
-        batch = blank_rows(self.config, len(index_B))
+        unit_E, row_E, segment_E, offset_EC = self._placed(index_B)
+        batch, examples = blank_rows(self.config, len(index_B)), self.examples
         if batch.encoder_BS is None:
             _write_decoder(batch, examples, unit_E, segment_E, row_E, offset_EC[:, 0], examples.begin_N[unit_E])
             return batch
@@ -158,6 +159,19 @@ class ExampleRows:
         batch.encoder_positions_BS.flat[position_T] = concatenate_ranges(np.zeros_like(length_E), length_E)
         _write_decoder(batch, examples, unit_E, segment_E, row_E, offset_EC[:, 1], examples.cut_N[unit_E])
         return batch
+
+    def _placed(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The examples of some rows, in the order of the stream: their units, rows, segments, and offsets [E, C]."""
+        examples, packing = self.examples, self._packing
+        count_B = packing.first[index_B + 1] - packing.first[index_B]
+        unit_E = packing.order_N[concatenate_ranges(packing.first[index_B], count_B)]
+        row_E = np.repeat(np.arange(len(index_B)), count_B)
+        segment_E = 1 + concatenate_ranges(np.zeros_like(count_B), count_B)
+        lengths_EC = examples.lengths_NC[unit_E]
+        before_EC = np.cumsum(lengths_EC, axis=0) - lengths_EC
+        offset_EC = before_EC - before_EC[np.cumsum(count_B) - count_B][row_E]
+        by_offset = np.argsort(examples.begin_N[unit_E], kind="stable")  # so that each shard is accessed once
+        return tuple(x[by_offset] for x in (unit_E, row_E, segment_E, offset_EC))
 
 
 def _write_decoder(

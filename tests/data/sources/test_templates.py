@@ -4,7 +4,8 @@ import pytest
 
 from t5like.config.schema import DataConfig
 from t5like.data.sources.files import Record
-from t5like.data.sources.templates import Chat, Part, Templates, example_format, inputs_text, render_prompt
+from t5like.data.sources.labels import example_format
+from t5like.data.sources.templates import Chat, Part, Templates, inputs_text, render_prompt
 from t5like.errors import ConfigError, DataError
 
 SQUAD = {
