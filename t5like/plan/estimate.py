@@ -35,7 +35,7 @@ import math
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from t5like import tree
 from t5like.config.schema import Config, MeshConfig
@@ -47,7 +47,7 @@ from t5like.model.masks import MaskSpec
 from t5like.optim import train_state
 from t5like.plan import gpu_time
 from t5like.plan.hlo_cost import Analysis, Collective
-from t5like.plan.topology import Topology, one_chip
+from t5like.plan.topology import TPU_NAMES, Topology, one_chip
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
 from t5like.sharding.auto import FUSED
@@ -129,8 +129,12 @@ def abstract_inputs(config: Config) -> AbstractInputs:
     )
 
 
-def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+def _abstract_mesh(sizes: dict[str, int], chip: str = "") -> AbstractMesh:
+    """A mesh of these sizes, of TPUs if `chip` is their kind: it decides which lengths fit the kernels."""
+    kind = next((name for name, short in TPU_NAMES.items() if short == chip), "")
+    device = AbstractDevice(kind, None, "tpu") if kind else None
+    axes = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=axes, abstract_device=device)
 
 
 def persistent_memory(inputs: AbstractInputs, sizes: dict[str, int]) -> PersistentMemory:
@@ -171,12 +175,14 @@ class _Materialized(NamedTuple):
     largest_layer: int
 
 
-def _materialized_keys(config: Config, sizes: dict[str, int], stack: flops.StackShape) -> _Materialized:
+def _materialized_keys(
+    config: Config, topology: Topology, sizes: dict[str, int], stack: flops.StackShape
+) -> _Materialized:
     rows, causal = (
         config.data.batch_size // config.train.microbatches,
         len(stack.keys) > 1 or not config.model.has_encoder,
     )
-    with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes)):
+    with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes, topology.kind)):
         plan = plan_attention(stack.model, rows, stack.queries, *stack.keys)
         window, ahead = stack.model.window(causal=causal)
         mask = MaskSpec(causal=causal, window=window, window_ahead=ahead)
@@ -201,7 +207,7 @@ def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) 
         queries, keys = own.num_heads * own.head_dim, own.kv_heads * own.head_dim
         tokens = rows * stack.queries // sizes["context"]
         score_bytes = 4 * rows * own.num_heads * stack.queries / tensor / sizes["context"]  # float32, for each key
-        materialized = _materialized_keys(config, sizes, stack)
+        materialized = _materialized_keys(config, topology, sizes, stack)
         scores += score_bytes * materialized.all_layers
         heads = stack.attentions * 2 * queries + len(stack.keys) * 2 * keys
         matmul_outputs = tokens * (heads + (3 if own.mlp.startswith("gated") else 2) * own.mlp_dim) / tensor
