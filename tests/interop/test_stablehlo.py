@@ -14,6 +14,7 @@ import jax.export
 import numpy as np
 import pytest
 from conftest import SYLLABLES, main, small
+from one_device import XLA_FLAGS
 
 from t5like import tree
 from t5like.checkpoint import run_directory
@@ -61,7 +62,7 @@ def run_script(directory, *arguments, cwd) -> str:
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(directory / "run.py"), *arguments],
         cwd=cwd,
-        env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"},
+        env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS},
         capture_output=True,
         text=True,
     )

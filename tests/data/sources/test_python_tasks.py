@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from shared_directories import made_once
 
 from t5like.config import loader
 from t5like.data.sources.python_expressions import gloss
@@ -25,28 +27,39 @@ FILES = Path(__file__).parents[3] / "configs"
 IMPORTABLE = ("textwrap", "json/decoder", "shutil", "difflib", "statistics", "logging/__init__", "fractions", "heapq")
 
 
-def texts(name):
-    return [(example["inputs"], example["targets"]) for _, example in examples(name)]
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> dict[str, list]:
+    """The examples of all tasks, [key, features], as another process makes them."""
+
+    def make(directory: Path) -> None:
+        program = "import gc, json, sys; gc.disable(); from t5like.data.sources import python_tasks as tasks; "
+        program += "json.dump({name: tasks.examples(name) for name in tasks.NAMES}, open(sys.argv[1], 'w'))"
+        command = [sys.executable, "-c", program, directory / "examples.json"]  # syntax trees: nothing to collect
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
+
+    return json.loads((made_once(tmp_path_factory, "tasks", make) / "examples.json").read_text())
+
+
+@pytest.fixture
+def texts(made):
+    return lambda name: [(example["inputs"], example["targets"]) for _, example in made[name]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_there_are_enough_examples_and_all_inputs_differ(name):
-    keys, features = zip(*examples(name), strict=True)
+def test_there_are_enough_examples_and_all_inputs_differ(name, made):
+    keys, features = zip(*made[name], strict=True)
     assert 2000 <= len(keys) <= LARGEST and len(set(keys)) == len(keys)
     assert max(Counter(str(each.get("inputs", each.get("messages"))) for each in features).values()) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in COPIES])
-def test_no_target_is_contained_in_its_inputs(name):
+def test_no_target_is_contained_in_its_inputs(name, texts):
     for inputs, targets in texts(name):
         assert targets.strip() and targets not in inputs, inputs
 
 
-def test_another_process_makes_the_same_examples_in_the_same_order():
-    program = "from t5like.data.sources.python_tasks import NAMES, examples; print([examples(name) for name in NAMES])"
-    command = [sys.executable, "-c", f"import gc; gc.disable(); {program}"]  # syntax trees: nothing to collect
-    printed = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, check=True).stdout
-    assert printed.decode().strip() == str([examples(name) for name in NAMES])
+def test_another_process_makes_the_same_examples_in_the_same_order(made):
+    assert made == {name: json.loads(json.dumps(examples(name))) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", ["translation", "dialogue"])
@@ -71,7 +84,7 @@ def flat(example):
     return [[text.decode() if isinstance(text, bytes) else text for text in part] for part in parts]
 
 
-def test_prompt_and_body_are_one_python_definition():
+def test_prompt_and_body_are_one_python_definition(texts):
     for prompt, body in texts("code_generation"):
         depth = prompt.split("\n")[-1].index('"')
         [definition] = ast.parse(prompt + "\n" + textwrap.indent(body, " " * depth)).body
@@ -80,7 +93,7 @@ def test_prompt_and_body_are_one_python_definition():
         assert ast.get_docstring(definition) and len(definition.body) > 1, prompt
 
 
-def test_a_function_that_is_summarized_parses_and_has_no_docstring():
+def test_a_function_that_is_summarized_parses_and_has_no_docstring(texts):
     for source, summary in texts("summarization"):
         assert ast.get_docstring(ast.parse(source).body[0]) is None and "\n" not in summary
 
@@ -124,9 +137,9 @@ def is_right(target, function, question):
     return eval(target, function.__globals__) == fact or repr(fact) == target  # noqa: S307
 
 
-def test_answers_are_true_of_the_real_functions():
+def test_answers_are_true_of_the_real_functions(made):
     checked = Counter()
-    for key, example in examples("question_answering"):
+    for key, example in made["question_answering"]:
         if function := real_function(key):
             question = re.match(r"question: (.*?\?) context: ", example["inputs"])[1]
             assert is_right(example["targets"], function, question), example
@@ -134,9 +147,9 @@ def test_answers_are_true_of_the_real_functions():
     assert len(checked) >= 4 and checked.total() >= 60, checked
 
 
-def test_roles_alternate_in_conversations_and_their_facts_are_true():
+def test_roles_alternate_in_conversations_and_their_facts_are_true(made):
     checked = 0
-    for key, example in examples("dialogue"):
+    for key, example in made["dialogue"]:
         messages = example["messages"]
         assert [each["role"] for each in messages] == ["user", "assistant"] * 3
         contents = [each["content"] for each in messages]
@@ -148,7 +161,7 @@ def test_roles_alternate_in_conversations_and_their_facts_are_true():
     assert checked >= 60
 
 
-def test_labels_are_many_and_not_named_and_none_has_a_majority():
+def test_labels_are_many_and_not_named_and_none_has_a_majority(texts):
     pairs = texts("classification")
     counts = Counter(label for _, label in pairs)
     assert set(counts) == set(LABELS) and min(counts.values()) >= 50
@@ -156,8 +169,8 @@ def test_labels_are_many_and_not_named_and_none_has_a_majority():
     assert not any(label in text.lower() for text, label in pairs)
 
 
-def test_small_functions_pass_their_tests_and_no_constant_passes_most_of_them():
-    for _, example in examples("small_functions")[::4]:
+def test_small_functions_pass_their_tests_and_no_constant_passes_most_of_them(made):
+    for _, example in made["small_functions"][::4]:
         names = {}
         exec(example["targets"], names)  # noqa: S102
         exec(example["tests"], names)  # noqa: S102
@@ -165,8 +178,8 @@ def test_small_functions_pass_their_tests_and_no_constant_passes_most_of_them():
         assert len(results) == 5 and max(Counter(results).values()) <= 3, example
 
 
-def test_rejected_small_functions_are_wrong_and_have_the_lengths_of_the_right_ones():
-    texts = [example for _, example in examples("small_functions")]
+def test_rejected_small_functions_are_wrong_and_have_the_lengths_of_the_right_ones(made):
+    texts = [example for _, example in made["small_functions"]]
     for example in texts:
         exec(example["rejected"], names := {})  # noqa: S102
         with pytest.raises(AssertionError):
@@ -176,9 +189,9 @@ def test_rejected_small_functions_are_wrong_and_have_the_lengths_of_the_right_on
     assert 0.4 < sum(longer) / len(texts) < 0.55  # the others: equal, or shorter
 
 
-def test_targets_of_text_generation_follow_the_inputs_in_the_documentation():
+def test_targets_of_text_generation_follow_the_inputs_in_the_documentation(made):
     words = " ".join(" ".join(text.split()) for _, text in library().docstrings)
-    from_docstrings = [example for key, example in examples("text_generation") if not key.startswith("topic/")]
+    from_docstrings = [example for key, example in made["text_generation"] if not key.startswith("topic/")]
     assert len(from_docstrings) > 1000
     for example in from_docstrings[:300]:
         assert f"{example['inputs']} {example['targets']}" in words
@@ -274,7 +287,7 @@ class Reader:
         return f"{self.read()}.{word}" if word.isidentifier() and self.has("of") else word
 
 
-def test_every_reading_can_be_parsed_back():
+def test_every_reading_can_be_parsed_back(texts):
     for code, reading in texts("translation"):
         reader = Reader(reading)
         assert ast.unparse(ast.parse(reader.read(), mode="eval")) == code and not reader.words, reading
