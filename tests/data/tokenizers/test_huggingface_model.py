@@ -173,6 +173,18 @@ def test_a_tokenizer_like_berts_masks_with_its_own_tokens(loaded):
     assert row[0] == 2 and row[-1] == 3 and row.count(4) == 4  # 80 % of the 5 that are chosen
 
 
+def test_masked_language_models_may_pad_with_any_id_and_begin_texts_with_bos(directories, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(directories[llama_3] / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|mask|>", "<|pad|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "mask": "<|mask|>", "pad": "<|pad|>"}  # as EuroBERT
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({f"{key}_token": name for key, name in names.items()}))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json", num_sentinels=None)
+    bos, eos, mask, _ = map(tokenizer.token_to_id, names.values())
+    assert loaded.sentinel_ids.tolist() == [mask, bos] and loaded.eos_id == eos and not loaded.pads_with_a_token
+    assert loaded.encode_with_sentinels("a<extra_id_0>") == [*loaded.encode("a"), mask]
+
+
 def test_bytes_add_up_and_words_begin_where_spaces_do(loaded):
     tokenizer, _ = loaded[byte_level]
     text = "The value é\n  of 中 x"

@@ -127,6 +127,11 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
             {"position_embedding_type": "relative_key"},
             "position_embedding_type='relative_key' must be absolute",
         ),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types must be 4 of sliding_attention and full_att"),
+        ("modernbert", {"classifier_activation": "silu"}, "classifier_activation='silu' must be gelu with hidden_act"),
+        ("modernbert", {"mlp_bias": True}, "mlp_bias=True must be False with attention_bias=False"),
+        ("modernbert", {"decoder_bias": False}, "decoder_bias=False must be True"),
+        ("eurobert", {"attention_bias": True}, "attention_bias=True must be False"),
         ("t5_1_1", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj='gated-relu' must be relu or"),
     ],
 )
@@ -211,6 +216,12 @@ def test_configs_of_transformers_4_describe_the_same_model():
     assert read({**old, "rope_theta": 5e5}) == read(
         {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     )
+    modern = {**json.loads(str(GOLDEN["modernbert.config"])), "num_hidden_layers": 6, "layer_types": None}
+    older = {"rope_parameters": None, "global_attn_every_n_layers": 2, "global_rope_theta": 500.0}
+    for local, expected in ((20.0, 20.0), (None, 0.0)):  # null: local layers have the base of the global ones
+        model = read({**modern, **older, "local_rope_theta": local})
+        assert model.layer_pattern == ("global", "local") and model.attention_window == 7
+        assert (model.rotary.base, model.rotary.local_base) == (500.0, expected)
     yarn = read({**old, "rope_theta": 1e4, "rope_scaling": scaling})
     assert yarn.rotary.scaling == "yarn" and yarn.rotary.attention_factor == pytest.approx(
         1.138629 / 1.069315, rel=1e-5
