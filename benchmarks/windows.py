@@ -1,6 +1,6 @@
 """Time and FLOPs of a train step by window pattern, next to full attention.
 
-    python benchmarks/windows.py [--architecture=decoder] [--length=2048] [--window=256] [--rows=4] [--rounds=5]
+    python benchmarks/windows.py [--architecture=decoder] [--length=2048] [--window=256] [--rows=1] [--rounds=3]
     python benchmarks/windows.py --skip=no    # local layers compute all scores and mask them, for comparison
 
 A small model with 6 layers and rotary positions is trained on random tokens, with all layers local, with 5 local layers
@@ -55,8 +55,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """A row of figures for each pattern."""
     from train_step import Trainer
 
+    from t5like.cli.main import keep_freed_memory
     from t5like.config import loader
     from t5like.model.kernels import local_attention
+
+    keep_freed_memory()  # as in `t5like train`
 
     if options.skip == "no":
         local_attention.LARGEST_SHARE = 0.0
@@ -89,10 +92,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--architecture", choices=("decoder", "encoder"), default="decoder")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--window", type=int, default=256, help="model.attention_window")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--dim", type=int, default=256, help="model_dim, in heads of 64")
     parser.add_argument("--layers", type=int, default=6, help="a multiple of the length of all patterns")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each pattern")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each pattern")
     parser.add_argument("--skip", choices=("yes", "no"), default="yes", help="whether windows skip keys")
     return parser.parse_args(arguments)
 
