@@ -29,6 +29,13 @@ def nested(leaves: Mapping[str, Any]) -> Tree:
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
+def merged(left: Tree | None, right: Tree) -> Tree:
+    """Nested dicts with the leaves of both; where both have one, that of `right`. None has no leaves."""
+    if not isinstance(left, Mapping) or not isinstance(right, Mapping):
+        return right
+    return {**left, **{key: merged(left.get(key), child) for key, child in right.items()}}
+
+
 def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Like `jax.tree.map`, with the leaf's name as the first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name_of(path), *leaves), tree, *rest)

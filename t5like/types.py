@@ -100,6 +100,7 @@ class TrainState(NamedTuple):
         opt_state: the Optax state.
         ema: float32 moving average of the parameters, or None.
         recent: float32 [2, window], loss and gradient norm of recent updates (`optim.bad_steps`), or None.
+        base: parameters of a LoRA run that are never trained nor saved (`optim.lora`); None: there are none.
     """
 
     step: Array
@@ -107,6 +108,7 @@ class TrainState(NamedTuple):
     opt_state: Tree
     ema: Tree | None = None
     recent: Array | None = None
+    base: Tree | None = None
 
 
 Metrics = dict[str, Sum | Largest]

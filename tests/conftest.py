@@ -108,7 +108,7 @@ def begun(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
 
     It depends on model, optimizer and seed alone (test_step.py shows it), and takes long to compile.
     """
-    key = (config.model, config.optimizer, config.tokenizer, config.seed)
+    key = (config.model, config.optimizer, config.tokenizer, config.seed, config.lora)
     if key not in BEGINNINGS:
         alone = dataclasses.replace(config, mesh=MeshConfig())
         place = train_state.abstract_state(alone, batch, meshes.make_mesh(alone, jax.devices()[:1]))

@@ -102,6 +102,7 @@ class Checkpoints:
                 `on_failed_save="continue"` that is reported, and nothing is raised.
         """
         rest = config, tokenizer, tokenizer_hash, history or metadata.first_history(config)
+        state = state._replace(base=None)  # the run that it was read from has it
         try:
             self._complete()
             self._begin(state, rest)

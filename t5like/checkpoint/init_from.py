@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like import tree
-from t5like.checkpoint import parameter_sources, recovery
+from t5like.checkpoint import base_weights, parameter_sources, recovery
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
@@ -44,7 +44,7 @@ from t5like.errors import CheckpointError
 from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
 from t5like.optim import new_parameters
-from t5like.types import Array, TrainState
+from t5like.types import Array, TrainState, Tree
 
 REPORT = "init_from.txt"  # in the run directory
 UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are part of `InitialWeights.report`
@@ -73,12 +73,15 @@ class InitialWeights(NamedTuple):
         source: steps and run directories, in words.
         report: a line for each parameter: its name and its source.
         differs: other fields of the model that differ from the checkpoint's, a line for each; they may be intended.
+        base, record: of a LoRA run: `TrainState.base`, and what identifies it (`base_weights.record`).
     """
 
     params: dict[str, Array]
     source: str
     report: list[str]
     differs: list[str]
+    base: Tree | None = None
+    record: Mapping[str, str] = {}
 
 
 class Part(NamedTuple):
@@ -118,7 +121,13 @@ def load_initial_weights(config: Config, abstract: TrainState, tokenizer: Tokeni
     check_initial_run(config, None)
     tree.mask(abstract.params, init.reinitialize, field="init_from.reinitialize")
     new_parameters.check(config, abstract.params)
-    parts = [_load(config, tokenizer, part) for part in _parts(config, tree.flatten(abstract.params))]
+    if config.lora.rank:
+        read_base = lambda checkpoints, step: _read_base(config, abstract, tokenizer, checkpoints, step)
+        return _load("init_from.checkpoint", config, init.step, read_base)
+    parts = [
+        _load(part.field, config, part.step, partial(_read, config, tokenizer, part))
+        for part in _parts(config, tree.flatten(abstract.params))
+    ]
     params = {name: array for part in parts for name, array in part.params.items()}
     join = lambda field: [line for part in parts for line in getattr(part, field)]
     return InitialWeights(params, " and ".join(part.source for part in parts), join("report"), join("differs"))
@@ -138,12 +147,14 @@ def _parts(config: Config, wanted: dict[str, jax.ShapeDtypeStruct]) -> list[Part
     ]
 
 
-def _load(config: Config, tokenizer: Tokenizer, part: Part) -> InitialWeights:
-    """Read a part from the step that it names, or from the newest one that is not damaged."""
-    checkpoints = Checkpoints(expand(get(config, part.field)) / "checkpoints", keep=1)
-    read = partial(_read, config, tokenizer, part, checkpoints)
-    if part.step >= 0:
-        return read(part.step)
+def _load(
+    field: str, config: Config, step: int, read_step: Callable[[Checkpoints, int], InitialWeights]
+) -> InitialWeights:
+    """Read the step of the run that a field of the config names; if it is -1, the newest one that is not damaged."""
+    checkpoints = Checkpoints(expand(get(config, field)) / "checkpoints", keep=1)
+    read = partial(read_step, checkpoints)
+    if step >= 0:
+        return read(step)
     readable = recovery.newest_readable(checkpoints, checkpoints.steps() or [checkpoints.meta().step], read)
     recovery.warn(readable)
     return readable.value
@@ -152,6 +163,7 @@ def _load(config: Config, tokenizer: Tokenizer, part: Part) -> InitialWeights:
 def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpoints, step: int) -> InitialWeights:
     """Read a part from one checkpoint; errors as in `load_initial_weights`."""
     init, meta, wanted = config.init_from, checkpoints.meta(step), part.wanted
+    base_weights.refuse_adapters(meta, part.field, checkpoints.directory.parent)
     ema = any(name.startswith("ema/") for name in meta.leaves)
     prefix = "ema/" if ema else "params/"
     stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
@@ -185,13 +197,32 @@ def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpo
         f"{name:{width}}  {parameter_sources.describe(name, origin, rows, of)}" for name, origin in origins.items()
     ]
     model = config.model.in_decoder if part.field == "init_from.decoder_checkpoint" else config.model
-    differs = loader.difference(meta.config, dataclasses.replace(config, model=model))
-    return InitialWeights(
-        params,
-        f"step {meta.step:,} of {directory}",
-        report,
-        [line + of for line in differs if line.startswith("model.") and not line.startswith(UNREPORTED_FIELDS)],
-    )
+    differs = _other_differences(meta.config, dataclasses.replace(config, model=model))
+    return InitialWeights(params, f"step {meta.step:,} of {directory}", report, [line + of for line in differs])
+
+
+def _read_base(
+    config: Config, abstract: TrainState, tokenizer: Tokenizer, checkpoints: Checkpoints, step: int
+) -> InitialWeights:
+    """Read one checkpoint as the base of a LoRA run; errors as in `load_initial_weights`."""
+    meta, directory = checkpoints.meta(step), config.init_from.checkpoint
+    if tokenizer.hash != meta.tokenizer_hash:
+        raise CheckpointError(
+            f"init_from.checkpoint={directory} has another tokenizer than tokenizer.path={config.tokenizer.path}, "
+            "which adapters can't change; leave tokenizer.path out"
+        )
+    params, base = base_weights.read(config, abstract, checkpoints, meta)
+    kinds = {name: "copied, trained" if name in params else "new, random" for name in tree.flatten(abstract.params)}
+    kinds |= {name: f"unchanged, {leaf.dtype}" for name, leaf in tree.flatten(base).items()}
+    report = [f"{name:{max(map(len, kinds))}}  {kind}" for name, kind in kinds.items()]
+    source, differs = f"step {meta.step:,} of {directory}", _other_differences(meta.config, config)
+    return InitialWeights(params, source, report, differs, base, base_weights.record(meta))
+
+
+def _other_differences(old: Config, new: Config) -> list[str]:
+    """Fields of the model that differ, and are not a part of the report of parameters."""
+    lines = loader.difference(old, new)
+    return [line for line in lines if line.startswith("model.") and not line.startswith(UNREPORTED_FIELDS)]
 
 
 def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None:

@@ -28,6 +28,10 @@ from t5like.errors import CheckpointError, ConfigError, DamagedCheckpoint
 FORMAT = 2  # of a checkpoint; a later version reads older numbers and refuses newer ones
 RUN = re.compile("[0-9a-f]{32}")  # the id of a run
 TEXTS = ("config", "tokenizer", "tokenizer_hash")  # fields of the body that are strings
+TABLES = (
+    "data",
+    "base",
+)  # fields of the history that are strings by name, and fields of the body where they are not empty
 
 
 class History(NamedTuple):
@@ -38,12 +42,14 @@ class History(NamedTuple):
         rewinds: how often the run has gone back to a checkpoint.
         bad_steps: number of bad steps in a row up to this one.
         data: what identifies the data of each source (`data.store.fingerprints`); empty if unknown.
+        base: what identifies the weights of a LoRA run that it does not train (`base_weights.record`); else empty.
     """
 
     rows: RowSchedule
     rewinds: int = 0
     bad_steps: int = 0
     data: Mapping[str, str] = {}
+    base: Mapping[str, str] = {}
 
 
 class Meta(NamedTuple):
@@ -75,9 +81,8 @@ def to_dict(meta: Meta) -> dict[str, Any]:
         "versions": meta.versions,
         "leaves": {name: leaf._asdict() for name, leaf in meta.leaves.items()},
     }
-    if meta.history.data:
-        body["data"] = dict(meta.history.data)
-    if needed := meta.history._replace(data={}) != first_history(meta.config):
+    body |= {name: dict(texts) for name in TABLES if (texts := getattr(meta.history, name))}
+    if needed := meta.history._replace(**dict.fromkeys(TABLES, {})) != first_history(meta.config):
         rows = [list(segment) for segment in meta.history.rows.segments]
         body["history"] = {"rows": rows, "rewinds": meta.history.rewinds, "bad_steps": meta.history.bad_steps}
     return {"format": FORMAT if needed else 1, "sha256": _sha256(body), "body": body}
@@ -128,11 +133,11 @@ def from_dict(values: Any) -> Meta:
 
 
 def _history(body: Mapping[str, Any], config: Config) -> History:
-    history, data = first_history(config), body.get("data", {})
+    history = first_history(config)
     if values := body.get("history"):
         rows = RowSchedule(tuple(Segment(*each) for each in values["rows"]))
         history = History(rows, values["rewinds"], values["bad_steps"])
-    return history._replace(data=data)
+    return history._replace(**{name: body.get(name, {}) for name in TABLES})
 
 
 @functools.cache
@@ -162,7 +167,7 @@ def _wrong_field(body: Any) -> str:
         "versions": isinstance(body.get("versions"), dict),
         "leaves": isinstance(leaves, dict) and all(map(_is_leaf, leaves.values())),
         "history": "history" not in body or _is_history(body["history"]),
-        "data": isinstance(data := body.get("data", {}), dict) and all(isinstance(text, str) for text in data.values()),
+        **{name: _is_table(body.get(name, {})) for name in TABLES},
     }
     if fields["tokenizer"]:
         try:
@@ -170,6 +175,10 @@ def _wrong_field(body: Any) -> str:
         except (binascii.Error, ValueError):
             fields["tokenizer"] = False
     return next((name for name, valid in fields.items() if not valid), "")
+
+
+def _is_table(table: Any) -> bool:
+    return isinstance(table, dict) and all(isinstance(text, str) for text in table.values())
 
 
 def _is_history(history: Any) -> bool:

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from t5like import tree
-from t5like.checkpoint import recovery
+from t5like.checkpoint import base_weights, recovery
 from t5like.checkpoint.allowed_changes import CHANGEABLE_FIELDS, forbidden_differences, remedy
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.run_lock import lock
 from t5like.config import loader
+from t5like.config.lora_schema import LoRAConfig
 from t5like.config.schema import Config, MeshConfig, get
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ from t5like.errors import CheckpointError, ConfigError, DataError, shorten
 from t5like.io.atomic import remove_stale_temporaries, replace_file
 from t5like.io.paths import expand
 from t5like.io.storage import sync
-from t5like.optim import train_state
+from t5like.optim import lora, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Array, TrainState, Tree
@@ -65,11 +66,12 @@ def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
     )
 
 
-def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -> Run:
+def load(workdir: Path, step: int | None = None, *, all_devices: bool = False, merged: bool = False) -> Run:
     """Load a run at a checkpoint (default: the newest that is not damaged), on any devices.
 
     It is loaded on one device, or on all devices of all processes: with the run's own mesh if that fits, otherwise
-    sharded by fsdp as far as possible, with the batch size rounded up to a multiple of the devices.
+    sharded by fsdp as far as possible, with the batch size rounded up to a multiple of the devices. With `merged`, the
+    adapters of a LoRA run are added to its kernels, and config and parameters are those of a plain model.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or all are.
@@ -79,10 +81,15 @@ def load(workdir: Path, step: int | None = None, *, all_devices: bool = False) -
     read = functools.partial(_load_step, workdir, saved, checkpoints, all_devices)
     steps = checkpoints.steps()
     if step is not None or not steps:
-        return read(step)
-    readable = recovery.newest_readable(checkpoints, steps, read)
-    recovery.warn(readable)
-    return readable.value
+        run = read(step)
+    else:
+        readable = recovery.newest_readable(checkpoints, steps, read)
+        recovery.warn(readable)
+        run = readable.value
+    if merged and run.config.lora.rank:
+        plain = dataclasses.replace(run.config, lora=LoRAConfig())
+        run = run._replace(config=plain, params=lora.merge(run.params))
+    return run
 
 
 def _load_step(workdir: Path, saved: Config, checkpoints: Checkpoints, all_devices: bool, step: int | None) -> Run:
@@ -96,6 +103,8 @@ def _load_step(workdir: Path, saved: Config, checkpoints: Checkpoints, all_devic
     shape = train_state.abstract_state(config, pipeline.spec(config), mesh)
     with watchdog("reading a checkpoint", meta.step, times=3):
         params = checkpoints.restore_params(shape.params, meta.step, ema=shape.ema is not None)
+        if config.lora.rank:
+            params = tree.merged(base_weights.read_again(config, shape, meta.history.base), params)
     return Run(meta.step, config, mesh, params, tokenizer)
 
 
@@ -232,10 +241,19 @@ def check_run_directory(config: Config, workdir: Path, allowed: Sequence[str] = 
 
 
 def check_initial_run(config: Config, workdir: Path | None) -> None:
-    """Raise CheckpointError if `distill.teacher`, or `init_from` of a run that has not begun, names no run.
+    """Refuse a config whose teacher, or whose initial weights if the run in `workdir` has not begun, do not exist.
 
     Called before anything of that run is read, such as its tokenizer, so that the message names the field to change.
+
+    Raises:
+        CheckpointError: `distill.teacher`, or a checkpoint of `init_from`, holds no run.
+        ConfigError: `init_from.checkpoint` is empty, and the run has adapters.
     """
+    if config.lora.rank and not config.init_from.checkpoint:
+        raise ConfigError(
+            f"lora.rank={config.lora.rank} needs init_from.checkpoint, the run whose weights the adapters change; use "
+            "the directory of a trained or imported run, and another --workdir"
+        )
     begun = workdir and (workdir / "config.json").is_file()
     for field in ("distill.teacher", *(() if begun else ("init_from.checkpoint", "init_from.decoder_checkpoint"))):
         path = get(config, field)

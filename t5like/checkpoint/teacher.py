@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from t5like import tree
+from t5like.checkpoint import base_weights
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.run_directory import check_initial_run, saved_config
@@ -96,6 +97,7 @@ def open_teacher(config: Config, mesh: Mesh) -> Teacher:
     except ConfigError as error:
         raise ConfigError(f"{FIELD}={distill.teacher}: of its model, {error}") from None
     meta = _checkpoints(config).meta(distill.teacher_step)
+    base_weights.refuse_adapters(meta, FIELD, expand(distill.teacher))
     abstract = train_state.abstract_state(own, pipeline.spec(own), mesh).params
     digests = {name: leaf.digest for name, leaf in meta.leaves.items() if name.startswith(_prefix(meta))}
     identity = f"step {meta.step:,} of run {meta.run[:12]}, parameters {fingerprint(digests)}"

@@ -271,6 +271,15 @@ def export_hf(options: argparse.Namespace, _) -> None:
         print(printable(line), flush=True)
 
 
+def export_peft(options: argparse.Namespace, _) -> None:
+    """`t5like export --format=peft`."""
+    from t5like.interop.huggingface.peft_adapter import export_run
+
+    workdir, output = expand(options.workdir).absolute(), expand(options.output).absolute()
+    for line in export_run(workdir, output, step=options.step, family=options.family):
+        print(printable(line), flush=True)
+
+
 def import_t5x(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     """`t5like import --format=t5x`."""
     if not options.config:
@@ -326,7 +335,7 @@ def plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
 
 
 IMPORTS = {"hf": import_hf, "t5x": import_t5x}
-EXPORTS = {"hf": export_hf, "stablehlo": export_stablehlo}
+EXPORTS = {"hf": export_hf, "peft": export_peft, "stablehlo": export_stablehlo}
 COMMANDS = {  # and those of `cli.inspections`
     "train": train,
     "rl": rl,

@@ -18,6 +18,7 @@ FORMATS = {
     "import": {"hf": {}, "t5x": {"config": None}},
     "export": {
         "hf": {"family": None, "dtype": None, "max_shard_size": "5GB"},
+        "peft": {"family": None},
         "stablehlo": {"max_new_tokens": 64, "prompt_length": None, "temperature": 0.0},
     },
 }
@@ -75,12 +76,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
 
 def resolve_format(options: argparse.Namespace) -> None:
     """Refuse flags of another `--format`, and set the flags of this one to their defaults."""
-    for name, own in FORMATS.get(options.command, {}).items():
-        for flag, default in own.items():
-            if name == options.format:
-                if getattr(options, flag) is None:
-                    setattr(options, flag, default)
-            elif getattr(options, flag) is not None:
+    formats = FORMATS.get(options.command, {})
+    own = formats[options.format] if formats else {}
+    for flag, default in own.items():
+        if getattr(options, flag) is None:
+            setattr(options, flag, default)
+    for name, flags in formats.items():
+        for flag in flags:
+            if flag not in own and getattr(options, flag) is not None:
                 raise ConfigError(f"--{flag} goes with --format={name}, not --format={options.format}; leave it out")
 
 
@@ -276,14 +279,14 @@ def _add_export(command: Callable[[str, str], Parser]) -> None:
         "--format",
         required=True,
         choices=FORMATS["export"],
-        help="hf: a Hugging Face directory; stablehlo: programs for cpu, cuda and tpu",
+        help="hf: a Hugging Face directory; peft: adapters of a LoRA run; stablehlo: programs for cpu, cuda and tpu",
     )
     sub.add_argument("--workdir", required=True, type=parse_path, metavar="RUN")
     sub.add_argument(
         "--output", required=True, type=parse_path, metavar="DIR", help="a directory that is empty or does not exist"
     )
     sub.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the latest")
-    sub.add_argument("--family", choices=HF_FAMILIES, help="hf: model family; default: chosen from the config")
+    sub.add_argument("--family", choices=HF_FAMILIES, help="hf, peft: model family; default: by the config")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="hf: dtype of the weights")
     sub.add_argument(
         "--max_shard_size", metavar="SIZE", help="hf: maximum size of a weight file, such as 500MB; default: 5GB"

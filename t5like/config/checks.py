@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from t5like.config.distill_schema import DistillConfig
 from t5like.config.field_types import Range
 from t5like.config.label_checks import check_labels
+from t5like.config.lora_checks import check_lora
 from t5like.config.model_checks import check_model, require
 from t5like.config.rl_checks import check_rl
 from t5like.config.schema import ARCHITECTURES, LANGUAGES, Config, DataConfig, InitConfig, get, sections
@@ -56,6 +57,7 @@ def check(config: Config) -> None:
         _mesh,
         _distill,
         check_rl,
+        check_lora,
     ):
         check_part(config)
 

@@ -26,6 +26,7 @@ SECTIONS = {
     "metrics.": "where metrics go",
     "distill.": "learning from the predictions of a trained model",
     "rl.": "t5like rl: rewards and pairs",
+    "lora.": "low-rank adapters, trained instead of the parameters",
 }
 
 

@@ -14,6 +14,7 @@ import ml_collections
 
 from t5like.config.distill_schema import DistillConfig
 from t5like.config.field_types import LARGEST, Axis, NotNegative, Positive, Range, Rates, Share
+from t5like.config.lora_schema import LoRAConfig
 from t5like.config.model_schema import ModelConfig
 from t5like.config.rl_schema import RLConfig
 
@@ -277,6 +278,7 @@ class Config:
     metrics: MetricsConfig = MetricsConfig()
     distill: DistillConfig = DistillConfig()
     rl: RLConfig = RLConfig()
+    lora: LoRAConfig = LoRAConfig()
 
     @property
     def vocab_rows(self) -> int:

@@ -173,11 +173,11 @@ def open_step(side: Side, number: int | None) -> tuple[Step, str]:
     number = number or 1
     shape = pipeline.spec(config)
     abstract = train_state.abstract_state(config, shape, mesh)
-    source, params = "random parameters", None
+    source, params, base = "random parameters", None, None
     if config.init_from.checkpoint:
         weights = load_initial_weights(config, abstract, preparation.prepare(config).tokenizer)
-        source, params = weights.source, weights.params
-    state = train_state.new_state(config, shape, abstract, params)
+        source, params, base = weights.source, weights.params, weights.base
+    state = train_state.new_state(config, shape, abstract, params, base)
     state = state._replace(step=jax.device_put(np.int32(number - 1), abstract.step.sharding))
     rows = replay.open_batches(config, RowSchedule.of(config.data.batch_size)).at(number - 1)
     batch = placement.to_global(rows, mesh, config.data.batch_size)

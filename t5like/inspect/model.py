@@ -12,7 +12,7 @@ from t5like import tree
 from t5like.config.schema import Config
 from t5like.io.storage import format_bytes
 from t5like.metrics import flops
-from t5like.optim import train_state
+from t5like.optim import lora, train_state
 from t5like.plan import estimate
 from t5like.plan.planner import for_slices
 from t5like.plan.topology import Topology
@@ -124,7 +124,7 @@ def _belongs(state: str, parameter: str) -> bool:
 def _training(config: Config, name: str, states: list[estimate.Leaf]) -> Report:
     """How a parameter is trained: its update rule, the scale of its updates, its weight decay."""
     optimizer = config.optimizer
-    if tree.matches(name, optimizer.frozen):
+    if tree.matches(name, optimizer.frozen) or not lora.is_trained(config.lora, name):
         return {"frozen": True, "update": "frozen", "rate": "none", "weight_decay": 0.0}
     names = [state.name for state in states]
     update = optimizer.name
@@ -176,15 +176,19 @@ def _parts(config: Config, rows: list[Report]) -> list[Report]:
 
 
 def _flops_by_part(config: Config) -> dict[str, float]:
-    """FLOPs of a training step by part, over the tokens of the batch: three forward passes, matmuls only."""
-    scale = 3 * config.data.batch_size / estimate.tokens_per_step(config)
+    """FLOPs of a training step by part, over the tokens of the batch: three forward passes, matmuls only.
+
+    Two of kernels that have no gradient, as in `flops.model_flops`.
+    """
+    rows = config.data.batch_size / estimate.tokens_per_step(config)
+    scale, of_kernels = 3 * rows, (2 if config.lora.rank else 3) * rows
     work = {}
     for name, each in flops.flops_by_part(config).items():
         if name == "head":
-            work["head"] = scale * each.vocabulary
+            work["head"] = of_kernels * each.vocabulary
         else:
-            work[f"{name} attention"] = scale * (each.projections + each.attention)
-            work[f"{name} mlp"] = scale * each.mlp
+            work[f"{name} attention"] = of_kernels * each.projections + scale * each.attention
+            work[f"{name} mlp"] = of_kernels * each.mlp
     return work
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from t5like import tree
-from t5like.checkpoint.init_from import load_initial_weights
+from t5like.checkpoint.init_from import InitialWeights, load_initial_weights
 from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
@@ -81,10 +81,10 @@ def overfit(config: Config, count: int, *, debug_nan: bool = False, show: Callab
     source = Batches(config, Vocabulary.of(prepared.tokenizer), pipeline.open_split(config, prepared.stores, "train"))
     rows = [source.at(index) for index in range(count)]
     batches = [placement.to_global(each, mesh, config.data.batch_size) for each in rows]
-    params = None
+    weights = InitialWeights({}, "", [], [])
     if config.init_from.checkpoint:
-        params = load_initial_weights(config, abstract, prepared.tokenizer).params
-    state = train_state.new_state(config, shape, abstract, params)
+        weights = load_initial_weights(config, abstract, prepared.tokenizer)
+    state = train_state.new_state(config, shape, abstract, weights.params, weights.base)
     floor = lowest_loss(rows, label_smoothing=config.train.label_smoothing, vocab_size=config.tokenizer.vocab_size)
     for line in [*plan(config, count, rows, floor), *leaks.check(Step(config, mesh, state, batches[0]), rows[0])]:
         show(line)

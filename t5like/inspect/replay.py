@@ -205,12 +205,12 @@ def examine(prepared: Step) -> list[str]:
     config, state, batch = prepared.config, prepared.state, prepared.batch
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="unroll", remat="none"))
     gradient = step.make_gradient(config, prepared.loss_fn)
-    grads, metrics = jax.jit(gradient)(state.params, batch, state.step)
+    grads, metrics = jax.jit(gradient)(state.params, batch, state.step, state.base)
     norms = jax.device_get(norms_by_layer(grads))
     loss, norm = metrics["loss"].total / metrics["loss"].weight, math.sqrt(sum(np.sum(x**2) for x in norms.values()))
     lines = [f"step {int(state.step) + 1:,}: loss {float(loss):.4f}, gradient norm {norm:.4g}"]
     rows = prepared.model_batch(batch)
-    lines += layer_table(config, state.params, rows, norms)
+    lines += layer_table(config, train_state.model_params(state), rows, norms)
     return [*lines, f"first      {first_wrong(config, state, batch, rows, gradient, grads)}"]
 
 
@@ -221,7 +221,7 @@ def first_wrong(config: Config, state: TrainState, batch: Any, rows: Batch, grad
         if value := first_nonfinite.nonfinite(leaf):
             return f"before the step: {where(name, leaf)} is {value}"
     if any(first_nonfinite.nonfinite(leaf) for leaf in jax.tree.leaves(grads)):
-        arguments = (state.params, batch, state.step)
+        arguments = (state.params, batch, state.step, state.base)
         origin = first_nonfinite.find(lambda *each: gradient(*each)[1]["loss"].total, *arguments)
         origin = origin or first_nonfinite.find(gradient, *arguments)  # only the backward pass is bad
         if origin is None:

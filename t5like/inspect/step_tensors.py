@@ -28,7 +28,7 @@ from t5like.model.transformer import Transformer
 from t5like.optim import step
 from t5like.optim.layer_statistics import is_stacked, of_layer
 from t5like.optim.optimizers import make_optimizer
-from t5like.optim.train_state import parameter_axes
+from t5like.optim.train_state import model_params, parameter_axes
 from t5like.types import Array, Batch, TrainState, Tree
 
 # Of a layer, in the order of its computation. Attention weights are left out for their size.
@@ -71,7 +71,7 @@ class Programs:
         optimizer = make_optimizer(config, state.params, parameter_axes(config, prepared.model_batch(prepared.batch)))
 
         def update(state: TrainState, batch: Any) -> tuple[Tree, Tree, Tree, Any]:
-            grads, metrics = gradient(state.params, batch, state.step)
+            grads, metrics = gradient(state.params, batch, state.step, state.base)
             updates, _ = optimizer.update(grads, state.opt_state, state.params)
             return grads, updates, optax.apply_updates(state.params, updates), metrics
 
@@ -83,7 +83,7 @@ class Programs:
         batch = self._step.batch if batch is None else batch
         with jax.set_mesh(self._step.mesh):
             values = _inputs(state, batch)
-            values |= _in_order(jax.device_get(self._forward(state.params, batch)))
+            values |= _in_order(jax.device_get(self._forward(model_params(state), batch)))
             if self._backward:
                 grads, updates, new, metrics = jax.device_get(self._update(state, batch))
                 weight = max(float(metrics["loss"].weight), 1e-30)

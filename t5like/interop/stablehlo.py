@@ -87,7 +87,7 @@ def export_run(
         CheckpointError: the checkpoint can't be read, the output can't be written, or it differs when read again.
     """
     check_free(output, "--output")
-    loaded = run_directory.load(workdir, step)
+    loaded = run_directory.load(workdir, step, merged=True)
     config = portable(loaded.config, run_directory.saved_config(workdir).model.dtype)
     exports = programs(
         config,

@@ -121,9 +121,12 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
 def model_flops(config: Config) -> int:
     """FLOPs of the matmuls in one training step of the whole batch, without recomputation and the optimizer.
 
-    The backward pass takes twice the forward pass.
+    The backward pass takes twice the forward pass. With LoRA it takes one forward pass less of all kernels, which have
+    no gradient; the adapters' own matmuls are not counted.
     """
-    return 3 * config.data.batch_size * sum(forward_flops(config))
+    forward = forward_flops(config)
+    unchanged = sum(forward) - forward.attention if config.lora.rank else 0
+    return config.data.batch_size * (3 * sum(forward) - unchanged)
 
 
 # FLOP/s of one JAX device, bf16 without sparsity, by words of its device_kind (the longest entry that occurs counts).

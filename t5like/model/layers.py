@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from t5like.config.model_schema import ModelConfig
+from t5like.model import adapters
 from t5like.model.kernels import cpu, tpu_matmul
 
 # By ModelConfig.kernels; for tpu `tpu_matmul.matmuls`.
@@ -105,7 +106,10 @@ def projections(*pairs: tuple[jax.Array, Dense]) -> tuple[jax.Array, ...]:
     inputs, layers = zip(*pairs, strict=True)
     kernels, biases = zip(*(layer.weights(x.shape[-1]) for x, layer in pairs), strict=True)
     matmul = MATMUL.get(layers[0].config.kernels)
+    if any(map(adapters.is_adapted, layers)):  # the schedule of `tpu_matmul` is that of kernels' gradients
+        matmul = matmul or jnp.matmul
     outputs = tuple(map(matmul, inputs, kernels)) if matmul else tpu_matmul.matmuls(inputs, kernels)
+    outputs = tuple(map(adapters.adapted, layers, inputs, outputs))
     return tuple(
         y if bias is None else y + jnp.broadcast_to(bias, y.shape) for y, bias in zip(outputs, biases, strict=True)
     )

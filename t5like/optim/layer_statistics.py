@@ -25,7 +25,7 @@ from t5like.config.schema import Config
 from t5like.model.layer_values import compute_intermediates
 from t5like.optim.optimizers import make_optimizer
 from t5like.optim.step import LossFn, ModelBatch, make_gradient, pretrain_loss, split_microbatches, unchanged
-from t5like.optim.train_state import mesh_of, parameter_axes
+from t5like.optim.train_state import mesh_of, model_params, parameter_axes
 from t5like.sharding import placement, xla_options
 from t5like.types import Array, Batch, Taught, TrainState, Tree
 
@@ -44,7 +44,7 @@ def make_statistics(
     gradient, microbatches = make_gradient(config, loss_fn), config.train.microbatches
 
     def statistics(state: TrainState, batch: Any) -> dict[str, Array]:
-        grads, _ = gradient(state.params, batch, state.step)
+        grads, _ = gradient(state.params, batch, state.step, state.base)
         optimizer = make_optimizer(config, state.params, parameter_axes(config, model_batch(batch)))
         updates, _ = optimizer.update(grads, state.opt_state, state.params)
         norms = [norms_by_layer(part) for part in (state.params, grads, updates)]
@@ -55,7 +55,7 @@ def make_statistics(
             values[name] = jnp.stack([size, gradient_norm, update_norm, ratio], -1)
         batch = batch.rows if isinstance(batch, Taught) else batch
         part = batch if microbatches == 1 else jax.tree.map(lambda x: x[0], split_microbatches(batch, microbatches))
-        return values | activation_statistics(config, state.params, model_batch(part))
+        return values | activation_statistics(config, model_params(state), model_batch(part))
 
     return statistics
 

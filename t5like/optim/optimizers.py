@@ -59,7 +59,8 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
     frozen = tree.mask(params, optimizer.frozen, field="optimizer.frozen")
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
-    tree.mask(params, optimizer.no_decay, field="optimizer.no_decay")  # checked even without weight decay
+    # Checked even without weight decay, and against all parameters: a LoRA run trains few of them.
+    tree.mask(dict.fromkeys(axes, 0), optimizer.no_decay, field="optimizer.no_decay")
     rule = [_direction(optimizer, axes)]
     if optimizer.weight_decay:
         # a function, because its tree has no frozen leaves

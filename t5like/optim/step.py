@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from t5like import tree
 from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
@@ -91,30 +92,34 @@ def pretrain_loss(
 
 
 def make_gradient(config: Config, loss_fn: LossFn = pretrain_loss) -> Callable[..., tuple[Tree, Metrics]]:
-    """The function (params, batch, step) -> (gradient of the mean loss per target, metrics), over all microbatches."""
+    """The function (params, batch, step, base) -> (gradient of the mean loss per target, metrics), over microbatches.
+
+    The gradient is with respect to `params`; `base`: see `TrainState`.
+    """
     microbatches = config.train.microbatches
 
-    def of_part(params: Tree, batch: Batch, key: jax.Array, *teacher: Tree) -> tuple[Tree, Metrics]:
+    def of_part(params: Tree, batch: Batch, key: jax.Array, base: Tree | None, *teacher: Tree) -> tuple[Tree, Metrics]:
         def objective(params):
-            loss = loss_fn(config, without_frozen_gradients(config, params), batch, key, *teacher)
+            whole = tree.merged(base, without_frozen_gradients(config, params))
+            loss = loss_fn(config, whole, batch, key, *teacher)
             return loss.objective, loss.metrics
 
         return jax.grad(objective, has_aux=True)(params)
 
-    def gradient(params: Tree, batch: Batch, step: jax.Array) -> tuple[Tree, Metrics]:
+    def gradient(params: Tree, batch: Batch, step: jax.Array, base: Tree | None = None) -> tuple[Tree, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)  # of dropout; the state has no random key
         batch, *teacher = batch if isinstance(batch, Taught) else (batch,)
         if microbatches == 1:
-            grads, metrics = of_part(params, batch, key, *teacher)
+            grads, metrics = of_part(params, batch, key, base, *teacher)
         else:
             parts = split_microbatches(batch, microbatches)
 
             def accumulate(sums, part):
                 index, rows = part
-                grads, metrics = of_part(params, rows, jax.random.fold_in(key, index), *teacher)
+                grads, metrics = of_part(params, rows, jax.random.fold_in(key, index), base, *teacher)
                 return (jax.tree.map(jnp.add, sums[0], grads), add_metrics(sums[1], metrics, jnp.maximum)), None
 
-            shapes = jax.eval_shape(of_part, params, jax.tree.map(lambda x: x[0], parts), key, *teacher)
+            shapes = jax.eval_shape(of_part, params, jax.tree.map(lambda x: x[0], parts), key, base, *teacher)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
         weight = jnp.maximum(metrics["loss"].weight, 1.0)
@@ -138,7 +143,7 @@ def make_train_step(
     gradient = make_gradient(config, loss_fn)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradient(state.params, batch, state.step)
+        grads, metrics = gradient(state.params, batch, state.step, state.base)
         batch = model_batch(batch)
         norm = optax.tree.norm(grads)
         optimizer = make_optimizer(config, state.params, parameter_axes(config, batch))
@@ -160,7 +165,7 @@ def make_train_step(
                 tokens, jnp.float32(sum(x.size for x in (batch.encoder_BS, batch.decoder_BL) if x is not None))
             ),
         }
-        return TrainState(state.step + 1, params, opt_state, ema, recent), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, recent, state.base), metrics
 
     return train_step
 

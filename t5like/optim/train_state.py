@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from t5like import tree
 from t5like.config.schema import Config, DataConfig
 from t5like.model.transformer import Transformer
+from t5like.optim import lora
 from t5like.optim.bad_steps import new_window
 from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import placement
@@ -79,7 +80,8 @@ def _keys(config: Config, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
 def _boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
     """`init_params` with the keys in the boxes."""
     ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-    return Transformer(config).init(key, ids)["params"]
+    boxes = Transformer(config).init(key, ids)["params"]
+    return lora.with_adapters(config.lora, boxes, key) if config.lora.rank else boxes
 
 
 def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
@@ -91,9 +93,10 @@ def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
 
 def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
-    params = jax.tree.map(attrgetter("value"), _abstract_boxes(config, batch), is_leaf=_is_box)
+    whole = jax.tree.map(attrgetter("value"), _abstract_boxes(config, batch), is_leaf=_is_box)
+    params, base = lora.split(config.lora, whole)
     axes = parameter_axes(config, batch)
-    state = jax.eval_shape(lambda params: _first_state(config, params, axes), params)
+    state = jax.eval_shape(lambda params: _first_state(config, params, axes), params)._replace(base=base)
     shardings = placement.state_shardings(state, axes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
@@ -127,7 +130,7 @@ def _of_model(config: Config) -> Config:
     """What the parameters depend on; the other fields have their defaults."""
     data = config.data
     head = DataConfig(objective=data.objective, labels=data.labels) if data.label_objective else DataConfig()
-    return Config(model=config.model, tokenizer=config.tokenizer, data=head)
+    return Config(model=config.model, tokenizer=config.tokenizer, data=head, lora=config.lora)
 
 
 @lru_cache(maxsize=32)
@@ -139,7 +142,11 @@ def _trace_boxes(config: Config, row_types: tuple) -> Tree:
 
 
 def new_state(
-    config: Config, batch: Batch, abstract: TrainState, params: Mapping[str, jax.Array] | None = None
+    config: Config,
+    batch: Batch,
+    abstract: TrainState,
+    params: Mapping[str, jax.Array] | None = None,
+    base: Tree | None = None,
 ) -> TrainState:
     """Make the state before the first step, each leaf with the sharding in `abstract`.
 
@@ -149,6 +156,7 @@ def new_state(
         abstract: shape, dtype and sharding of every leaf of the state.
         params: parameters by name that exist already and become part of the state; the others are random. Random
             values depend on config, seed and name only.
+        base: of a LoRA run; by default random.
     """
     shardings = shardings_of(abstract)
     wanted, given = tree.flatten(shardings.params), params or {}
@@ -160,9 +168,28 @@ def new_state(
         axes = parameter_axes(config, batch)
         rest = jax.jit(
             lambda params: _first_state(config, params, axes)._replace(params=None),
-            out_shardings=shardings._replace(params=None),
+            out_shardings=shardings._replace(params=None, base=None),
         )
-        return rest(whole)._replace(params=whole)
+        base = _random_base(config, batch, abstract) if base is None else base
+        return rest(whole)._replace(params=whole, base=base)
+
+
+def _random_base(config: Config, batch: Batch, abstract: TrainState) -> Tree | None:
+    """The base of a LoRA run that has no weights to begin with, such as one whose memory is measured."""
+    if abstract.base is None:
+        return None
+    places = {name: leaf.sharding for name, leaf in tree.flatten(abstract.base).items()}
+    names, key, leaves = lora.base_names(abstract.base), jax.random.key(config.seed), {}
+    for name in names:
+        drawn = random_params(config, batch, key, {name: places[name]})[name]
+        leaves |= lora.stored(config.lora, name, drawn.astype(jnp.float32), places)
+    return tree.nested(leaves)
+
+
+def model_params(state: TrainState, *, average: bool = False) -> Tree:
+    """The parameters that the model takes; with `average` their moving average, if the run has one."""
+    trained = state.ema if average and state.ema is not None else state.params
+    return tree.merged(state.base, trained)
 
 
 def shardings_of(abstract: TrainState) -> TrainState:

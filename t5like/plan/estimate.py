@@ -44,7 +44,7 @@ from t5like.metrics import flops
 from t5like.model.attention_plan import plan_attention
 from t5like.model.kernels import local_attention
 from t5like.model.masks import MaskSpec
-from t5like.optim import train_state
+from t5like.optim import lora, train_state
 from t5like.plan import gpu_time
 from t5like.plan.hlo_cost import Analysis, Collective
 from t5like.plan.topology import TPU_NAMES, Topology, one_chip
@@ -84,6 +84,11 @@ class PersistentMemory(NamedTuple):
     average: int
     batch: int
     leaves: tuple[Leaf, ...]
+
+    @property
+    def params(self) -> dict[str, Leaf]:
+        """The parameters by name."""
+        return {name: leaf for leaf in self.leaves if (name := leaf.name.removeprefix("params/")) != leaf.name}
 
     @property
     def total(self) -> int:
@@ -147,7 +152,11 @@ def persistent_memory(inputs: AbstractInputs, sizes: dict[str, int]) -> Persiste
             _leaf(f"{kind}/{name}", leaf, NamedSharding(mesh, leaf.sharding.spec))
             for name, leaf in tree.flatten(value).items()
         ]
-        for kind, value in (("params", state.params), ("optimizer", state.opt_state), ("average", state.ema or {}))
+        for kind, value in (
+            ("params", tree.merged(state.base, state.params)),
+            ("optimizer", state.opt_state),
+            ("average", state.ema or {}),
+        )
     ]
     names = tree.flatten(inputs.batch)
     parts.append([_leaf(f"batch/{name}", names[name], split) for name, split in tree.flatten(rows).items()])
@@ -230,16 +239,19 @@ def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) 
     targets = config.data.inputs_length if model.architecture == "encoder" else flops.stack_shapes(config)[-1].queries
     chunk = min(config.train.loss_chunk or targets, targets)
     logits = rows * chunk * config.vocab_rows * (4 + width) / tensor
-    gradients = state.parameters * (2 if config.train.microbatches > 1 else 1)
-    weights = sum(leaf.bytes for leaf in state.leaves if leaf.name.startswith("params/")) / 4 * width / tensor
+    trained = sum(leaf.bytes_per_device for name, leaf in state.params.items() if lora.is_trained(config.lora, name))
+    gradients = trained * (2 if config.train.microbatches > 1 else 1)
+    weights = sum(math.prod(leaf.shape) for leaf in state.params.values()) * width / tensor
     layers = sum(stack.layers for stack in flops.stack_shapes(config))
-    gathered = weights / layers if sizes["fsdp"] > 1 else weights if width == 2 else 0.0
+    cast = sum(math.prod(leaf.shape) for leaf in state.params.values() if leaf.dtype == "float32") * width / tensor
+    gathered = weights / layers if sizes["fsdp"] > 1 or cast < weights / 2 else weights if width == 2 else 0.0
     activations = int(saved + max(working, logits) + gradients + gathered)
 
     needed = flops.model_flops(config) / topology.num_devices
     # Remat "qk" keeps queries and keys, which half of the projections compute.
     kept_projections = flops.forward_flops(config).projections / 2 * (config.data.batch_size / topology.num_devices)
-    recomputed = {"full": needed / 3, "qk": needed / 3 - kept_projections, "dots": 0.0, "none": 0.0}[model.remat]
+    forward = needed / (flops.model_flops(config) / (config.data.batch_size * sum(flops.forward_flops(config))))
+    recomputed = {"full": forward, "qk": forward - kept_projections, "dots": 0.0, "none": 0.0}[model.remat]
     total_flops = needed + recomputed
     seconds = None
     if chip.peak:

@@ -4,6 +4,7 @@ Called by `t5like plan`.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,7 @@ def _topology(topology: Topology) -> Plan:
 
 
 def _num_parameters(persistent: estimate.PersistentMemory) -> int:
-    return sum(leaf.bytes // 4 for leaf in persistent.leaves if leaf.name.startswith("params/"))  # all of them float32
+    return sum(math.prod(leaf.shape) for leaf in persistent.params.values())
 
 
 def _quick(config: Config, topology: Topology, quick: estimate.QuickEstimate) -> Plan:

@@ -17,6 +17,7 @@ from t5like.config.schema import Config
 from t5like.distributed import processes
 from t5like.errors import CheckpointError, DataError, Diverged, printable
 from t5like.io.atomic import replace_file
+from t5like.optim.train_state import model_params
 from t5like.rl import advantages, collection, experience
 from t5like.rl.collection import Collected, Collector
 from t5like.rl.experience import Experience, answer_rows, in_rows
@@ -77,8 +78,8 @@ class OnPolicy(RecordTask):
         self, state: TrainState, index: int, rows_B: np.ndarray
     ) -> tuple[Experience, Experience, Metrics]:
         """Host rows, device arrays and metrics of new answers."""
-        rl = self._config.rl
-        collected = self._collector.collect(state.params, self.batches, rows_B)
+        rl, params = self._config.rl, model_params(state)
+        collected = self._collector.collect(params, self.batches, rows_B)
         prompts = [example.prompt for example in collected.examples]
         rows = answer_rows(self._config, prompts, collected.answers.ids)
         sampler_BGL = in_rows(rows, collected.answers.log_p_BGL)
@@ -87,11 +88,11 @@ class OnPolicy(RecordTask):
         arrays = self._to_devices(layout.rows(rows))
         with jax.set_mesh(self._mesh):
             if rl.needs_reference:
-                arrays = self._with_reference(arrays)
+                arrays = self._with_reference(arrays, params)
                 kl_BGL = (sampler_BGL - layout.unpacked(to_host(arrays.reference_log_p_BGL))) * rows.mask_BGL
                 self._check_kl(kl_BGL, rows.mask_BGL, index)
             if experience.needs_old(self._config):
-                scored = self._scores(state.params, arrays.answers())
+                scored = self._scores(params, arrays.answers())
                 arrays = arrays._replace(old_log_p_BGL=scored.log_p_BGL)
         values_BGL = layout.unpacked(to_host(scored.values_BGL)) if rl.advantage == "gae" else None
         rows = self._with_advantages(rows, collected, kl_BGL if rl.kl_as == "reward" else None, values_BGL)

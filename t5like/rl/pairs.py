@@ -13,6 +13,7 @@ from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, printable
 from t5like.io.atomic import replace_file
 from t5like.optim import eval_step
+from t5like.optim.train_state import model_params
 from t5like.rl.experience import Experience, answer_rows
 from t5like.rl.prompts import Example
 from t5like.rl.record_task import SAMPLES, RecordTask
@@ -37,7 +38,7 @@ class Pairs(RecordTask):
     def device_batch(self, state: TrainState, index: int, batch: np.ndarray) -> tuple[Experience, Metrics]:
         """The pairs of a step, with the log-probabilities of the reference."""
         rows = self._rows([self._prompts.train[number] for number in self.batches.indices(batch)])
-        arrays = self._arrays(self._layout(rows).rows(rows))
+        arrays = self._arrays(self._layout(rows).rows(rows), model_params(state))
         self._keep(index, rows, arrays)
         return arrays, {}
 
@@ -45,9 +46,9 @@ class Pairs(RecordTask):
         prompts, answers = zip(*((example.prompt, example.answers) for example in examples), strict=True)
         return answer_rows(self._config, prompts, answers)
 
-    def _arrays(self, rows: Experience) -> Experience:
+    def _arrays(self, rows: Experience, params: Tree) -> Experience:
         arrays = self._to_devices(rows)
-        return self._with_reference(arrays) if self._config.rl.needs_reference else arrays
+        return self._with_reference(arrays, params) if self._config.rl.needs_reference else arrays
 
     def baselines(self) -> tuple[dict[str, float], str]:
         """The accuracy of preferring the longer answer, on the held-out pairs."""
@@ -71,7 +72,7 @@ class Pairs(RecordTask):
         size, total = self._config.data.batch_size, None
         for first in range(0, len(examples), size):
             part = examples[first : first + size]
-            arrays = self._arrays(self._rows((part * size)[:size]))  # not packed: one program for all parts
+            arrays = self._arrays(self._rows((part * size)[:size]), params)  # not packed: one program for all parts
             counted_B11 = (np.arange(size) < len(part)).astype(np.float32)[:, None, None]
             mask_BGL = arrays.mask_BGL * self._to_devices(counted_B11)  # pairs that fill the batch up don't count
             arrays = arrays._replace(mask_BGL=mask_BGL)

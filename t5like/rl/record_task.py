@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5like import tree
 from t5like.config.schema import Config
 from t5like.data.store.verification import Verification
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -101,8 +102,9 @@ class RecordTask:
         """This process's part of host arrays as global arrays."""
         return placement.all_to_global(rows, self._mesh, len(jax.tree.leaves(rows)[0]))
 
-    def _with_reference(self, arrays: Experience) -> Experience:
-        """Device arrays with the log-probabilities of the reference."""
+    def _with_reference(self, arrays: Experience, params: Tree) -> Experience:
+        """Device arrays with the log-probabilities of the reference, which has the untrained parts of `params`."""
+        reference = tree.merged(params, self._reference)
         with watchdog("scoring answers", times=2, mode="computing"), jax.set_mesh(self._mesh):
-            log_p_BGL = self._scores(self._reference, arrays.answers()).log_p_BGL
+            log_p_BGL = self._scores(reference, arrays.answers()).log_p_BGL
         return arrays._replace(reference_log_p_BGL=log_p_BGL)

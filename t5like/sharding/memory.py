@@ -62,7 +62,7 @@ def check_training(
         return
     local = len(mesh.local_devices)
     state = {
-        "parameters": local * _bytes_per_device(abstract.params),
+        "parameters": local * _bytes_per_device((abstract.params, abstract.base)),
         f"state of optimizer.name={config.optimizer.name}": local * _bytes_per_device(abstract.opt_state),
         "moving average (optimizer.ema_decay)": local * _bytes_per_device(abstract.ema or {}),
         "teacher (distill.teacher)": local * _bytes_per_device(teacher or {}),
@@ -78,7 +78,7 @@ def check_training(
     if sum(needed.values()) <= available:
         return
     if sum(state.values()) > available:
-        count = tree.num_parameters(abstract.params)
+        count = tree.num_parameters((abstract.params, abstract.base))
         fields = {"model": ("num_layers", "model_dim", "mlp_dim", "num_heads", "head_dim")}
         fields |= {"tokenizer": ("vocab_size",)}
         reason, remedy = f"a model of {count:,} parameters", "use a smaller model, or more devices with mesh.fsdp"

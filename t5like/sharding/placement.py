@@ -43,7 +43,7 @@ def state_shardings(state: TrainState, axes: LogicalAxes, mesh: Mesh) -> TrainSt
     row and column statistics, are replicated.
     """
     specs = {name: spec(logical) for name, logical in axes.items()}
-    shapes = {name: leaf.shape for name, leaf in tree.flatten(state.params).items()}
+    shapes = {name: leaf.shape for name, leaf in tree.flatten(tree.merged(state.base, state.params)).items()}
 
     def sharding(name: str, leaf) -> NamedSharding:
         parts = name.split("/")

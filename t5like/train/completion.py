@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from t5like import tree
+from t5like.checkpoint import base_weights
 from t5like.checkpoint.checkpoints import Checkpoints, report
 from t5like.checkpoint.step_directories import COMMITTED
 from t5like.config.schema import Config, TrainConfig
@@ -106,6 +108,9 @@ def complete_run(
         ema = abstract.ema is not None
         with watchdog("reading a checkpoint", step, times=3):
             params = checkpoints.restore_params(abstract.ema if ema else abstract.params, step, ema=ema)
+            if abstract.base is not None:
+                meta = checkpoints.meta(step)
+                params = tree.merged(base_weights.read_again(meta.config, abstract, meta.history.base), params)
         lines = summarize(params)
     done = f"{step:,} of {num_steps:,} steps are done"
     return [*lines, f"complete   {done}; nothing is left to train in {workdir}"]

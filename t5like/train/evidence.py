@@ -77,7 +77,7 @@ class Evidence:
             return
         batch, whole = self._task.rows_of(done - 1)
         with watchdog("keeping a bad step", done, times=3), jax.set_mesh(self._mesh):
-            norms = jax.device_get(self._gradient_norms(state.params, batch, jnp.int32(done - 1)))
+            norms = jax.device_get(self._gradient_norms(state.params, batch, jnp.int32(done - 1), state.base))
             self._checkpoints.wait()  # a checkpoint in progress is one before this step
         if not processes.is_primary():
             return
@@ -120,7 +120,7 @@ class Evidence:
     @cached_property
     def _gradient_norms(self):
         gradient = step.make_gradient(self._config, self._task.loss_fn)
-        norms = lambda params, batch, index: norms_by_layer(gradient(params, batch, index)[0])
+        norms = lambda *arguments: norms_by_layer(gradient(*arguments)[0])
         return jax.jit(norms, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5like.checkpoint import recovery
+from t5like.checkpoint import base_weights, recovery
 from t5like.checkpoint.allowed_changes import CHANGEABLE_FIELDS, DATA
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.init_from import InitialWeights, load_initial_weights
@@ -22,7 +22,7 @@ from t5like.distributed import processes
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import ConfigError, DataError, shorten
 from t5like.optim import bad_steps, train_state
-from t5like.types import Batch, TrainState
+from t5like.types import Batch, TrainState, Tree
 
 
 class InitialState(NamedTuple):
@@ -115,8 +115,9 @@ def initial_state(
         return _from_checkpoints(config, checkpoints, steps, check, read, workdir)
     if init_from:
         weights = load_initial_weights(config, abstract, tokenizer)
-        source = f"from {weights.source}"
-        return InitialState(None, 0, lambda: FirstState(random(weights.params), source, history), config, weights)
+        start = history._replace(base=weights.record)
+        make = lambda: FirstState(random(weights.params, weights.base), f"from {weights.source}", start)
+        return InitialState(None, 0, make, config, weights)
     return InitialState(None, 0, lambda: FirstState(random(), "from random parameters", history), config)
 
 
@@ -181,9 +182,16 @@ def _continued(
     return history, changes
 
 
-def restore_state(checkpoints: Checkpoints, abstract: TrainState, step: int) -> TrainState:
-    """Read the state of a checkpoint with or without `recent`, because `train.spike_factor` may have changed."""
-    stored = "recent" in checkpoints.meta(step).leaves
+def restore_state(checkpoints: Checkpoints, abstract: TrainState, step: int, base: Tree | None = None) -> TrainState:
+    """Read the state of a checkpoint with or without `recent`, because `train.spike_factor` may have changed.
+
+    The base of a LoRA run is read from where its weights are, unless it is given.
+    """
+    meta = checkpoints.meta(step)
+    if abstract.base is not None:
+        base = base_weights.read_again(meta.config, abstract, meta.history.base) if base is None else base
+        return restore_state(checkpoints, abstract._replace(base=None), step)._replace(base=base)
+    stored = "recent" in meta.leaves
     sharding = abstract.step.sharding
     window = jax.ShapeDtypeStruct((2, bad_steps.WINDOW), jnp.float32, sharding=sharding)
     state = checkpoints.restore(abstract._replace(recent=window if stored else None), step)

@@ -161,7 +161,7 @@ def train(
 
     def evaluate(done: int, *, early: bool = False) -> None:
         with throughput.pause(), spent.of("evaluate"):
-            params = state.params if state.ema is None else state.ema
+            params = train_state.model_params(state, average=True)
             values, text = task.evaluate(params, done, stop.point, early=early)
             writer.write(done, values)
             progress.note(f"step {done:,}: {text}")
@@ -194,8 +194,8 @@ def train(
             batches.follow(bad_steps.history.rows)
             upcoming.go_to(target)
             report.go_back(target)
-            jax.tree.map(lambda leaf: leaf.delete(), state)  # before its successor is read
-            return restore_state(checkpoints, abstract, target)
+            jax.tree.map(lambda leaf: leaf.delete(), state._replace(base=None))  # before its successor is read
+            return restore_state(checkpoints, abstract, target, base=state.base)
 
     def save_last_step() -> int:
         """Save the state when a signal stops the run before its next step; returns the number of saved steps."""
@@ -275,6 +275,5 @@ def train(
     writer.close()
 
     # ---- Summary ----
-    params = state.params if state.ema is None else state.ema
-    for line in summarize(params):
+    for line in summarize(train_state.model_params(state, average=True)):
         show(line)

@@ -115,7 +115,9 @@ def _of_updates(values: Mapping[str, float], updates_per_rollout: int) -> dict[s
 def describe_devices(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> list[str]:
     """The model's size and the mesh, as lines to print."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    size = f"{tree.num_parameters(abstract.params):,} parameters"
+    size = f"{tree.num_parameters((abstract.params, abstract.base)):,} parameters"
+    if abstract.base is not None:
+        size += f", {tree.num_parameters(abstract.params):,} of them trained (LoRA, rank {config.lora.rank})"
     counted = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return [
         f"model      {size}, {config.model.architecture}, {config.model.dtype}",

@@ -19,7 +19,7 @@ CASES = [
     ("t5like|inspect|ch", "checkpoint "),
     ("t5like|inspect|checkpoint|--ver", "--verify "),
     ("t5like|import|--format|=|", "hf |t5x "),
-    ("t5like|export|--format|=|", "hf |stablehlo "),
+    ("t5like|export|--format|=|", "hf |peft |stablehlo "),
     ("t5like|launch|sl", "slurm "),
     ("t5like|launch|slurm|--dr", "--dry_run "),
     ("t5like|launch|slurm|--|train|--config.model.norm|=|r", "rms "),

@@ -207,7 +207,7 @@ def export_run(
         CheckpointError: the family can't represent the model, or a comparison fails; then nothing is written.
     """
     check_free(output, "--output")
-    loaded = run_directory.load(workdir, step)
+    loaded = run_directory.load(workdir, step, merged=True)
     record = _load_record(workdir / KEPT)
     family = family or (record.family if record else families.default_family(loaded.config.model))
     families.check_exportable(family, loaded.config)

@@ -78,7 +78,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
         CheckpointError: there are no safetensors files, or a file or the index is damaged.
     """
     if (directory / FILE).is_file():
-        return _header(directory / FILE)
+        return header(directory / FILE)
     if not (directory / INDEX).is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
         if pickles:
@@ -100,7 +100,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
             )
         if not (directory / file).is_file():
             raise CheckpointError(f"{directory / INDEX} names {file}, which does not exist; download it")
-        in_file = _header(directory / file)
+        in_file = header(directory / file)
         for name in in_file:
             if file_of.get(name) != file:
                 raise CheckpointError(f"{directory / file} contains {name}, but {INDEX} names {file_of.get(name)!r}")
@@ -112,7 +112,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return tensors_by_name
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def header(path: Path) -> dict[str, Tensor]:
     """The tensors of one file. The library checks dtypes, shapes and offsets, and that they cover the file exactly."""
     try:
         with safe_open(path, framework="np") as file:
@@ -162,7 +162,7 @@ def write(
     count = len(shards)
     files = [FILE] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     for file, shard in zip(files, shards, strict=True):
-        _write_file(directory / file, shard, value)
+        write_file(directory / file, shard, value)
     if count > 1:
         file_of = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": sum(t.size for shard in shards for t in shard)}, "weight_map": file_of}
@@ -170,7 +170,8 @@ def write(
     return files
 
 
-def _write_file(path: Path, shard: Sequence[TensorSpec], value: Callable[[str], np.ndarray]) -> None:
+def write_file(path: Path, shard: Sequence[TensorSpec], value: Callable[[str], np.ndarray]) -> None:
+    """Write one file; arguments as in `write`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for tensor in shard:

@@ -240,7 +240,7 @@ def test_a_failed_export_leaves_no_files(trained, tmp_path, command, monkeypatch
     assert code == 2 and "--max_shard_size=many" in err
     code, _, err = command("export", "--format=onnx", *export[2:])
     assert code == 2 and "onnx" in err
-    write = safetensors_files._write_file
+    write = safetensors_files.write_file
 
     def damaged(path, *rest):  # one bit on its way to the disk
         write(path, *rest)
