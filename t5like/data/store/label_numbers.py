@@ -11,16 +11,18 @@ A word's label is predicted at its first token, as in BERT (Devlin et al. 2019, 
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from t5like.data.sources.templates import Part
-from t5like.data.tokenizers.tokenizer import Tokenizer
+if TYPE_CHECKING:  # the pipeline imports this module, and has to be importable without sentencepiece
+    from t5like.data.sources.templates import Part
+    from t5like.data.tokenizers.tokenizer import Tokenizer
 
 NUMBER_BYTES = 4
 
 
-def encode_examples(objective: str, tokenizer: Tokenizer, parts: Sequence[Part]) -> list[np.ndarray]:
+def encode_examples(objective: str, tokenizer: "Tokenizer", parts: Sequence["Part"]) -> list[np.ndarray]:
     """The numbers of each part of some examples (`sources.labels.Labelled`), int32: token ids, or those of a label."""
     if objective == "token_classification":
         encoded = []
@@ -34,7 +36,7 @@ def encode_examples(objective: str, tokenizer: Tokenizer, parts: Sequence[Part])
     return [encode_label(part.text) if part.is_target else next(texts) for part in parts]
 
 
-def encode_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode_words(tokenizer: "Tokenizer", words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Words as tokens: ids, and at the first token of each word its number from 1, 0 at the others; int32 [T] each.
 
     Words are tokenized one by one. All but the first begin with a space, unless the tokenizer puts one in front of
