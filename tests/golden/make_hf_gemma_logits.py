@@ -85,6 +85,6 @@ for name, model in MODELS.items():
     for key, value in model.state_dict().items():
         is_copy = value.data_ptr() in [kept.data_ptr() for kept in weights.values()]
         if not is_copy and "vision_tower" not in key and "multi_modal" not in key:
-            weights[key] = value
+            weights[key.replace(".text_model", "")] = value  # the name in files
     out |= {f"{name}.weights.{key}": value.numpy().astype(np.float16) for key, value in weights.items()}
 np.savez_compressed(Path(__file__).parent / "hf_gemma_logits.npz", **out)

@@ -32,6 +32,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LENGTHS = {"rope_theta": 1e4, "original_max_position_embeddings": 12}  # shorter than the texts
 BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+GEMMA = {**DECODER, "num_hidden_layers": 2, "head_dim": 6, "sliding_window": 6, "query_pre_attn_scalar": 5}
+STACK = {**GEMMA, "vocab_size": IDS, "bos_token_id": 2, "pad_token_id": 0}
+VISION = {"model_type": "siglip_vision_model", "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 1, "image_size": 16, "patch_size": 1}
+TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {  # name: class, settings, whether it gets its own head
     "t5_1_0": ("T5ForConditionalGeneration", {**T5}, False),
     "t5_1_1": (  # with more layers in the decoder than in the encoder transformers 5.24 can't generate
@@ -49,6 +54,18 @@ MODELS = {  # name: class, settings, whether it gets its own head
     ),
     "qwen3": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 8}, False),
     "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}, False),
+    "gemma2": ("Gemma2ForCausalLM", GEMMA, False),
+    "gemma3": ("Gemma3ForCausalLM", {**GEMMA, **TYPES}, False),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration",
+        {"encoder": {**STACK, "hidden_size": 24}, "decoder": {**STACK, "intermediate_size": 20}},
+        False,
+    ),
+    "t5gemma2": (
+        "T5Gemma2ForConditionalGeneration",
+        {"encoder": {"text_config": {**STACK, **TYPES}, "vision_config": VISION}, "decoder": {**STACK, **TYPES}},
+        False,
+    ),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 64, "eos_token_id": 1}, False),
     "bert": ("BertForPreTraining", {**BERT, "max_position_embeddings": 64}, False),
     "bert_alone": ("BertForMaskedLM", {**BERT, "max_position_embeddings": 64}, False),

@@ -308,6 +308,6 @@ def check_exportable(family: str, model: ModelConfig, require: Callable[..., Non
             family,
             window == expected,
             "model.encoder_window",
-            window[0],
-            f"{expected[0]}, and encoder_window_ahead={expected[1]}",
+            f"{window[0]} with model.encoder_window_ahead={window[1]}",
+            f"{expected[0]} and {expected[1]}",
         )

@@ -16,7 +16,7 @@ ENCODER_DECODERS = ("t5", "mt5", "umt5")
 DECODERS = ("llama", "qwen3", "mistral")  # with the tensors of Llama
 GEMMAS = ("gemma2", "gemma3_text")
 LIKE_LLAMA = (*DECODERS, "eurobert")  # EuroBERT is an encoder with them
-T5GEMMA2_EMBEDDING = "model.encoder.text_model.embed_tokens.weight"
+T5GEMMA2_EMBEDDING = "model.encoder.embed_tokens.weight"
 IGNORED = {  # tensors in files that are not weights: masks, positions, and a bias that T5 never uses
     "t5": r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     "llama": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -94,6 +94,8 @@ def canonical_name(family: str, name: str, *, tied: bool) -> str | None:
         return None
     if layout == "gpt2":  # OpenAI's release has no prefix
         name = f"transformer.{name}" if re.match(r"(h|wte|wpe|ln_f)\.", name) else name
+    if layout == "t5gemma2":  # as in files; the module itself has one more level
+        name = name.replace("model.encoder.text_model.", "model.encoder.")
     if family in GEMMAS and not name.startswith(("model.", "lm_head.")):  # a model that was saved without its head
         name = f"model.{name}"
     if layout == "bert":  # Google's release has TensorFlow's names of a norm's parameters
@@ -249,13 +251,12 @@ def _gemma(family: str, model: ModelConfig) -> list[TensorMap]:
         entries = _gemma_stack("model", "decoder", model.num_layers, norms, model)
         head = "lm_head.weight"
     else:
-        places = {"encoder": "model.encoder" + ".text_model" * (family == "t5gemma2"), "decoder": "model.decoder"}
         norms = {"attention": "pre_self_attn_layernorm", "attention_output": "post_self_attn_layernorm"}
-        entries = _gemma_stack(places["encoder"], "encoder", model.num_layers, norms, model)
+        entries = _gemma_stack("model.encoder", "encoder", model.num_layers, norms, model)
         if not model.merged_attention:
             norms |= {"cross_attention": "pre_cross_attn_layernorm"}
             norms |= {"cross_attention_output": "post_cross_attn_layernorm"}
-        entries += _gemma_stack(places["decoder"], "decoder", model.decoder_layers, norms, model)
+        entries += _gemma_stack("model.decoder", "decoder", model.decoder_layers, norms, model)
         head = "lm_head.out_proj.weight"
     return entries + ([] if model.tied_embeddings else [TensorMap(head, ("head",), True, vocabulary=True)])
 

@@ -41,6 +41,16 @@ MODELS = {
     },
     "umt5": {"relative_bias": "per_layer", "num_layers": 1},
     "modernbert": {**families.FIXED["modernbert"], "num_layers": 2, "mlp": "gated_gelu_exact", "norm_bias": False},
+    "t5gemma": {**families.FIXED["t5gemma"], "num_layers": 1, "decoder_model_dim": 16, "tied_embeddings": True},
+    "t5gemma2": {
+        **families.FIXED["t5gemma2"],
+        "num_layers": 2,
+        "layer_pattern": ("local", "global"),
+        "attention_window": 6,
+        "encoder_window": 3,
+        "encoder_window_ahead": 4,
+        "rotary": {"local_base": 100.0},
+    },
     "bert": {**families.FIXED["bert"], "num_layers": 1, "mlp": "gelu_exact", "token_types": 2, "init": "bert"},
 }
 
@@ -82,7 +92,16 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family, dtype", [("llama", "BF16"), ("gpt2", "F16"), ("umt5", "F32"), ("bert", "BF16"), ("modernbert", "F32")]
+    "family, dtype",
+    [
+        ("llama", "BF16"),
+        ("gpt2", "F16"),
+        ("umt5", "F32"),
+        ("bert", "BF16"),
+        ("modernbert", "F32"),
+        ("t5gemma", "BF16"),
+        ("t5gemma2", "F16"),
+    ],
 )
 def test_an_export_of_an_import_has_the_same_tensors_bit_for_bit_and_the_same_settings(
     family, dtype, tokenizer, tmp_path

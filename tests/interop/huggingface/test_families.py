@@ -106,6 +106,16 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
     "name, change, complaint",
     [
         ("llama", {"model_type": "mamba"}, "model_type='mamba' is not one of t5,"),
+        (
+            "llama",
+            {"model_type": "mixtral"},
+            "model_type='mixtral': experts are not supported; use a dense model, such",
+        ),
+        ("t5_1_1", {"model_type": "switch_transformers"}, "experts are not supported; use a dense model, such as t5"),
+        ("gemma3", {"model_type": "gemma3"}, "models with images are not supported; save the text part as gemma3_text"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True must be False"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 must be"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types must be 2 times sliding_attention or full"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
         ("llama", {"attention_bias": True}, "mlp_bias=False must be True with attention_bias=True: both or neither"),
         (
@@ -175,6 +185,13 @@ def test_an_unsupported_config_is_refused_with_key_and_value(name, change, compl
             "model.relative_bias=per_layer can't be represented by t5, which requires shared",
         ),
         ("t5", {"biases": True}, "model.biases=True"),
+        ("t5", {"merged_attention": True}, "model.merged_attention=True can't be represented by t5"),
+        ("t5", {"norm_position": "sandwich"}, "model.norm_position=sandwich can't be represented by t5"),
+        (
+            "t5gemma",
+            {**families.FIXED["t5gemma"], "attention_window": 8, "tied_embeddings": True},
+            "model.encoder_window=8 can't be represented by t5gemma, which requires 9",
+        ),
         ("t5", {"qk_norm": True}, "model.qk_norm=True"),
         ("mt5", {"tied_embeddings": True}, "model.logits_scale=auto"),
         ("bert", {"architecture": "encoder"}, "model.positions=relative"),
