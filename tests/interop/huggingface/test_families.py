@@ -189,8 +189,9 @@ def test_an_unsupported_config_is_refused_with_key_and_value(name, change, compl
         ("t5", {"norm_position": "sandwich"}, "model.norm_position=sandwich can't be represented by t5"),
         (
             "t5gemma",
-            {**families.FIXED["t5gemma"], "attention_window": 8, "tied_embeddings": True},
-            "model.encoder_window=8 can't be represented by t5gemma, which requires 9",
+            {**families.FIXED["t5gemma"], "attention_window": 8, "encoder_window": 4, "encoder_window_ahead": 7},
+            "model.encoder_window=4 with model.encoder_window_ahead=7 can't be represented by t5gemma, which requires "
+            "4 and 4",
         ),
         ("t5", {"qk_norm": True}, "model.qk_norm=True"),
         ("mt5", {"tied_embeddings": True}, "model.logits_scale=auto"),
