@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import small
 
-from t5like.config import loader
 from t5like.data import pipeline
 from t5like.errors import ConfigError, Diverged, UserError
 from t5like.metrics import flops
@@ -216,23 +215,6 @@ def test_a_quick_plan_has_days_cost_and_slices(command):
     for worse, better in zip(plan["search"][1:], plan["search"], strict=False):  # a trade of one for the other
         assert worse["seconds"] >= better["seconds"] and worse["memory"] < better["memory"]
     assert "cost " in report.text(plan)
-
-
-def test_scores_are_written_only_where_the_chip_has_no_room_for_the_kernel_and_in_windows_fewer():
-    settings = [("data.batch_size", "64"), ("model.attention_window", "512")]
-    config = auto.resolve_auto_for(loader.load(GOLDEN.parents[1] / "configs/t5gemma_2b.py", settings), "tpu")
-
-    def written(name, **fields):
-        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
-        machine = topology.parse(name)
-        sizes = meshes.axis_sizes(changed, machine.num_devices)
-        each = (estimate._materialized_keys(changed, machine, sizes, stack) for stack in flops.stack_shapes(changed))
-        return [keys.all_layers for keys in each]
-
-    assert written("v5e:8x8") == [0, 0]
-    blocks = [13 * (4096 + (1 + 8 + 8) * 64), 13 * (4096 + (1 + 8) * 64) + 26 * 4096]  # 13 local, 13 global, 26 cross
-    assert written("v5p:4x4x4") == blocks
-    assert written("v5p:4x4x4", merged_attention=True) == [blocks[0], 26 * 2 * 4096]
 
 
 def test_a_plan_warns_of_fsdp_over_three_torus_axes_and_recommends_two(command):
