@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from t5like import tree
 from t5like.checkpoint import base_weights
 from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.run_directory import check_initial_run, saved_config
 from t5like.config.checks import check
@@ -99,9 +100,19 @@ def open_teacher(config: Config, mesh: Mesh) -> Teacher:
     meta = _checkpoints(config).meta(distill.teacher_step)
     base_weights.refuse_adapters(meta, FIELD, expand(distill.teacher))
     abstract = train_state.abstract_state(own, pipeline.spec(own), mesh).params
-    digests = {name: leaf.digest for name, leaf in meta.leaves.items() if name.startswith(_prefix(meta))}
+    digests = {name: leaf.digest for name, leaf in parameters(config).items()}
     identity = f"step {meta.step:,} of run {meta.run[:12]}, parameters {fingerprint(digests)}"
     return Teacher(own, tree.map_named(partial(_computed, own.model.dtype), abstract), meta, identity)
+
+
+def parameters(config: Config) -> dict[str, Leaf]:
+    """The stored parameters of the teacher, or their moving average if it has one.
+
+    Raises:
+        CheckpointError: its checkpoint is missing or damaged.
+    """
+    meta = _checkpoints(config).meta(config.distill.teacher_step)
+    return {name: leaf for name, leaf in meta.leaves.items() if name.startswith(_prefix(meta))}
 
 
 def check_tokenizer(config: Config, teacher: Teacher, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 Called by `planner`.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5like.checkpoint import teacher
 from t5like.checkpoint.run_directory import check_initial_run, check_run_directory, with_run_tokenizer
 from t5like.config.schema import Config
 from t5like.data.store import preparation
@@ -34,7 +36,8 @@ def run_checks(config: Config, workdir: Path | None) -> list[Check]:
     try:
         check_initial_run(config, workdir)
     except UserError as error:  # its tokenizer, on which all other checks depend, is there too
-        return [Check("init_from", "wrong", str(error), error)]
+        name = "teacher" if str(error).startswith(teacher.FIELD) else "init_from"
+        return [Check(name, "wrong", str(error), error)]
     if workdir is not None:
         config = with_run_tokenizer(config, workdir)
     checks = [Check("config", "ok", "every field is valid, and the batch divides over the mesh")]
@@ -42,6 +45,8 @@ def run_checks(config: Config, workdir: Path | None) -> list[Check]:
     checks.append(Check("learning rate", "ok", learning_rate(config)))
     if config.rl.method != "none":
         checks.append(Check("rl", "missing", not_counted(config)))
+    if config.distill.teacher:
+        checks.append(_teacher(config, workdir))
     if workdir is None:
         return checks
     try:
@@ -59,6 +64,16 @@ def not_counted(config: Config) -> str:
     parts += [f"sampling (keys and values: at most {cache / 2**20:,.1f} MiB on all devices)"] if cache else []
     parts += [reference] if config.rl.needs_reference else []
     return f"not counted: {', '.join(parts)}"
+
+
+def _teacher(config: Config, workdir: Path | None) -> Check:
+    """That it can be read, and where it is counted."""
+    try:
+        leaves = teacher.parameters(teacher.with_teacher_step(config, workdir))
+    except UserError as error:
+        return Check("teacher", "wrong", str(error), error)
+    count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    return Check("teacher", "ok", f"{count:,} parameters; counted in the compiled step, not in estimates from shapes")
 
 
 def _data(config: Config) -> list[Check]:

@@ -55,16 +55,17 @@ def _memory(plan: Plan) -> str:
         )
     if train:
         rest = train["memory"]["total"] - train["memory"]["arguments"]
-        padding = max(train["memory"]["arguments"] - held["total"], 0)
+        padding = max(train["memory"]["arguments"] - held["total"], 0)  # and the teacher of a distillation
         total, title = train["memory"]["total"], "compiled"
     else:
         rest, padding, total, title = plan["quick"]["activations"], 0, plan["quick"]["total"], "estimated"
+    also = "teacher, " if any(check["name"] == "teacher" for check in plan["checks"]) else ""
     parts = [
         ("parameters", held["parameters"], "P"),
         ("optimizer state", held["optimizer"], "O"),
         ("moving average", held["average"], "M"),
         ("batch", held["batch"], "B"),
-        ("padding of layouts", padding, "p"),
+        (f"{also}padding of layouts", padding, "p"),
         ("activations, gradients, gathered weights", rest, "a"),
     ]
     fits = (train or plan["quick"])["fits"]
