@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from t5like.model.attention import attend
 from t5like.model.kernels import cpu, plain
@@ -30,15 +31,16 @@ def test_attend_equals_softmax_in_float64(rng):
     np.testing.assert_allclose(computed, np.einsum("bnls,bnsh->bnlh", weights, v.repeat(2, 1)), atol=1e-5)
 
 
-def test_attention_on_cpus_has_the_values_and_gradients_of_plain_attention(rng):
+@pytest.mark.parametrize("softcap", [0.0, 0.5])
+def test_attention_on_cpus_has_the_values_and_gradients_of_plain_attention(rng, softcap):
     length = 9
     q, k, v, out = (jnp.asarray(rng.normal(size=(3, 2, length, 4)), jnp.float32) for _ in range(4))
     bias, mask = jnp.asarray(rng.normal(size=(1, 2, length, length)), jnp.float32), causal_mask(length, length)
 
     @jax.jit
     def computed(q, k, v, bias):
-        values, gradients = jax.vjp(lambda *inputs: cpu.attend(*inputs, mask), q, k, v, bias)
-        others, expected = jax.vjp(lambda *inputs: plain.attend(*inputs, mask), q, k, v, bias)
+        values, gradients = jax.vjp(lambda *inputs: cpu.attend(*inputs, mask, softcap), q, k, v, bias)
+        others, expected = jax.vjp(lambda *inputs: plain.attend(*inputs, mask, softcap), q, k, v, bias)
         return (values, *gradients(out)), (others, *expected(out))
 
     for ours, theirs in zip(*computed(q, k, v, bias), strict=True):

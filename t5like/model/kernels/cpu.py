@@ -6,9 +6,12 @@ that prevents this fusion. On accelerators it would only cost time: `ModelConfig
 `sharding.auto` chooses it by the mesh's devices. Used by `layers` and `attention`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from t5like.model.kernels.plain import soft_capped
 from t5like.types import MASKED
 
 
@@ -38,16 +41,23 @@ def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     return _matmul_2d(x.reshape(-1, x.shape[-1]), kernel_DF).reshape(*x.shape[:-1], kernel_DF.shape[1])
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
-    q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, bias_1NLS: jax.Array | None, mask_B1LS: jax.Array | None
+    q_BNLH: jax.Array,
+    k_BNSH: jax.Array,
+    v_BNSH: jax.Array,
+    bias_1NLS: jax.Array | None,
+    mask_B1LS: jax.Array | None,
+    softcap: float = 0.0,
 ) -> jax.Array:
-    """As `plain.attend`: softmax(q k + bias) v over the keys that the mask allows."""
-    return _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS)[0]
+    """As `plain.attend`: softmax(q k + bias) v over the keys that the mask allows, q k with a soft cap."""
+    return _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS, softcap)[0]
 
 
-def _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS):
-    scores_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BNSH)
+def _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS, softcap):
+    scores_BNLS, capped_BNLS = jnp.einsum("BNLH,BNSH->BNLS", q_BNLH, k_BNSH), None
+    if softcap:
+        scores_BNLS = capped_BNLS = soft_capped(scores_BNLS, softcap)
     if bias_1NLS is not None:
         scores_BNLS = scores_BNLS + bias_1NLS
     if mask_B1LS is not None:
@@ -55,19 +65,22 @@ def _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS):
     weights_BNLS = jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
     scale_BNL1 = 1 / weights_BNLS.sum(-1, keepdims=True)  # applied to H columns instead of S
     out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS, v_BNSH) * scale_BNL1
-    return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, bias_1NLS, weights_BNLS, scale_BNL1, out_BNLH)
+    return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, bias_1NLS, capped_BNLS, weights_BNLS, scale_BNL1, out_BNLH)
 
 
-def _attend_backward(saved, gradient_BNLH):
-    q_BNLH, k_BNSH, v_BNSH, bias_1NLS, weights_BNLS, scale_BNL1, out_BNLH = saved
+def _attend_backward(softcap, saved, gradient_BNLH):
+    q_BNLH, k_BNSH, v_BNSH, bias_1NLS, capped_BNLS, weights_BNLS, scale_BNL1, out_BNLH = saved
     gradient_BNLH = gradient_BNLH * scale_BNL1
     mean_BNL1 = (gradient_BNLH * out_BNLH).sum(-1, keepdims=True)
-    d_scores_BNLS = weights_BNLS * (jnp.einsum("BNLH,BNSH->BNLS", gradient_BNLH, v_BNSH) - mean_BNL1)
+    d_biased_BNLS = weights_BNLS * (jnp.einsum("BNLH,BNSH->BNLS", gradient_BNLH, v_BNSH) - mean_BNL1)
+    d_scores_BNLS = d_biased_BNLS
+    if capped_BNLS is not None:
+        d_scores_BNLS = d_biased_BNLS * (1 - (capped_BNLS / softcap) ** 2)
     d_q_BNLH = jnp.einsum("BNLS,BNSH->BNLH", d_scores_BNLS, k_BNSH)
     # Scores are transposed, not q and the gradient, although those are smaller: then all rows are contiguous.
     d_k_BNSH = jnp.einsum("BNSL,BNLH->BNSH", _transposed(d_scores_BNLS), q_BNLH)
     d_v_BNSH = jnp.einsum("BNSL,BNLH->BNSH", _transposed(weights_BNLS), gradient_BNLH)
-    d_bias_1NLS = None if bias_1NLS is None else _sum_of_rows(d_scores_BNLS)[None]
+    d_bias_1NLS = None if bias_1NLS is None else _sum_of_rows(d_biased_BNLS)[None]
     return d_q_BNLH, d_k_BNSH, d_v_BNSH, d_bias_1NLS, None
 
 
