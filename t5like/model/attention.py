@@ -57,7 +57,7 @@ def attend(
     if local_attention.skips_keys(mask, length, k_BKSH.shape[2]):
         *blocks, bias_1NLS, mask = local_attention.to_blocks(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask)
         out_BNLH = attend(*blocks, bias_1NLS=bias_1NLS, mask=mask, kernel=kernel, softcap=softcap)
-        return local_attention.from_blocks(out_BNLH, len(q_BNLH), length)
+        return local_attention.from_blocks(out_BNLH, q_BNLH.shape[0], length)
     mask_B1LS = mask.build(length, k_BKSH.shape[2])
     if groups > 1 and length < k_BKSH.shape[2] and length * groups <= GROUPED_DECODE_MAX_QUERIES:
         return _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel, softcap)

@@ -3,8 +3,8 @@
 A block of C queries attends to its own block of keys and to the neighboring ones that the window reaches, as in
 Longformer's sliding chunks (Beltagy et al. 2020, section 3.2). The blocks become rows of a batch, so that any kernel
 for whole rows computes them, with its gradients. For L queries and a window of W tokens, scores take L (W + C)
-numbers or L (2 W + C) where it reaches to both sides, instead of L^2. Used by `attention` for the
-kernels `plain` and `cpu`; fused kernels skip blocks themselves.
+numbers or L (2 W + C) where it reaches to both sides, instead of L^2. Used by `attention` for the kernels `plain` and
+`cpu`; fused kernels skip blocks themselves.
 """
 
 import jax
@@ -67,7 +67,8 @@ def to_blocks(
     span = (before + 1 + after) * size
     if bias_1NLS is not None:
         bias_1NLS = bias_1NLS[:, :, before * size : (before + 1) * size, :span]
-    allowed_B1LS = jnp.tile(_allowed_by_index(mask, length, before, span), (rows, 1, 1))[:, None]
+    allowed_MCS = _allowed_by_index(mask, length, before, span)
+    allowed_B1LS = jnp.broadcast_to(allowed_MCS, (rows, *allowed_MCS.shape)).reshape(rows * count, 1, size, span)
     if mask.query_segments_BL is not None:
         allowed_B1LS &= segment_mask(queries(mask.query_segments_BL, 1), keys(mask.key_segments_BS, 1))
     split = lambda x: constrain(x, "batch", "act_heads", None, None)
@@ -77,7 +78,7 @@ def to_blocks(
 
 def from_blocks(out_BNLH: jax.Array, rows: int, length: int) -> jax.Array:
     """The outputs of the blocks of `to_blocks`, [B M, N, C, H], as rows [B, N, L, H]."""
-    x = out_BNLH.reshape(rows, -1, *out_BNLH.shape[1:]).swapaxes(1, 2)
+    x = out_BNLH.reshape(rows, -(-length // BLOCK), *out_BNLH.shape[1:]).swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :length]
 
 

@@ -53,3 +53,11 @@ def test_a_model_with_windows_has_fewer_flops_and_the_same_logits(monkeypatch):
     computed, few_keys = run()
     np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-5)
     assert few_keys < all_keys
+
+
+def test_attention_by_blocks_is_exported_for_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(local_attention, "BLOCK", 4)
+    (rows,) = jax.export.symbolic_shape("b")
+    q = jax.ShapeDtypeStruct((rows, 2, 30, 8), np.float32)
+    exported = jax.export.export(jax.jit(lambda q: attend(q, q, q, mask=MaskSpec(causal=True, window=6))))(q)
+    assert exported.out_avals[0].shape == (rows, 2, 30, 8)
