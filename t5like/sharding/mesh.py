@@ -137,9 +137,10 @@ def _check_divisible(config: Config, sizes: dict[str, int]) -> None:
                 f"mesh.{axis}={sizes[axis]} must divide {field}={value}; use mesh.{axis}={math.gcd(value, sizes[axis])}"
                 + (f" or a length of {-(-value // sizes[axis]) * sizes[axis]}" if axis == "context" else "")
             )
-    if sizes["context"] > 1 and model.attention_window >= length[1]:
+    field = "encoder_window" if model.has_encoder and model.encoder_window else "attention_window"
+    if sizes["context"] > 1 and getattr(model, field) >= length[1]:
         raise ConfigError(
-            f"model.attention_window={model.attention_window} must be less than {length[0]}={length[1]}, the length "
+            f"model.{field}={getattr(model, field)} must be less than {length[0]}={length[1]}, the length "
             f"that mesh.context={sizes['context']} splits; use {length[1] // sizes['context']}, or mesh.context=1"
         )
 
