@@ -15,6 +15,7 @@ from t5like import tree
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.data import pipeline
+from t5like.metrics.flops import forward_flops
 from t5like.optim import step, train_state
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
@@ -63,8 +64,12 @@ def test_bert_base_has_its_published_size_with_and_without_its_heads():
     assert count(config, without=("mlm/", "head_bias", "pairs/classes/")) == 109_482_240
 
 
-def test_modernbert_base_has_its_published_size_and_a_norm_that_its_first_layer_does_not_use():
-    assert count(preset("modernbert_base", model__vocab_multiple="1")) == 149_655_232 + 768
+def test_modernbert_base_has_its_published_size_an_unused_norm_in_its_first_layer_and_flops_counted_by_hand():
+    config = preset("modernbert_base", model__vocab_multiple="1")
+    assert count(config) == 149_655_232 + 768
+    attention = 2 * 768 * (8 * 1024 + 14 * 129)  # keys in 8 global and 14 local layers
+    kernels = 22 * (4 * 768 * 768 + 3 * 768 * 1152) + 768 * 768 + 768 * 50_368
+    assert sum(forward_flops(config)) == 1024 * 2 * (attention + kernels)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ class Export:
             ends = eos_ids.listed(config, tokenizer)
             pad = tokenizer.pad_id
             special = {}
-            if config.model.architecture == "encoder":
+            if config.model.architecture == "encoder" and tokenizer.num_sentinels > masking.CLS:
                 mask, cls = tokenizer.sentinel_ids[[masking.MASK, masking.CLS]].tolist()
                 special = {"cls": cls, "sep": tokenizer.eos_id, "mask": mask}
             return families.config_of(

@@ -17,7 +17,6 @@ from t5like.interop.huggingface import family_keys, rope_config
 from t5like.interop.huggingface.config_keys import nonnegative, one_of, positive_int
 
 KINDS = {"sliding_attention": "local", "full_attention": "global"}  # of `layer_types` -> of `model.layer_pattern`
-EVERY = "global_attn_every_n_layers"
 
 
 # ---- ModernBERT ----
@@ -56,7 +55,8 @@ def modernbert_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         return fields | {"rotary": bases[kinds[0]], "attention_window": own}
     rotary, local = bases["full_attention"], bases["sliding_attention"]
     if local.scaling != "none":
-        raise CheckpointError("config.json: rope_parameters.sliding_attention.rope_type must be default")
+        where = "rope_parameters.sliding_attention.rope_type"
+        raise CheckpointError(f"config.json: {where}={local.scaling!r} must be default")
     if local != rotary:
         rotary = dataclasses.replace(rotary, local_base=local.base)
     pattern = tuple(KINDS[kind] for kind in kinds[: _period(kinds)])
@@ -67,7 +67,7 @@ def _kinds(hf_config: Mapping[str, Any], layers: int) -> list[str]:
     """The kind of attention of each layer."""
     kinds = hf_config.get("layer_types")
     if kinds is None:
-        every = positive_int(hf_config, EVERY, 3)
+        every = positive_int(hf_config, "global_attn_every_n_layers", 3)
         return ["sliding_attention" if y % every else "full_attention" for y in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(KINDS):
         raise CheckpointError(f"config.json: layer_types must be {layers} of {' and '.join(KINDS)}")

@@ -16,7 +16,6 @@ from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS
 from t5like.model.heads import scales_logits
 
 FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert", "modernbert", "eurobert", *gemma.FAMILIES)
-ENCODERS = ("bert", "modernbert", "eurobert")
 ARCHITECTURES = {
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",

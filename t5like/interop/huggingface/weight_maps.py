@@ -6,6 +6,7 @@ Names are those of transformers 5.24 (`save_pretrained`); `canonical_name` and `
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,8 +224,8 @@ def _bert(model: ModelConfig) -> list[TensorMap]:
 
 
 def _modernbert(model: ModelConfig) -> list[TensorMap]:
-    block, layer, layers, bias = "model.layers.{}", "encoder/layers", model.num_layers, model.norm_bias
-    norm = lambda hf_name, param, **of: _norm(hf_name, param, bias=bias and model.norm == "layer", **of)
+    block, layer, layers = "model.layers.{}", "encoder/layers", model.num_layers
+    norm = partial(_norm, bias=model.norm_bias)
     entries = [TensorMap("model.embeddings.tok_embeddings.weight", ("embedding",), vocabulary=True)]
     for hf_name, names in (
         ("attn.Wqkv", ("attention/query", "attention/key", "attention/value")),
@@ -238,7 +239,7 @@ def _modernbert(model: ModelConfig) -> list[TensorMap]:
     entries += norm(f"{block}.attn_norm", f"{layer}/attention_norm", layers=layers, first=1)
     entries += norm(f"{block}.mlp_norm", f"{layer}/mlp_norm", layers=layers)
     entries += norm("model.final_norm", "encoder/final_norm")
-    entries += _dense("head.dense", ["mlm/dense"], 0, biases=model.biases)
+    entries += _dense("head.dense", "mlm/dense", 0, biases=model.biases)
     entries += norm("head.norm", "mlm/norm")
     entries.append(TensorMap("decoder.bias", ("head_bias",), vocabulary=True))
     return entries + ([] if model.tied_embeddings else [TensorMap("decoder.weight", ("head",), True, vocabulary=True)])
