@@ -174,7 +174,13 @@ def with_run_tokenizer(config: Config, workdir: Path) -> Config:
 
     Raises:
         CheckpointError: see `check_initial_run`.
+        ConfigError: the run has adapters, and `init_from.checkpoint` is empty.
     """
+    if config.lora.rank and not config.init_from.checkpoint:
+        raise ConfigError(
+            f"lora.rank={config.lora.rank} needs init_from.checkpoint, the run whose weights the adapters change; use "
+            "the directory of a trained or imported run, and another --workdir"
+        )
     check_initial_run(config, workdir)
     tokenizer, init, own = config.tokenizer, config.init_from, workdir / "tokenizer.model"
     gone = tokenizer.path and not expand(tokenizer.path).exists() and (workdir / "config.json").is_file()
@@ -247,13 +253,7 @@ def check_initial_run(config: Config, workdir: Path | None) -> None:
 
     Raises:
         CheckpointError: `distill.teacher`, or a checkpoint of `init_from`, holds no run.
-        ConfigError: `init_from.checkpoint` is empty, and the run has adapters.
     """
-    if config.lora.rank and not config.init_from.checkpoint:
-        raise ConfigError(
-            f"lora.rank={config.lora.rank} needs init_from.checkpoint, the run whose weights the adapters change; use "
-            "the directory of a trained or imported run, and another --workdir"
-        )
     begun = workdir and (workdir / "config.json").is_file()
     for field in ("distill.teacher", *(() if begun else ("init_from.checkpoint", "init_from.decoder_checkpoint"))):
         path = get(config, field)

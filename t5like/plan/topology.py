@@ -64,15 +64,7 @@ GPUS = {
 # of DGX A100 (200 Gb/s), DGX H100, H200 and B200 (400 Gb/s). The peak is that of `metrics.flops`.
 GPU_LINKS = {"a100": (300e9, 25e9), "h100": (450e9, 50e9), "h200": (450e9, 50e9), "b200": (900e9, 50e9)}
 GPU_SHARE = 0.75  # of a GPU's memory that JAX allocates by default (XLA_PYTHON_CLIENT_MEM_FRACTION)
-FLAT = (
-    "2x2",
-    "2x4",
-    "4x4",
-    "4x8",
-    "8x8",
-    "8x16",
-    "16x16",
-)  # all slices of v5e and v6e but 1x1 (not in libtpu)
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of v5e and v6e
 EXAMPLES = "v5e:16x16, v6e:8x8, v5p:8x8x8, v4:4x4x8, h100:4x8 or cpu:8"
 
 
@@ -199,6 +191,8 @@ def devices(topology: Topology) -> list:
     from jax.experimental import topologies
 
     sides = "x".join(map(str, topology.shape))
+    if sides == "1x1":  # libtpu describes no single chip; a program for one of four is the same
+        return devices(topology._replace(shape=(2, 2)))[:1]
     name = f"{topology.kind}:{sides}"
     if topology.kind in GPUS:
         options = {"target_config": _gpu_target(topology.kind), "topology": f"{topology.num_slices}x{sides}"}
