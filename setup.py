@@ -96,6 +96,7 @@ setup(
         "parity": [  # of tests/live
             "datasets>=4,<6",
             "lm-eval[hf]>=0.4.9,<0.5",
+            "peft>=0.18,<0.22",
             "reasoning-gym==0.1.25",  # a dependency of it, pycosat, has no wheel: it needs a C compiler
             "torch==2.13.0",
             "transformers>=5,<6",
