@@ -64,6 +64,12 @@ def test_bert_base_has_its_published_size_with_and_without_its_heads():
     assert count(config, without=("mlm/", "head_bias", "pairs/classes/")) == 109_482_240
 
 
+def test_gemma_3_270m_has_its_published_size():
+    without_encoder = {"merged_attention": "false", "encoder_window": "0", "encoder_window_ahead": "0"}
+    fields = {f"model__{name}": value for name, value in {"architecture": "decoder", **without_encoder}.items()}
+    assert count(preset("t5gemma2_270m", **fields, data__objective="causal_lm")) == 268_098_176
+
+
 def test_modernbert_base_has_its_published_size_an_unused_norm_in_its_first_layer_and_flops_counted_by_hand():
     config = preset("modernbert_base", model__vocab_multiple="1")
     assert count(config) == 149_655_232 + 768
