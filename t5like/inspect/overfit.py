@@ -21,7 +21,7 @@ from t5like.data import pipeline
 from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
-from t5like.errors import Diverged, shorten
+from t5like.errors import ConfigError, Diverged, shorten
 from t5like.inspect import leaks, replay
 from t5like.inspect.lowest_loss import Floor, lowest_loss
 from t5like.inspect.step_tensors import Step
@@ -69,6 +69,8 @@ def overfit(config: Config, count: int, *, debug_nan: bool = False, show: Callab
         ConfigError, DataError, CheckpointError: config, the data or the initial weights can't be used.
         Diverged: with `debug_nan`, a value was not finite; names it.
     """
+    if config.data.label_objective == "regression":
+        raise ConfigError("--overfit needs nats per target; data.objective=regression has none: leave it out")
     config = simplified(config)
     mesh = meshes.make_mesh(config)
     config = auto.resolve_auto(config, mesh)

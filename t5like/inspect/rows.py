@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from t5like.config.schema import Config
+from t5like.config.schema import Config, DataConfig
 from t5like.data.pipeline import Component
 from t5like.data.sources.names import source_names
 from t5like.data.tokenizers.tokenizer import Tokenizer
@@ -23,8 +23,9 @@ SENTINEL, SPECIAL, UNKNOWN, BYTE, TEXT = "sentinel", "special", "unknown", "byte
 class TokenTexts:
     """The text and the kind of single tokens, with the space that a token begins with."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, data: DataConfig | None = None):
+        """`data`: the section of the config, whose objective decides what targets are; None: tokens."""
+        self._tokenizer, self._data = tokenizer, data
         self._sentinels = dict(zip(tokenizer.sentinel_ids.tolist(), tokenizer.sentinel_names, strict=True))
         self._anchor = tokenizer.encode("a")[-1]  # without a token before it, some tokenizers drop that space
         self._before = tokenizer.decode([self._anchor])
@@ -45,6 +46,12 @@ class TokenTexts:
         if token not in self._texts:
             self._texts[token] = self._text(token)
         return self._texts[token]
+
+    def target_text(self, target: float) -> str:
+        """A target of an encoder: a token, the name of a label, or a number."""
+        if self._data is None or self._data.label_objective is None:
+            return self.text(int(target))
+        return self._data.labels[int(target)] if self._data.labels else f"{target:g}"
 
     def decoder_text(self, token: int) -> str:
         """The text of a decoder's input; the id of padding is START there, unless it is a token of text."""
@@ -98,7 +105,7 @@ def describe_rows(
         component_B: their components.
         number_B: their numbers in the run.
     """
-    texts, sources = TokenTexts(tokenizer), source_names(config.data)
+    texts, sources = TokenTexts(tokenizer, config.data), source_names(config.data)
     rows = []
     for index, number in enumerate(number_B.tolist()):
         component = components[component_B[index]]
@@ -167,7 +174,7 @@ def _sequence(
         sequence |= {"weights": weights[:end].tolist(), "weighted": int((weights > 0).sum())}
     if targets is not None:
         sequence["targets"] = [
-            texts.text(token) if weight > 0 else None
+            texts.target_text(token) if weight > 0 else None
             for token, weight in zip(targets[:end].tolist(), weights[:end].tolist(), strict=True)
         ]
     if reads is not None:

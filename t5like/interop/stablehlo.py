@@ -88,6 +88,8 @@ def export_run(
     """
     check_free(output, "--output")
     loaded = run_directory.load(workdir, step, merged=True)
+    if objective := loaded.config.data.label_objective:
+        raise ConfigError(f"data.objective={objective} predicts labels, and programs generate; use t5like predict")
     config = portable(loaded.config, run_directory.saved_config(workdir).model.dtype)
     exports = programs(
         config,

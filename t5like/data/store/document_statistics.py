@@ -88,6 +88,7 @@ def document_ranges(stream: Stream, most: int) -> np.ndarray:
     files = list(stream.files())
     ends = [file for file in files if file.content == "ends"]
     tokens = [file for file in files if file.content == "tokens"]
+    targets = [file for file in files if file.content == "targets"]
     sizes = [file.path.stat().st_size // np.dtype(file.dtype).itemsize for file in tokens]
     first = np.cumsum([0, *sizes])
     chosen = range(len(ends))
@@ -99,6 +100,8 @@ def document_ranges(stream: Stream, most: int) -> np.ndarray:
         ends[shard].verify()
         end_N = np.fromfile(ends[shard].path, ends[shard].dtype)
         begin_N = np.concatenate([[0], end_N[:-1]])
+        if stream.labelled:  # the text ends where the label begins
+            end_N = np.fromfile(targets[shard].path, targets[shard].dtype).reshape(-1, 2)[:, 0]
         ranges.append(_spread(np.stack([begin_N, end_N], axis=1), math.ceil(share * len(end_N))) + first[shard])
     return np.concatenate(ranges)
 

@@ -182,6 +182,11 @@ def check_exportable(family: str, config: Config) -> None:
     Raises:
         CheckpointError: names the field, its value, and the values that the family supports.
     """
+    if objective := config.data.label_objective:
+        raise CheckpointError(
+            f"data.objective={objective}: its head for labels has no place in family {family}; use t5like predict, or "
+            "export the run that it was initialized from"
+        )
     model = config.model
     full_attention = model.num_kv_heads == model.num_heads  # the same as 0
     for field, required in FIXED[family].items():
