@@ -16,6 +16,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(inputs_length=256)
     config.model.update(architecture="encoder", pooling="mean")
     config.optimizer.update(learning_rate=0.03, warmup_steps=15)
-    config.train.update(num_steps=100, eval_every=50, checkpoint_every=100)
+    config.train.update(num_steps=60, eval_every=30, checkpoint_every=60)
     config.evaluate.update(metrics=("pearson", "spearman"))
     return config

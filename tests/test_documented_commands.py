@@ -26,6 +26,8 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "evaluate public tasks": "tests/live/test_harness_live.py",
     "generate from a prompt": ("--max_new_tokens=4",),
     "generate from a file": ("--max_new_tokens=4",),
+    "predict": "tests/evaluation/test_label_eval.py",
+    "embed": "tests/evaluation/test_label_eval.py",
     "export hf": (),
     "export stablehlo": "tests/interop/test_stablehlo.py",
     "import hf": (),

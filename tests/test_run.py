@@ -53,7 +53,7 @@ def test_importing_the_package_imports_neither_jax_nor_numpy():
     with pytest.raises(AttributeError, match="no attribute 'generate'"):
         _ = t5like.generate
     members = {name for name in [*vars(Run), *Run.__annotations__] if not name.startswith("_")}
-    assert len(members) + len(t5like.__all__) == 10
+    assert len(members) + len(t5like.__all__) == 12
 
 
 def test_generate_returns_a_text_or_a_list(run, command, trained):

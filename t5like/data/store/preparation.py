@@ -136,7 +136,7 @@ def _format_settings(data: DataConfig) -> dict[str, str]:
     templates = {"inputs_template": data.inputs_template, "targets_template": data.targets_template}
     if data.label_objective is None:
         return templates
-    labels = {"objective": data.label_objective, "labels": ",".join(data.labels)}
+    labels = {"label_objective": data.label_objective, "label_names": ",".join(data.labels)}
     return {**templates, "second_template": data.second_template, **labels}
 
 

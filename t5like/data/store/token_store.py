@@ -168,7 +168,7 @@ class Stream:
         self._verification_deferred = False  # of the tokens
         self._tokens: list[np.ndarray | None] = [None] * len(lengths)
         self._ends: list[np.ndarray | None] = [None] * len(lengths)
-        self.labelled: bool = "labels" in manifest  # its targets are labels (`label_numbers`), not token ids
+        self.labelled: bool = "label_objective" in manifest  # its targets are labels (`label_numbers`), not token ids
         self._counts_path = directory / f"token_counts.{split}.npy"
 
     @property

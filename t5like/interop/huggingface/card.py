@@ -13,6 +13,7 @@ from t5like import tree
 from t5like.checkpoint import run_directory
 from t5like.config.schema import Config, changed_fields
 from t5like.data.sources.source import canonical
+from t5like.interop.huggingface import label_heads
 from t5like.io.atomic import replace_file
 from t5like.io.paths import cache_directory
 from t5like.io.strict_json import loads
@@ -31,6 +32,9 @@ OBJECTIVES = {
     "mlm": "masked language modelling",
     "mlm_nsp": "masked language modelling and next-sentence prediction",
     "supervised": "supervised examples (an input and its answer)",
+    "classification": "classification of texts",
+    "regression": "regression (a number for each text)",
+    "token_classification": "token classification (a label for each word)",
 }
 # Fields about the machine and not the model: of no use on another machine.
 MACHINE_FIELDS = ("tokenizer.path", "data.cache_directory", "data.num_workers", "mesh.", "model.dtype", "model.layers")
@@ -65,6 +69,7 @@ def write(directory: Path, workdir: Path, loaded: run_directory.Run, family: str
 
 
 def _front_matter(config: Config, family: str) -> str:
+    task = label_heads.TASKS.get(config.data.label_objective)
     tags = ["t5like", family, *(objective.replace("_", "-") for objective in config.data.objective)]
     return "\n".join(
         [
@@ -72,7 +77,7 @@ def _front_matter(config: Config, family: str) -> str:
             "license: unknown  # fill in, such as apache-2.0",
             "language: und  # fill in, such as en, or a list",
             "library_name: transformers",
-            f"pipeline_tag: {ARCHITECTURES[config.model.architecture][0]}",
+            f"pipeline_tag: {label_heads.TAGS.get(task) or ARCHITECTURES[config.model.architecture][0]}",
             "tags:",
             *(f"- {tag}" for tag in dict.fromkeys(tags)),
             "---",
@@ -109,7 +114,13 @@ def new_tokens(config: Config) -> int:
 def _snippet(config: Config, loaded: run_directory.Run) -> str:
     architecture, tokenizer = config.model.architecture, loaded.tokenizer
     name = ARCHITECTURES[architecture][1]
-    if architecture == "encoder":
+    if config.data.label_objective:
+        name = f"AutoModelFor{label_heads.TASKS[config.data.label_objective]}"
+        body = [
+            'inputs = tokenizer("A text.", return_tensors="pt")',
+            "print(model(**inputs).logits, model.config.id2label)",
+        ]
+    elif architecture == "encoder":
         name = "AutoModelForPreTraining" if config.model.has_next_sentence_head else name
         body = [
             f'inputs = tokenizer("A text with a {tokenizer.sentinel_names[0]} in it.", return_tensors="pt")',

@@ -30,6 +30,7 @@ from t5like.interop.huggingface import (
     eos_ids,
     families,
     family_keys,
+    label_heads,
     logits_check,
     safetensors_files,
     side_files,
@@ -211,7 +212,8 @@ def export_run(
     record = _load_record(workdir / KEPT)
     family = family or (record.family if record else families.default_family(loaded.config.model))
     families.check_exportable(family, loaded.config)
-    record = record if record and record.family == family else None
+    labels = loaded.config.data.label_objective  # whose head an imported file does not have
+    record = record if record and record.family == family and not labels else None
     export = Export(loaded, family, record, dtype)
     with atomic_directory(output) as directory:
         files = safetensors_files.write(directory, export.specs(), export.value, max_shard_size=max_shard_size)
@@ -237,7 +239,7 @@ class Export:
         self.rows = record.rows if record else loaded.config.tokenizer.vocab_size
         self.keeps_dtypes = dtype is None and record is not None and loaded.step == 0
         self.dtype = dtype or "float32"
-        weight_map = weight_maps.weight_map(family, loaded.config.model)
+        weight_map = label_heads.tensors(family, loaded.config)
         self._entries = {name: (entry, y) for entry in weight_map for name, y in entry.names()}
         file_names = record.names if record else {name: [name] for name in self._entries}
         self._canonical = {file_name: name for name in self._entries for file_name in file_names[name]}

@@ -10,7 +10,7 @@ from typing import Any
 from t5like.config.model_schema import DECODER_SIZES, ModelConfig
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError
-from t5like.interop.huggingface import encoder_keys, family_keys, gemma
+from t5like.interop.huggingface import encoder_keys, family_keys, gemma, label_heads
 from t5like.interop.huggingface.config_keys import one_of
 from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS
 from t5like.model.heads import scales_logits
@@ -182,11 +182,7 @@ def check_exportable(family: str, config: Config) -> None:
     Raises:
         CheckpointError: names the field, its value, and the values that the family supports.
     """
-    if objective := config.data.label_objective:
-        raise CheckpointError(
-            f"data.objective={objective}: its head for labels has no place in family {family}; use t5like predict, or "
-            "export the run that it was initialized from"
-        )
+    label_heads.check_exportable(family, config)
     model = config.model
     full_attention = model.num_kv_heads == model.num_heads  # the same as 0
     for field, required in FIXED[family].items():
@@ -306,6 +302,7 @@ def config_of(
         **encoder_keys.special_ids(family, special_ids or {}),
         "dtype": dtype,
         "torch_dtype": dtype,
+        **label_heads.keys(config),
     }
 
 

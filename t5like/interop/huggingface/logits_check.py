@@ -14,6 +14,7 @@ import numpy as np
 from t5like.config.model_schema import ModelConfig
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError
+from t5like.interop.huggingface import label_heads
 from t5like.model.transformer import Transformer
 from t5like.types import Batch, Tree
 
@@ -43,7 +44,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
             sys.executable,
             "-m",
             "t5like.interop.huggingface.reference_logits",
-            task_of(config.model),
+            label_heads.TASKS.get(config.data.label_objective) or task_of(config.model),
             str(directory),
             str(inputs_file),
             str(logits_file),
@@ -60,7 +61,7 @@ def compare(directory: Path, config: Config, params: Tree) -> str:
     for name, logits in t5like_logits(config, params, inputs).items():
         is_token = inputs["decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"] > 0
         pair = logits, reference[name]
-        if name == "logits":
+        if name == "logits" and logits.ndim == 3:  # of tokens, not of texts
             pair = tuple(x[..., : config.tokenizer.vocab_size][is_token] for x in pair)
         difference = float(np.abs(pair[0] - pair[1]).max())
         if not difference <= TOLERANCE * max(1.0, float(np.abs(pair[0]).max())):
@@ -111,6 +112,8 @@ def t5like_logits(config: Config, params: Tree, inputs: dict[str, np.ndarray]) -
     def run(params):
         apply = lambda **options: Transformer(config).apply({"params": params}, **options)
         logits = {"logits": apply(batch=batch)}
+        if objective := config.data.label_objective:
+            return logits if objective == "token_classification" else {"logits": logits["logits"][:, 0]}
         if config.model.has_next_sentence_head:
             logits["pair_logits"] = apply(
                 batch=batch, method=lambda model, batch: model.pair_logits(model.hidden(batch).x_BLD)
