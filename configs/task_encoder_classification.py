@@ -1,12 +1,15 @@
-"""An encoder with a classification head: docstrings by package, of eight packages.
+"""An encoder with a head for labels: docstrings by package, of eight packages.
 
-    t5like train --config=configs/task_encoder_classification.py --workdir=RUN
+    t5like train --config=configs/task_encoder_classification.py --workdir=RUN --config.init_from.checkpoint=runs/tiny \
+        --config.init_from.adapt=architecture
 
-The task is that of `task_classification`, which generates the label. The encoder is that of `tiny` and starts from
-random weights; from those of a run of `tiny`, with its tokenizer:
+The task is that of `task_classification`, whose model generates the name of the package. The encoder is that of
+`tiny`: train `tiny` first.
+Hardware: two CPU cores, 39 s of processor time. Held-out results: accuracy 83.8 %, macro F1 77.1 %, Matthews
+correlation 80.2 %; always tkinter: accuracy 32.9 %.
 
-    --config.init_from.checkpoint=runs/tiny --config.init_from.adapt=architecture --config.tokenizer.vocab_size=4096
-
+With a network, on CoLA: --config.data.source=tfds:glue/cola:2.0.0 --config.data.inputs_template='{sentence}'
+--config.data.targets_template='{label}' --config.data.labels=unacceptable,acceptable
 """
 
 import ml_collections

@@ -1,9 +1,15 @@
-"""An encoder with a regression head: the cyclomatic complexity of a function.
+"""An encoder with a head for a number: the cyclomatic complexity of a function.
 
-    t5like train --config=configs/task_regression.py --workdir=RUN
+    t5like train --config=configs/task_regression.py --workdir=RUN --config.init_from.checkpoint=runs/tiny \
+        --config.init_from.adapt=architecture
 
-X
+The task is `data.sources.python_tasks.regression`: functions of the standard library without docstring and
+comments, and 1 + the number of their decisions (McCabe 1976). The encoder is that of `tiny`: train `tiny` first.
+Hardware: two CPU cores, 66 s of processor time. Held-out results: Spearman correlation 93.0 %, Pearson 92.9 %;
+squared error 0.285, that of the mean 2.154.
 
+With a network, on STS-B: --config.data.source=tfds:glue/stsb:2.0.0 --config.data.inputs_template='{sentence1}'
+--config.data.second_template='{sentence2}' --config.data.targets_template='{label}'
 """
 
 import ml_collections

@@ -1,9 +1,18 @@
 """An encoder that labels tokens: what each name in a Python expression is.
 
-    t5like train --config=configs/task_token_classification.py --workdir=RUN
+    t5like train --config=configs/task_token_classification.py --workdir=RUN --config.init_from.checkpoint=runs/tiny \
+        --config.init_from.adapt=architecture
 
-X
+The task is `data.sources.python_tasks.token_classification`: 8,000 expressions of the standard library, whose
+tokens are labelled by the syntax tree: names that are called, values, names of arguments, literals. The encoder is
+that of `tiny`: train `tiny` first.
+Hardware: two CPU cores, 78 s of processor time. Held-out results: entity F1 89.2 %, accuracy 95.6 %, macro F1 85.6
+%; always O: accuracy 41.9 %.
 
+On data like CoNLL 2003, with a list of words and one of their labels in each record:
+
+    --config.data.source='jsonl:my.jsonl' --config.data.inputs_template='{tokens}'
+    --config.data.targets_template='{tags}' --config.data.labels=O,B-PER,I-PER,B-ORG,I-ORG
 """
 
 import ml_collections

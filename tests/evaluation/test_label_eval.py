@@ -102,17 +102,17 @@ def test_a_classifier_learns_predicts_lines_and_gives_embeddings(label_run, comm
 
 
 def test_a_regression_learns_numbers(label_run, command, tmp_path):
-    workdir, records = label_run("regression", "{count}", **BERT, **{"evaluate.metrics": "pearson,spearman"})
+    workdir, records = label_run("regression", "{count}", steps=60, **BERT, **{"evaluate.metrics": "pearson,spearman"})
     last = [record for record in records if "eval/score/spearman" in record][-1]
     assert last["eval/loss"] < records[0]["baseline/mean"] / 2 and last["eval/score/spearman"] > 70
-    lines = (workdir / "predictions" / "40.jsonl").read_text().splitlines()
+    lines = (workdir / "predictions" / "60.jsonl").read_text().splitlines()
     pairs = np.array([[float(json.loads(line)[name]) for name in ("prediction", "target")] for line in lines])
     assert last["eval/score/pearson"] == pytest.approx(100 * stats.pearsonr(*pairs.T).statistic, abs=0.01)
     assert last["eval/loss"] == pytest.approx(np.square(pairs[:, 0] - pairs[:, 1]).mean(), rel=1e-3)
     few, many = predicted(command, workdir, ["sees with", "alma bert alma bert"], tmp_path)
     assert few["value"] < 0.5 < many["value"]
     code, out, err = command("export", "--format=hf", f"--workdir={workdir}", f"--output={tmp_path}/hf")
-    assert code == 0 and "read again, equal step 40 bit for bit" in out, err
+    assert code == 0 and "read again, equal step 60 bit for bit" in out, err
     exported = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert exported["architectures"] == ["BertForSequenceClassification"] and exported["problem_type"] == "regression"
 
