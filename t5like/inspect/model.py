@@ -23,7 +23,9 @@ Report = dict[str, Any]
 
 BIG = 0.01  # share of all parameters from which on one that is not split is mentioned
 FULL = 0.7  # share of a chip's memory from which on the state is mentioned
-PARTS = {"embedding": "embedding", "positions": "embedding", "token_types": "embedding", "embedding_norm": "embedding"}
+PARTS = dict.fromkeys(
+    ("embedding", "decoder_embedding", "positions", "token_types", "embedding_norm"), "embedding"
+)  # the part of the model that a parameter belongs to, where it is not the first part of the name
 
 
 def inspect_model(config: Config, topology: Topology | None) -> Report:

@@ -22,7 +22,8 @@ from t5like.model.layers import Parameter
 from t5like.types import Array, Tree
 
 NEW_HEADS = ("scalar_head/.*", "label_head/.*")  # trained whole: a checkpoint of a language model has none
-MATRICES = ("kernel", "embedding", "head", "positions")  # last parts of names that `lora.base_dtype` stores
+# last parts of names that `lora.base_dtype` stores
+MATRICES = ("kernel", "embedding", "decoder_embedding", "head", "positions")
 FACTORS = "kernel_scale"  # beside an int8 kernel
 
 

@@ -204,6 +204,11 @@ def test_a_model_that_a_family_can_not_represent_is_refused_with_the_field(famil
     assert complaint in str(error.value)
 
 
+def test_a_gemma_that_was_saved_without_its_head_has_the_same_names():
+    names = ["layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+    assert {weight_maps.canonical_name("gemma3_text", name, tied=True) for name in names} == {names[1]}
+
+
 def test_unused_fields_of_a_model_are_ignored():
     model = model_of("qwen3")[1].model
     rotary = dataclasses.replace(model.rotary, original_length=2048, beta_fast=9.0)
