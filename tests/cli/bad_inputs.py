@@ -88,7 +88,7 @@ FIELDS = (
     "data.targets_length=5", "data.noise_density=1", "data.heldout_fraction=0", "data.source=txt:a", "data.source=",
     "data.text_documents=word", "data.directory=/a", "tokenizer.num_sentinels=1", "tokenizer.vocab_size=0",
     "mesh.fsdp=3", "mesh.data=0", "mesh.fsdp=-1", "mesh.tensor=4", "mesh.pipeline=2", "evaluate.metrics=accurate",
-    "init_from.step=3", "init_from.adapt=width",
+    "init_from.step=3", "init_from.adapt=width", "lora.alpha=8", "lora.rank=8",
 )  # fmt: skip
 FIELDS_TOGETHER = (
     "model.mlp_dim=16000000 model.model_dim=1048576",
@@ -96,6 +96,7 @@ FIELDS_TOGETHER = (
     "tokenizer.vocab_size=2000",
     "model.layer_pattern=local,global,global model.attention_window=4",
     "model.attention_window=40 mesh.context=2",
+    "lora.rank=8 optimizer.frozen=encoder/.*",
 )
 
 # ---- `t5like rl` and others: the command, and fields beside the flags of `conftest.rl_flags`; code 2, 3 or 4 ----

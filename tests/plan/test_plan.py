@@ -217,6 +217,17 @@ def test_a_quick_plan_has_days_cost_and_slices(command):
     assert "cost " in report.text(plan)
 
 
+def test_lora_of_a_7b_model_fits_on_one_chip_of_16_gb_by_the_quick_plan(command):
+    arguments = ("plan", "--config=configs/lora_llama_7b.py", "--topology=v5e:1x1", "--quick", "--json")
+    plan = json.loads(command(*arguments)[1])
+    adapters = 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11_008))
+    kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
+    factors, tables, norms = 32 * (5 * 4096 + 2 * 11_008), 2 * 32_000 * 4096, 65 * 4096
+    assert plan["held"]["parameters"] == kernels + 2 * tables + 4 * (factors + norms + adapters)
+    assert plan["held"]["optimizer"] == 2 * 4 * adapters + 8  # two moments and two counts
+    assert plan["quick"]["fits"] and plan["quick"]["total"] < 10 * 2**30
+
+
 def test_a_plan_warns_of_fsdp_over_three_torus_axes_and_recommends_two(command):
     arguments = ("plan", "--config=configs/llama_7b.py", "--topology=v5p:8x8x8", "--quick", "--json")
     plan = json.loads(command(*arguments)[1])
