@@ -18,6 +18,7 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "train": ("toy",),
     "train on several devices": "tests/test_end_to_end.py",
     "train on other weights": "tests/evaluation/test_task_eval.py",
+    "train with a teacher": "tests/checkpoint/test_teacher.py",
     "prepare": ("toy",),
     "rl": "tests/rl/test_rl_runs.py",
     "rl from pairs": "tests/rl/test_pairs.py",
@@ -54,6 +55,8 @@ def type_of(words: list[str]) -> str:
         weights, devices = "init_from.checkpoint" in fields, options.fake_devices
         if options.overfit:
             return f"{command} on the same batches"
+        if "distill.teacher" in fields:
+            return f"{command} with a teacher"
         return command + " on other weights" * weights + " on several devices" * bool(devices)
     if command == "rl":
         pairs = loader.load(options.config, overrides).rl.uses_pairs

@@ -25,6 +25,7 @@ from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.store.fingerprints import fingerprint
 from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.distributed import processes
 from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError
 from t5like.io.paths import expand
@@ -64,8 +65,8 @@ def with_teacher_step(config: Config, workdir: Path | None) -> Config:
     check_initial_run(config, workdir)
     begun = workdir is not None and (workdir / "config.json").is_file()
     step = saved_config(workdir).distill.teacher_step if begun else -1
-    if step < 0:
-        step = _checkpoints(config).meta().step
+    if step < 0:  # a teacher that is still trained may have a new one by the time another process looks
+        step = int(processes.broadcast("the teacher's step", str(_checkpoints(config).meta().step)))
     return dataclasses.replace(config, distill=dataclasses.replace(distill, teacher_step=step))
 
 

@@ -162,6 +162,8 @@ def _training(config: Config, loaded: run_directory.Run) -> str:
         f"({config.optimizer.schedule}, {config.optimizer.warmup_steps:,} steps of warm-up).",
         f"* **Tokenizer**: {loaded.tokenizer.vocab_size:,} ids, {loaded.tokenizer.num_sentinels} of them sentinels.",
     ]
+    if config.distill.teacher:
+        lines.insert(0, f"* **Teacher**: the predictions of `{config.distill.teacher}`, by distillation.")
     if config.init_from.checkpoint:
         lines.insert(0, f"* **Initial weights**: those of `{config.init_from.checkpoint}`.")
     return "\n".join(lines)
