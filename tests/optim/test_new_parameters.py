@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_optimizers import NAMES, axes_of, config_of, random_grads, random_params
+from test_optimizers import axes_of, config_of, random_grads, random_params
 
 from t5like import tree
 from t5like.config.schema import Config, InitConfig
@@ -29,7 +29,7 @@ def trajectory(config: Config, params: dict, grads: list[dict]) -> list[tuple[di
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "muon"])
 def test_old_parameters_and_their_state_stay_in_the_warmup_and_then_begin_as_in_a_new_run(name):
     plain = config_of(name, weight_decay=0.1)
     config = dataclasses.replace(plain, init_from=WARMUP)
