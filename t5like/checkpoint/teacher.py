@@ -78,7 +78,13 @@ def open_teacher(config: Config, mesh: Mesh) -> Teacher:
         ConfigError: its model can't read the batches of the run, or does not fit on the mesh.
     """
     distill = config.distill
-    model = saved_config(expand(distill.teacher)).model
+    saved = saved_config(expand(distill.teacher))
+    model = saved.model
+    if config.data.label_objective and saved.data.labels != config.data.labels:
+        raise ConfigError(
+            f"{FIELD}={distill.teacher} has data.labels={','.join(saved.data.labels) or 'none'}, and the run "
+            f"{','.join(config.data.labels)}; use a teacher with the same labels in the same order"
+        )
     if model.architecture != config.model.architecture:
         raise ConfigError(
             f"{FIELD}={distill.teacher} has model.architecture={model.architecture}, and the run "

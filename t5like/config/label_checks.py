@@ -60,9 +60,9 @@ def check_labels(config: Config) -> None:
     )
     require(
         config,
-        not config.distill.teacher,
+        not config.distill.teacher or objective != "regression",
         "distill.teacher",
-        f"compares predicted tokens, and data.objective={objective} predicts labels; leave it out",
+        "compares probabilities, which data.objective=regression does not predict; leave it out",
     )
     require(config, not config.train.loss_chunk, "train.loss_chunk", f"must be 0 for data.objective={objective}; use 0")
 

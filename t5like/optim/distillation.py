@@ -11,6 +11,8 @@ With `distill.top_k` the other tokens are one bucket: KL over top_k + 1 outcomes
 teach that all other tokens are impossible.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -37,10 +39,14 @@ def distilled_loss(teacher: Config) -> LossFn:
         taught_BLD = model.apply({"params": teacher_params}, batch, method="hidden").x_BLD
 
         def add(loss: Loss, logits_BLV: Array, weights_BL: Array, taught_BLD: Array) -> Loss:
-            teacher_BLV = model.apply({"params": teacher_params}, taught_BLD, method="logits")
             distill, size = config.distill, config.tokenizer.vocab_size
+            apply = partial(model.apply, {"params": teacher_params}, taught_BLD)
+            if config.data.label_objective:
+                size, teacher_BLV = None, apply(batch.encoder_segments_BS, method="label_logits")
+            else:
+                teacher_BLV = apply(method="logits")  # whose padding rows may be more or fewer
             kl_BL = divergence(
-                _real(logits_BLV, size), _real(teacher_BLV, size), temperature=distill.temperature, top_k=distill.top_k
+                logits_BLV[..., :size], teacher_BLV[..., :size], temperature=distill.temperature, top_k=distill.top_k
             )
             kl = Sum((kl_BL * weights_BL).sum(), weights_BL.sum())
             objective = (1 - distill.weight) * loss.objective + distill.weight * distill.temperature**2 * kl.total
@@ -72,12 +78,24 @@ def divergence(logits_BLV: Array, teacher_BLV: Array, *, temperature: float, top
     terms_BLV = jnp.exp(log_p_BLV) * (log_p_BLV - log_q_BLV)
     if not 0 < top_k < log_p_BLV.shape[-1]:
         return terms_BLV.sum(-1)
-    single_BLV = log_p_BLV >= jax.lax.top_k(log_p_BLV, top_k)[0][..., -1:]
+    single_BLV = _most_likely(log_p_BLV, top_k)
     log_sum = lambda x_BLV: jax.nn.logsumexp(jnp.where(single_BLV, MASKED, x_BLV), axis=-1)
     others_p_BL, others_q_BL = log_sum(log_p_BLV), log_sum(log_q_BLV)
     return jnp.where(single_BLV, terms_BLV, 0.0).sum(-1) + jnp.exp(others_p_BL) * (others_p_BL - others_q_BL)
 
 
-def _real(logits_BLV: Array, vocab_size: int) -> Array:
-    """The logits of tokens: two models may have different numbers of padding rows."""
-    return logits_BLV[..., :vocab_size]
+def _most_likely(log_p_BLV: Array, count: int) -> Array:
+    """bool [B, L, V]: the `count` highest values, which are at most 0, and those that are equal to the last of them.
+
+    The bits of floats that are not negative are ordered as the floats are, so that 31 counts find the last value bit by
+    bit. On a CPU that takes a sixth of the time of `jax.lax.top_k`, and a vocabulary that is split is not gathered.
+    """
+    bits_BLV = jax.lax.bitcast_convert_type(jnp.maximum(-log_p_BLV, 0.0), jnp.int32)
+
+    def halve(index: Array, last_BL1: Array) -> Array:
+        lower_BL1 = last_BL1 - (1 << (30 - index))
+        enough_BL1 = (bits_BLV <= lower_BL1).sum(-1, keepdims=True) >= count
+        return jnp.where(enough_BL1, lower_BL1, last_BL1)
+
+    highest_BL1 = jnp.full((*log_p_BLV.shape[:-1], 1), 2**31 - 1, jnp.int32)
+    return bits_BLV <= jax.lax.fori_loop(0, 31, halve, highest_BL1)

@@ -1,5 +1,7 @@
 """Losses of the head that predicts labels, as sums over its targets. Called by `step.pretrain_loss`."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -9,12 +11,20 @@ from t5like.optim import losses
 from t5like.types import Batch, Sum, Tree
 
 
-def label_loss(config: Config, params: Tree, hidden_BSD: jax.Array, batch: Batch, key: jax.Array | None) -> losses.Loss:
+def label_loss(
+    config: Config,
+    params: Tree,
+    hidden_BSD: jax.Array,
+    batch: Batch,
+    key: jax.Array | None,
+    taught: tuple[jax.Array, Callable[..., losses.Loss]] | None = None,
+) -> losses.Loss:
     """Cross entropy of labels, with `train.z_loss` and `train.label_smoothing`; squared error of a regression.
 
     Args:
         hidden_BSD: the encoder's output.
         key: of dropout; None: none.
+        taught: see `step.pretrain_loss`.
     """
     rngs = None if key is None else {"dropout": key}
     logits_BSC = Transformer(config).apply(
@@ -28,7 +38,7 @@ def label_loss(config: Config, params: Tree, hidden_BSD: jax.Array, batch: Batch
     components = {"component_B1": batch.component_B1, "num_components": len(config.data.source)}
     if config.data.label_objective == "regression":
         return squared_error(logits_BSC[..., 0], batch.targets_BL, batch.weights_BL, **components)
-    return losses.cross_entropy(
+    loss = losses.cross_entropy(
         logits_BSC,
         batch.targets_BL,
         batch.weights_BL,
@@ -37,6 +47,7 @@ def label_loss(config: Config, params: Tree, hidden_BSD: jax.Array, batch: Batch
         label_smoothing=config.train.label_smoothing,
         **components,
     )
+    return taught[1](loss, logits_BSC, batch.weights_BL, taught[0]) if taught else loss
 
 
 def squared_error(

@@ -72,7 +72,7 @@ def pretrain_loss(
 
     hidden = (hidden_BLD, taught[0]) if taught else (hidden_BLD,)
     if config.data.label_objective:
-        loss = label_loss(config, params, hidden_BLD, batch, key)
+        loss = label_loss(config, params, hidden_BLD, batch, key, taught)
     elif config.train.loss_chunk:
         loss = losses.in_chunks(head, hidden, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
     else:

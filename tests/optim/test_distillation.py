@@ -98,9 +98,15 @@ def test_the_loss_mixes_data_and_teacher_and_is_the_same_in_parts_on_a_mesh():
         np.testing.assert_allclose(tree.flatten(parts)[name], leaf, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-def test_an_encoder_that_is_its_own_teacher_has_no_divergence():
-    config = small(model={"architecture": "encoder", "num_layers": 1}, data={"objective": "mlm_nsp"}, distill=DISTILL)
-    batch = random_batch(config)
+@pytest.mark.parametrize("objective", ["mlm_nsp", "token_classification"])
+def test_an_encoder_that_is_its_own_teacher_has_no_divergence(objective):
+    labels = {"labels": ("first", "second", "third")} if objective == "token_classification" else {}
+    config = small(
+        model={"architecture": "encoder", "num_layers": 1}, data={"objective": objective, **labels}, distill=DISTILL
+    )
+    batch = random_batch(small(model={"architecture": "encoder"}) if labels else config)
+    if labels:
+        batch = batch._replace(targets_BL=batch.targets_BL % 3)
     params = tree.nested(train_state.random_params(config, batch, jax.random.key(0)))
     other = jax.tree.map(lambda leaf: leaf * 2, params)
     loss_of = jax.jit(lambda taught: distillation.distilled_loss(config)(config, params, batch, None, taught).metrics)
