@@ -78,8 +78,7 @@ class ModelConfig:
     # multiply attention logits by attention_scale_dim**-0.5; T5 has this factor in its initialization instead
     scale_attention: bool = False
     attention_scale_dim: NotNegative = 0  # query_pre_attn_scalar of Gemma; 0: head_dim
-    # attention logits x become c tanh(x / c) with this c (Gemma 2: 50); 0: they are not capped
-    # (before a relative bias is added)
+    # attention logits x, before a relative bias is added, become c tanh(x / c) with this c (Gemma 2: 50); 0: unchanged
     attention_softcap: Annotated[float, Range(0, 1e6)] = 0.0
     logits_softcap: Annotated[float, Range(0, 1e6)] = 0.0  # the same for the logits of tokens (Gemma 2: 30)
     # encoder-decoder: no cross-attention layers; self-attention of the decoder also reads the encoder's output, with

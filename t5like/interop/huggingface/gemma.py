@@ -19,6 +19,7 @@ ENCODER_DECODERS = ("t5gemma", "t5gemma2")
 FAMILIES = (*DECODERS, *ENCODER_DECODERS)
 TWO_BASES = ("gemma3_text", "t5gemma2")  # families with another rotary base in local layers
 ACTIVATION = "gelu_pytorch_tanh"
+MOST_LAYERS = 1000
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # Period of the pattern where layer_types is absent: the last layer of each period is global.
 PERIOD = {"gemma2": 2, "gemma3_text": 6, "t5gemma": 2, "t5gemma2": 6}
@@ -31,7 +32,9 @@ DEFAULTS: dict[str, Any] = {
     "head_dim": 256,
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
 }
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # of Gemma 2 and T5Gemma; the others have none
 SIZES = {
     "hidden_size": "model_dim",
     "intermediate_size": "mlp_dim",
@@ -70,7 +73,7 @@ FIXED: dict[str, dict[str, Any]] = {  # as `families.FIXED`
         "separate_embeddings": False,
         "merged_attention": True,
         "tied_embeddings": True,
-        **{f"decoder_{name}": 0 for name in SIZES.values() if name == "model_dim"},
+        "decoder_model_dim": 0,
     },
 }
 # The smallest vision tower that transformers accepts: T5Gemma 2 has one also in a model of text.
@@ -103,17 +106,17 @@ def fields(hf_config: Mapping[str, Any], family: str) -> dict[str, Any]:
     result = {
         **of_encoder,
         "num_layers": encoder["num_hidden_layers"],
-        "norm_epsilon": nonnegative(decoder, "rms_norm_eps", 1e-6),
+        "norm_epsilon": nonnegative(decoder, "rms_norm_eps"),
         "attention_scale_dim": _scale_dim(encoder, decoder),
-        "logits_softcap": nonnegative(decoder, "final_logit_softcapping", _softcap(family, 30.0)),
+        "logits_softcap": nonnegative(decoder, "final_logit_softcapping", 0.0),
         "layer_pattern": pattern,
         "attention_window": windows[-1],
         "rotary": rotary,
-        "tied_embeddings": one_of(hf_config, "tie_word_embeddings", (True, False), True),
+        "tied_embeddings": one_of(hf_config, "tie_word_embeddings", (True, False)[: 1 + (family != "t5gemma2")], True),
         "init": "gpt2",
     }
     if family not in TWO_BASES:
-        result["attention_softcap"] = nonnegative(decoder, "attn_logit_softcapping", _softcap(family, 50.0))
+        result["attention_softcap"] = nonnegative(decoder, "attn_logit_softcapping", 0.0)
     if family in DECODERS:
         return result
     differing = {f"decoder_{name}": size for name, size in of_decoder.items() if size != of_encoder[name]}
@@ -146,17 +149,14 @@ def encoder_window(family: str, window: int) -> tuple[int, int]:
     return (window + 1, window + 1) if family == "t5gemma" else ((window + 1) // 2, window // 2 + 1)
 
 
-def _softcap(family: str, default: float) -> float:
-    return default if family in ("gemma2", "t5gemma") else 0.0
-
-
 def _stacks(hf_config: Mapping[str, Any], family: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of encoder and decoder with defaults; a decoder-only model's are both."""
+    defaults = DEFAULTS if family in TWO_BASES else {**DEFAULTS, **CAPS}
     if family in DECODERS:
-        return ({**DEFAULTS, **hf_config},) * 2
+        return ({**defaults, **hf_config},) * 2
     encoder, decoder = (dict(hf_config.get(name) or {}) for name in ("encoder", "decoder"))
     encoder = dict(encoder.get("text_config") or {}) if family == "t5gemma2" else encoder
-    return {**DEFAULTS, **encoder}, {**DEFAULTS, **decoder}
+    return {**defaults, **encoder}, {**defaults, **decoder}
 
 
 def _check_stack(stack: Mapping[str, Any], family: str) -> None:
@@ -189,18 +189,19 @@ def _pattern(family: str, stacks: list[dict[str, Any]]) -> tuple[tuple[str, ...]
     """`layer_pattern`, and each stack's window: the shortest pattern that gives all layers of both."""
     lists = []
     for stack in stacks:
-        count = positive_int(stack, "num_hidden_layers")
+        if (count := positive_int(stack, "num_hidden_layers")) > MOST_LAYERS:
+            raise CheckpointError(f"config.json: num_hidden_layers={count:,} must be at most {MOST_LAYERS:,}")
         period = stack.get("sliding_window_pattern") or PERIOD[family]
         types = stack.get("layer_types") or [GLOBAL if (y + 1) % period == 0 else LOCAL for y in range(count)]
         if len(types) != count or set(types) - {LOCAL, GLOBAL}:
             raise CheckpointError(f"config.json: layer_types must be {count} times {LOCAL} or {GLOBAL}")
         lists.append(["local" if name == LOCAL else "global" for name in types])
-    windows = [positive_int(stack, "sliding_window") for stack in stacks]
     kinds = {kind for types in lists for kind in types}
+    windows = [positive_int(stack, "sliding_window") if "local" in kinds else 0 for stack in stacks]
     if len(kinds) == 1:
         if "local" in kinds and family in TWO_BASES:
             raise CheckpointError(f"config.json: layer_types must contain {GLOBAL} in a {family}")
-        return (), windows if "local" in kinds else [0, 0]
+        return (), windows
     repeats = lambda types, length: len(types) % length == 0 and types == types[:length] * (len(types) // length)
     for length in range(1, min(map(len, lists)) + 1):
         pattern = lists[0][:length]

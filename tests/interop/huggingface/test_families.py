@@ -204,6 +204,14 @@ def test_a_model_that_a_family_can_not_represent_is_refused_with_the_field(famil
     assert complaint in str(error.value)
 
 
+def test_a_soft_cap_of_null_is_none_and_an_absent_one_is_that_of_the_family():
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    hf = {**json.loads(str(GOLDEN["gemma2.config"])), **caps}
+    absent = {key: value for key, value in hf.items() if key not in caps}
+    of = lambda hf: families.model_of(hf, untied=False, next_sentence_head=False)[1]
+    assert [(of(each).attention_softcap, of(each).logits_softcap) for each in (hf, absent)] == [(0, 0), (50, 30)]
+
+
 def test_a_gemma_that_was_saved_without_its_head_has_the_same_names():
     names = ["layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"]
     assert {weight_maps.canonical_name("gemma3_text", name, tied=True) for name in names} == {names[1]}
