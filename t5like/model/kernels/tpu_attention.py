@@ -242,7 +242,7 @@ def _for_each_block(spec: KernelSpec, inputs: KernelInputs, body: Callable[[pl.S
             first = pl.multiple_of(first, NUM_LANES)
         if group.keys < group.end:
             earliest = first + (0 if inputs.first is None else inputs.first[0]) - spec.window + 1
-            key = jnp.clip(earliest, 0, group.end - group.keys) // NUM_LANES * NUM_LANES
+            key = jax.lax.div(jnp.clip(earliest, 0, group.end - group.keys), NUM_LANES) * NUM_LANES
             key = pl.multiple_of(key, NUM_LANES)
         body(pl.ds(first, group.size), pl.ds(key, group.keys))
 
