@@ -9,7 +9,8 @@ Sizes, optimizer and learning rate: Warner et al. 2024 (arXiv:2412.13663). Falli
 Differences from ModernBERT: the batch size is constant from the start, the decay of the learning rate is linear, the
 global layers have the rotary base 160,000 from the start (ModernBERT: when it is extended to 8,192 tokens), there is no
 dropout, and the tokenizer is SentencePiece. Its own is used with `tokenizer.path=DIR/tokenizer.json`.
-Hardware: 8 accelerators with 16 GB (`t5like plan --quick`), or fewer with more `train.microbatches`. Time and expected loss: not measured.
+Hardware: 8 accelerators with 16 GB (`t5like plan --quick`), or fewer with more `train.microbatches`.
+Time and expected loss: not measured.
 """
 
 import ml_collections
