@@ -41,7 +41,7 @@ WORDS = {**CLASSES, "objective": "token_classification"}
         ({"data": CLASSES, "evaluate": {"samples": True}}, "evaluate.samples", "needs generated text"),
         ({"data": CLASSES, "train": {"loss_chunk": 8}}, "train.loss_chunk", "must be 0 for data.objective=class"),
         ({"data": CLASSES, "tokenizer": {"num_sentinels": 1}}, "tokenizer.num_sentinels", "must be at least 2 for"),
-        ({"data": CLASSES, "distill": {"teacher": "runs/t"}}, "distill.teacher", "compares predicted tokens"),
+        ({"data": {"objective": "regression"}, "distill": {"teacher": "runs/t"}}, "distill.teacher", "regression"),
         ({"data": CLASSES, "rl": {"method": "policy"}}, "data.objective", "must be supervised with rl.method=policy"),
     ],
 )
