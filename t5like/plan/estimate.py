@@ -187,10 +187,8 @@ class _Materialized(NamedTuple):
 def _materialized_keys(
     config: Config, topology: Topology, sizes: dict[str, int], stack: flops.StackShape
 ) -> _Materialized:
-    rows, causal = (
-        config.data.batch_size // config.train.microbatches,
-        len(stack.keys) > 1 or not config.model.has_encoder,
-    )
+    rows = config.data.batch_size // config.train.microbatches
+    causal = len(stack.keys) > 1 or not config.model.has_encoder
     with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes, topology.kind)):
         plan = plan_attention(stack.model, rows, stack.queries, *stack.keys)
         window, ahead = stack.model.window(causal=causal)
