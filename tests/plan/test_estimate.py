@@ -1,7 +1,9 @@
-"""What the quick estimate takes for written scores, by chip, window and kind of attention."""
+"""The quick estimate: its FLOPs, and what it takes for written scores, by chip, window and kind of attention."""
 
 import dataclasses
 from pathlib import Path
+
+from conftest import small
 
 from t5like.config import loader
 from t5like.metrics import flops
@@ -27,3 +29,9 @@ def test_scores_are_written_only_where_the_chip_has_no_room_for_the_kernel_and_i
     blocks = [13 * (4096 + (1 + 8 + 8) * 64), 13 * (4096 + (1 + 8) * 64) + 26 * 4096]  # 13 local, 13 global, 26 cross
     assert written("v5p:4x4x4") == blocks
     assert written("v5p:4x4x4", merged_attention=True) == [blocks[0], 26 * 2 * 4096]
+
+
+def test_the_quick_estimate_without_remat_has_the_model_flops():
+    config = auto.resolve_auto_for(small(data={"batch_size": 64}), "tpu")
+    held = estimate.persistent_memory(estimate.abstract_inputs(config), meshes.axis_sizes(config, 8))
+    assert estimate.quick_estimate(config, topology.parse("v5e:2x4"), held).flops == flops.model_flops(config) / 8

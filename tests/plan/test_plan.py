@@ -394,9 +394,3 @@ def test_saved_queries_and_keys_cost_their_bytes_and_save_their_matmuls():
     bytes_each = 2 if model.dtype == "bfloat16" else 4
     assert estimated["qk"].activations - estimated["full"].activations == tokens * features * bytes_each
     assert estimated["full"].flops - estimated["qk"].flops == 2 * tokens * features * model.model_dim
-
-
-def test_the_quick_estimate_without_remat_has_the_model_flops():
-    config = auto.resolve_auto_for(small(data={"batch_size": 64}), "tpu")
-    held = estimate.persistent_memory(estimate.abstract_inputs(config), meshes.axis_sizes(config, 8))
-    assert estimate.quick_estimate(config, V5E, held).flops == flops.model_flops(config) / 8
