@@ -15,7 +15,6 @@ from conftest import small
 
 from t5like.data import pipeline
 from t5like.errors import ConfigError, Diverged, UserError
-from t5like.metrics import flops
 from t5like.optim import step, train_state
 from t5like.plan import compile as compiler
 from t5like.plan import estimate, hlo_cost, hlo_text, planner, preflight, report, search, topology
