@@ -88,7 +88,8 @@ FIELDS = (
     "data.targets_length=5", "data.noise_density=1", "data.heldout_fraction=0", "data.source=txt:a", "data.source=",
     "data.text_documents=word", "data.directory=/a", "tokenizer.num_sentinels=1", "tokenizer.vocab_size=0",
     "mesh.fsdp=3", "mesh.data=0", "mesh.fsdp=-1", "mesh.tensor=4", "mesh.pipeline=2", "evaluate.metrics=accurate",
-    "init_from.step=3", "init_from.adapt=width", "lora.alpha=8", "lora.rank=8",
+    "init_from.step=3", "init_from.adapt=width", "init_from.warmup_steps=3", "init_from.decoder_step=3",
+    "distill.weight=2", "distill.weight=0.9", "lora.alpha=8", "lora.rank=8",
 )  # fmt: skip
 FIELDS_TOGETHER = (
     "model.mlp_dim=16000000 model.model_dim=1048576",
@@ -120,6 +121,7 @@ RL = (
     "rl init_from.checkpoint=",
     "rl init_from.checkpoint=/proc/nowhere",
     "prepare init_from.checkpoint=/proc/nowhere",
+    "rl distill.teacher=/proc/nowhere",
     "rl model.architecture=encoder",
     "rl data.objective=causal_lm",
     "rl data.rates=1",
