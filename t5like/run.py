@@ -192,7 +192,8 @@ class Run:
 
     def _encoder_rows(self, texts: Sequence[str | tuple[str, str]]) -> list[encoder_rows.EncoderRow]:
         parts = [(text,) if isinstance(text, str) else text for text in ([texts] if isinstance(texts, str) else texts)]
-        if wrong := [each for each in parts if not all(isinstance(part, str) for part in each)]:
+        is_text = lambda each: isinstance(each, tuple) and len(each) < 3 and all(isinstance(x, str) for x in each)
+        if wrong := [each for each in parts if not is_text(each)]:
             raise ConfigError(f"texts: {shown(wrong[0])} must be a text, or a pair of texts")
         return [encoder_rows.row_of(self.config, self.tokenizer, *each) for each in parts]
 

@@ -149,7 +149,11 @@ def _label_outputs(config: Config, params: Tree, batch: Batch) -> jax.Array:
 
 @partial(jax.jit, static_argnames="config")
 def _embeddings(config: Config, params: Tree, batch: Batch) -> jax.Array:
-    x_BSD = Transformer(config).apply({"params": params}, batch.encoder_BS, batch.encoder_segments_BS, method="encode")
+    model, ids_BS, segments_BS = Transformer(config), batch.encoder_BS, batch.encoder_segments_BS
+    if config.model.has_decoder:
+        x_BSD = model.apply({"params": params}, ids_BS, segments_BS, method="encode")
+    else:  # with the token types of a pair
+        x_BSD = model.apply({"params": params}, batch, method="hidden").x_BLD
     real_BS1 = (batch.encoder_segments_BS > 0)[..., None]
     sums_BD = jnp.where(real_BS1, x_BSD.astype(jnp.float32), 0).sum(1)
     return sums_BD / jnp.maximum(real_BS1.sum(1), 1)
