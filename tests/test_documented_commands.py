@@ -30,6 +30,7 @@ SMALL: dict[str, tuple[str, ...] | str] = {
     "predict": "tests/evaluation/test_label_eval.py",
     "embed": "tests/evaluation/test_label_eval.py",
     "export hf": (),
+    "export peft": "tests/live/test_peft_live.py",
     "export stablehlo": "tests/interop/test_stablehlo.py",
     "import hf": (),
     "import t5x": "tests/interop/test_t5x.py",
