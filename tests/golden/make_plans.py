@@ -86,6 +86,7 @@ CASES = (
     Case("t5_xxl_v5e_16x16_2_long_rows", "t5_xxl", "v5e:16x16", LONG),
     Case("t5_xxl_2_v5e_16x16_2_long_rows", "t5_xxl", "v5e:16x16", LONG | {"data.batch_size": "1024"}, num_slices=2),
     Case("t5_xxl_v5p_8x8x8_1_long_row", "t5_xxl", "v5p:8x8x8", LONG | V5P),
+    Case("t5gemma_2b_v5e_8x8_1_row", "t5gemma_2b", "v5e:8x8", {"data.batch_size": "64"}),
     Case("t5_xxl_v5p_8x16x16_1_long_row", "t5_xxl", "v5p:8x16x16", LONG | V5P_2048 | {"data.batch_size": "2048"}),
 )
 HEADER = (
