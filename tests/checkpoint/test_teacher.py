@@ -1,14 +1,24 @@
 """A run with a teacher: it is continued bitwise with the same one, and another one is refused."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import main
 from test_init_from import made_tokenizer
 from test_recovery import flip
 
+from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
+from t5like.checkpoint.run_directory import saved_config
+from t5like.checkpoint.teacher import open_teacher, read_params
+from t5like.data import pipeline
+from t5like.optim import train_state
+from t5like.sharding import mesh as meshes
 
 
 def leaves(workdir, step: int) -> dict:
@@ -82,3 +92,17 @@ def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused,
     assert code == 4 and message.startswith(f"distill.teacher: {tmp_path}/damaged/checkpoints/1")
     assert message.endswith("; use another one with --config.distill.teacher_step")
     assert not (tmp_path / "new").exists()
+
+
+def test_matrices_of_a_teacher_are_in_the_dtype_of_the_computation_and_vectors_in_float32(student):
+    config = saved_config(student[1] / "whole")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    teacher = open_teacher(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
+    read = tree.flatten(read_params(config, teacher))
+    exact = Checkpoints(student[1] / "teacher" / "checkpoints", keep=9).restore_params(
+        train_state.abstract_state(config, pipeline.spec(config), mesh).params, 1
+    )
+    for name, leaf in tree.flatten(exact).items():
+        dtype = jnp.float32 if name.endswith("scale") else jnp.bfloat16
+        assert read[name].dtype == dtype == tree.flatten(teacher.abstract)[name].dtype, name
+        np.testing.assert_array_equal(read[name], leaf.astype(dtype), err_msg=name)
