@@ -22,7 +22,7 @@ from t5like.model.layers import Parameter
 from t5like.types import Array, Tree
 
 NEW_HEADS = ("scalar_head/.*", "label_head/.*")  # trained whole: a checkpoint of a language model has none
-# last parts of names that `lora.base_dtype` stores
+# Last parts of the names of the parameters that `lora.base_dtype` is about.
 MATRICES = ("kernel", "embedding", "decoder_embedding", "head", "positions")
 FACTORS = "kernel_scale"  # beside an int8 kernel
 
