@@ -176,7 +176,10 @@ def regression(library: Library) -> Iterator[_Example]:
 
 def token_classification(library: Library) -> Iterator[_Example]:
     """The tokens of a Python expression -> what each name in it is: called, a value, the name of an argument."""
+    first = {}  # to label only what `examples` keeps
     for key, code, _ in library.expressions:
+        first.setdefault(code, key)
+    for code, key in sorted(first.items(), key=lambda pair: (_hash(pair[1]), pair[1]))[: LARGEST + 1000]:
         words, labels = name_labels(code)
         if labels:
             yield key, {"inputs": " ".join(words), "targets": " ".join(labels)}
