@@ -43,16 +43,12 @@ class ModelConfig:
     num_kv_heads: Annotated[int, Range(0, 2**14)] = 0  # key and value heads, for grouped-query attention; 0: num_heads
     head_dim: Annotated[int, Range(1, 2**14)] = 64  # dimension of a head
     mlp_dim: Annotated[int, Range(1, 2**24)] = 1024  # hidden dimension of the MLP (d_ff)
-    # sizes of an encoder-decoder's decoder, where they differ from the encoder's (T5Gemma 9B-2B); 0: as in the encoder
+    # Sizes of an encoder-decoder's decoder, where they differ from the encoder's (T5Gemma 9B-2B); 0: as in the encoder.
     decoder_model_dim: Annotated[int, Range(0, 2**20)] = 0  # needs separate_embeddings if it differs
-    decoder_num_heads: Annotated[int, Range(0, 2**14)] = (
-        0  # query heads of the decoder's attention; 0: as in the encoder
-    )
-    decoder_num_kv_heads: Annotated[int, Range(0, 2**14)] = (
-        0  # key and value heads of the decoder's attention; 0: as in the encoder
-    )
-    decoder_head_dim: Annotated[int, Range(0, 2**14)] = 0  # dimension of a head of the decoder; 0: as in the encoder
-    decoder_mlp_dim: Annotated[int, Range(0, 2**24)] = 0  # hidden dimension of the decoder's MLP; 0: as in the encoder
+    decoder_num_heads: Annotated[int, Range(0, 2**14)] = 0  # query heads of the decoder; 0: as in the encoder
+    decoder_num_kv_heads: Annotated[int, Range(0, 2**14)] = 0  # the decoder's heads of keys and values; 0: num_kv_heads
+    decoder_head_dim: Annotated[int, Range(0, 2**14)] = 0  # dimension of the decoder's heads; 0: head_dim
+    decoder_mlp_dim: Annotated[int, Range(0, 2**24)] = 0  # hidden dimension of the decoder's MLP; 0: mlp_dim
     # activation of the MLP; gelu, gated_gelu: the tanh approximation; gated_gelu_exact as in ModernBERT
     mlp: MlpKind = "gated_gelu"
     positions: Literal["relative", "rotary", "learned"] = "relative"  # as in T5; Llama; GPT-2 and BERT
