@@ -8,32 +8,16 @@ arXiv:2305.14314, section 5.1: adapters on all linear layers matter most), const
 TPU v5e by `t5like plan --topology=v5e:1x1`, or one GPU of 24 GB. Time and expected loss: not measured.
 """
 
+import llama_7b
 import ml_collections
-
-from t5like.config import schema
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = schema.default()
-    config.tokenizer.update(vocab_size=32_000, num_sentinels=0, model_type="bpe")
-    config.data.update(objective="causal_lm", inputs_length=0, targets_length=2048, batch_size=8)
-    config.data.source = ("text:my_texts/**/*.txt",)
-    config.model.update(
-        architecture="decoder",
-        num_layers=32,
-        model_dim=4096,
-        num_heads=32,
-        head_dim=128,
-        mlp_dim=11_008,
-        mlp="gated_silu",
-        positions="rotary",
-        norm="rms",
-        norm_epsilon=1e-5,
-        scale_attention=True,
-        init="gpt2",
-        remat="full",
-    )
+    config = llama_7b.get_config()
+    config.data.update(source=("text:my_texts/**/*.txt",), targets_length=2048, batch_size=8, heldout_fraction=0.01)
     config.lora.update(rank=16, alpha=16.0, base_dtype="int8")
-    config.optimizer.update(name="adamw", learning_rate=2e-4, schedule="constant", warmup_steps=100, b2=0.95)
+    config.optimizer.update(schedule="constant", learning_rate=2e-4, final_fraction=0.0, warmup_steps=100)
+    config.optimizer.update(epsilon=1e-8, weight_decay=0.0)
     config.train.update(num_steps=1_000, microbatches=8, loss_chunk=512, checkpoint_every=100, eval_every=100)
+    config.mesh.update(data=-1, fsdp=1)
     return config

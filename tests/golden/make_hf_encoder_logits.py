@@ -1,16 +1,11 @@
-"""Makes hf_encoder_logits.npz: as make_hf_logits.py, for ModernBERT and EuroBERT.
+"""Makes hf_encoder_logits.npz: as make_hf_logits.py, by random_hf_models.py, for ModernBERT and EuroBERT.
 
-    pip install torch==2.13.0 transformers==5.* && python tests/golden/make_hf_encoder_logits.py
-
-The texts have 40 tokens, more than the windows of 6 on each side; the second one is padded.
+pip install torch==2.13.0 transformers==5.* && python tests/golden/make_hf_encoder_logits.py
 """
 
-import tempfile
-from pathlib import Path
-
-import numpy as np
 import torch
 import transformers
+from random_hf_models import save_goldens
 from transformers import EuroBertConfig, EuroBertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "pad_token_id": 0}
@@ -47,27 +42,11 @@ MODELS = {
     ),
 }
 
-out = {"versions": np.array([torch.__version__, transformers.__version__])}
-for name, model in MODELS.items():
-    with tempfile.TemporaryDirectory() as directory:
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(directory)
-        out[f"{name}.config"] = np.array((Path(directory) / "config.json").read_text())
-    torch.manual_seed(0)
-    for parameter in model.parameters():  # larger than at initialisation, so that every part shows in the logits
-        torch.nn.init.normal_(parameter, 0.0, 0.3)
-        parameter.data = parameter.data.half().float()
-    inputs = {
-        "input_ids": torch.randint(1, 61, (2, 40)),
-        "attention_mask": (torch.arange(40)[None] < torch.tensor([[40], [29]])).long(),
-    }
-    with torch.no_grad():
-        out[f"{name}.logits"] = model.eval()(**inputs).logits.float().numpy()
-    out |= {f"{name}.inputs.{key}": value.numpy() for key, value in inputs.items()}
+
+def weights_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All tensors; a tied head is that of the embedding."""
     tied = {"decoder.weight", "lm_head.weight"} if model.config.tie_word_embeddings else set()
-    out |= {
-        f"{name}.weights.{key}": value.numpy().astype(np.float16)
-        for key, value in model.state_dict().items()
-        if key not in tied
-    }
-np.savez_compressed(Path(__file__).parent / "hf_encoder_logits.npz", **out)
+    return {key: value for key, value in model.state_dict().items() if key not in tied}
+
+
+save_goldens("hf_encoder_logits.npz", MODELS, weights_of)

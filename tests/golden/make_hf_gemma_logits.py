@@ -1,16 +1,11 @@
-"""Makes hf_gemma_logits.npz: as make_hf_logits.py, for Gemma 2 and 3, T5Gemma 1 and 2.
+"""Makes hf_gemma_logits.npz: as make_hf_logits.py, by random_hf_models.py, for Gemma 2 and 3, T5Gemma 1 and 2.
 
-    pip install torch==2.13.0 transformers==5.* && python tests/golden/make_hf_gemma_logits.py
-
-The texts have 40 tokens, and 21 in the decoder, more than the windows; the second one is padded.
+pip install torch==2.13.0 transformers==5.* && python tests/golden/make_hf_gemma_logits.py
 """
 
-import tempfile
-from pathlib import Path
-
-import numpy as np
 import torch
 import transformers
+from random_hf_models import save_goldens
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -61,30 +56,15 @@ MODELS = {
     ),
 }
 
-out = {"versions": np.array([torch.__version__, transformers.__version__])}
-for name, model in MODELS.items():
-    with tempfile.TemporaryDirectory() as directory:
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(directory)
-        out[f"{name}.config"] = np.array((Path(directory) / "config.json").read_text())
-    torch.manual_seed(0)
-    for parameter in model.parameters():  # larger than at initialisation, so that every part shows in the logits
-        torch.nn.init.normal_(parameter, 0.0, 0.3)
-        parameter.data = parameter.data.half().float()
-    inputs = {
-        "input_ids": torch.randint(1, 61, (2, 40)),
-        "attention_mask": (torch.arange(40)[None] < torch.tensor([[40], [29]])).long(),
-    }
-    if "t5" in name:
-        decoder_ids = torch.randint(1, 61, (2, 21))
-        inputs |= {"decoder_input_ids": decoder_ids, "decoder_attention_mask": torch.ones_like(decoder_ids)}
-    with torch.no_grad():
-        out[f"{name}.logits"] = model.eval()(**inputs).logits.float().numpy()
-    out |= {f"{name}.inputs.{key}": value.numpy() for key, value in inputs.items()}
-    weights = {}
+
+def weights_of(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of the text part by their names in files, shared ones once."""
+    weights: dict[str, torch.Tensor] = {}
     for key, value in model.state_dict().items():
         is_copy = value.data_ptr() in [kept.data_ptr() for kept in weights.values()]
         if not is_copy and "vision_tower" not in key and "multi_modal" not in key:
-            weights[key.replace(".text_model", "")] = value  # the name in files
-    out |= {f"{name}.weights.{key}": value.numpy().astype(np.float16) for key, value in weights.items()}
-np.savez_compressed(Path(__file__).parent / "hf_gemma_logits.npz", **out)
+            weights[key.replace(".text_model", "")] = value
+    return weights
+
+
+save_goldens("hf_gemma_logits.npz", MODELS, weights_of)
