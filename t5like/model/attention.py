@@ -190,7 +190,7 @@ class Attention(nn.Module):
         cache: KeyValues | None = None,
         first_query: jax.Array | int = 0,
         source: KeyValues | jax.Array | None = None,
-        source_mask: MaskSpec = MaskSpec(),  # noqa: B008  (frozen)
+        source_mask: MaskSpec | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
         """Self-attention of x [B, L, D].
 

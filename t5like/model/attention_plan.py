@@ -47,6 +47,7 @@ def plan_attention(
     cross_keys: int = 0,
     *,
     texts: int = 1,
+    one_mask: bool = False,
     cached: bool = False,
     branch_start: int | None = None,
 ) -> AttentionPlan:
@@ -54,7 +55,7 @@ def plan_attention(
 
     A fused kernel is not used with a cache, whose masks are arrays, for rows that the mesh does not divide, for lengths
     that do not fit in a TPU core's memory, and for heads that do not fit in a GPU core's registers. Merged
-    attention has none.
+    attention has one if `one_mask`, without a relative bias.
 
     Args:
         config: its `kernels` is resolved.
@@ -63,11 +64,13 @@ def plan_attention(
         keys: S of self-attention.
         cross_keys: S of cross-attention; 0: there is none.
         texts: rows for each row of the source of cross-attention, which have their queries in one row of it.
+        one_mask: whether merged attention has a mask from `merged_attention.joint_mask`.
         cached: whether the tokens continue a cache.
         branch_start: see `AttentionPlan`.
     """
     fallback: Kernel = "cpu" if config.kernels == "cpu" else "plain"
-    unfused = config.merged_attention and cross_keys > 0
+    merged, biased = config.merged_attention and cross_keys > 0, config.positions == "relative"
+    unfused = merged and (biased or not one_mask)
     if config.kernels not in FUSED or unfused or cached or rows // texts % batch_parts():
         return AttentionPlan(queries, keys, fallback, fallback, branch_start)
     parts = context_size() if queries % context_size() == 0 else 1
@@ -76,6 +79,6 @@ def plan_attention(
         fits = gpu_attention.fits if config.kernels == "gpu" else partial(tpu_attention.fits, biased=biased)
         return config.kernels if fits(queries // parts, keys, config.head_dim, config.dtype) else "plain"
 
-    own = kernel(queries, keys, biased=config.positions == "relative")
-    cross = kernel(queries * texts, cross_keys, biased=False) if cross_keys else "plain"
+    own = kernel(queries, keys + (cross_keys if merged else 0), biased=biased)
+    cross = own if merged else kernel(queries * texts, cross_keys, biased=False) if cross_keys else "plain"
     return AttentionPlan(queries, keys, own, cross, branch_start)

@@ -27,7 +27,7 @@ class LayerInputs(NamedTuple):
         mask: of self-attention.
         positions_BL: position of each token in its text.
         encoded_BSD: the encoder's output, for a decoder that reads one; None when `Cache.cross` holds its keys.
-        cross_mask: of cross-attention.
+        cross_mask: of cross-attention; None where `mask` is of the encoder's keys as well (merged attention).
         first_query: index of the first token in the cache.
         is_first: bool, whether this is the first layer, if it reads the embeddings without a norm; None: no such layer.
     """
@@ -36,7 +36,7 @@ class LayerInputs(NamedTuple):
     mask: MaskSpec
     positions_BL: jax.Array
     encoded_BSD: jax.Array | None = None
-    cross_mask: MaskSpec = MaskSpec()
+    cross_mask: MaskSpec | None = MaskSpec()
     first_query: jax.Array | int = 0
     is_first: jax.Array | None = None
 

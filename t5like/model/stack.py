@@ -24,6 +24,7 @@ from t5like.model.block import Block, LayerInputs, LayerOutput
 from t5like.model.cache import Cache, Caches, KeyValues, cache_length
 from t5like.model.layers import Norm
 from t5like.model.masks import MaskSpec
+from t5like.model.merged_attention import joint_mask
 from t5like.model.positions import bias_module
 from t5like.sharding.logical_axes import constrain
 from t5like.types import NO_AUXILIARY, Auxiliary, Tree
@@ -128,6 +129,8 @@ class Stack(nn.Module):
         keys = queries if cache is None else cache_length(cache)
         cross_keys = 0 if encoded_BSD is None else encoded_BSD.shape[1]
         texts = 1 if encoded_BSD is None else rows // encoded_BSD.shape[0]
+        merged = self.config.merged_attention and cross_keys > 0 and texts == 1
+        joint = joint_mask(mask, cross_mask, rows, keys, cross_keys) if merged else None
         plan = plan_attention(
             self.config,
             rows,
@@ -135,6 +138,7 @@ class Stack(nn.Module):
             keys,
             cross_keys,
             texts=texts,
+            one_mask=joint is not None,
             cached=cache is not None,
             branch_start=branch_start,
         )
@@ -143,6 +147,8 @@ class Stack(nn.Module):
             return LayerOutput(self._normalize(x_BLD), cache, NO_AUXILIARY)
         if plan.cross_attention not in FUSED:
             cross_mask = MaskSpec(allowed_B1LS=cross_mask.build(queries, cross_keys))
+        elif joint is not None:
+            mask, cross_mask = joint, None
         inputs = [
             LayerInputs(bias_1NLS, each, positions_BL, encoded_BSD, cross_mask, first_query)
             for each in self._masks(mask, plan, first_query)

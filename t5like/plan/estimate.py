@@ -190,7 +190,7 @@ def _materialized_keys(
     rows = config.data.batch_size // config.train.microbatches
     causal = len(stack.keys) > 1 or not config.model.has_encoder
     with jax.sharding.use_abstract_mesh(_abstract_mesh(sizes, topology.kind)):
-        plan = plan_attention(stack.model, rows, stack.queries, *stack.keys)
+        plan = plan_attention(stack.model, rows, stack.queries, *stack.keys, one_mask=True)
         window, ahead = stack.model.window(causal=causal)
         mask = MaskSpec(causal=causal, window=window, window_ahead=ahead)
         by_blocks = stack.attentions == len(stack.keys) and plan.by_blocks(mask)

@@ -70,7 +70,7 @@ def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_devices_ref
     assert text.count("optimization_barrier") == 2 * 2 + 3 * 3 * 2
 
 
-@pytest.mark.parametrize("variant", ["t5", "umt5", "pattern"])
+@pytest.mark.parametrize("variant", ["t5", "umt5", "pattern", "t5gemma2"])
 def test_a_model_with_the_fused_kernel_equals_the_plain_model(monkeypatch, variant):
     monkeypatch.setattr(attention.tpu_attention, "attend", functools.partial(tpu_attention.attend, interpret=True))
     plain, fused = (with_model(variant, layers="scan", kernels=kernels) for kernels in ("plain", "tpu"))
