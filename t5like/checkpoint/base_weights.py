@@ -22,7 +22,7 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.state_leaves import differences
 from t5like.config.schema import Config
-from t5like.errors import CheckpointError, shorten
+from t5like.errors import CheckpointError, DamagedCheckpoint, shorten
 from t5like.io.paths import expand
 from t5like.optim import lora
 from t5like.types import Array, TrainState, Tree
@@ -65,7 +65,9 @@ def read(
     stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
     base, trained = tree.flatten(abstract.base), tree.flatten(abstract.params)
     wanted = {name: base[name] for name in lora.base_names(abstract.base)}
-    wanted |= {name: leaf for name, leaf in trained.items() if name in stored}
+    copied = {parameter_sources.own_or_pooler(name, stored): name for name in trained}  # by the name in the checkpoint
+    copied = {source: name for source, name in copied.items() if source in stored}
+    wanted |= {source: trained[name] for source, name in copied.items()}
     shapes = {
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) for name, leaf in wanted.items()
     }
@@ -81,8 +83,8 @@ def read(
     for name in sorted(shapes, key=lambda name: -math.prod(shapes[name].shape)):
         others = [rf"(?!{re.escape(name)}$).*"]
         array = checkpoints.restore_params({name: shapes[name]}, meta.step, ema=prefix == "ema/", without=others)[name]
-        if name in trained:
-            params[name] = array
+        if name in copied:
+            params[copied[name]] = array
         else:
             leaves |= lora.stored(config.lora, name, array, places)
         del array
@@ -98,7 +100,7 @@ def read_again(config: Config, abstract: TrainState, recorded: Mapping[str, str]
         recorded: `record` of the base when the run began.
 
     Raises:
-        CheckpointError: it is gone, or it is not what it was.
+        CheckpointError: it is gone or damaged, or it is not what it was.
     """
     path, step = expand(config.init_from.checkpoint), int(recorded["step"])
     checkpoints = Checkpoints(path / "checkpoints", keep=1)
@@ -107,13 +109,19 @@ def read_again(config: Config, abstract: TrainState, recorded: Mapping[str, str]
             f"init_from.checkpoint={path} has no checkpoint of step {step}, to which the adapters of this run belong; "
             "put it back, or a symbolic link to it"
         )
-    meta = checkpoints.meta(step)
-    if record(meta) != recorded:
+    try:
+        meta = checkpoints.meta(step)
+        if record(meta) != recorded:
+            raise CheckpointError(
+                f"init_from.checkpoint={path}: the weights of step {step} are not those to which the adapters of this "
+                "run belong; put those back"
+            )
+        return read(config, abstract, checkpoints, meta)[1]
+    except DamagedCheckpoint as error:  # of the base: no checkpoint of this run is damaged
+        reason = str(error).partition("; ")[0]
         raise CheckpointError(
-            f"init_from.checkpoint={path}: the weights of step {step} are not those to which the adapters of this run "
-            "belong; put those back"
-        )
-    return read(config, abstract, checkpoints, meta)[1]
+            f"init_from.checkpoint={path}, the base of this run's adapters: {reason}; put back a copy of it"
+        ) from error
 
 
 def _prefix(meta: Meta) -> str:

@@ -96,6 +96,12 @@ def is_new_head(name: str, stored: Mapping[str, Leaf]) -> bool:
     return name.startswith(NEW_HEADS) and name not in stored
 
 
+def own_or_pooler(name: str, stored: Collection[str]) -> str:
+    """The name that a parameter has in a checkpoint: its own, or of a classifier's pooler that of BERT's pretraining."""
+    pretrained = name.replace(*POOLERS)
+    return pretrained if name not in stored and pretrained in stored else name
+
+
 def ignored(config: Config, old: Config, stored: Iterable[str], sources: Collection[str]) -> list[str]:
     """Old parameters that are left out, because this model has no use for them: heads, or the decoder.
 
@@ -121,8 +127,7 @@ def source_names(
         stored: old parameters.
     """
     if config.model.architecture != "encoder_decoder" or old.model.architecture == "encoder_decoder":
-        pooler = lambda name: name if name in stored else name.replace(*POOLERS)
-        return {name: pooler(name) if pooler(name) in stored else name for name in wanted}
+        return {name: own_or_pooler(name, stored) for name in wanted}
     stack = "decoder/" if old.model.has_decoder else "encoder/"
     names: dict[str, str | None] = {}
     for name in wanted:

@@ -19,6 +19,7 @@ from t5like.checkpoint.parameter_sources import MEAN_ROW, map_vocabulary, source
 from t5like.checkpoint.run_directory import write_imported
 from t5like.config import loader
 from t5like.config.schema import Config
+from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, DamagedCheckpoint
 from t5like.model.transformer import Transformer
@@ -242,3 +243,16 @@ def test_a_relative_checkpoint_path_becomes_absolute(tmp_path, monkeypatch):
     assert config.tokenizer.path == f"{tmp_path}/runs/first/tokenizer.model"
     other = {"checkpoint": "runs/first", "adapt": "vocabulary"}
     assert not small(init_from=other).tokenizer.path
+
+
+def test_a_classifier_with_adapters_has_the_pooler_of_bert(tmp_path):
+    model = {"architecture": "encoder", "head": "mlm", "token_types": 2, "num_layers": 1}
+    stored = saved(tmp_path, small(model=model, data={"objective": "mlm_nsp"}, **VOCABULARY), OLD)
+    config = small(
+        model=model, data={"objective": "classification", "labels": ("a", "b")}, **VOCABULARY,
+        init_from={"checkpoint": str(tmp_path)}, lora={"rank": 2, "targets": (".*/query/kernel",)},
+    )  # fmt: skip
+    abstract = train_state.abstract_state(config, pipeline.spec(config), MESH)
+    initial = load_initial_weights(config, abstract, OLD)
+    assert list(initial.params) == ["label_head/pooler/kernel"]  # classes are random
+    np.testing.assert_array_equal(initial.params["label_head/pooler/kernel"], stored["pairs/pooler/kernel"])

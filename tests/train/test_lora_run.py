@@ -52,12 +52,18 @@ def test_a_run_computes_what_its_merged_weights_do(adapted, trained):
     assert np.abs(logits(run) - logits(t5like.load(trained))).max() > 1e-4
 
 
-def test_a_base_that_is_gone_or_changed_is_refused(adapted, base, tmp_path, refused):
+def test_a_base_that_is_gone_damaged_or_changed_is_refused(adapted, base, tmp_path, refused):
     used = base / "checkpoints" / "2"
     used.rename(tmp_path / "2")
     try:
         code, message = refused("generate", f"--workdir={adapted}", "--prompt=ba")
         assert code == 4 and "has no checkpoint of step 2, to which the adapters of this run belong" in message
+        shutil.copytree(tmp_path / "2", used)
+        for data in (used / "state").rglob("d/*"):
+            data.write_bytes(b"")
+        code, message = refused("generate", f"--workdir={adapted}", "--prompt=ba")
+        assert code == 4 and message.startswith(f"init_from.checkpoint={base}, the base of this run's adapters: {used}")
+        shutil.rmtree(used)
         shutil.copytree(base / "checkpoints" / "1", used)
         metadata = used / "meta" / "metadata"  # another checkpoint in its place
         values = json.loads(metadata.read_text())
