@@ -80,7 +80,7 @@ def _data(config: Config, objective: str) -> None:
         )
         require(
             config,
-            not any(set(label) & set(" \t\n") for label in data.labels),
+            all(label.split() == [label] for label in data.labels),
             "data.labels",
             "must be names without white space; use negative,positive",
         )

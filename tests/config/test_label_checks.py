@@ -20,7 +20,7 @@ WORDS = {**CLASSES, "objective": "token_classification"}
         ({"data": CLASSES}, "data.objective", "needs model.architecture=encoder, not encoder_decoder"),
         ({"data": {**CLASSES, "labels": ["a"]}}, "data.labels", "must be at least two different names"),
         (
-            {"data": {**CLASSES, "labels": ["a", "b c"]}},
+            {"data": {**CLASSES, "labels": ["a", "b\u3000c"]}},
             "data.labels",
             "must be names without white space; use",
         ),

@@ -58,7 +58,7 @@ class Labelled:
     def _index(self, record: Record, label: str) -> str:
         if label in self.labels:
             return str(self.labels.index(label))
-        if label.isdecimal() and int(label) < len(self.labels):
+        if label.isdecimal() and len(label) < 10 and int(label) < len(self.labels):  # int() has a limit
             return str(int(label))
         names = ",".join(self.labels[:5]) + (",..." if len(self.labels) > 5 else "")
         raise DataError(

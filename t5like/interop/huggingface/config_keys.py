@@ -6,6 +6,7 @@ from typing import Any
 from t5like.errors import CheckpointError
 
 MAX_FLOAT = 1e38  # about the largest float32
+MOST_LAYERS = 1000
 
 
 def one_of(hf_config: Mapping[str, Any], key: str, allowed: tuple, default: Any, because: str = "") -> Any:
@@ -23,6 +24,13 @@ def positive_int(hf_config: Mapping[str, Any], key: str, default: int | None = N
     if type(value) is not int or not 1 <= value < 2**31:
         raise CheckpointError(f"config.json: {key}={_shown(value)} must be a whole number from 1 to 2,147,483,647")
     return value
+
+
+def layer_count(hf_config: Mapping[str, Any], default: int | None = None) -> int:
+    """`num_hidden_layers`, from 1 to 1,000: a list of the kind of each layer must fit in memory."""
+    if (count := positive_int(hf_config, "num_hidden_layers", default)) > MOST_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers={count:,} must be at most {MOST_LAYERS:,}")
+    return count
 
 
 def nonnegative(hf_config: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:

@@ -104,7 +104,10 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
         yield f"           texts also end with {shorten(map(str, extra_eos))}, by {eos_ids.KEY}"
     if unknown_eos:
         yield f"           not in the vocabulary, ignored in {eos_ids.KEY}: {shorten(map(str, unknown_eos))}"
-    yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... generates text"
+    use = "t5like generate --workdir={} --prompt=... generates text"
+    if not model.has_decoder:
+        use = "t5like embed --workdir={} --inputs=TEXTS --output=embeddings.npy writes embeddings"
+    yield f"imported   {workdir}; {use.format(workdir)}"
 
 
 def _new_config(

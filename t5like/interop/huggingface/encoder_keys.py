@@ -14,7 +14,7 @@ from t5like.config.model_schema import RotaryConfig
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import family_keys, rope_config
-from t5like.interop.huggingface.config_keys import nonnegative, one_of, positive_int
+from t5like.interop.huggingface.config_keys import layer_count, nonnegative, one_of, positive_int
 
 KINDS = {"sliding_attention": "local", "full_attention": "global"}  # of `layer_types` -> of `model.layer_pattern`
 
@@ -31,7 +31,7 @@ def modernbert_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     activation = hf_config.get("hidden_activation", "gelu")
     one_of(hf_config, "classifier_activation", (activation,), "gelu", f"hidden_activation={activation}")
     dim, heads = positive_int(hf_config, "hidden_size", 768), positive_int(hf_config, "num_attention_heads", 12)
-    layers = positive_int(hf_config, "num_hidden_layers", 22)
+    layers = layer_count(hf_config, 22)
     kinds = _kinds(hf_config, layers)
     bases = {kind: _rotary(hf_config, kind) for kind in KINDS}
     # Of transformers: the keys on both sides together. The query itself is not one of them there, but in t5like.

@@ -149,7 +149,7 @@ def model_of(hf_config: Mapping[str, Any], *, untied: bool, next_sentence_head: 
         CheckpointError: the value of a key is not supported; names key, value and supported values.
     """
     family = hf_config.get("model_type")
-    if family in REFUSED:
+    if isinstance(family, str) and family in REFUSED:
         raise CheckpointError(f"config.json: model_type={family!r}: {REFUSED[family]}")
     if family not in FAMILIES:
         raise CheckpointError(f"config.json: model_type={family!r} is not one of {', '.join(FAMILIES)}")

@@ -12,14 +12,13 @@ from t5like.config.model_schema import ModelConfig, RotaryConfig
 from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import rope_config
-from t5like.interop.huggingface.config_keys import nonnegative, one_of, positive_int
+from t5like.interop.huggingface.config_keys import layer_count, nonnegative, one_of, positive_int
 from t5like.interop.huggingface.weight_maps import GEMMAS as DECODERS
 
 ENCODER_DECODERS = ("t5gemma", "t5gemma2")
 FAMILIES = (*DECODERS, *ENCODER_DECODERS)
 TWO_BASES = ("gemma3_text", "t5gemma2")  # families with another rotary base in local layers
 ACTIVATION = "gelu_pytorch_tanh"
-MOST_LAYERS = 1000
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # Period of the pattern where layer_types is absent: the last layer of each period is global.
 PERIOD = {"gemma2": 2, "gemma3_text": 6, "t5gemma": 2, "t5gemma2": 6}
@@ -133,10 +132,9 @@ def fields(hf_config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 def vocabulary_rows(hf_config: Mapping[str, Any], family: str) -> Any:
     """`vocab_size`, which the stacks of a T5Gemma have too."""
-    sizes = {stack.get("vocab_size", hf_config.get("vocab_size")) for stack in _stacks(hf_config, family)}
-    if len(sizes) > 1:
-        raise CheckpointError(f"config.json: vocab_size={sorted(map(str, sizes))} must be the same in both stacks")
-    return sizes.pop()
+    encoder, decoder = (stack.get("vocab_size", hf_config.get("vocab_size")) for stack in _stacks(hf_config, family))
+    _same("vocab_size", encoder, decoder)
+    return encoder
 
 
 def encoder_window(family: str, window: int) -> tuple[int, int]:
@@ -189,8 +187,7 @@ def _pattern(family: str, stacks: list[dict[str, Any]]) -> tuple[tuple[str, ...]
     """`layer_pattern`, and each stack's window: the shortest pattern that gives all layers of both."""
     lists = []
     for stack in stacks:
-        if (count := positive_int(stack, "num_hidden_layers")) > MOST_LAYERS:
-            raise CheckpointError(f"config.json: num_hidden_layers={count:,} must be at most {MOST_LAYERS:,}")
+        count = layer_count(stack)
         period = stack.get("sliding_window_pattern") or PERIOD[family]
         types = stack.get("layer_types") or [GLOBAL if (y + 1) % period == 0 else LOCAL for y in range(count)]
         if len(types) != count or set(types) - {LOCAL, GLOBAL}:
@@ -221,7 +218,7 @@ def _rotary(stack: Mapping[str, Any], family: str, *, local: bool) -> RotaryConf
     one_of(in_local, "rope_type", ("default",), "default", f"rope_parameters.{LOCAL}")
     rest = {key: stack[key] for key in ("max_position_embeddings",) if key in stack}
     rotary = rope_config.rotary_of({**rest, "rope_parameters": in_global})
-    base = nonnegative(in_local, "rope_theta")
+    base = rope_config.base_of(in_local)
     return RotaryConfig(**{**vars(rotary), "local_base": base if local else 0.0})
 
 

@@ -19,7 +19,7 @@ def rotary_of(hf_config: Mapping[str, Any]) -> RotaryConfig:
     for key, allowed in (("partial_rotary_factor", 1.0), ("truncate", True)):
         if rope.get(key, hf_config.get(key, allowed)) != allowed:
             raise CheckpointError(f"config.json: {where}.{key}={rope.get(key, hf_config.get(key))!r} must be {allowed}")
-    fields: dict[str, Any] = {"base": nonnegative({"rope_theta": 10_000.0, **hf_config, **rope}, "rope_theta")}
+    fields: dict[str, Any] = {"base": base_of({"rope_theta": 10_000.0, **hf_config, **rope})}
     if rope_type == "default":
         return RotaryConfig(**fields)
     fields |= {"scaling": rope_type, "factor": nonnegative(rope, "factor", where=where)}
@@ -40,6 +40,13 @@ def rotary_of(hf_config: Mapping[str, Any]) -> RotaryConfig:
     return RotaryConfig(
         **fields | {"beta_fast": float(fast), "beta_slow": float(slow), "attention_factor": float(attention)}
     )
+
+
+def base_of(rope: Mapping[str, Any]) -> float:
+    """`rope_theta`, above 0: `model.rotary.local_base=0` has a meaning of its own."""
+    if not (base := nonnegative(rope, "rope_theta")):
+        raise CheckpointError(f"config.json: rope_theta={rope['rope_theta']} must be above 0")
+    return base
 
 
 def config_of(rotary: RotaryConfig) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def test_words_are_tokenized_as_in_their_text(opened):
     "objective, target, fields, message",
     [
         ("classification", "{label}", {"label": "maybe"}, "'maybe' is not one of data.labels=yes,no"),
+        ("classification", "{label}", {"label": "1" * 5000}, "is not one of data.labels=yes,no, nor the index of one"),
         ("classification", "{label}", {"label": 2}, "'2' is not one of data.labels=yes,no, nor the index of one"),
         ("regression", "{label}", {"label": "nan"}, "'nan' must be a finite number"),
         ("token_classification", "{label}", {"label": ["yes"]}, "2 words have 1 labels"),

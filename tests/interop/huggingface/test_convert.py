@@ -29,6 +29,7 @@ from t5like.types import TrainState
 
 IDS = {"vocab_size": 400, "num_sentinels": 20}
 DECODER = {"architecture": "decoder", "scale_attention": True, "init": "gpt2", "num_layers": 2}
+WINDOWS = {"num_layers": 2, "layer_pattern": ("local", "global"), "attention_window": 6}
 MODELS = {
     "llama": {**DECODER, "positions": "rotary", "mlp": "gated_silu", "num_kv_heads": 2},
     "gpt2": {
@@ -41,12 +42,13 @@ MODELS = {
     },
     "umt5": {"relative_bias": "per_layer", "num_layers": 1},
     "modernbert": {**families.FIXED["modernbert"], "num_layers": 2, "mlp": "gated_gelu_exact", "norm_bias": False},
+    "eurobert": {**families.FIXED["eurobert"], "num_layers": 1, "num_kv_heads": 1, "mlp": "gated_silu"},
+    "gemma2": {**families.FIXED["gemma2"], **WINDOWS, "attention_softcap": 50.0, "attention_scale_dim": 12},
+    "gemma3_text": {**families.FIXED["gemma3_text"], **WINDOWS, "rotary": {"local_base": 100.0}},
     "t5gemma": {**families.FIXED["t5gemma"], "num_layers": 1, "decoder_model_dim": 16, "tied_embeddings": True},
     "t5gemma2": {
         **families.FIXED["t5gemma2"],
-        "num_layers": 2,
-        "layer_pattern": ("local", "global"),
-        "attention_window": 6,
+        **WINDOWS,
         "encoder_window": 3,
         "encoder_window_ahead": 4,
         "rotary": {"local_base": 100.0},
@@ -99,6 +101,9 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         ("umt5", "F32"),
         ("bert", "BF16"),
         ("modernbert", "F32"),
+        ("eurobert", "BF16"),
+        ("gemma2", "BF16"),
+        ("gemma3_text", "F32"),
         ("t5gemma", "BF16"),
         ("t5gemma2", "F16"),
     ],
@@ -110,6 +115,7 @@ def test_an_export_of_an_import_has_the_same_tensors_bit_for_bit_and_the_same_se
     source = model_directory(family, tmp_path / "in", tokenizer, dtype, rows)
     lines = list(import_run(source, tmp_path / "run"))
     assert f"tokenizer  400 ids for {rows} rows" in lines
+    assert ("t5like embed" if "bert" in family else "t5like generate") in lines[-1]
     lines = list(export_run(tmp_path / "run", tmp_path / "out", max_shard_size=30_000))
     assert_same_tensors(source, tmp_path / "out")
     wanted = json.loads((source / "config.json").read_text())

@@ -115,6 +115,9 @@ LLAMA = json.loads(str(GOLDEN["llama.config"]))
         ("gemma3", {"model_type": "gemma3"}, "models with images are not supported; save the text part as gemma3_text"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True must be False"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 must be"),
+        ("gemma2", {"model_type": ["gemma2"]}, "model_type=['gemma2'] is not one of t5,"),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 0}}}, "rope_theta=0 must be above 0"),
+        ("modernbert", {"layer_types": None, "num_hidden_layers": 10**9}, "num_hidden_layers=1,000,000,000 must be"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types must be 2 times sliding_attention or full"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
         ("llama", {"attention_bias": True}, "mlp_bias=False must be True with attention_bias=True: both or neither"),
@@ -150,6 +153,13 @@ def test_an_unsupported_config_is_refused_with_key_and_value(name, change, compl
     with pytest.raises(CheckpointError, match="config.json") as error:
         families.model_of(hf, untied=False, next_sentence_head=True)
     assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sizes_of_the_vocabulary_are_compared_whatever_their_type():
+    hf = json.loads(str(GOLDEN["t5gemma.config"]))
+    hf["encoder"]["vocab_size"] = [61]
+    with pytest.raises(CheckpointError, match=r"vocab_size must be the same in both stacks, not \[61\] and 61"):
+        families.vocabulary_rows("t5gemma", hf)
 
 
 @pytest.mark.parametrize(
