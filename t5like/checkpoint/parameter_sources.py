@@ -97,7 +97,7 @@ def is_new_head(name: str, stored: Mapping[str, Leaf]) -> bool:
 
 
 def own_or_pooler(name: str, stored: Collection[str]) -> str:
-    """The name that a parameter has in a checkpoint: its own, or of a classifier's pooler that of BERT's pretraining."""
+    """The name of a parameter in a checkpoint: its own, or for a classifier's pooler that of BERT's pretraining."""
     pretrained = name.replace(*POOLERS)
     return pretrained if name not in stored and pretrained in stored else name
 
