@@ -17,6 +17,7 @@ from conftest import contents, small
 from t5like import tree
 from t5like.checkpoint import run_directory
 from t5like.config import loader
+from t5like.config.schema import Config
 from t5like.data import pipeline
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import CheckpointError, ConfigError
@@ -62,9 +63,13 @@ def tokenizer(trained) -> Tokenizer:
     return Tokenizer.load(trained / "tokenizer.model", num_sentinels=20)
 
 
+def config_of(family: str) -> Config:
+    return small(model={"vocab_multiple": 1, **MODELS[family]}, tokenizer=IDS)
+
+
 def model_directory(family: str, place: Path, tokenizer: Tokenizer, dtype: str = "BF16", rows: int = 400) -> Path:
     """A directory of random weights of a family, in several files, as somebody else might have written it."""
-    config = small(model={"vocab_multiple": 1, **MODELS[family]}, tokenizer=IDS)
+    config = config_of(family)
     shape = jax.eval_shape(lambda: train_state.init_params(config, pipeline.spec(config), jax.random.key(0)))
     shapes = {name.removesuffix("/value"): leaf for name, leaf in tree.flatten(shape).items()}
     table = weight_maps.weight_map(family, config.model)
@@ -116,6 +121,8 @@ def test_an_export_of_an_import_has_the_same_tensors_bit_for_bit_and_the_same_se
     lines = list(import_run(source, tmp_path / "run"))
     assert f"tokenizer  400 ids for {rows} rows" in lines
     assert ("t5like embed" if "bert" in family else "t5like generate") in lines[-1]
+    imported = loader.load(tmp_path / "run" / "config.json").model
+    assert families.numeric_fields(imported) == families.numeric_fields(config_of(family).model)
     lines = list(export_run(tmp_path / "run", tmp_path / "out", max_shard_size=30_000))
     assert_same_tensors(source, tmp_path / "out")
     wanted = json.loads((source / "config.json").read_text())
