@@ -67,6 +67,7 @@ def embed(run: Run, inputs: Path | None, output: Path) -> None:
 
 def _rows(run: Run, inputs: Path | None) -> tuple[list[dict[str, str]], list[EncoderRow]]:
     """The texts of each line by name, and as rows."""
+    encoder_rows.check_encoder(run.config)
     texts, rows = [], []
     name = "standard input" if inputs is None else f"--inputs={inputs}"
     pairs = run.config.data.label_objective and run.config.data.second_template

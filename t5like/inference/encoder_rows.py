@@ -38,6 +38,12 @@ class EncoderRow(NamedTuple):
     words: Sequence[int] = ()
 
 
+def check_encoder(config: Config) -> None:
+    """Raise ConfigError if a model has no encoder."""
+    if not config.model.has_encoder:
+        raise ConfigError("model.architecture=decoder has no encoder; use a run with one")
+
+
 def row_of(config: Config, tokenizer: Tokenizer, text: str, second: str = "") -> EncoderRow:
     """A text, or a pair, as the encoder of a model reads it in training: encoders have [CLS] in front of it.
 
@@ -46,8 +52,7 @@ def row_of(config: Config, tokenizer: Tokenizer, text: str, second: str = "") ->
             there should be none, or none where there should be one.
     """
     data = config.data
-    if not config.model.has_encoder:
-        raise ConfigError("model.architecture=decoder has no encoder; use a run with one")
+    check_encoder(config)
     if bool(second) != bool(data.label_objective and data.second_template):
         what = "two texts, with a tab between them" if not second else "one text"
         raise ConfigError(f"text={shown(text)}: this model reads {what}")

@@ -7,6 +7,10 @@ import pytest
 from scipy import stats
 
 import t5like
+from t5like.checkpoint.run_directory import Run
+from t5like.cli import encoder_files
+from t5like.config.model_schema import ModelConfig
+from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.evaluation.label_metrics import entities
 
@@ -103,6 +107,12 @@ def test_a_classifier_learns_predicts_lines_and_gives_embeddings(label_run, comm
     (tmp_path / "long.txt").write_text("alma " * 70 + "\n")
     code, message = refused("predict", f"--workdir={workdir}", f"--inputs={tmp_path}/long.txt")
     assert code == 2 and "line 1: text=" in message and "more than model.max_length=64; shorten it" in message
+
+
+def test_a_decoder_has_no_embeddings_whatever_the_texts_are(tmp_path):
+    run = Run(0, Config(model=ModelConfig(architecture="decoder")), None, {}, None)
+    with pytest.raises(ConfigError, match=r"^model.architecture=decoder has no encoder; use a run with one"):
+        encoder_files.embed(run, tmp_path / "absent.txt", tmp_path / "e.npy")
 
 
 def test_a_regression_learns_numbers(label_run, command, tmp_path):
