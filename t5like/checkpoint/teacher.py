@@ -85,6 +85,11 @@ def open_teacher(config: Config, mesh: Mesh) -> Teacher:
             f"{FIELD}={distill.teacher} has data.labels={','.join(saved.data.labels) or 'none'}, and the run "
             f"{','.join(config.data.labels)}; use a teacher with the same labels in the same order"
         )
+    if saved.data.label_objective and not config.data.label_objective:
+        raise ConfigError(
+            f"{FIELD}={distill.teacher} has data.objective={saved.data.label_objective} and predicts labels, and the "
+            "run tokens; use a teacher that predicts tokens"
+        )
     if model.architecture != config.model.architecture:
         raise ConfigError(
             f"{FIELD}={distill.teacher} has model.architecture={model.architecture}, and the run "

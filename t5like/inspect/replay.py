@@ -129,14 +129,19 @@ def opened(
 
 
 def start_before(checkpoints: Checkpoints, number: int) -> int:
-    """The newest checkpoint before update `number`; 0: the random parameters of a run without one."""
+    """The newest checkpoint before update `number`; 0: the random parameters that a run began with.
+
+    Raises:
+        CheckpointError: there is none before it, and the run began with other weights.
+    """
     steps = checkpoints.steps()
+    config = checkpoints.meta().config if steps else config_of(checkpoints.directory.parent)
     before = [saved for saved in steps if 0 < saved < number]
     if before:
         return before[-1]
-    if steps and checkpoints.meta().config.init_from.checkpoint or 0 in steps:
+    if config.init_from.checkpoint or 0 in steps:
         later = [saved for saved in steps if saved]
-        use = f"use --step={later[0] + 1} or a later one" if later else "train it first"
+        use = f"use --step={later[0] + 1} or a later one" if later else "train it until one is saved"
         raise CheckpointError(f"{checkpoints.directory} holds no checkpoint before step {number}; {use}")
     return 0
 

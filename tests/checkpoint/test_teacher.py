@@ -79,6 +79,13 @@ def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused,
     code, message = train("--config.model.architecture=decoder", "--config.data.objective=causal_lm")
     assert code == 2 and "teacher has model.architecture=encoder_decoder, and the run decoder; " in message
 
+    shutil.copytree(place / "teacher", tmp_path / "labels")
+    values = json.loads((place / "teacher" / "config.json").read_text())
+    values["data"]["objective"], values["model"]["architecture"] = ["regression"], "encoder"
+    (tmp_path / "labels" / "config.json").write_text(json.dumps(values))
+    code, message = train(f"--config.distill.teacher={tmp_path}/labels")
+    assert code == 2 and "labels has data.objective=regression and predicts labels, and the run tokens; " in message
+
     other = made_tokenizer([], 20)
     (tmp_path / "other.model").write_bytes(other.model_bytes)
     own = [f"--config.tokenizer.path={tmp_path}/other.model", f"--config.tokenizer.vocab_size={other.vocab_size}"]

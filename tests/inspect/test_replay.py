@@ -90,6 +90,12 @@ def test_a_step_without_a_state_before_it_is_refused(refused, trained, tmp_path)
     (workdir / "checkpoints" / "1").rename(workdir / "checkpoints" / "0")  # as if the run began with imported weights
     code, message = refused("replay", f"--workdir={workdir}", "--step=2")
     assert code == 4 and message.endswith("checkpoints holds no checkpoint before step 2; use --step=3 or a later one")
+    shutil.rmtree(workdir / "checkpoints")
+    values = json.loads((workdir / "config.json").read_text())
+    values["init_from"]["checkpoint"] = str(trained)  # as if it began with those and was killed before its first save
+    (workdir / "config.json").write_text(json.dumps(values))
+    code, message = refused("replay", f"--workdir={workdir}", "--step=2")
+    assert code == 4 and message.endswith("holds no checkpoint before step 2; train it until one is saved")
     code, message = refused("replay", f"--workdir={workdir}", "--step=0")
     assert code == 2 and message == "--step=0 must be at least 1: the first update is step 1; use --step=1"
 
