@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from t5like import tree
 from t5like.config.lora_schema import LoRAConfig
+from t5like.errors import ConfigError
 from t5like.model.adapters import Adapter, dequantized, quantized
 from t5like.model.layers import Parameter
 from t5like.types import Array, Tree
@@ -39,15 +40,22 @@ def with_adapters(lora: LoRAConfig, boxes: Tree, key: jax.Array) -> Tree:
     by a key of its name; B is 0.
 
     Raises:
-        ConfigError: a pattern of `lora.targets` matches no kernel of a layer, or one of `lora.trained` no parameter.
+        ConfigError: a pattern of `lora.targets` matches no kernel of a layer, or one of `lora.trained` no parameter,
+            or `lora.trained` leaves no kernel for an adapter.
     """
     named = leaves(boxes)
     kernels = [name for name, box in named.items() if _is_kernel(name) and box.names[0] == "layers"]
     tree.mask(dict.fromkeys(kernels, 0), lora.targets, field="lora.targets")
     tree.mask(dict.fromkeys(named, 0), lora.trained, field="lora.trained")
+    adapted = {name for name in kernels if tree.matches(name, lora.targets) and not is_trained(lora, name)}
+    if not adapted:
+        raise ConfigError(
+            f"lora.trained={lora.trained!r} contains all kernels of lora.targets={lora.targets!r}, so that there is no "
+            "adapter; leave a kernel out, or use lora.rank=0"
+        )
     made = {}
     for name, box in named.items():
-        if name in kernels and tree.matches(name, lora.targets) and not is_trained(lora, name):
+        if name in adapted:
             made[name.removesuffix("kernel") + "lora"] = _adapter(lora, name, box, key)
         made |= _stored_boxes(lora, name, box)
     return tree.nested(made)

@@ -91,9 +91,12 @@ def test_int8_kernels_are_within_half_a_level_and_merged_models_compute_the_same
     np.testing.assert_allclose(adapted, merged, atol=2e-5 * np.abs(merged).max())
 
 
-def test_a_target_that_is_no_kernel_of_a_layer_is_refused():
+def test_targets_that_are_no_kernel_of_a_layer_or_are_trained_whole_are_refused():
     config = small_lora(targets=("embedding",))
     with pytest.raises(
         ConfigError, match="lora.targets='embedding' matches no parameter; there are decoder/layers/att"
     ):
         train_state.abstract_state(config, random_batch(config), meshes.make_mesh(config, jax.devices()[:1]))
+    config = small_lora(targets=(".*query/kernel",), trained=(".*/kernel",))
+    with pytest.raises(ConfigError, match="contains all kernels of lora.targets=.* there is no adapter; leave"):
+        train_state.parameter_axes(config, random_batch(config))
