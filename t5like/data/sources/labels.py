@@ -105,6 +105,7 @@ def _items(record: Record, path: str, setting: str) -> list[str]:
             f"{record.where}: {path!r} must be a list of words, or a text with white space between them; use another "
             f"field in {setting}"
         )
-    if wrong := [each for each in map(str, words) if len(each.split()) != 1]:
+    words = [str(each).lower() if isinstance(each, bool) else str(each) for each in words]  # true as in JSON
+    if wrong := [each for each in words if len(each.split()) != 1]:
         raise DataError(f"{record.where}: {path!r} has the word {shown(wrong[0])}; words must not have white space")
-    return list(map(str, words))
+    return words
