@@ -115,9 +115,7 @@ def test_words_are_tokenized_as_in_their_text(opened):
 def test_a_label_of_a_word_may_be_true_or_false_as_that_of_a_text():
     record = Record({"inputs": [True, "word"], "label": [True, False]}, "line 3")
     settings = DataConfig(objective=("token_classification",), targets_template="{label}", labels=("true", "false"))
-        DataConfig(objective=("token_classification",), targets_template="{label}", labels=("true", "false"))
-    )
-    assert [part.text for part in made.parts(record)] == ["true word", "0 1"]
+    assert [part.text for part in Labelled(settings).parts(record)] == ["true word", "0 1"]
 
 
 @pytest.mark.parametrize(
