@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from t5like import tree
 from t5like.checkpoint import parameter_sources
+from t5like.checkpoint.agreement import same_failure
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.metadata import Meta
 from t5like.checkpoint.state_leaves import differences
@@ -104,18 +105,19 @@ def read_again(config: Config, abstract: TrainState, recorded: Mapping[str, str]
     """
     path, step = expand(config.init_from.checkpoint), int(recorded["step"])
     checkpoints = Checkpoints(path / "checkpoints", keep=1)
-    if step not in checkpoints.steps():
-        raise CheckpointError(
-            f"init_from.checkpoint={path} has no checkpoint of step {step}, to which the adapters of this run belong; "
-            "put it back, or a symbolic link to it"
-        )
     try:
-        meta = checkpoints.meta(step)
-        if record(meta) != recorded:
-            raise CheckpointError(
-                f"init_from.checkpoint={path}: the weights of step {step} are not those to which the adapters of this "
-                "run belong; put those back"
-            )
+        with same_failure("checking the base of adapters", step):
+            if step not in checkpoints.steps():
+                raise CheckpointError(
+                    f"init_from.checkpoint={path} has no checkpoint of step {step}, to which the adapters of this run "
+                    "belong; put it back, or a symbolic link to it"
+                )
+            meta = checkpoints.meta(step)
+            if record(meta) != recorded:
+                raise CheckpointError(
+                    f"init_from.checkpoint={path}: the weights of step {step} are not those to which the adapters of "
+                    "this run belong; put those back"
+                )
         return read(config, abstract, checkpoints, meta)[1]
     except DamagedCheckpoint as error:  # of the base: no checkpoint of this run is damaged
         reason = str(error).partition("; ")[0]
