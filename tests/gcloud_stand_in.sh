@@ -5,7 +5,9 @@
 # request), create (an error that refuses it), states (what the next requests become, one a line; default ACTIVE),
 # secrets/NAME, workers (of a slice; default 1), firewall (no worker can be reached), vm/NODE/WORKER (the home of a worker).
 cd "$STAND_IN" || exit 9
-{ printf '%s\0' "$@"; printf '\1'; } >>calls
+{ printf '%s\0' "$@"; printf '\1'; } >"call.$$"
+cat "call.$$" >>calls  # in one write: several processes call at the same time
+rm "call.$$"
 words=()
 for argument in "$@"; do
     case "$argument" in

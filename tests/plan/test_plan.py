@@ -252,7 +252,7 @@ def test_a_quick_plan_that_does_not_fit_names_settings_that_do(command):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--topology=v5e:32x32"], "use v5e: with 2x2"),
+        (["--topology=v5e:32x32"], "use v5e: with 1x1, 2x2"),
         (["--topology=h900:8"], "use v5e:16x16"),
         (["--topology=v5p:8x4x4"], "use v5p:4x4x8"),
         (["--topology=cpu:0"], "cpu:8"),

@@ -67,9 +67,9 @@ def hidden_and_gradients(config: Config, params, batches: list[Batch]):
 def test_one_encoder_row_for_several_answers_equals_a_copy_for_each(monkeypatch, layers, kernels):
     calls = []
 
-    def attend(*args):
+    def attend(*args, **options):
         calls.append(args[0].shape[:3])
-        return tpu_attention.attend(*args, interpret=True)
+        return tpu_attention.attend(*args, **options, interpret=True)
 
     monkeypatch.setattr(attention, "tpu_attention", SimpleNamespace(**{**vars(tpu_attention), "attend": attend}))
     config = shape_of(layers=layers, kernels=kernels, num_layers=1)

@@ -280,7 +280,7 @@ def test_a_failed_export_leaves_no_files(trained, tmp_path, command, monkeypatch
         content[-1] ^= 1
         path.write_bytes(content)
 
-    monkeypatch.setattr(safetensors_files, "_write_file", damaged)
+    monkeypatch.setattr(safetensors_files, "write_file", damaged)
     code, _, err = command(*export)
     assert code == 4 and "was not written correctly" in err
     assert not list(tmp_path.iterdir()) and contents(trained) == before
