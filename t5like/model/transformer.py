@@ -105,8 +105,8 @@ class Transformer(nn.Module):
         segments_BL, cross_mask = batch.decoder_segments_BL, MaskSpec()
         sources_BL = segments_BL if batch.decoder_sources_BL is None else batch.decoder_sources_BL
         if sources_BL is not None and encoded_BSD is not None:
-            if len(sources_BL) != len(encoded_BSD):  # several texts of one row are its queries
-                sources_BL = sources_BL.reshape(len(encoded_BSD), -1)
+            if sources_BL.shape[0] != encoded_BSD.shape[0]:  # several texts of one row are its queries
+                sources_BL = sources_BL.reshape(encoded_BSD.shape[0], -1)
             cross_mask = MaskSpec(False, sources_BL, batch.encoder_segments_BS)
         positions_BL = _positions(batch.decoder_BL, batch.decoder_positions_BL)
         x_BLD, _, auxiliary = self.decoder(
