@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import main
 from test_init_from import made_tokenizer
-from test_recovery import flip
+from test_recovery import truncate
 
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
@@ -94,7 +94,7 @@ def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused,
     assert message.endswith(f"use --config.tokenizer.path={place}/teacher/tokenizer.model")
 
     shutil.copytree(place / "teacher", tmp_path / "damaged")
-    flip(tmp_path / "damaged" / "checkpoints" / "1")
+    truncate(tmp_path / "damaged" / "checkpoints" / "1")
     code, message = train(f"--config.distill.teacher={tmp_path}/damaged")
     assert code == 4 and message.startswith(f"distill.teacher: {tmp_path}/damaged/checkpoints/1")
     assert message.endswith("; use another one with --config.distill.teacher_step")
