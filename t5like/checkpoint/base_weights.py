@@ -31,7 +31,7 @@ from t5like.types import Array, TrainState, Tree
 
 def record(meta: Meta) -> dict[str, str]:
     """What identifies the weights of a checkpoint: its step, and the sha256 of the digests of all parameters."""
-    leaves = [(name, *leaf) for name, leaf in sorted(meta.leaves.items()) if name.startswith(_prefix(meta))]
+    leaves = [(name, *leaf) for name, leaf in sorted(meta.weights().items())]
     return {"step": str(meta.step), "sha256": hashlib.sha256(json.dumps(leaves).encode()).hexdigest()}
 
 
@@ -61,9 +61,9 @@ def read(
     Raises:
         CheckpointError: the checkpoint does not fit, or is that of another LoRA run.
     """
-    directory, prefix = checkpoints.directory.parent, _prefix(meta)
+    directory = checkpoints.directory.parent
     refuse_adapters(meta, "init_from.checkpoint", directory)
-    stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
+    stored = {name.partition("/")[2]: leaf for name, leaf in meta.weights().items()}
     base, trained = tree.flatten(abstract.base), tree.flatten(abstract.params)
     wanted = {name: base[name] for name in lora.base_names(abstract.base)}
     copied = {parameter_sources.own_or_pooler(name, stored): name for name in trained}  # by the name in the checkpoint
@@ -83,7 +83,7 @@ def read(
     params, leaves = {}, {}
     for name in sorted(shapes, key=lambda name: -math.prod(shapes[name].shape)):
         others = [rf"(?!{re.escape(name)}$).*"]
-        array = checkpoints.restore_params({name: shapes[name]}, meta.step, ema=prefix == "ema/", without=others)[name]
+        array = checkpoints.restore_params({name: shapes[name]}, meta.step, ema=meta.has_average, without=others)[name]
         if name in copied:
             params[copied[name]] = array
         else:
@@ -124,8 +124,3 @@ def read_again(config: Config, abstract: TrainState, recorded: Mapping[str, str]
         raise CheckpointError(
             f"init_from.checkpoint={path}, the base of this run's adapters: {reason}; put back a copy of it"
         ) from error
-
-
-def _prefix(meta: Meta) -> str:
-    """The names of the parameters that are used begin with it: those of the moving average, if there is one."""
-    return "ema/" if any(name.startswith("ema/") for name in meta.leaves) else "params/"

@@ -164,9 +164,7 @@ def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpo
     """Read a part from one checkpoint; errors as in `load_initial_weights`."""
     init, meta, wanted = config.init_from, checkpoints.meta(step), part.wanted
     base_weights.refuse_adapters(meta, part.field, checkpoints.directory.parent)
-    ema = any(name.startswith("ema/") for name in meta.leaves)
-    prefix = "ema/" if ema else "params/"
-    stored = {name.removeprefix(prefix): leaf for name, leaf in meta.leaves.items() if name.startswith(prefix)}
+    stored = {name.partition("/")[2]: leaf for name, leaf in meta.weights().items()}
     names = parameter_sources.source_names(config, meta.config, wanted, stored)
     _check_adapted(config, meta, stored, part, names, tokenizer)
     rows = _map_from(config, meta, tokenizer) if "vocabulary" in init.adapt else None
@@ -182,7 +180,7 @@ def _read(config: Config, tokenizer: Tokenizer, part: Part, checkpoints: Checkpo
     if not part.whole:
         left_out += parameter_sources.unused(stored, sources)
     without = (*init.reinitialize, *map(re.escape, left_out))
-    read = checkpoints.restore_params(sources, meta.step, ema=ema, without=without)
+    read = checkpoints.restore_params(sources, meta.step, ema=meta.has_average, without=without)
     last = {origin.source: name for name, origin in origins.items()}  # the last parameter that uses each source
     params = {}
     for name, origin in origins.items():

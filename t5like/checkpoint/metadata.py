@@ -69,6 +69,16 @@ class Meta(NamedTuple):
     leaves: dict[str, Leaf]
     history: History
 
+    @property
+    def has_average(self) -> bool:
+        """Whether there is a moving average of the parameters."""
+        return any(name.startswith("ema/") for name in self.leaves)
+
+    def weights(self) -> dict[str, Leaf]:
+        """What another run reads: the moving average if there is one, else the parameters; ``params/NAME``."""
+        prefix = "ema/" if self.has_average else "params/"
+        return {name: leaf for name, leaf in self.leaves.items() if name.startswith(prefix)}
+
 
 def to_dict(meta: Meta) -> dict[str, Any]:
     """Return the metadata in the form of the file, with its checksum."""

@@ -24,6 +24,7 @@ from t5like import tree
 from t5like.checkpoint.digests import Leaf
 from t5like.config.schema import Config
 from t5like.data.tokenizers.tokenizer import Tokenizer
+from t5like.optim.new_parameters import NEW_HEADS
 
 ROW_DIMS = {
     "embedding": 0,
@@ -31,7 +32,6 @@ ROW_DIMS = {
     "head": 1,
     "head_bias": 0,
 }  # parameters with a row for each token id, and the dim of the rows
-NEW_HEADS = ("scalar_head/", "label_head/")  # random if the checkpoint has none, ignored if the model has none
 UNUSED_BY_LABELS = ("mlm/.*", "head", "head_bias", "pairs/.*")  # ignored by a model that predicts labels
 MEAN_ROW = -1  # in a VocabularyMap: there is no old row
 STACKS = ("encoder/", "decoder/")
@@ -92,8 +92,8 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyM
 
 
 def is_new_head(name: str, stored: Mapping[str, Leaf]) -> bool:
-    """Whether a parameter is part of a head of `NEW_HEADS` that the checkpoint does not have."""
-    return name.startswith(NEW_HEADS) and name not in stored
+    """Whether a parameter is part of a head of `NEW_HEADS` that the checkpoint does not have: it is then random."""
+    return tree.matches(name, NEW_HEADS) and name not in stored
 
 
 def own_or_pooler(name: str, stored: Collection[str]) -> str:
@@ -109,7 +109,7 @@ def ignored(config: Config, old: Config, stored: Iterable[str], sources: Collect
         config, old, stored: as in `source_names`.
         sources: old parameters that are used.
     """
-    unused = [f"{head}.*" for head in NEW_HEADS]
+    unused = [*NEW_HEADS]
     unused += UNUSED_BY_LABELS if config.data.label_objective else ()
     unused += ["decoder/.*"] if (old.model.architecture, config.model.architecture) == FROM_PAIR else []
     return [name for name in stored if name not in sources and tree.matches(name, unused)]

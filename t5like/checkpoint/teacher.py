@@ -112,7 +112,7 @@ def open_teacher(config: Config, mesh: Mesh) -> Teacher:
     meta = _checkpoints(config).meta(distill.teacher_step)
     base_weights.refuse_adapters(meta, FIELD, expand(distill.teacher))
     abstract = train_state.abstract_state(own, pipeline.spec(own), mesh).params
-    digests = {name: leaf.digest for name, leaf in parameters(config).items()}
+    digests = {name: leaf.digest for name, leaf in meta.weights().items()}
     identity = f"step {meta.step:,} of run {meta.run[:12]}, parameters {fingerprint(digests)}"
     return Teacher(own, tree.map_named(partial(_computed, own.model.dtype), abstract), meta, identity)
 
@@ -123,8 +123,7 @@ def parameters(config: Config) -> dict[str, Leaf]:
     Raises:
         CheckpointError: its checkpoint is missing or damaged.
     """
-    meta = _checkpoints(config).meta(config.distill.teacher_step)
-    return {name: leaf for name, leaf in meta.leaves.items() if name.startswith(_prefix(meta))}
+    return _checkpoints(config).meta(config.distill.teacher_step).weights()
 
 
 def check_tokenizer(config: Config, teacher: Teacher, tokenizer: Tokenizer) -> None:
@@ -155,7 +154,7 @@ def read_params(config: Config, teacher: Teacher) -> Tree:
     without = () if teacher.config.model.scalar_head else ("scalar_head/.*",)
     try:
         with watchdog("reading the teacher", times=3):
-            read = _checkpoints(config).restore_params(stored, meta.step, ema=_prefix(meta) == "ema/", without=without)
+            read = _checkpoints(config).restore_params(stored, meta.step, ema=meta.has_average, without=without)
     except DamagedCheckpoint as error:  # its advice is about the run of that directory
         reason = str(error).partition("; move ")[0]
         raise CheckpointError(f"{FIELD}: {reason}; use another one with --config.distill.teacher_step") from error
@@ -178,7 +177,3 @@ def _computed(dtype: str, name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDty
 
 def _checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(expand(config.distill.teacher) / "checkpoints", keep=1)
-
-
-def _prefix(meta: Meta) -> str:
-    return "ema/" if any(name.startswith("ema/") for name in meta.leaves) else "params/"

@@ -16,11 +16,11 @@ from t5like.data.objectives.masking import CLS
 from t5like.data.store.label_numbers import encode_words
 from t5like.data.tokenizers.tokenizer import Tokenizer
 from t5like.errors import ConfigError, shown
+from t5like.inference.loglikelihood import bucket
 from t5like.model.transformer import Transformer
 from t5like.sharding.placement import to_host
 from t5like.types import Batch, Tree
 
-SHORTEST = 32  # tokens of a padded row; longer ones are padded to a power of two, so that few shapes are compiled
 TOKENS = 2**14  # of a batch, padding included
 
 
@@ -114,7 +114,7 @@ def _in_batches(
     mesh, found, done = jax.sharding.get_abstract_mesh(), {}, 0
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
     while done < len(order):
-        width = _padded(len(rows[order[done]].ids))
+        width = bucket(len(rows[order[done]].ids))
         most = max(TOKENS // width, 1)
         part = [index for index in order[done : done + most] if len(rows[index].ids) <= width]
         count = min(-(-_power_of_two(len(part)) // shards) * shards, -(-most // shards) * shards)
@@ -135,10 +135,6 @@ def _batch(rows: Sequence[EncoderRow], count: int, width: int, config: Config) -
     return Batch(
         None, ids_BS, segments_BS.astype(np.float32), ids_BS, segments_BS, token_types_BS=types_BS if pairs else None
     )
-
-
-def _padded(length: int) -> int:
-    return max(_power_of_two(length), SHORTEST)
 
 
 def _power_of_two(number: int) -> int:

@@ -23,11 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.model.layer_values import compute_intermediates
+from t5like.optim.distillation import rows_of
 from t5like.optim.optimizers import make_optimizer
 from t5like.optim.step import LossFn, ModelBatch, make_gradient, pretrain_loss, split_microbatches, unchanged
 from t5like.optim.train_state import mesh_of, model_params, parameter_axes
 from t5like.sharding import placement, xla_options
-from t5like.types import Array, Batch, Taught, TrainState, Tree
+from t5like.types import Array, Batch, TrainState, Tree
 
 ACTIVATIONS = ("attention_output", "cross_attention_output", "mlp_hidden", "mlp_output", "residual")
 OF_ACTIVATION = ("rms", "max", "zeros", "dead")
@@ -53,7 +54,7 @@ def make_statistics(
             gradient_norm, update_norm = norms[1][name], norms[2][name]
             ratio = update_norm / jnp.maximum(size, 1e-30)
             values[name] = jnp.stack([size, gradient_norm, update_norm, ratio], -1)
-        batch = batch.rows if isinstance(batch, Taught) else batch
+        batch = rows_of(batch)
         part = batch if microbatches == 1 else jax.tree.map(lambda x: x[0], split_microbatches(batch, microbatches))
         return values | activation_statistics(config, model_params(state), model_batch(part))
 

@@ -20,16 +20,16 @@ from t5like.config.lora_schema import LoRAConfig
 from t5like.errors import ConfigError
 from t5like.model.adapters import Adapter, dequantized, quantized
 from t5like.model.layers import Parameter
+from t5like.optim.new_parameters import NEW_HEADS
 from t5like.types import Array, Tree
 
-NEW_HEADS = ("scalar_head/.*", "label_head/.*")  # trained whole: a checkpoint of a language model has none
 # Last parts of the names of the parameters that `lora.base_dtype` is about.
 MATRICES = ("kernel", "embedding", "decoder_embedding", "head", "positions")
 FACTORS = "kernel_scale"  # beside an int8 kernel
 
 
 def is_trained(lora: LoRAConfig, name: str) -> bool:
-    """Whether a parameter is trained; `name` may also be that of an adapter without ``/a`` and ``/b``."""
+    """Whether a parameter is trained, as new heads are; `name` may be that of an adapter without ``/a`` and ``/b``."""
     return not lora.rank or "lora" in name.split("/") or tree.matches(name, (*lora.trained, *NEW_HEADS))
 
 

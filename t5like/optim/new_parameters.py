@@ -17,6 +17,7 @@ from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.types import Tree
 
+NEW_HEADS = ("scalar_head/.*", "label_head/.*")  # a checkpoint of a language model has none
 OF_ADAPTATION = (r"decoder/.*cross_attention.*", r"encoder/.*relative_bias.*")
 
 
@@ -24,7 +25,7 @@ def is_new(config: Config, name: str) -> bool:
     """Whether a parameter learns in the warm-up."""
     init = config.init_from
     adapted = OF_ADAPTATION if "architecture" in init.adapt else ()
-    return tree.matches(name, (*init.reinitialize, *adapted, "scalar_head/.*", "label_head/.*"))
+    return tree.matches(name, (*init.reinitialize, *adapted, *NEW_HEADS))
 
 
 def check(config: Config, params: Tree) -> None:

@@ -12,7 +12,7 @@ from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import encoder_keys, family_keys, gemma, label_heads
 from t5like.interop.huggingface.config_keys import one_of
-from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS
+from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS, GEMMAS, T5GEMMAS
 from t5like.model.heads import scales_logits
 
 FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert", "modernbert", "eurobert", *gemma.FAMILIES)
@@ -244,7 +244,7 @@ def numeric_fields(model: ModelConfig) -> dict[str, Any]:
 def default_family(model: ModelConfig) -> str:
     """The family for the export of a model that was not imported."""
     if model.norm_position == "sandwich":
-        by_attention = {"decoder": ("gemma2", "gemma3_text"), "encoder_decoder": ("t5gemma", "t5gemma2")}
+        by_attention = {"decoder": GEMMAS, "encoder_decoder": T5GEMMAS}
         return by_attention.get(model.architecture, ("bert", "bert"))[model.qk_norm]
     if model.architecture == "encoder_decoder":
         return "umt5" if model.relative_bias == "per_layer" else "t5"

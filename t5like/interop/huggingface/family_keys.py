@@ -14,7 +14,7 @@ from t5like.config.schema import Config
 from t5like.errors import CheckpointError
 from t5like.interop.huggingface import rope_config
 from t5like.interop.huggingface.config_keys import nonnegative, one_of, positive_int
-from t5like.interop.huggingface.weight_maps import ENCODER_DECODERS, GEMMAS, LIKE_LLAMA
+from t5like.interop.huggingface.weight_maps import ENCODER_DECODERS, GEMMAS, LIKE_LLAMA, T5GEMMAS
 from t5like.model.heads import scales_logits
 
 # The activation's name in config.json -> model.mlp. An export writes the first of several names with one meaning.
@@ -23,7 +23,7 @@ MLPS = {
     "t5": {"relu": "relu", "gated-gelu": "gated_gelu", "gated-silu": "gated_silu", "gelu_new": "gelu"}
     | {"gated-gelu_new": "gated_gelu", "gelu": "gelu_exact"},
     "llama": {"silu": "gated_silu"},
-    **dict.fromkeys((*GEMMAS, "t5gemma", "t5gemma2"), {"gelu_pytorch_tanh": "gated_gelu"}),
+    **dict.fromkeys((*GEMMAS, *T5GEMMAS), {"gelu_pytorch_tanh": "gated_gelu"}),
     "modernbert": {"gelu": "gated_gelu_exact", "gelu_pytorch_tanh": "gated_gelu", "gelu_new": "gated_gelu"}
     | {"silu": "gated_silu"},
 }
@@ -31,7 +31,7 @@ MLPS = {
 
 def dropout_keys(family: str, rate: float) -> dict[str, float]:
     """The dropout rate under the family's keys."""
-    if family in (*ENCODER_DECODERS, "t5gemma", "t5gemma2"):
+    if family in (*ENCODER_DECODERS, *T5GEMMAS):
         return {"dropout_rate": rate}
     if family in (*LIKE_LLAMA, *GEMMAS):
         return {"attention_dropout": rate}

@@ -14,8 +14,8 @@ from t5like.errors import CheckpointError
 from t5like.interop.huggingface import rope_config
 from t5like.interop.huggingface.config_keys import layer_count, nonnegative, one_of, positive_int
 from t5like.interop.huggingface.weight_maps import GEMMAS as DECODERS
+from t5like.interop.huggingface.weight_maps import T5GEMMAS as ENCODER_DECODERS
 
-ENCODER_DECODERS = ("t5gemma", "t5gemma2")
 FAMILIES = (*DECODERS, *ENCODER_DECODERS)
 TWO_BASES = ("gemma3_text", "t5gemma2")  # families with another rotary base in local layers
 ACTIVATION = "gelu_pytorch_tanh"

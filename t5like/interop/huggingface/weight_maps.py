@@ -16,6 +16,7 @@ from t5like.config.model_schema import ModelConfig
 ENCODER_DECODERS = ("t5", "mt5", "umt5")
 DECODERS = ("llama", "qwen3", "mistral")  # with the tensors of Llama
 GEMMAS = ("gemma2", "gemma3_text")
+T5GEMMAS = ("t5gemma", "t5gemma2")
 LIKE_LLAMA = (*DECODERS, "eurobert")  # EuroBERT is an encoder with them
 T5GEMMA2_EMBEDDING = "model.encoder.embed_tokens.weight"
 IGNORED = {  # tensors in files that are not weights: masks, positions, and a bias that T5 never uses
@@ -79,7 +80,7 @@ def weight_map(family: str, model: ModelConfig) -> list[TensorMap]:
     """The weight map of a family for a model that it can represent."""
     if family in ENCODER_DECODERS:
         return _t5(model)
-    if family in (*GEMMAS, "t5gemma", "t5gemma2"):
+    if family in (*GEMMAS, *T5GEMMAS):
         return _gemma(family, model)
     return {"gpt2": _gpt2, "bert": _bert, "modernbert": _modernbert}.get(family, _llama)(model)
 
