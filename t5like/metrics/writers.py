@@ -240,7 +240,8 @@ class EventFile:
         Raises:
             OSError: it can't be created.
         """
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # imported here: it takes 0.2 s
+        with _without_torch():
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # imported here: it takes 0.2 s
 
         directory.mkdir(exist_ok=True)
         # The time has a resolution of a second: a quick restart must not append to the last file.
@@ -269,6 +270,19 @@ class EventFile:
         size = struct.pack("<Q", len(data))
         checksums = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
         self._file.append(size + next(checksums) + data + next(checksums))
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Import tensorboardX as where PyTorch is not installed: it would import it, and that takes longer than JAX."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # an import of it fails
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _report(text: str) -> None:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -322,6 +324,17 @@ def events(path) -> list:
         found.append(Event.FromString(content[12 : 12 + size]))
         content = content[16 + size :]
     return found
+
+
+def test_writing_events_imports_no_pytorch(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if re.fullmatch(r"torch|tensorboardX(\..*)?", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Writer(tmp_path / "run").close()
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1 and "torch" not in sys.modules
+    with pytest.raises(SystemExit, match="PyTorch was imported"):
+        import torch  # noqa: F401
 
 
 def test_the_loss_curve_shows_each_series_that_there_is(tmp_path):
