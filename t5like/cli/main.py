@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import gc
 import hashlib
 import os
 import platform
@@ -95,6 +96,7 @@ def run_command(arguments: Sequence[str]) -> int:
     if options.command in FILE_COMMANDS or getattr(options, "output", None):
         streams.ignore_lost_output()
     start_devices(options.fake_devices)
+    collect_garbage_rarely()
     if options.command in CONVERSIONS:
         return_freed_memory()
     else:
@@ -166,6 +168,14 @@ def start_devices(fake_devices: int | None) -> None:
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def collect_garbage_rarely() -> None:
+    """Look for unused cycles rarely: imports and traces make millions of objects that stay, and hardly any cycles.
+
+    With Python's own thresholds this search is an eighth of the time that a training run takes to start.
+    """
+    gc.set_threshold(50_000, 20, 50)
 
 
 def return_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """The command line: parsing, help, presets; a wrong command line is refused in one line with exit code 2."""
 
 import dataclasses
+import gc
 import runpy
 import sys
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_presets_are_listed_with_a_line_each_and_found_by_name_from_anywhere(com
     assert all(len(line.split()) > 4 for line in out.splitlines())
     for name, path in files.items():
         assert loader.load(name) == loader.load(path)
+
+
+def test_a_command_collects_garbage_rarely(command):
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    try:
+        assert command("configs")[0] == 0
+        assert gc.isenabled() and gc.get_threshold()[0] > 10_000
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_setup_names_presets_licence_author_and_description(monkeypatch):
