@@ -26,10 +26,11 @@ import measurement
 from train_step import Trainer
 
 from t5like.cli.flags import Parser
-from t5like.cli.main import keep_freed_memory, start_devices
+from t5like.cli.main import start_devices
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.errors import UserError
+from t5like.sharding import allocator
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark of the command line."""
     options, config = parse(arguments)
     start_devices(options.fake_devices)
-    keep_freed_memory()
+    allocator.keep_freed()
     from t5like.train.replicas import differing_devices
 
     spikes = dataclasses.replace(config, train=dataclasses.replace(config.train, spike_factor=10.0))

@@ -37,9 +37,9 @@ Run = Callable[[int], list[float]]  # number of times -> seconds of each
 
 def serve_t5like(shape: Shape, rows: int, way: str) -> None:
     """Decode on request."""
-    from t5like.cli.main import keep_freed_memory
+    from t5like.sharding import allocator
 
-    keep_freed_memory()
+    allocator.keep_freed()
     from t5like.config import loader
 
     settings = argparse.Namespace(dtype="float32", optimizer="adamw")

@@ -69,15 +69,16 @@ def train_ours(options: argparse.Namespace, config: "Config") -> None:
     """t5like's recipe, and the files for the others: rows, held-out rows, initial weights."""
     from train_step import Trainer
 
-    from t5like.cli.main import keep_freed_memory, start_devices
+    from t5like.cli.main import start_devices
     from t5like.data import pipeline
     from t5like.data.pipeline import Batches
     from t5like.data.store import preparation
     from t5like.data.tokenizers.vocabulary import Vocabulary
     from t5like.evaluation.heldout import Evaluator
+    from t5like.sharding import allocator
 
     start_devices(None)
-    keep_freed_memory()
+    allocator.keep_freed()
     config = dataclasses.replace(config, seed=options.seed)
     steps = options.steps
     if not steps:

@@ -23,10 +23,11 @@ import measurement
 from train_step import Trainer
 
 from t5like.cli.flags import Parser
-from t5like.cli.main import keep_freed_memory, start_devices
+from t5like.cli.main import start_devices
 from t5like.config import loader
 from t5like.config.schema import Config
 from t5like.errors import UserError
+from t5like.sharding import allocator
 
 if TYPE_CHECKING:
     from t5like.checkpoint.checkpoints import Checkpoints
@@ -146,7 +147,7 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark of the command line."""
     options, config = parse(arguments)
     start_devices(options.fake_devices)
-    keep_freed_memory()
+    allocator.keep_freed()
     import jax
 
     from t5like.checkpoint.checkpoints import Checkpoints

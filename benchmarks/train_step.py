@@ -25,12 +25,12 @@ import measurement
 import peers
 
 from t5like.cli.flags import Parser
-from t5like.cli.main import keep_freed_memory, start_devices
+from t5like.cli.main import start_devices
 from t5like.config import loader
 from t5like.errors import UserError
 from t5like.metrics import flops
 from t5like.optim import train_state
-from t5like.sharding import auto, placement
+from t5like.sharding import allocator, auto, placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,7 +112,8 @@ class Trainer:
             begin = time.perf_counter()
             lowered = step.lower_train_step(config, shape, abstract)
             middle = time.perf_counter()
-            compiled = lowered.compile()
+            with allocator.trimmed():  # as in `step.compile_train_step`
+                compiled = lowered.compile()
             self.start |= {"lower_s": middle - begin, "compile_s": time.perf_counter() - middle}
             return compiled
 
@@ -175,7 +176,7 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark of the command line."""
     options, config = parse(arguments)
     start_devices(options.fake_devices)
-    keep_freed_memory()  # as in `t5like train`
+    allocator.keep_freed()  # as in `t5like train`
     trainer = Trainer(config)
     [first] = trainer.run(1)
     start_to_first_step = measurement.since_start()

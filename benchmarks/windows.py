@@ -55,11 +55,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """A row of figures for each pattern."""
     from train_step import Trainer
 
-    from t5like.cli.main import keep_freed_memory
     from t5like.config import loader
     from t5like.model.kernels import local_attention
+    from t5like.sharding import allocator
 
-    keep_freed_memory()  # as in `t5like train`
+    allocator.keep_freed()  # as in `t5like train`
 
     if options.skip == "no":
         local_attention.LARGEST_SHARE = 0.0

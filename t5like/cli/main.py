@@ -12,7 +12,6 @@ closed the pipe, as `head` does; with 4 and one line when the write fails, as on
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import gc
 import hashlib
@@ -31,6 +30,7 @@ from t5like.errors import CheckpointError, ConfigError, UserError, printable
 from t5like.io import signals, streams
 from t5like.io.paths import cache_directory
 from t5like.io.storage import storage_errors
+from t5like.sharding import allocator
 
 COMMANDS = {**commands.COMMANDS, **inspections.COMMANDS}
 CONTINUING = (["train"], ["rl"], ["prepare"])  # commands that continue when they are started again
@@ -98,9 +98,9 @@ def run_command(arguments: Sequence[str]) -> int:
     start_devices(options.fake_devices)
     collect_garbage_rarely()
     if options.command in CONVERSIONS:
-        return_freed_memory()
+        allocator.return_freed()
     else:
-        keep_freed_memory()
+        allocator.keep_freed()
     options.process = process_info(options)
     with storage_errors():
         COMMANDS[options.command](options, overrides)
@@ -176,34 +176,3 @@ def collect_garbage_rarely() -> None:
     With Python's own thresholds this search is an eighth of the time that a training run takes to start.
     """
     gc.set_threshold(50_000, 20, 50)
-
-
-def return_freed_memory() -> None:
-    """Make glibc map each allocation of more than 1 MiB separately, so that freeing returns it to the kernel.
-
-    By default that threshold grows with the freed sizes, up to 32 MiB, and parts of weights stay in the heaps of many
-    threads.
-    """
-    mmap_threshold = -3  # malloc.h
-    _mallopt({mmap_threshold: 2**20})
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep the memory that XLA:CPU frees, instead of returning it to the kernel and faulting it in again.
-
-    This saves a third of a training step's time on a CPU and costs resident memory. It does nothing with an accelerator
-    or without glibc. Call it before the process starts threads.
-    """
-    accelerator = any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia[0-9]*", "accel*", "vfio/[0-9]*"))
-    if accelerator and os.environ.get("JAX_PLATFORMS") != "cpu":
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    # Never trim: a threshold would have to fit an int, and every step frees 2 GiB.
-    _mallopt({arena_max: 1, mmap_max: 0, trim_threshold: -1})
-
-
-def _mallopt(settings: dict[int, int]) -> None:
-    """Set options of glibc's allocator, in this order; do nothing without glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in settings.items() if mallopt else ():
-        mallopt(option, value)

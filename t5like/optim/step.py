@@ -22,7 +22,7 @@ from t5like.optim.label_loss import label_loss
 from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
 from t5like.optim.train_state import mesh_of, parameter_axes, shardings_of
-from t5like.sharding import placement, xla_options
+from t5like.sharding import allocator, placement, xla_options
 from t5like.types import Array, Batch, Metrics, Sum, Taught, TrainState, Tree, add_metrics
 
 # config, params, batch, dropout key or None; of a batch `Taught` its rows, and at the end its teacher
@@ -231,5 +231,5 @@ def compile_train_step(
     Raises:
         ConfigError: the compiler refuses one of `train.compiler_options`.
     """
-    with xla_options.refusals():
+    with xla_options.refusals(), allocator.trimmed():
         return lower_train_step(config, batch, abstract, loss_fn, model_batch).compile()
