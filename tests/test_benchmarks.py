@@ -8,6 +8,9 @@ import sys
 import pytest
 from documents import ROOT
 
+from t5like.config import loader
+from t5like.data import pipeline
+
 TOY = [  # of the smallest model, on data that the fixtures have prepared
     "--config.tokenizer.num_sentinels=40",
     "--config.data.inputs_length=64",
@@ -47,6 +50,21 @@ def test_the_training_step_is_measured_alone_and_on_request(capfd, monkeypatch):
     train_step.main([*command, serve])
     _, _, first, second, last = lines(capfd.readouterr().out)
     assert len(first["step_ms"]) == 1 and len(second["step_ms"]) == 2 and last["peak_rss_mb"] > 0
+
+
+def test_every_shape_has_a_config_that_loads():
+    import accelerator_shapes
+    import measurement
+    import peers
+
+    commands = [(shape, peers.t5like_command(shape, peers.parse([]))[3:]) for shape in peers.SHAPES.values()]
+    for shape in accelerator_shapes.SHAPES.values():
+        fields = accelerator_shapes.fields(shape, accelerator_shapes.Attempt(4, "none"), "bfloat16")
+        path = f"--config={accelerator_shapes.CONFIGS / shape.config}"
+        commands.append((shape, [path, *(f"--config.{field}={value}" for field, value in fields)]))
+    for shape, (config, *fields) in commands:
+        batch = pipeline.spec(loader.load(config.partition("=")[2], measurement.split(fields)[1]))
+        assert batch.targets_BL.shape[1] == (shape.targets or shape.inputs)
 
 
 def test_the_cost_of_a_save_is_measured(capfd):
