@@ -149,6 +149,9 @@ def _init_from(config: Config) -> None:
             f"init_from.{field}",
             "needs init_from.checkpoint",
         )
+    steps = config.train.num_steps
+    rule = f"must be below train.num_steps={steps}: until then only new parameters learn; use {steps // 10}"
+    require(config, init.warmup_steps < steps, "init_from.warmup_steps", rule)
     rule = "needs init_from.decoder_checkpoint; use -1"
     require(config, bool(init.decoder_checkpoint) or init.decoder_step == -1, "init_from.decoder_step", rule)
     rule = "needs init_from.adapt=architecture and model.architecture=encoder_decoder; leave it out"
@@ -198,6 +201,8 @@ def _distill(config: Config) -> None:
     require(config, bool(distill.teacher) or distill == DistillConfig(), "distill.teacher", rule)
     rule = "is for t5like train; leave it out with rl.method"
     require(config, not distill.teacher or config.rl.method == "none", "distill.teacher", rule)
+    rule = f"must be below tokenizer.vocab_size={config.tokenizer.vocab_size}; use 0 for all tokens"
+    require(config, distill.top_k < config.tokenizer.vocab_size, "distill.top_k", rule)
 
 
 def _evaluate(config: Config) -> None:

@@ -16,6 +16,8 @@ def check_lora(config: Config) -> None:
         rule = "must be at least 1 where other fields of lora are set; use 16"
         require(config, lora == LoRAConfig(), "lora.rank", rule)
         return
+    rule = f"must be at most model.model_dim={config.model.model_dim}, the largest rank of a kernel; use 16"
+    require(config, lora.rank <= config.model.model_dim, "lora.rank", rule)
     require(config, bool(lora.targets), "lora.targets", "must name kernels of the layers; use .*")
     rule = "must be empty with lora.rank, which trains nothing but lora.targets and lora.trained; leave it out"
     require(config, config.optimizer.frozen == OptimizerConfig.frozen, "optimizer.frozen", rule)

@@ -98,6 +98,9 @@ FIELDS_TOGETHER = (
     "model.layer_pattern=local,global,global model.attention_window=4",
     "model.attention_window=40 mesh.context=2",
     "lora.rank=8 optimizer.frozen=encoder/.*",
+    "lora.rank=4096 init_from.checkpoint=/proc/nowhere",
+    "init_from.warmup_steps=1000000 init_from.checkpoint=/proc/nowhere",
+    "distill.top_k=100000 distill.teacher=/proc/nowhere",
 )
 
 # ---- `t5like rl` and others: the command, and fields beside the flags of `conftest.rl_flags`; code 2, 3 or 4 ----
