@@ -27,7 +27,8 @@ MATMUL = {"auto": jnp.matmul, "plain": jnp.matmul, "cpu": cpu.matmul}
 class Parameter(nn.LogicallyPartitioned):
     """The box of a parameter: a logical axis for each dim, mean and standard deviation of its initial values.
 
-    `key` is that of a random parameter, or of each layer's: whoever has it can draw the values without the model.
+    `key` is that of a random parameter, or of each layer's. The model does not draw the values: a new random parameter
+    is zero in its box, and `train_state` draws it by `key`.
     """
 
     mean: float = struct.field(default=0.0, pytree_node=False)
@@ -37,7 +38,7 @@ class Parameter(nn.LogicallyPartitioned):
 
 def normal(std: float, axes: tuple[str, ...]):
     """An initializer: N(0, std) in float32, with a logical axis for each dim."""
-    return lambda key, *shape: Parameter(nn.initializers.normal(std)(key, *shape), axes, std=std, key=key)
+    return lambda key, shape, dtype: Parameter(jnp.zeros(shape, dtype), axes, std=std, key=key)
 
 
 def constant(value: float, axes: tuple[str, ...]):

@@ -9,7 +9,7 @@ layer's parameters. Called by `transformer`; `generate` unstacks layers.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from operator import itemgetter
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from t5like.model import intermediates
 from t5like.model.attention_plan import FUSED, AttentionPlan, plan_attention
 from t5like.model.block import Block, LayerInputs, LayerOutput
 from t5like.model.cache import Cache, Caches, KeyValues, cache_length
+from t5like.model.layer_parameters import initialized
 from t5like.model.layers import Norm
 from t5like.model.masks import MaskSpec
 from t5like.model.merged_attention import joint_mask
@@ -89,15 +90,8 @@ class Stack(nn.Module):
         )
 
     def _init(self, key: jax.Array) -> Tree:
-        """Initialize each layer from its own key; every leaf gets a leading dim `layers`."""
-        x_BLD = jnp.zeros((1, 1, self.config.model_dim), self.config.dtype)
-        encoded_BSD = jnp.zeros((1, 1, self.cross_dim), x_BLD.dtype) if self.cross_dim else None
-        inputs = LayerInputs(None, MaskSpec(), jnp.zeros((1, 1), jnp.int32), encoded_BSD)
         # Parameters have the same shapes and initializers at every position of the pattern.
-        init = partial(self.pattern[0].init, plan=AttentionPlan(1, 1))
-        layers = jax.vmap(lambda k: init(k, x_BLD, inputs)["params"])(jax.random.split(key, self.num_layers))
-        is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
-        return jax.tree.map(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), layers, is_leaf=is_box)
+        return initialized(self.pattern[0], self.num_layers, self.cross_dim, key)
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.config.schema import Config, DataConfig
+from t5like.model.layers import Parameter
 from t5like.model.transformer import Transformer
 from t5like.optim import lora
 from t5like.optim.bad_steps import new_window
@@ -28,7 +29,9 @@ def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
 
     For shapes and small models: `random_params` takes less time to compile.
     """
-    return jax.tree.map(lambda box: box.replace(key=None), _boxes(config, batch, key), is_leaf=_is_box)
+    boxes = jax.tree.map(_drawn, _model_boxes(config, batch, key), is_leaf=_is_box)
+    boxes = lora.with_adapters(config.lora, boxes, key) if config.lora.rank else boxes
+    return jax.tree.map(lambda box: box.replace(key=None), boxes, is_leaf=_is_box)
 
 
 def random_params(
@@ -64,6 +67,13 @@ def random_params(
     return values
 
 
+def _drawn(box: Parameter) -> Parameter:
+    """The box of a parameter with its initial values."""
+    if box.key is None:
+        return box
+    return box.replace(value=_normal(box.key, np.float32(box.std), box.value.shape[len(box.key.shape) :]))
+
+
 def _normal(key: jax.Array, std: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A draw from N(0, std), or one for each key of a stack of layers."""
     draw = lambda key: jax.random.normal(key, shape, jnp.float32) * std
@@ -78,10 +88,15 @@ def _keys(config: Config, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
 
 
 def _boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
-    """`init_params` with the keys in the boxes."""
-    ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
-    boxes = Transformer(config).init(key, ids)["params"]
+    """`init_params` with the keys in the boxes, and without random values."""
+    boxes = _model_boxes(config, batch, key)
     return lora.with_adapters(config.lora, boxes, key) if config.lora.rank else boxes
+
+
+def _model_boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
+    """Those of the model without adapters."""
+    ids = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+    return Transformer(config).init(key, ids)["params"]
 
 
 def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
