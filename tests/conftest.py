@@ -123,11 +123,18 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
-@pytest.fixture(autouse=True)
-def exports_without_transformers(request, monkeypatch):
-    """Exports compare no logits, as where `make parity` has not installed transformers; tests/live compares them."""
-    if "live" not in request.path.parts:
-        monkeypatch.setattr(logits_check, "compare", lambda *_: "transformers is not installed: logits not compared")
+@pytest.fixture(scope="session", autouse=True)
+def exports_without_transformers(request) -> Iterator[None]:
+    """Exports compare no logits, as where `make parity` has not installed transformers; tests/live compares them.
+
+    For the session: a shared fixture that exports begins before those of its tests.
+    """
+    if any("live" in item.path.parts for item in request.session.items):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logits_check, "compare", lambda *_: "transformers is not installed: logits not compared")
+        yield
 
 
 @pytest.fixture
