@@ -29,7 +29,7 @@ _PIPELINED: dict[str, Option] = (  # the reduction too that becomes a reduce-sca
 )
 OPTIONS: dict[str, dict[str, Option]] = {  # by JAX's name of the chip
     # By default operations are ordered so that several can run at a time, which needs a quarter to a third more memory.
-    # It gains no time: each matmul uses all cores.
+    # Time of a step relative to that, of three shapes (benchmarks/RESULTS.md): 0.96, 1.07 and 1.00.
     "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
     "TPU v5 lite": {
         # An all-reduce runs inside the matmul after it, as all-gathers do by default. No other chip can do that.
