@@ -120,7 +120,7 @@ def pytest_collection_finish():
     """Collect garbage rarely, and not among all that was imported: traces make many objects, few of them in cycles."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    cli.collect_garbage_rarely()
 
 
 @pytest.fixture(scope="session", autouse=True)

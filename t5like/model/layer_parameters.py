@@ -18,7 +18,7 @@ from t5like import tree
 from t5like.config.model_schema import ModelConfig
 from t5like.model.attention_plan import AttentionPlan
 from t5like.model.block import Block, LayerInputs
-from t5like.model.layers import Parameter
+from t5like.model.layers import Parameter, is_box
 from t5like.model.masks import MaskSpec
 from t5like.types import Tree
 
@@ -33,7 +33,7 @@ def initialized(block: Block, num_layers: int, cross_dim: int, key: jax.Array) -
         value = jnp.full((num_layers, *box.value.shape), box.mean, box.value.dtype)
         return box.replace(value=value, key=keys.get(tree.name_of(path))).add_axis(0, {nn.PARTITION_NAME: "layers"})
 
-    return jax.tree.map_with_path(stacked, boxes, is_leaf=_is_box)
+    return jax.tree.map_with_path(stacked, boxes, is_leaf=is_box)
 
 
 @lru_cache(maxsize=64)
@@ -49,8 +49,8 @@ def _of_a_layer(
         inputs = LayerInputs(None, MaskSpec(), jnp.zeros((1, 1), jnp.int32), encoded_BSD)
         boxes = init(key, x_BLD, inputs)["params"]
         shape_of = lambda box: box.replace(value=jax.ShapeDtypeStruct(box.value.shape, box.value.dtype), key=None)
-        made.append(jax.tree.map(shape_of, boxes, is_leaf=_is_box))
-        named = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=_is_box)
+        made.append(jax.tree.map(shape_of, boxes, is_leaf=is_box))
+        named = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
         return {tree.name_of(path): box.key for path, box in named if box.key is not None}
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # it must not depend on the caller's mesh
@@ -58,7 +58,3 @@ def _of_a_layer(
     used, _ = dce_jaxpr(traced.jaxpr, [True] * len(keys), instantiate=True)  # nothing that computes with parameters
     function = jaxpr_as_fun(traced.replace(jaxpr=used))
     return made[0], lambda key: dict(zip(keys, function(key), strict=True))
-
-
-def _is_box(node: object) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata)

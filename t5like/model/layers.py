@@ -36,6 +36,11 @@ class Parameter(nn.LogicallyPartitioned):
     key: jax.Array | None = None
 
 
+def is_box(node: object) -> bool:
+    """Whether a node of a tree is the box of a parameter, for `is_leaf`."""
+    return isinstance(node, Parameter)
+
+
 def normal(std: float, axes: tuple[str, ...]):
     """An initializer: N(0, std) in float32, with a logical axis for each dim."""
     return lambda key, shape, dtype: Parameter(jnp.zeros(shape, dtype), axes, std=std, key=key)

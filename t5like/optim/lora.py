@@ -34,7 +34,7 @@ def is_trained(lora: LoRAConfig, name: str) -> bool:
 
 
 def with_adapters(lora: LoRAConfig, boxes: Tree, key: jax.Array) -> Tree:
-    """Boxes of a model's parameters (`train_state.init_params`) with those of adapters, in the dtypes of a LoRA run.
+    """Boxes of a model's parameters with those of adapters, in the dtypes of a LoRA run; without LoRA as they are.
 
     A is drawn with the variance of Kaiming's uniform distribution as in the authors' code and in PEFT, 1 / (3 inputs),
     by a key of its name; B is 0.
@@ -43,6 +43,8 @@ def with_adapters(lora: LoRAConfig, boxes: Tree, key: jax.Array) -> Tree:
         ConfigError: a pattern of `lora.targets` matches no kernel of a layer, or one of `lora.trained` no parameter,
             or `lora.trained` leaves no kernel for an adapter.
     """
+    if not lora.rank:
+        return boxes
     named = leaves(boxes)
     kernels = [name for name, box in named.items() if _is_kernel(name) and box.names[0] == "layers"]
     tree.mask(dict.fromkeys(kernels, 0), lora.targets, field="lora.targets")

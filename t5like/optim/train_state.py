@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.config.schema import Config, DataConfig
-from t5like.model.layers import Parameter
+from t5like.model.layers import Parameter, is_box
 from t5like.model.transformer import Transformer
 from t5like.optim import lora
 from t5like.optim.bad_steps import new_window
@@ -29,9 +29,9 @@ def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
 
     For shapes and small models: `random_params` takes less time to compile.
     """
-    boxes = jax.tree.map(_drawn, _model_boxes(config, batch, key), is_leaf=_is_box)
-    boxes = lora.with_adapters(config.lora, boxes, key) if config.lora.rank else boxes
-    return jax.tree.map(lambda box: box.replace(key=None), boxes, is_leaf=_is_box)
+    boxes = jax.tree.map(_drawn, _model_boxes(config, batch, key), is_leaf=is_box)
+    boxes = lora.with_adapters(config.lora, boxes, key)
+    return jax.tree.map(lambda box: box.replace(key=None), boxes, is_leaf=is_box)
 
 
 def random_params(
@@ -89,8 +89,7 @@ def _keys(config: Config, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
 
 def _boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
     """`init_params` with the keys in the boxes, and without random values."""
-    boxes = _model_boxes(config, batch, key)
-    return lora.with_adapters(config.lora, boxes, key) if config.lora.rank else boxes
+    return lora.with_adapters(config.lora, _model_boxes(config, batch, key), key)
 
 
 def _model_boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
@@ -108,7 +107,7 @@ def _first_state(config: Config, params: Tree, axes: LogicalAxes) -> TrainState:
 
 def abstract_state(config: Config, batch: Batch, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state on a mesh; nothing is allocated."""
-    whole = jax.tree.map(attrgetter("value"), _abstract_boxes(config, batch), is_leaf=_is_box)
+    whole = jax.tree.map(attrgetter("value"), _abstract_boxes(config, batch), is_leaf=is_box)
     params, base = lora.split(config.lora, whole)
     axes = parameter_axes(config, batch)
     state = jax.eval_shape(lambda params: _first_state(config, params, axes), params)._replace(base=base)
@@ -127,12 +126,8 @@ def initial_values(config: Config, batch: Batch) -> dict[str, tuple[float, float
     return {tree.name_of(path): (box.mean, box.std) for path, box in boxes}
 
 
-def _is_box(node: object) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata)
-
-
 def _named_boxes(boxes: Tree) -> list[tuple[tuple, nn.LogicallyPartitioned]]:
-    return jax.tree_util.tree_leaves_with_path(boxes, is_leaf=_is_box)
+    return jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
 
 
 def _abstract_boxes(config: Config, batch: Batch) -> Tree:
