@@ -26,6 +26,9 @@ def check_rl(config: Config) -> None:
         require(config, rl.updates_per_rollout == 1, "rl.updates_per_rollout", rule)
         rule = f"must be empty with rl.method={rl.method}, which trains on pairs; use rl.method=policy"
         require(config, not rl.rewards, "rl.rewards", rule)
+        name, other = ("chosen", "rejected") if rl.chosen_field == "rejected" else ("rejected", "chosen")
+        rule = f"must be another field than rl.{other}_field; use {name}"
+        require(config, rl.rejected_field != rl.chosen_field, f"rl.{name}_field", rule)
         return
     _check_policy(config)
     for name in ("num_steps", "checkpoint_every", "eval_every", "keep_every"):

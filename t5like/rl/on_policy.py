@@ -180,7 +180,8 @@ class OnPolicy(RecordTask):
             DataError: before the first step, and none of them has a reward; later, the run goes on.
         """
         values, parts = self._answer_heldout(params, self._config.rl.eval_prompts, point)
-        if not done and not any(np.isfinite(part.rewards_RBG).any() for part in parts):
+        has_value = lambda part: np.isfinite(part.rewards_RBG).any() and np.isfinite(part.total_BG).any()
+        if not done and not any(map(has_value, parts)):
             why = "; ".join(self._scorer.failures())
             raise DataError(f"rl.rewards: no held-out answer has a reward; {why}; t5like rl --audit tests rewards")
         self._evaluated = parts

@@ -132,6 +132,7 @@ class Prompts:
                 if index % 1000 == 999:
                     show(index + 1)
         self._check(spec, len(source), examples, draws, too_long)
+        self._check_pairs(spec, examples)
         threshold = max(self._config.data.heldout_fraction, np.nextafter(min(draws), 1.0))
         for draw, example in zip(draws, examples, strict=True):
             (self.heldout if draw < threshold else self.train).append(example)
@@ -158,6 +159,15 @@ class Prompts:
                 f"data.heldout_fraction={data.heldout_fraction:g} leaves none of the {len(draws)} prompts in "
                 f"data.source={spec} to train on; use data.heldout_fraction=0.1"
             )
+
+    def _check_pairs(self, spec: str, examples: Sequence[Example]) -> None:
+        """Count the pairs without a preference; refuse a source that has no others."""
+        equal = sum(len(set(map(tuple, example.answers))) == 1 for example in examples)
+        fields = f"{self._config.rl.chosen_field} and {self._config.rl.rejected_field}"
+        if equal == len(examples):
+            raise DataError(f"data.source={spec}: {fields} are equal in all {equal:,} pairs; use pairs that differ")
+        if equal:
+            self.notes.append(f"data.source={spec}: {fields} are equal in {equal:,} of {len(examples):,} pairs")
 
     def _example(self, source: int, index: int, parts: Sequence[Part], record: Record) -> Example | None:
         """The example, or None if it is longer than a row."""

@@ -69,11 +69,12 @@ def check_training(
         "reference (rl.reference)": local * _bytes_per_device(abstract.params if config.rl.needs_reference else {}),
     }
     share = local / mesh.size
-    rows = {
-        "batch": share * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)),
-        "hidden values and scores of a microbatch": share * _hidden(config),
-        "keys and values of sampled answers": share * sampling_cache(config),
-    }
+    rows = {"batch": share * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))}
+    update, sampling = _hidden(config), sampling_cache(config) + _sampling_scores(config)
+    if update >= sampling:  # t5like rl does one after the other
+        rows["hidden values and scores of a microbatch"] = share * update
+    else:
+        rows["keys, values and scores of sampled answers"] = share * sampling
     needed = {name: int(size) for name, size in (state | rows).items() if size}
     if sum(needed.values()) <= available:
         return
@@ -84,8 +85,10 @@ def check_training(
         reason, remedy = f"a model of {count:,} parameters", "use a smaller model, or more devices with mesh.fsdp"
     else:
         fields = {"data": ("batch_size", "inputs_length", "targets_length"), "train": ("microbatches",)}
-        fields |= {"model": ("model_dim",)}
-        reason, remedy = "a batch", f"use data.batch_size={max(1, config.data.batch_size // 1024)}, or shorter rows"
+        fields |= {"model": ("model_dim",)} | ({"rl": ("answers_per_prompt",)} if config.rl.method == "policy" else {})
+        fewer = ", fewer rl.answers_per_prompt" if config.rl.method == "policy" else ""
+        remedy = f"use data.batch_size={max(1, config.data.batch_size // 1024)}{fewer}, or shorter rows"
+        reason = "a batch"
     values = [
         f"{section}.{name}={getattr(getattr(config, section), name)}" for section in fields for name in fields[section]
     ]
@@ -105,6 +108,15 @@ def sampling_cache(config: Config) -> int:
     cross = data.inputs_length * (config.model.architecture == "encoder_decoder")
     positions = cross + _cached_positions(config, data.inputs_length, data.targets_length, rl.answers_per_prompt)
     return data.batch_size * positions * _bytes_per_position(config)
+
+
+def _sampling_scores(config: Config) -> int:
+    """Bytes of one head's scores in a step of sampling: all answers to a prompt are queries of one row of keys."""
+    data, rl = config.data, config.rl
+    if rl.method != "policy":
+        return 0
+    keys = _cached_positions(config, data.inputs_length, data.targets_length, rl.answers_per_prompt)
+    return data.batch_size * rl.answers_per_prompt * keys * _width(config)
 
 
 def check_texts(config: Config, *, prompt: int, new: int, texts: int) -> None:

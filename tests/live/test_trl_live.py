@@ -262,6 +262,8 @@ def test_the_gradient_of_rloo_is_that_of_trl(rng):
     theirs = theirs_of(trainer, inputs | {"old_logps": (log_p * inputs["completion_mask"]).sum(1)})
     ours = ours_of(settings("constant", 0.2, 0.2), trainer.model, inputs, longest=1)
     equal((theirs[0], *ours[1:]), theirs)
+    value = ours_of(settings("sequence_mean", 0.2, 0.2, ratio="sequence"), trainer.model, inputs)[0]
+    assert value == pytest.approx(theirs[0], abs=1e-5)
 
 
 def pairs(rng, count=3):

@@ -8,6 +8,7 @@ import pytest
 from test_encode_once import shape_of
 
 from t5like.checkpoint.metadata import first_history
+from t5like.errors import DataError
 from t5like.inference.prompt_format import Prompt
 from t5like.metrics.throughput import Throughput
 from t5like.metrics.time_spent import TimeSpent
@@ -58,12 +59,13 @@ def collected(monkeypatch, function, *, lengths=(3, 4, 12), **rl) -> tuple[Colle
     return collector.collect(None, PromptBatches(config, PROMPTS), np.arange(8)), seeds
 
 
-def learned(step: Collected, values=None, **rl) -> experience.Experience:
-    """Mask and advantages of a step."""
+def learned(step: Collected, values=None, kl_of_token=None, **rl) -> experience.Experience:
+    """Mask and advantages of a step; `kl_of_token`: of the second answer to each prompt, the others have 0."""
     config = shape_of(rl={"answers_per_prompt": ANSWERS, **rl})
     rows = experience.answer_rows(config, [example.prompt for example in step.examples], step.answers.ids)
     values_BGL = None if values is None else np.full(rows.mask_BGL.shape, values, np.float32)
-    return OnPolicy._with_advantages(SimpleNamespace(_config=config), rows, step, None, values_BGL)
+    kl_BGL = None if kl_of_token is None else rows.mask_BGL * np.array([0, kl_of_token, 0])[:, None]
+    return OnPolicy._with_advantages(SimpleNamespace(_config=config), rows, step, kl_BGL, values_BGL)
 
 
 def test_an_answer_whose_reward_failed_has_no_advantage_and_is_in_no_baseline(monkeypatch):
@@ -94,6 +96,19 @@ def test_a_step_without_any_reward_or_spread_has_no_gradient_and_finite_metrics(
     assert all(np.isfinite(value.total) for value in values.values()) and values["frac_reward_zero_std"].mean() == 1
 
 
+@pytest.mark.parametrize("failed", ["exclude", "zero"])
+def test_rewards_that_have_no_value_are_refused_before_the_first_step_and_not_later(monkeypatch, failed):
+    step, _ = collected(monkeypatch, lambda *_: NAN, failed_reward=failed)  # the other reward is 0
+    if failed == "zero":
+        step = step._replace(rewards_RBG=np.full_like(step.rewards_RBG, NAN))
+    values = {"eval/reward": 0.0, "eval/standard_error": 0.0}
+    scorer = SimpleNamespace(failures=lambda: ["reward a failed for 24 answers"])
+    task = SimpleNamespace(_config=shape_of(), _answer_heldout=lambda *_: (values, [step]), _scorer=scorer)
+    with pytest.raises(DataError, match="no held-out answer has a reward; reward a failed for 24 answers; t5like rl"):
+        OnPolicy.evaluate(task, None, 0, lambda: None, early=False)
+    assert OnPolicy.evaluate(task, None, 1, lambda: None, early=False)[0] == values
+
+
 def test_masked_cut_answers_are_in_the_baseline_and_have_no_loss(monkeypatch):
     step, _ = collected(monkeypatch, lambda prompt, text: float(text % 10))
     kept, masked = learned(step), learned(step, truncated_answers="mask")
@@ -102,6 +117,16 @@ def test_masked_cut_answers_are_in_the_baseline_and_have_no_loss(monkeypatch):
     np.testing.assert_array_equal(masked.advantages_BGL[:, :2], kept.advantages_BGL[:, :2])
     assert kept.advantages_BGL[0, 0, 0] == -1 and not masked.advantages_BGL[:, 2].any()
     assert collection.metrics(Scores(None), step)["completions/clipped_ratio"] == (8, 24)
+
+
+def test_kl_as_reward_is_summed_over_an_answer_before_the_baseline_and_is_in_each_token_of_ppo(monkeypatch):
+    step, _ = collected(monkeypatch, lambda prompt, text: float(text % 10))  # rewards 0, 1, 2
+    kl = {"kl_of_token": 0.1, "reference": "first", "kl_as": "reward", "kl_coefficient": 0.5}
+    rows = learned(step, advantage="rloo", **kl)  # the second answer has 4 tokens: 1 - 0.5 * 0.4
+    np.testing.assert_allclose(rows.advantages_BGL[..., 0], [[-1.4, -0.2, 1.6]] * 8, rtol=1e-6)
+    rows = learned(step, values=0.0, advantage="gae", gae_lambda=1.0, **kl)
+    np.testing.assert_allclose(rows.returns_BGL[:, 1, :5], [[0.8, 0.85, 0.9, 0.95, 0]] * 8, rtol=1e-6)
+    np.testing.assert_allclose(rows.returns_BGL[:, 2], np.full((8, 12), 2.0), rtol=1e-6)
 
 
 def test_the_overlong_penalty_counts_tokens(monkeypatch):

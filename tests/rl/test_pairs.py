@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from t5like.checkpoint.run_directory import load
+from t5like.config.schema import Config
+from t5like.errors import DataError
+from t5like.inference.prompt_format import Prompt
 from t5like.metrics.writers import read
 from t5like.rl.model_reward import RewardModel
+from t5like.rl.prompts import Example, Prompts
 from t5like.rl.run import evaluate
 
 # An encoder reads prompt and answer in one row. It starts from random weights.
@@ -58,3 +63,14 @@ def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(
         assert np.isfinite(scores_BG[0]).tolist() == [True, True, False] and np.isnan(scores_BG[1]).all()
         alone_BG = scorer(rows[:1], [["b a"]])
         assert scores_BG[0, 1] == pytest.approx(alone_BG[0, 0], abs=1e-5) != scores_BG[0, 0]
+
+
+def test_pairs_without_a_preference_are_counted_and_a_source_of_nothing_else_is_refused():
+    prompts = SimpleNamespace(_config=Config(), notes=[])
+    equal, other = (Example(0, 0, Prompt([3]), ([7, 1], second)) for second in ([7, 1], [8, 1]))
+    Prompts._check_pairs(prompts, "jsonl:a", [other, Example(0, 1, Prompt([3]))])
+    assert not prompts.notes
+    Prompts._check_pairs(prompts, "jsonl:a", [equal, other, other])
+    assert prompts.notes == ["data.source=jsonl:a: chosen and rejected are equal in 1 of 3 pairs"]
+    with pytest.raises(DataError, match="jsonl:a: chosen and rejected are equal in all 2 pairs; use pairs that differ"):
+        Prompts._check_pairs(prompts, "jsonl:a", [equal, equal])

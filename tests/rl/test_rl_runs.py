@@ -47,6 +47,9 @@ OF_TRL = {  # names that TRL's trainers report, without their prefix
     "completions/clipped_ratio",
     "completions/mean_terminated_length",
 }
+OWN = {"value_loss", "sampler_gap", "ratio/mean", "ratio/max", "failed_rewards"}
+OWN |= {"rollout_tokens_per_second", "update_tokens_per_second", "rollout_seconds", "reward_seconds", "update_seconds"}
+HELD_OUT = {"reward", "standard_error", "rewards/length/mean", "completions/mean_length", "completions/clipped_ratio"}
 TIMES = ("seconds", "per_second")  # ends of names
 
 
@@ -79,7 +82,10 @@ def values(workdir) -> list[dict[str, float]]:
 def test_a_run_reports_finite_metrics_by_the_names_of_trl_and_writes_its_answers(ppo):
     rows = [row for row in read(ppo) if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert {f"train/{name}" for name in OF_TRL} | {"train/value_loss", "train/sampler_gap"} <= rows[0].keys()
+    assert {f"train/{name}" for name in OF_TRL} <= rows[0].keys()
+    assert {f"train/{name}" for name in OF_TRL | OWN} <= set().union(*rows)
+    assert {f"eval/{name}" for name in HELD_OUT} <= read(ppo)[0].keys()
+    assert (ppo / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert all(math.isfinite(value) for row in read(ppo) for value in row.values())
     assert rows[0]["train/ratio/mean"] == pytest.approx(1, abs=1e-5) and rows[0]["train/kl"] == pytest.approx(
         0, abs=1e-5

@@ -8,6 +8,7 @@ import pytest
 from conftest import small
 
 from t5like import tree
+from t5like.inference import decoding
 from t5like.inference.prompt_format import Prompt
 from t5like.optim import train_state
 from t5like.rl.experience import answer_rows, in_rows
@@ -51,6 +52,10 @@ def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer(rng, arch
     params = jax.tree.map(lambda x: 2 * x, params)  # far from uniform
     sampler = Sampler(config, meshes.make_mesh(config, jax.devices()[:1]), Ids())
     answers = sampler(params, prompts, np.arange(4), answers=6, temperature=temperature, seed=0)
+    programs = decoding.decode_texts._cache_size()  # one for each bucket of lengths
+    shorter = [Prompt(prompt.ids[-2:], min(prompt.prefix, 1)) for prompt in prompts]
+    sampler(params, shorter, np.arange(4, 8), answers=6, temperature=temperature, seed=1)
+    assert decoding.decode_texts._cache_size() == programs
     assert 0 < answers.truncated_BG.sum() < 24  # with EOS and without
     for of_prompt, cuts in zip(answers.ids, answers.truncated_BG, strict=True):
         for ids, is_cut in zip(of_prompt, cuts, strict=True):

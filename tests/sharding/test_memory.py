@@ -51,6 +51,18 @@ def test_devices_of_one_host_share_its_memory_and_parameters_that_are_split_coun
         check(whole, devices=8)  # eight copies
 
 
+def test_sampled_answers_are_counted_with_their_scores_which_grow_with_the_square_of_their_number(monkeypatch):
+    answers = lambda count: small(
+        data={"objective": "supervised"},
+        rl={"method": "policy", "rewards": ["length"], "answers_per_prompt": count},
+    )
+    scores = 8 * 4096 * 4096 * 12 * 4  # prompts, answers, keys of all of them
+    monkeypatch.setattr(memory, "host", lambda: scores)
+    check(answers(2048))
+    with pytest.raises(ConfigError, match=r"rl.answers_per_prompt=4096: .* scores of sampled answers .* fewer rl."):
+        check(answers(4096))
+
+
 def test_texts_whose_cache_does_not_fit_are_refused(monkeypatch):
     config = auto.resolve_auto_for(small(), "cpu")
     memory.check_texts(config, prompt=32, new=64, texts=4)

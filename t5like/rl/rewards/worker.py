@@ -27,6 +27,7 @@ from t5like.rl.rewards.sandbox import die_with_parent
 
 LENGTH = struct.Struct("!Q")  # bytes of the pickle that follows
 LONGEST_FAILURE = 300  # characters
+LARGEST = 1e20  # of a reward: sums of weighted rewards stay finite in float32
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -61,10 +62,10 @@ def evaluate(function: RewardFunction, row: Mapping[str, Any], answer: str) -> f
         if isinstance(value, str | bytes):
             raise TypeError(f"the reward is a {type(value).__name__}, not a number")
         number = float(value)
-        if not math.isfinite(number):
-            raise ValueError(f"the reward is {number}")
+        if not abs(number) <= LARGEST:  # nor NaN
+            raise ValueError(f"the reward is {number}" + (", more than 1e20" if math.isfinite(number) else ""))
         return number
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # also SystemExit and KeyboardInterrupt: signals are ignored here
         return _describe(error)
 
 

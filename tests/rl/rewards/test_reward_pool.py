@@ -24,6 +24,8 @@ import os, signal, time
 def score(row, answer):
     if answer == "raise": raise RuntimeError("two\\nlines")
     if answer == "exit": raise SystemExit
+    if answer == "interrupt": raise KeyboardInterrupt
+    if answer == "huge": return 1e30
     if answer == "nan": return float("nan")
     if answer == "infinite": return float("inf")
     if answer == "nothing": return None
@@ -37,8 +39,9 @@ def score(row, answer):
     if answer == "change": row["targets"] = "changed"
     return row["number"] + len(answer)
 """
-FAILING = ["raise", "exit", "nan", "infinite", "nothing", "text", "hang", "die", "killed", "change"]
-GOOD = ["a", "bb", "print", "signals", "", "日本", "c" * 1000, "dd", "e", "f"]
+FAILING = ["raise", "exit", "interrupt", "nan", "infinite", "huge", "nothing", "text", "hang", "die", "killed"]
+FAILING += ["change"]
+GOOD = ["a", "bb", "print", "signals", "", "日本", "c" * 1000, "dd", "e", "f", "ggg", "h"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_a_failure_costs_one_value_and_is_counted_with_its_reward(pool, rewards,
     before = dict(pool.failures)
     values_RBG = pool.score([{"number": 10}, {"number": 20}], [FAILING, GOOD])
     lengths = np.array([[len(answer) for answer in answers] for answers in (FAILING, GOOD)], np.float64)
-    np.testing.assert_array_equal(values_RBG, [lengths, [np.full(10, np.nan), 20 + lengths[1]]])
+    np.testing.assert_array_equal(values_RBG, [lengths, [np.full(len(FAILING), np.nan), 20 + lengths[1]]])
     assert pool.failures["length"] == before["length"] == 0
     assert pool.failures["scores_of_the_pool.score"] - before["scores_of_the_pool.score"] == len(FAILING)
     assert pool.first_failures == {"scores_of_the_pool.score": "RuntimeError: two lines"}
@@ -75,7 +78,9 @@ def test_a_failure_costs_one_value_and_is_counted_with_its_reward(pool, rewards,
         ("hang", "TimeoutError: no value after rl.reward_timeout_seconds=0.3"),
         ("die", "its process ended with exit code 0"),
         ("killed", "its process ended with signal 9"),
+        ("interrupt", "KeyboardInterrupt"),
         ("nan", "ValueError: the reward is nan"),
+        ("huge", "ValueError: the reward is 1e+30, more than 1e20"),
         ("text", "TypeError: the reward is a str, not a number"),
         ("nothing", "TypeError: float() argument must be a string or a real number, not 'NoneType'"),
     ],
