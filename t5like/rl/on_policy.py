@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5like.checkpoint.step_directories import complete_steps
 from t5like.config.schema import Config
 from t5like.distributed import processes
 from t5like.errors import CheckpointError, DataError, Diverged, printable
@@ -111,9 +112,13 @@ class OnPolicy(RecordTask):
         limit = self._config.rl.max_kl
         kl = ((np.expm1(np.clip(-kl_BGL, -20, 20)) + kl_BGL) * mask_BGL).sum() / max(mask_BGL.sum(), 1)
         if limit and kl > limit:
+            earlier = [step for step in complete_steps(self._workdir / "checkpoints") if step < index]
+            newest = (
+                f"the newest checkpoint below it is of step {earlier[-1]:,}" if earlier else "no checkpoint is below"
+            )
             raise Diverged(
                 f"after step {index:,} the KL divergence from the first weights is {kl:.3g} per token, more than "
-                f"rl.max_kl={limit:g}; earlier checkpoints are below it; look at the answers in "
+                f"rl.max_kl={limit:g}; {newest}; look at the answers in "
                 f"{self._workdir / TABLES}: the rewards may pay for something else than intended; raise "
                 "rl.kl_coefficient, or lower optimizer.learning_rate"
             )

@@ -54,23 +54,24 @@ def reward_row(format: Templates | Chat, record: Record) -> dict[str, Any]:
     return {INPUTS: inputs_text(parts), **record.fields, TARGETS: targets[-1] if targets else ""}
 
 
-def required_fields(format: Templates | Chat, fields: Sequence[str]) -> RequiredFields:
-    """The fields that templates and rewards need of each record."""
-    return RequiredFields(tuple(dict.fromkeys([*format.required.names, *fields])), format.required.fix)
-
-
-def check_reward_fields(record: Record, fields: Sequence[str]) -> None:
-    """Raise DataError if a record lacks a field that a reward needs."""
-    check_fields(record.where, record.fields, RequiredFields(tuple(fields), "name in rl.rewards"))
+def required_fields(config: Config, format: Templates | Chat, fields: Sequence[str]) -> RequiredFields:
+    """The fields that templates, and rewards or pairs, need of each record."""
+    names, fix, _ = format.required
+    fixes = {name: "name in rl.rewards" for name in fields if name not in names}
+    if config.rl.uses_pairs:
+        settings = {"rl.chosen_field": config.rl.chosen_field, "rl.rejected_field": config.rl.rejected_field}
+        fixes = {path.partition("/")[0]: f"set {setting} to" for setting, path in settings.items()}
+    return RequiredFields(tuple(dict.fromkeys([*names, *fixes])), fix, fixes)
 
 
 def first_rows(config: Config, fields: Sequence[str], count: int) -> list[dict[str, Any]]:
     """The rows of the first records of all sources, at most `count` of each, for an audit of the rewards."""
     format = example_format(config.data)
-    sources = [open_source(spec, config.data, required_fields(format, fields)) for spec in config.data.source]
+    wanted = required_fields(config, format, fields)
+    sources = [open_source(spec, config.data, wanted) for spec in config.data.source]
     records = [source.record(index) for source in sources for index in range(min(count, len(source)))]
     for record in records:
-        check_reward_fields(record, fields)
+        check_fields(record.where, record.fields, wanted)
     return [reward_row(format, record) for record in records]
 
 
@@ -100,9 +101,8 @@ class Prompts:
         if config.rl.uses_pairs and not data.messages_field:  # the split and the count of records need some target
             data = dataclasses.replace(data, targets_template=f"{{{config.rl.chosen_field}}}")
         self._frame, self._format = PromptFormat.of(config, tokenizer), example_format(data)
-        self._fields = () if config.rl.uses_pairs else tuple(fields)
-        wanted = required_fields(self._format, fields)
-        self._sources: list[RecordSource] = [open_source(spec, config.data, wanted) for spec in config.data.source]
+        self._wanted = required_fields(config, self._format, fields)
+        self._sources: list[RecordSource] = [open_source(spec, config.data, self._wanted) for spec in data.source]
         self.train: list[Example] = []
         self.heldout: list[Example] = []
         self.data: dict[str, str] = {}
@@ -121,7 +121,7 @@ class Prompts:
             show = bar.timed()
             for index in range(len(source)):
                 record = source.record(index)
-                check_reward_fields(record, self._fields)
+                check_fields(record.where, record.fields, self._wanted)
                 parts = self._format.parts(record)
                 digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
                 if example := self._example(number, index, parts, record) if parts else None:

@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -59,10 +60,12 @@ class RequiredFields(NamedTuple):
     Attributes:
         names: of the fields.
         fix: the advice in a message about a missing field; the names of the existing fields follow it.
+        fixes: that of some fields, if it is another one.
     """
 
     names: tuple[str, ...]
     fix: str = "set data.text_field to"
+    fixes: Mapping[str, str] = MappingProxyType({})
 
 
 class Record(NamedTuple):
@@ -248,4 +251,6 @@ def check_fields(where: str, fields: Iterable[str], required: RequiredFields) ->
     for name in required.names:
         if name not in fields:
             names = ", ".join(map(repr, fields)) or "(none)"
-            raise DataError(f"{where}: there is no field {name!r}; {required.fix} one of {names}")
+            raise DataError(
+                f"{where}: there is no field {name!r}; {required.fixes.get(name, required.fix)} one of {names}"
+            )

@@ -4,12 +4,15 @@ import json
 import pickle
 import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from t5like.config import loader
 from t5like.config.rl_schema import RLConfig
-from t5like.config.schema import Config
-from t5like.errors import ConfigError
+from t5like.config.schema import Config, DataConfig
+from t5like.errors import ConfigError, DataError
+from t5like.rl.prompts import first_rows
 from t5like.rl.rewards.functions import texts_of
 from t5like.rl.rewards.reward import ModelReward, open_rewards, required_fields
 
@@ -157,3 +160,17 @@ def test_entries_of_reasoning_gym_keep_their_tuples():
     for other in ("", "[]", "{}", 3):
         with pytest.raises(ValueError, match="not from data.source=reasoning_gym"):
             reasoning_gym.decode(other)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "named"),
+    [
+        ("policy", ["solution"], "'solution'; name in rl.rewards one of 'chosen', 'inputs'"),
+        ("dpo", ["chosen", "rejected"], "'rejected'; set rl.rejected_field to one of 'chosen', 'inputs'"),
+    ],
+)
+def test_a_missing_column_is_named_with_the_setting_that_needs_it(tmp_path, method, fields, named):
+    parquet.write_table(pyarrow.table({"chosen": ["a"], "inputs": ["b"]}), tmp_path / "a.parquet")
+    data = DataConfig(source=(f"parquet:{tmp_path}/a.parquet",), objective=("supervised",), targets_template="{chosen}")
+    with pytest.raises(DataError, match=f"there is no field {named}"):
+        first_rows(Config(data=data, rl=RLConfig(method=method)), fields, 1)
