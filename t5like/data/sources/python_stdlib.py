@@ -6,6 +6,7 @@ parsed, never imported, so nothing runs. Only `source` imports this module, beca
 """
 
 import ast
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -41,17 +42,9 @@ def documents() -> Iterator[tuple[str, str, str]]:
     """(unique key, type, text) of every document, always the same and in the same order."""
     for name in sorted(topics):
         yield f"topic/{name}", "topic", topics[name]
-    root = Path(sysconfig.get_path("stdlib"))
     docstrings = set()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if LEFT_OUT.intersection(name.parts):
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-            nodes = list(_docstring_nodes(ast.parse(source)))
-        except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
-            continue
+    for name, source, tree in modules():
+        nodes = list(_docstring_nodes(tree))
         lines: list[str | None] = source.split("\n")  # not splitlines, which also splits at form feeds
         for number, (text, first, last) in enumerate(nodes):
             lines[first:last] = [None] * (last - first)
@@ -61,6 +54,21 @@ def documents() -> Iterator[tuple[str, str, str]]:
         code = "\n".join(line for line in lines if line is not None)
         if 0 < len(code) <= LONGEST_SOURCE:
             yield f"source/{name}", "source", code
+
+
+def modules() -> Iterator[tuple[str, str, ast.Module]]:
+    """(name relative to the library, source, syntax tree) of its files, in the order of the names' parts."""
+    root, files = Path(sysconfig.get_path("stdlib")), []
+    for directory, inner, names in os.walk(root):
+        inner[:] = set(inner) - LEFT_OUT  # not visited: site-packages may be large
+        files += (Path(directory, name) for name in names if name.endswith(".py"))
+    for path in sorted(files):
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
+            continue
+        yield path.relative_to(root).as_posix(), source, tree
 
 
 def _docstring_nodes(parent: ast.AST) -> Iterator[tuple[str, int, int]]:

@@ -15,11 +15,9 @@ import functools
 import itertools
 import re
 import sys
-import sysconfig
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -27,7 +25,7 @@ import tensorflow_datasets as tfds
 
 from t5like.data.sources.label_tasks import complexity, name_labels
 from t5like.data.sources.python_expressions import gloss
-from t5like.data.sources.python_stdlib import LEFT_OUT
+from t5like.data.sources.python_stdlib import modules
 from t5like.data.sources.small_functions import examples as small_function_examples
 
 LARGEST = 8_000  # examples of a task; if there are more, those with the smallest hashes are kept
@@ -293,19 +291,13 @@ def _hash(key: str) -> int:
 @functools.cache
 def library() -> Library:
     """Parse the running Python's standard library, once per process; takes some seconds."""
-    collected = Library()
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        file = path.relative_to(root)
-        if LEFT_OUT.intersection(file.parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError, OSError):  # templates, files in other encodings
-            continue
-        _collect(collected, tree, file.as_posix(), "")
+    collected, read = Library(), {}
+    for file, source, tree in modules():
+        _collect(collected, tree, file, "")
+        lines = source.split("\n")
         for children in _children_of_statements(tree):
-            collected.expressions += _readings(children, file.as_posix())
+            collected.expressions += _readings(children, file, lines, read)
+    return collected
     return collected
 
 
@@ -348,14 +340,27 @@ def _children_of_statements(module: ast.Module) -> Iterator[list[ast.AST]]:
             yield children
 
 
-def _readings(children: list[ast.AST], file: str) -> Iterator[tuple[str, str, str]]:
-    """(key, code, reading) of the short expressions among the children of a statement."""
+def _readings(
+    children: list[ast.AST], file: str, lines: list[str], read: dict[str, tuple[str, str]]
+) -> Iterator[tuple[str, str, str]]:
+    """(key, code, reading) of the short expressions among the children of a statement.
+
+    Args:
+        read: (code, reading) by the source of an expression; a third of them occur again.
+    """
     for tree in children:
         if (
             isinstance(tree, ast.expr)
             and tree.lineno == tree.end_lineno
             and isinstance(getattr(tree, "ctx", None), ast.Load | None)
+            and 8 <= tree.end_col_offset - tree.col_offset <= 60
         ):
-            width = tree.end_col_offset - tree.col_offset
-            if 8 <= width <= 60 and 5 <= len((reading := gloss(tree)).split()) <= 30:
-                yield f"{file}:{tree.lineno}:{tree.col_offset}", ast.unparse(tree), reading
+            line = lines[tree.lineno - 1]
+            source = line[tree.col_offset : tree.end_col_offset] if line.isascii() else ast.unparse(tree)  # else bytes
+            if source not in read:
+                reading = gloss(tree)
+                fits = 5 <= len(reading.split()) <= 30
+                read[source] = (ast.unparse(tree), reading) if fits else ("", "")
+            code, reading = read[source]
+            if code:
+                yield f"{file}:{tree.lineno}:{tree.col_offset}", code, reading

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 from shared_directories import made_once
+from small_library import small_library
 
 from t5like.config import loader
+from t5like.data.sources import python_tasks
 from t5like.data.sources.python_expressions import gloss
 from t5like.data.sources.python_tasks import LABELS, LARGEST, NAMES, Tasks, examples, library
 from t5like.evaluation.text_metrics import majority_baseline
@@ -28,16 +30,22 @@ IMPORTABLE = ("textwrap", "json/decoder", "shutil", "difflib", "statistics", "lo
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory) -> dict[str, list]:
-    """The examples of all tasks, [key, features], as another process makes them."""
+def files(tmp_path_factory) -> Path:
+    """examples.json: the examples of all tasks, [key, features]; docstrings.json: those of the library."""
 
     def make(directory: Path) -> None:
-        program = "import gc, json, sys; gc.disable(); from t5like.data.sources import python_tasks as tasks; "
-        program += "json.dump({name: tasks.examples(name) for name in tasks.NAMES}, open(sys.argv[1], 'w'))"
-        command = [sys.executable, "-c", program, directory / "examples.json"]  # syntax trees: nothing to collect
-        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
+        for name, value in (
+            ("docstrings", library().docstrings),
+            ("examples", {name: examples(name) for name in NAMES}),
+        ):
+            (directory / f"{name}.json").write_text(json.dumps(value))
 
-    return json.loads((made_once(tmp_path_factory, "tasks", make) / "examples.json").read_text())
+    return made_once(tmp_path_factory, "tasks", make)
+
+
+@pytest.fixture(scope="session")
+def made(files) -> dict[str, list]:
+    return json.loads((files / "examples.json").read_text())
 
 
 @pytest.fixture
@@ -58,18 +66,30 @@ def test_no_target_is_contained_in_its_inputs(name, texts):
         assert targets.strip() and targets not in inputs, inputs
 
 
-def test_another_process_makes_the_same_examples_in_the_same_order(made):
-    assert made == {name: json.loads(json.dumps(examples(name))) for name in NAMES}
+def test_another_process_makes_the_same_examples_in_the_same_order(made, tmp_path, monkeypatch):
+    """Of a part of the library, of which each task leaves something out, and of all small functions."""
+    program = "import json, sys, sysconfig; sysconfig.get_path = lambda _: sys.argv[1]; "
+    program += "from t5like.data.sources import python_tasks as tasks; small = tasks.examples('small_functions'); "
+    program += "tasks.LARGEST = 20; examples = {name: tasks.examples(name) for name in tasks.NAMES}; "
+    program += "json.dump({**examples, 'small_functions': small}, sys.stdout)"
+    monkeypatch.setattr(python_tasks, "LARGEST", 20)
+    with small_library(tmp_path / "library") as directory:
+        here = {name: examples(name) for name in NAMES}
+        command = [sys.executable, "-c", program, directory]
+        other = subprocess.check_output(command, env={**os.environ, "PYTHONHASHSEED": "7"}, text=True)
+    assert min(map(len, here.values())) == 20
+    assert json.loads(other) == {**json.loads(json.dumps(here)), "small_functions": made["small_functions"]}
 
 
 @pytest.mark.parametrize("name", ["translation", "dialogue"])
 def test_a_task_is_a_tfds_data_set_read_without_tensorflow(name, tmp_path):
-    builder = Tasks(config=name, data_dir=tmp_path, file_format="array_record")
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(None):
-        builder.download_and_prepare()
-    records = [flat(record) for record in builder.as_data_source(split="train")]
-    assert sorted(records) == sorted(flat(example) for _, example in examples(name))
+    with small_library(tmp_path / "library"):
+        builder = Tasks(config=name, data_dir=tmp_path, file_format="array_record")
+        with contextlib.redirect_stdout(None):
+            builder.download_and_prepare()
+        records = [flat(record) for record in builder.as_data_source(split="train")]
+        assert sorted(records) == sorted(flat(example) for _, example in examples(name)) and len(records) > 50
     assert "tensorflow" not in sys.modules
 
 
@@ -189,8 +209,9 @@ def test_rejected_small_functions_are_wrong_and_have_the_lengths_of_the_right_on
     assert 0.4 < sum(longer) / len(texts) < 0.55  # the others: equal, or shorter
 
 
-def test_targets_of_text_generation_follow_the_inputs_in_the_documentation(made):
-    words = " ".join(" ".join(text.split()) for _, text in library().docstrings)
+def test_targets_of_text_generation_follow_the_inputs_in_the_documentation(made, files):
+    docstrings = json.loads((files / "docstrings.json").read_text())
+    words = " ".join(" ".join(text.split()) for _, text in docstrings)
     from_docstrings = [example for key, example in made["text_generation"] if not key.startswith("topic/")]
     assert len(from_docstrings) > 1000
     for example in from_docstrings[:300]:

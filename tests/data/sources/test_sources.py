@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 import zstandard
+from small_library import small_library
 
 from t5like.config.schema import DataConfig
 from t5like.data.sources.files import LARGEST_DOCUMENT, RequiredFields, SourceMissing
@@ -94,17 +95,17 @@ def test_parquet_rows_are_documents_across_row_groups_and_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def stdlib(tmp_path_factory):
-    return source("python_stdlib", cache_directory=str(tmp_path_factory.mktemp("data")))
+    """A source of a part of the standard library, and the documents of that part."""
+    directory = tmp_path_factory.mktemp("data")
+    with small_library(directory / "library"):
+        return source("python_stdlib", cache_directory=str(directory)), list(documents())
 
 
-@pytest.fixture(scope="module")
-def stdlib_documents():
-    return list(documents())
-
-
-def test_the_standard_library_is_a_tfds_data_set_read_without_tensorflow(stdlib, stdlib_documents):
+def test_the_standard_library_is_a_tfds_data_set_read_without_tensorflow(stdlib):
     """Equal to what the builder yields, whose records TFDS shuffles."""
+    stdlib, stdlib_documents = stdlib
     texts = [stdlib[number] for number in range(len(stdlib))]
+    assert {kind for _, kind, _ in stdlib_documents} == {"topic", "docstring", "source"}
     assert sorted(texts) == sorted(text for _, _, text in stdlib_documents)
     same_documents(stdlib, texts)
     assert stdlib.size_hint == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.1)
@@ -112,6 +113,7 @@ def test_the_standard_library_is_a_tfds_data_set_read_without_tensorflow(stdlib,
 
 
 def test_a_tfds_data_set_is_opened_by_name_split_and_field(stdlib, monkeypatch):
+    stdlib, _ = stdlib
     directory = stdlib.directory.split("/python_stdlib/")[0]
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", directory)
     name = canonical("python_stdlib").replace("stdlib:", "stdlib/")
@@ -125,10 +127,12 @@ def test_a_tfds_data_set_is_opened_by_name_split_and_field(stdlib, monkeypatch):
         source("tfds:no_such_set")
 
 
-def test_held_out_docstrings_are_not_in_the_source_files(stdlib_documents):
-    kinds = {}
-    for _, kind, text in stdlib_documents:
+def test_held_out_docstrings_are_not_in_the_source_files_of_the_whole_library():
+    kinds, keys = {}, []
+    for key, kind, text in documents():
         kinds.setdefault(kind, []).append(text)
+        keys.append(key)
+    assert len(set(keys)) == len(keys)  # TFDS refuses others
     assert len(kinds["topic"]) > 70 and len(set(kinds["docstring"])) == len(kinds["docstring"]) > 4000
     code = "\n".join(kinds["source"])
     first_lines = [text.split("\n")[0] for text in kinds["docstring"][::50]]
