@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from t5like.checkpoint.agreement import Attempt
@@ -18,6 +20,7 @@ from t5like.errors import CheckpointError
 from t5like.io.storage import error_number
 
 SAVE_SECONDS = 600  # a save that takes longer has failed: a run must not wait for ever for its storage
+MIN_SLICE_BYTES = 64 * 1024  # of a replica; of smaller arrays one replica writes all
 
 
 class Writer(ocp.AsyncCheckpointer):
@@ -29,7 +32,9 @@ class Writer(ocp.AsyncCheckpointer):
     def __init__(self, attempt: Attempt, before_commit: Callable[[], None]):
         """Call `before_commit` in process 0 before the commit file is written."""
         super().__init__(
-            ocp.CompositeCheckpointHandler(),
+            ocp.CompositeCheckpointHandler(
+                state=ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers()), meta=ocp.JsonCheckpointHandler()
+            ),
             async_options=ocp.AsyncOptions(
                 timeout_secs=SAVE_SECONDS,
                 barrier_sync_fn=attempt.barrier,
@@ -56,6 +61,17 @@ class Writer(ocp.AsyncCheckpointer):
                 failure = error
         if shared := self._attempt.outcome("making a checkpoint's directory", failure):
             raise shared
+
+
+@functools.cache
+def _handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Orbax's handlers, which divide only arrays of some size among the devices that hold copies of them.
+
+    A slice of each shape is a program of its own, which the first save would compile while the run waits.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
+    pairs = (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+    return ocp.type_handlers.create_type_handler_registry(*pairs)
 
 
 @functools.cache

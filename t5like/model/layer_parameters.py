@@ -1,7 +1,7 @@
 """The parameters of a stack before training: boxes, which have the key of each random parameter of each layer.
 
 A block's initialization is traced once in a process, and without the stack's `vmap`: both take longer than the rest of
-a model's initialization. Called by `stack`.
+a model's initialization. Called by `stack`, and `traced` also by `train_state`.
 """
 
 from collections.abc import Callable
@@ -40,21 +40,29 @@ def initialized(block: Block, num_layers: int, cross_dim: int, key: jax.Array) -
 def _of_a_layer(
     config: ModelConfig, cross: bool, causal: bool, cross_dim: int, key_type: jnp.dtype
 ) -> tuple[Tree, Callable]:
-    """Boxes of shapes, and a function of a layer's key: the key of each random parameter by name."""
-    init, made = partial(Block(config, cross, causal, parent=None).init, plan=AttentionPlan(1, 1)), []
+    """`traced` of a block."""
+    init = partial(Block(config, cross, causal, parent=None).init, plan=AttentionPlan(1, 1))
 
-    def keys_of(key: jax.Array) -> dict[str, jax.Array]:
+    def boxes(key: jax.Array) -> Tree:
         x_BLD = jnp.zeros((1, 1, config.model_dim), config.dtype)
         encoded_BSD = jnp.zeros((1, 1, cross_dim), x_BLD.dtype) if cross_dim else None
         inputs = LayerInputs(None, MaskSpec(), jnp.zeros((1, 1), jnp.int32), encoded_BSD)
-        boxes = init(key, x_BLD, inputs)["params"]
-        shape_of = lambda box: box.replace(value=jax.ShapeDtypeStruct(box.value.shape, box.value.dtype), key=None)
-        made.append(jax.tree.map(shape_of, boxes, is_leaf=is_box))
-        named = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
-        return {tree.name_of(path): box.key for path, box in named if box.key is not None}
+        return init(key, x_BLD, inputs)["params"]
 
+    return traced(boxes, key_type)
+
+
+def traced(make: Callable[[jax.Array], Tree], key_type: jnp.dtype) -> tuple[Tree, Callable]:
+    """Boxes of shapes, and a function of the key that `make` takes: the key of each random parameter by name.
+
+    The function computes nothing else. Outside of `jit` nothing is compiled but the hash of a key: a program for all
+    would repeat it for each parameter, and take longer to compile than to draw all values.
+    """
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # it must not depend on the caller's mesh
-        traced, keys = jax.make_jaxpr(keys_of, return_shape=True)(jax.ShapeDtypeStruct((), key_type))
-    used, _ = dce_jaxpr(traced.jaxpr, [True] * len(keys), instantiate=True)  # nothing that computes with parameters
-    function = jaxpr_as_fun(traced.replace(jaxpr=used))
-    return made[0], lambda key: dict(zip(keys, function(key), strict=True))
+        jaxpr, boxes = jax.make_jaxpr(make, return_shape=True)(jax.ShapeDtypeStruct((), key_type))
+    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(boxes)]
+    used, _ = dce_jaxpr(jaxpr.jaxpr, is_key, instantiate=True)  # nothing that computes with parameters
+    function = jaxpr_as_fun(jaxpr.replace(jaxpr=used))
+    named = jax.tree_util.tree_leaves_with_path(boxes, is_leaf=is_box)
+    names = [tree.name_of(path) for path, box in named if box.key is not None]
+    return boxes, lambda key: dict(zip(names, function(key), strict=True))

@@ -3,7 +3,7 @@
 Pure functions without I/O. The training loop, evaluation, conversions and the planner use them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from operator import attrgetter
 
@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from t5like import tree
 from t5like.config.schema import Config, DataConfig
+from t5like.model.layer_parameters import traced
 from t5like.model.layers import Parameter, is_box
 from t5like.model.transformer import Transformer
 from t5like.optim import lora
@@ -48,13 +49,10 @@ def random_params(
         key: of all parameters.
         shardings: the parameters to draw, with their shardings; by default all, on one device.
     """
-    boxes = {tree.name_of(path): box for path, box in _named_boxes(_abstract_boxes(config, batch))}
+    all_boxes, keys_of = _traced_boxes(config, batch)
+    boxes = {tree.name_of(path): box for path, box in _named_boxes(all_boxes)}
     shardings = dict.fromkeys(boxes) if shardings is None else shardings
-    if not shardings:
-        return {}
-    mesh = next((sharding.mesh for sharding in shardings.values() if sharding), None)
-    everywhere = mesh and NamedSharding(mesh, PartitionSpec())
-    keys = jax.jit(_keys, static_argnums=0, out_shardings=everywhere)(_of_model(config), batch, key)
+    keys = keys_of(key) if shardings else {}
     values = {}
     for name, sharding in shardings.items():
         box = boxes[name]
@@ -78,13 +76,6 @@ def _normal(key: jax.Array, std: jax.Array, shape: tuple[int, ...]) -> jax.Array
     """A draw from N(0, std), or one for each key of a stack of layers."""
     draw = lambda key: jax.random.normal(key, shape, jnp.float32) * std
     return jax.vmap(draw)(key) if key.ndim else draw(key)
-
-
-def _keys(config: Config, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-    """The key of each random parameter by name. Nothing is drawn: values without effect are not compiled."""
-    return {
-        tree.name_of(path): box.key for path, box in _named_boxes(_boxes(config, batch, key)) if box.key is not None
-    }
 
 
 def _boxes(config: Config, batch: Batch, key: jax.Array) -> Tree:
@@ -132,6 +123,11 @@ def _named_boxes(boxes: Tree) -> list[tuple[tuple, nn.LogicallyPartitioned]]:
 
 def _abstract_boxes(config: Config, batch: Batch) -> Tree:
     """Shapes of `init_params`, in boxes with their logical axes and keys."""
+    return _traced_boxes(config, batch)[0]
+
+
+def _traced_boxes(config: Config, batch: Batch) -> tuple[Tree, Callable]:
+    """Those, and a function of the key of all parameters: the key of each random one by name."""
     row_types = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
     return _trace_boxes(_of_model(config), row_types)
 
@@ -144,11 +140,10 @@ def _of_model(config: Config) -> Config:
 
 
 @lru_cache(maxsize=32)
-def _trace_boxes(config: Config, row_types: tuple) -> Tree:
+def _trace_boxes(config: Config, row_types: tuple) -> tuple[Tree, Callable]:
     """Trace `_boxes` once in a process; `row_types`: (row shape, dtype) or None, by field of the batch."""
     batch = Batch(*(kind and jax.ShapeDtypeStruct((1, *kind[0]), kind[1]) for kind in row_types))
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # the shapes must not depend on the caller's mesh
-        return jax.eval_shape(lambda batch: _boxes(config, batch, jax.random.key(0)), batch)
+    return traced(lambda key: _boxes(config, batch, key), jax.eval_shape(jax.random.key, 0).dtype)
 
 
 def new_state(
