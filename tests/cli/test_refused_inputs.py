@@ -11,9 +11,8 @@ from pathlib import Path
 
 import bad_inputs
 import pytest
-from conftest import contents
-
-from t5like.cli.main import main
+from conftest import contents, main
+from shared_directories import made_once
 
 TABLE = Path(__file__).parents[1] / "golden" / "refusals.txt"
 COMPARED = 160  # characters of a line
@@ -77,9 +76,11 @@ def arranged(kind: str, name: str, folder: Path, flags: list[str], trained: Path
 @pytest.fixture(scope="session")
 def model(trained, tmp_path_factory) -> Path:
     """A model directory of Hugging Face."""
-    path = tmp_path_factory.mktemp("exported") / "model"
-    assert main(["export", "--format=hf", f"--workdir={trained}", f"--output={path}"]) == 0
-    return path
+
+    def export(directory: Path) -> None:
+        assert main(["export", "--format=hf", f"--workdir={trained}", f"--output={directory}/model"]) == 0
+
+    return made_once(tmp_path_factory, "exported", export) / "model"
 
 
 def table() -> dict[tuple[str, str], tuple[int, str]]:
