@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -65,7 +64,7 @@ class RequiredFields(NamedTuple):
 
     names: tuple[str, ...]
     fix: str = "set data.text_field to"
-    fixes: Mapping[str, str] = MappingProxyType({})
+    fixes: Mapping[str, str] = {}  # never changed; a read-only view of it could not be sent to workers
 
 
 class Record(NamedTuple):
