@@ -117,10 +117,14 @@ $(INSTALLED): setup.py $(filter-out /dev/null,$(CONSTRAINTS))
 	@$(COMPILE)
 	@touch $@
 
+# Only what the extra adds: t5like, which programs may run meanwhile, is not installed again.
 $(PEERS): $(INSTALLED)
 	@echo "Installing PyTorch, transformers and TRL into $(VENV), once ..."; \
+	$(BIN)/python -c 'from importlib.metadata import requires; \
+	    print(*(each.partition(";")[0] for each in requires("t5like") if "\"parity\"" in each), sep="\n")' \
+	    >$(VENV)/peers.txt && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS) \
-	    --editable '.[dev,parity]' \
+	    --requirement $(VENV)/peers.txt \
 	    >$(VENV)/install_peers.log 2>&1 || { cat $(VENV)/install_peers.log >&2; echo "Installing failed; make tries again." >&2; exit 1; }
 	@touch $@
 
