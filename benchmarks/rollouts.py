@@ -7,7 +7,9 @@ RUN is an encoder-decoder or decoder-only run whose prompts are texts; here they
 tokens: the `Sampler` of rollouts, with its log-probabilities; `Generator.answer` as for a file of prompts, with several
 predictions per prompt; and the same with each prompt repeated and one prediction each.
 
-Prints a JSON line per way: tokens per second, and the rollout's time as a multiple of this way's, as medians of rounds.
+Prints a JSON line per way: tokens per second, and the rollout's time as a multiple of this way's, as medians of rounds;
+the same ratio of processor time, which other programs on the machine change less; and that per token, because the ways
+sample texts of different lengths.
 """
 
 import argparse
@@ -58,19 +60,23 @@ def measure(options: argparse.Namespace) -> list[dict]:
     """A result for each way."""
     programs = ways(Path(options.workdir), options.prompts, options.answers)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
+    processor: dict[str, list[float]] = {name: [] for name in programs}
     tokens = {name: program() for name, program in programs.items()}  # compiles
     for _ in range(options.rounds):
         for name, program in programs.items():
-            begin = time.perf_counter()
+            begin, begin_processor = time.perf_counter(), time.process_time()
             program()
             seconds[name].append(time.perf_counter() - begin)
-    ratio = lambda name: statistics.median(a / b for a, b in zip(seconds["rollout"], seconds[name], strict=True))
+            processor[name].append(time.process_time() - begin_processor)
+    ratio = lambda of, name: statistics.median(a / b for a, b in zip(of["rollout"], of[name], strict=True))
     return [
         {
             "way": name,
             "tokens": tokens[name],
             "tokens/s": tokens[name] / statistics.median(seconds[name]),
-            "rollout's time / this": ratio(name),
+            "rollout's time / this": ratio(seconds, name),
+            "processor time": ratio(processor, name),
+            "processor time per token": ratio(processor, name) * tokens[name] / tokens["rollout"],
         }
         for name in programs
     ]

@@ -157,7 +157,8 @@ def test_rollouts_are_measured_beside_generate(trained, capfd):
     rollouts.main([f"--workdir={trained}", "--prompts=8", "--answers=2", "--rounds=1"])
     machine, rollout, *others = lines(capfd.readouterr().out)
     assert machine["jax"] and machine["cores"] > 0
-    assert rollout["rollout's time / this"] == 1 and len(others) == 2
+    assert rollout["rollout's time / this"] == rollout["processor time per token"] == 1 and len(others) == 2
+    assert min(each["processor time per token"] for each in others) > 0
     assert min(each["tokens/s"] for each in (rollout, *others)) > 0
 
 

@@ -112,10 +112,10 @@ class OnPolicy(RecordTask):
         limit = self._config.rl.max_kl
         kl = ((np.expm1(np.clip(-kl_BGL, -20, 20)) + kl_BGL) * mask_BGL).sum() / max(mask_BGL.sum(), 1)
         if limit and kl > limit:
-            earlier = [step for step in complete_steps(self._workdir / "checkpoints") if step < index]
-            newest = (
-                f"the newest checkpoint below it is of step {earlier[-1]:,}" if earlier else "no checkpoint is below"
-            )
+            every = self._config.train.checkpoint_every
+            before = [step for step in complete_steps(self._workdir / "checkpoints") if step < index]
+            good = max(0, (index - 1) // every * every, *before)  # it may be still being written, by this process
+            newest = f"the newest checkpoint below it is of step {good:,}" if good else "no checkpoint is below it"
             raise Diverged(
                 f"after step {index:,} the KL divergence from the first weights is {kl:.3g} per token, more than "
                 f"rl.max_kl={limit:g}; {newest}; look at the answers in "

@@ -16,7 +16,7 @@ from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.run_directory import load
 from t5like.checkpoint.step_directories import COMMITTED
 from t5like.config.rl_schema import RLConfig
-from t5like.config.schema import Config
+from t5like.config.schema import Config, TrainConfig
 from t5like.errors import Diverged
 from t5like.metrics.time_spent import PREFIX
 from t5like.metrics.writers import read
@@ -176,18 +176,22 @@ def test_max_kl_ends_a_run_with_its_newest_checkpoint(rl_flags, command, tmp_pat
     values = {"rl.rewards": "length", "rl.reference": "first", "rl.max_kl": 1e-6, "train.checkpoint_every": 1}
     arguments = ["rl", *rl_flags, *settings(values), f"--workdir={tmp_path}/run"]
     code, _, err = command(*arguments)
-    message = r"t5like: after step 1 the KL .* is \S+ per token, more than rl.max_kl=1e-06; no checkpoint is below; .*"
+    message = (
+        r"t5like: after step 1 the KL .* is \S+ per token, more than rl.max_kl=1e-06; no checkpoint is below it; .*"
+    )
     assert code == 5 and re.fullmatch(message, err.splitlines()[-1]), err
     assert Checkpoints(tmp_path / "run/checkpoints", keep=1).steps() == [1]
     assert load(tmp_path / "run").step == 1
 
 
-def test_max_kl_names_the_newest_checkpoint_from_before(tmp_path):
-    for step in (10, 20, 22):  # that of step 22 has the weights whose KL is too large
+@pytest.mark.parametrize(("index", "text"), [(9, "no checkpoint is below it"), (22, "step 10"), (33, "step 30")])
+def test_max_kl_names_the_newest_checkpoint_from_before(index, text, tmp_path):
+    for step in (10, 22):  # that of step 22 has the weights whose KL is too large; that of step 30 is being written
         (tmp_path / f"checkpoints/{step}").mkdir(parents=True)
         (tmp_path / f"checkpoints/{step}/{COMMITTED}").touch()
-    task = SimpleNamespace(_config=Config(rl=RLConfig(max_kl=0.5)), _workdir=tmp_path)
+    config = Config(rl=RLConfig(max_kl=0.5), train=TrainConfig(checkpoint_every=30))
+    task = SimpleNamespace(_config=config, _workdir=tmp_path)
     kl, mask = np.full((1, 2, 3), -3.0), np.ones((1, 2, 3))
-    with pytest.raises(Diverged, match="after step 22 .* more than rl.max_kl=0.5; .* below it is of step 20; look"):
-        OnPolicy._check_kl(task, kl, mask, 22)
-    OnPolicy._check_kl(task, kl / 30, mask, 22)
+    with pytest.raises(Diverged, match=f"after step {index} .* more than rl.max_kl=0.5; .*{text}; look"):
+        OnPolicy._check_kl(task, kl, mask, index)
+    OnPolicy._check_kl(task, kl / 30, mask, index)
