@@ -17,6 +17,7 @@ import pytest
 
 from t5like.config import loader
 from t5like.config.schema import Config, TokenizerConfig
+from t5like.data.store import preparation
 from t5like.data.store.preparation import prepare
 from t5like.data.store.token_store import TokenStore
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
@@ -37,6 +38,16 @@ def write(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+SHARD = 2**15  # bytes of text, an eighth of what shards have at least outside tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "SMALLEST_SHARD", SHARD)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
@@ -46,8 +57,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path, model):
-    """A config of the test's own: 6000 lines of text, 1.2 MB, so 5 shards; with an existing tokenizer."""
-    write(tmp_path / "a.jsonl", lines(6000))
+    """A config of the test's own: 750 lines of text, 150 KB, so 5 shards; with an existing tokenizer."""
+    write(tmp_path / "a.jsonl", lines(750))
     return config_of(tmp_path / "a.jsonl", model, tmp_path / "prepared")
 
 
@@ -93,14 +104,14 @@ def test_every_document_is_in_one_split_with_its_text(own):
     prepared = prepare(own, progress=False)
     store = prepared.stores[0]
     train, heldout = (documents(store, prepared.tokenizer, split) for split in ("train", "heldout"))
-    texts = lines(6000)
-    assert set(train) | set(heldout) == set(texts) and len(train) + len(heldout) == 6000
+    texts = lines(750)
+    assert set(train) | set(heldout) == set(texts) and len(train) + len(heldout) == 750
     positions = {text: position for position, text in enumerate(texts)}
     for documents_of_split in (train, heldout):
         assert [positions[text] for text in documents_of_split] == sorted(
             positions[text] for text in documents_of_split
         )
-    assert 500 < len(heldout) < 700  # a tenth
+    assert 55 < len(heldout) < 95  # a tenth
     assert len(store.manifest["pieces"]) == 5 and store.manifest["dtype"] == "<u2"
     assert store.manifest["tokenizer"] == prepared.tokenizer.hash
 
@@ -108,11 +119,11 @@ def test_every_document_is_in_one_split_with_its_text(own):
 def test_documents_stay_held_out_in_another_order_and_among_more_documents(own, tmp_path):
     first = prepare(own, progress=False)
     held = set(documents(first.stores[0], first.tokenizer, "heldout"))
-    texts = lines(6000)[::-1] + lines(2000, seed=1)
+    texts = lines(750)[::-1] + lines(250, seed=1)
     write(tmp_path / "b.jsonl", texts)
     second = prepare(changed(own, source=(f"jsonl:{tmp_path}/b.jsonl",)), progress=False)
     held_again = set(documents(second.stores[0], second.tokenizer, "heldout"))
-    assert held_again & set(lines(6000)) == held < held_again
+    assert held_again & set(lines(750)) == held < held_again
 
 
 def test_a_tokenizer_is_trained_only_on_training_documents_and_kept(own, tmp_path):
@@ -124,7 +135,7 @@ def test_a_tokenizer_is_trained_only_on_training_documents_and_kept(own, tmp_pat
     assert prepared.tokenizer_path.read_bytes() == prepared.tokenizer.model_bytes
     before = prepared.tokenizer_path.stat().st_mtime_ns
     assert prepare(config, progress=False).tokenizer_path.stat().st_mtime_ns == before
-    less = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, sample_characters=300_000))
+    less = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, sample_characters=40_000))
     assert prepare(less, progress=False).tokenizer.hash != prepared.tokenizer.hash
 
 
@@ -132,7 +143,7 @@ def test_large_vocabularies_take_four_bytes_a_token(own):
     tokenizer = dataclasses.replace(own.tokenizer, vocab_size=70_340, num_sentinels=70_000)
     wide, narrow = ready(dataclasses.replace(own, tokenizer=tokenizer)), ready(own)
     assert wide.manifest["dtype"] == "<u4"
-    starts = np.arange(0, 50_000, 999)
+    starts = np.arange(0, 7_000, 139)
     np.testing.assert_array_equal(wide.split("train").windows(starts, 50), narrow.split("train").windows(starts, 50))
 
 
@@ -161,6 +172,7 @@ def prepare_elsewhere(config, tmp_path, *, shards: int | None = None) -> subproc
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "import sys, pathlib; from t5like.config import loader; from t5like.data.store import preparation\n"
+        f"preparation.SMALLEST_SHARD = {SHARD}\n"
         "preparation.prepare(loader.from_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
     if shards is not None:  # each finished one advances the progress bar
@@ -187,7 +199,7 @@ def processes_of_group(group: int) -> list[str]:
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory) -> Path:
     """17 shards, so that at a signal some are finished, some in progress and some not started."""
-    write(path := tmp_path_factory.mktemp("long") / "a.jsonl", lines(20_000))
+    write(path := tmp_path_factory.mktemp("long") / "a.jsonl", lines(2500))
     return path
 
 
@@ -256,7 +268,7 @@ def test_a_shard_without_its_record_is_written_again(own):
 
 def test_shards_of_older_data_are_written_again(own, tmp_path):
     (ready(own).directory / "manifest.json").unlink()
-    write(tmp_path / "a.jsonl", lines(6000, seed=5))
+    write(tmp_path / "a.jsonl", lines(750, seed=5))
     fresh = ready(changed(own, cache_directory=str(tmp_path / "fresh")))
     assert contents(ready(own).directory) == contents(fresh.directory)
 
@@ -296,7 +308,7 @@ def test_a_changed_source_is_refused_with_both_fixes(own, tmp_path, trained):
     assert ready(own).directory == before.directory
     path.write_bytes(raw + b'{"text": "one more"}\n')
     shutil.rmtree(re.search("or remove (.*) to prepare", str(refused.value))[1])
-    assert ready(own).split("train").num_documents + ready(own).split("heldout").num_documents == 6001
+    assert ready(own).split("train").num_documents + ready(own).split("heldout").num_documents == 751
 
 
 def test_a_store_works_without_its_source(own, tmp_path):
@@ -315,7 +327,7 @@ def test_a_store_works_without_its_source(own, tmp_path):
 def test_bad_data_stop_prepare_with_one_line_and_no_store(own, tmp_path, workers):
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "half a pair \\ud800"}\n')
-    with pytest.raises(DataError, match="a.jsonl:6001: not valid JSON .a string has half of a surrogate") as refused:
+    with pytest.raises(DataError, match="a.jsonl:751: not valid JSON .a string has half of a surrogate") as refused:
         ready(changed(own, num_workers=workers))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("prepared/stores/*/manifest.json"))
@@ -345,7 +357,7 @@ def test_the_smallest_corpus_holds_one_document_out(own, tmp_path):
 def store(tmp_path_factory, model):
     """Shards of few documents, so that windows cross many; one shard has no held-out document."""
     directory = tmp_path_factory.mktemp("store")
-    texts = ["x" * 200_000 + str(i) if i % 9 == 4 else f"text {i}" for i in range(90)]
+    texts = ["x" * 25_000 + str(i) if i % 9 == 4 else f"text {i}" for i in range(90)]
     write(directory / "a.jsonl", texts)
     config = loader.resolve(
         {
