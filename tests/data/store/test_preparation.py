@@ -108,9 +108,8 @@ def test_every_document_is_in_one_split_with_its_text(own):
     assert set(train) | set(heldout) == set(texts) and len(train) + len(heldout) == 750
     positions = {text: position for position, text in enumerate(texts)}
     for documents_of_split in (train, heldout):
-        assert [positions[text] for text in documents_of_split] == sorted(
-            positions[text] for text in documents_of_split
-        )
+        order = [positions[text] for text in documents_of_split]
+        assert order == sorted(order)
     assert 55 < len(heldout) < 95  # a tenth
     assert len(store.manifest["pieces"]) == 5 and store.manifest["dtype"] == "<u2"
     assert store.manifest["tokenizer"] == prepared.tokenizer.hash
@@ -172,7 +171,7 @@ def prepare_elsewhere(config, tmp_path, *, shards: int | None = None) -> subproc
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "import sys, pathlib; from t5like.config import loader; from t5like.data.store import preparation\n"
-        f"preparation.SMALLEST_SHARD = {SHARD}\n"
+        f"preparation.SMALLEST_SHARD = {SHARD}; "
         "preparation.prepare(loader.from_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
     if shards is not None:  # each finished one advances the progress bar
