@@ -46,6 +46,12 @@ def scontrol(*arguments: str) -> None:
     subprocess.run(["scontrol", *arguments], check=True)
 
 
+def states_of(node: str) -> str:
+    """What Slurm says of a node, such as `idle` or `drained`."""
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def tasks(job: str) -> dict[int, int]:
     """The processes of the tasks of a job's step: the pid of each, by rank."""
     found = {}

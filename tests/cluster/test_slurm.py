@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, checkpoints, digests, launch, log, number, scontrol, show, steps, tasks, until, wait
+from jobs import ROOT, checkpoints, digests, launch, log, number, scontrol, show, states_of, steps, tasks, until, wait
 from one_device import XLA_FLAGS
 from slurm_cluster import free_ports
 
@@ -71,17 +71,20 @@ def without_slurm(workdir: Path, train: list, processes: int, devices: int) -> d
 
 @pytest.fixture
 def submit(tmp_path, train):
-    """Submit the run; returns the number of the job. Its steps are slow until it starts again, if `slow`."""
+    """Submit the run; returns the number of the job. Its steps are slow until it starts again, if `slow`.
+
+    It is planned before only if `plan`, which compiles its step.
+    """
     slow_start = tmp_path / "slow_start"
     slow_start.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/cluster/slow_start.py "$@"\n')
     slow_start.chmod(0o755)
 
-    def run(*options: str, slow: bool = True, nodes: int = 2, name: str = "run", flags: tuple[str, ...] = ()) -> str:
+    def run(*options: str, slow: bool = True, nodes: int = 2, flags: tuple[str, ...] = (), plan: bool = False) -> str:
         python = slow_start if slow else sys.executable
         cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-        command = [*map(str, train), *flags, f"--workdir={tmp_path}/{name}"]
+        command = [*map(str, train), *flags, f"--workdir={tmp_path}/run"]
         own = [f"--nodes={nodes}", f"--python={python}", f"--env=XLA_FLAGS={XLA_FLAGS}", f"--compile_cache={cache}"]
-        own += ["--env=JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+        own += ["--env=JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", *([] if plan else ["--skip_plan"])]
         devices = [] if any("fake_devices" in option for option in options) else ["--fake_devices=1"]
         code, out, err = launch(
             "slurm", *own, "--cpus_per_process=1", "--workdir_is_shared", *devices, *options, "--", *command
@@ -107,7 +110,7 @@ def assert_finished(job: str, workdir: Path, reference: Callable[[], dict], rest
 
 
 def test_a_run_on_two_nodes_ends_as_without_slurm(submit, reference, tmp_path):
-    job = submit(slow=False)
+    job = submit(slow=False, plan=True)
     assert_finished(job, tmp_path / "run", reference, 0)
     code, out, _ = launch("status", tmp_path / "run")
     assert code == 0 and f"slurm:{job}  COMPLETED" in out
@@ -177,9 +180,16 @@ def test_a_lost_host_starts_the_job_again(submit, tmp_path):
     progress(job, workdir)
     scontrol("update", "NodeName=127.0.0.3", "State=DOWN", "Reason=lost")
     until(lambda: show(job)["Restarts"] == "1" and not steps(job), "the job is in the queue again", job)
-    scontrol("update", "NodeName=127.0.0.3", "State=RESUME")
-    fields = wait(job, *ENDED)
-    assert fields["JobState"] == "COMPLETED" and checkpoints(workdir)[-1] == STEPS, log(workdir)
+    node = ("NodeName=127.0.0.3", "State=RESUME")
+    scontrol("update", *node)
+
+    def ended():
+        if "drain" in states_of("127.0.0.3"):  # its daemon was slow to report that the job is gone from it
+            scontrol("update", *node)
+        return show(job)["JobState"] in ENDED
+
+    until(ended, "the job has ended", job)
+    assert show(job)["JobState"] == "COMPLETED" and checkpoints(workdir)[-1] == STEPS, log(workdir)
 
 
 @pytest.mark.parametrize("code, extra", [(2, ()), (3, ("--config.data.source=text:/nowhere",))])
@@ -187,7 +197,7 @@ def test_an_error_of_the_user_ends_the_job(submit, tmp_path, code, extra):
     if code == 2:
         (tmp_path / "run").mkdir()
         (tmp_path / "run/foreign").touch()
-    job = submit("--skip_plan", slow=False, flags=extra)
+    job = submit(slow=False, flags=extra)
     fields = wait(job, *ENDED)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{code}:0", "0")
     assert f"exit code {code}; the job ends and does not start again" in log(tmp_path / "run")
@@ -197,7 +207,7 @@ def test_a_job_that_never_makes_progress_ends(submit, tmp_path):
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
-    job = submit("--retries=1", f"--python={killed}", "--skip_plan", nodes=1)
+    job = submit("--retries=1", f"--python={killed}", nodes=1)
     fields = wait(job, *ENDED)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "137:0", "1")
     assert "the job ends: 1 of 1 restarts are used" in log(tmp_path / "run")
@@ -206,7 +216,7 @@ def test_a_job_that_never_makes_progress_ends(submit, tmp_path):
 @pytest.mark.parametrize("processes, devices", [(2, 1), (1, 2)], ids=["per_gpu", "per_host"])
 def test_one_process_per_gpu_or_per_host_ends_as_without_slurm(submit, train, tmp_path, processes, devices):
     flags = ("--config.train.num_steps=6",)
-    options = (f"--processes_per_node={processes}", f"--fake_devices={devices}", "--skip_plan")
+    options = (f"--processes_per_node={processes}", f"--fake_devices={devices}")
     job = submit("--accelerator=h100:2x2", *options, slow=False, flags=flags)
     wanted = lambda: without_slurm(tmp_path / "local", [*train, *flags], 2 * processes, devices)
     assert_finished(job, tmp_path / "run", wanted, 0)
@@ -216,17 +226,18 @@ def test_one_process_per_gpu_or_per_host_ends_as_without_slurm(submit, train, tm
 
 def test_a_sweep_is_an_array_whose_runs_can_be_compared(submit, tmp_path):
     sweep = tmp_path / "sweep.json"
-    sweep.write_text(json.dumps({"grid": {"optimizer.learning_rate": [0.1, 0.01, 0.001]}}))
-    job = submit(f"--sweep={sweep}", "--partition=single", slow=False, nodes=1, flags=("--config.train.num_steps=6",))
+    sweep.write_text(json.dumps({"grid": {"optimizer.learning_rate": [0.1, 0.01]}}))
+    options, flags = (f"--sweep={sweep}", "--partition=single"), ("--config.train.num_steps=6",)
+    job = submit(*options, slow=False, nodes=1, flags=flags, plan=True)
     until(
-        lambda: set(launch("status", f"slurm:{job}")[1].split()) >= {f"slurm:{job}_{index}" for index in range(3)}, ""
+        lambda: set(launch("status", f"slurm:{job}")[1].split()) >= {f"slurm:{job}_{index}" for index in range(2)}, ""
     )
-    for index in range(3):
+    for index in range(2):
         assert wait(f"{job}_{index}", *ENDED)["JobState"] == "COMPLETED"
     runs = sorted(path.parent for path in (tmp_path / "run").glob("*/checkpoints"))
-    assert [checkpoints(run)[-1] for run in runs] == [6, 6, 6]
-    assert len({str(digests(run)) for run in runs}) == 3
+    assert [checkpoints(run)[-1] for run in runs] == [6, 6]
+    assert len({str(digests(run)) for run in runs}) == 2
     command = [sys.executable, "-m", "t5like", "compare", *runs, f"--output={tmp_path}/compare.png"]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for rate in ("0.1", "0.01", "0.001"):
+    for rate in ("0.1", "0.01"):
         assert rate in table
