@@ -69,9 +69,10 @@ def _handlers() -> ocp.type_handlers.TypeHandlerRegistry:
 
     A slice of each shape is a program of its own, which the first save would compile while the run waits.
     """
+    kinds = (int, float, bytes, np.number, np.ndarray)  # an import has NumPy's, also numbers
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
-    pairs = (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
-    return ocp.type_handlers.create_type_handler_registry(*pairs)
+    pairs = ((kind, ocp.type_handlers.get_type_handler(kind)) for kind in kinds)
+    return ocp.type_handlers.create_type_handler_registry(*pairs, (jax.Array, arrays))
 
 
 @functools.cache
