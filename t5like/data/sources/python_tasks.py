@@ -298,7 +298,6 @@ def library() -> Library:
         for children in _children_of_statements(tree):
             collected.expressions += _readings(children, file, lines, read)
     return collected
-    return collected
 
 
 def _collect(collected: Library, parent: ast.AST, file: str, scope: str) -> None:
