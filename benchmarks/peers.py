@@ -56,7 +56,7 @@ SHAPES = {
     "tiny": Shape(256, 4, 4, 1024, 4096, 256, 64, 16),
     "small": Shape(512, 8, 6, 1024, 32_128, 512, 114, 4),  # T5 1.1 small
     "dec": Shape(512, 8, 8, 2048, 32_000, 0, 512, 4),  # Llama's layer
-    "bert": Shape(768, 12, 12, 3072, 30_522, 512, 0, 2),  # BERT base
+    "bert": Shape(768, 12, 12, 3072, 30_592, 512, 0, 2),  # BERT base; its 30,522 tokens in multiples of 128
     "long": Shape(512, 8, 6, 1024, 32_128, 1024, 229, 2),  # T5 1.1 small, with rows twice as long as in "small"
     "toy": Shape(64, 1, 1, 64, 512, 32, 16, 8),  # not a measurement: it tests that all implementations run
     "toy_dec": Shape(64, 1, 1, 64, 512, 0, 32, 8),

@@ -3,10 +3,18 @@
 Needs the extra `parity`; not part of `make test`: `python -m pytest tests/live/test_benchmarks_live.py`
 """
 
+import dataclasses
 import json
 
+import jax
 import pytest
 from documents import ROOT
+
+from t5like import tree
+from t5like.config import loader
+from t5like.data import pipeline
+from t5like.optim import train_state
+from t5like.sharding import mesh as meshes
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +33,23 @@ def test_training_steps_are_compared(capfd):
     assert ours["params"] == theirs["params"] and (ours["program"], theirs["program"]) == ("t5like", "torch eager")
     assert ours["t5like_time_ratio"] == 1 and theirs["t5like_time_ratio"] > 0 and theirs["torch"]
     assert 0 < theirs["counted_flops"] <= ours["flops_per_step"] and "| toy " in err
+
+
+def test_both_libraries_have_as_many_parameters_in_every_measured_shape():
+    import measurement
+    import peers
+    import torch
+    import torch_peer
+
+    for name in peers.MEASURED:
+        shape = dataclasses.replace(peers.SHAPES[name], layers=1)
+        path, *fields = peers.t5like_command(shape, peers.parse([]))[3:]
+        config = loader.load(path.partition("=")[2], measurement.split(fields)[1])
+        mesh = meshes.make_mesh(config, jax.devices()[:1])
+        ours = train_state.abstract_state(config, pipeline.spec(config), mesh).params
+        with torch.device("meta"):
+            theirs = torch_peer.model_and_batch(shape)[0].parameters()
+        assert tree.num_parameters(ours) == sum(each.numel() for each in theirs), name
 
 
 def test_decoding_is_compared(capfd):
