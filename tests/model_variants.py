@@ -3,12 +3,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from conftest import random_batch, small
 
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.model.transformer import Transformer
 from t5like.optim import step, train_state
+from t5like.sharding import mesh as meshes
 from t5like.types import Batch
 
 BERT = {
@@ -136,9 +139,23 @@ def with_model(variant, **model) -> Config:
 
 
 @functools.cache
-def init(config: Config, seed: int = 0):
-    """Random parameters, made once for all tests of a process."""
-    return tree.nested(train_state.random_params(config, random_batch(config), jax.random.key(seed)))
+def init(config: Config):
+    """The random parameters of a new run, made once for all tests of a process."""
+    return tree.nested(train_state.random_params(config, random_batch(config), jax.random.key(0)))
+
+
+@functools.cache
+def params_of(config: Config, seed: int = 0):
+    """`drawn_params`, once for all tests of a process."""
+    return drawn_params(config, random_batch(config), seed)
+
+
+def drawn_params(config: Config, batch: Batch, seed: int = 0):
+    """Parameters distributed like those of `init`, drawn by NumPy: JAX's draws take longer to compile than a model."""
+    rng, kinds = np.random.default_rng(seed), train_state.initial_values(config, batch)
+    shapes = train_state.abstract_state(config, batch, meshes.make_mesh(config, jax.devices()[:1])).params
+    values = {name: rng.normal(*kinds[name], leaf.shape) for name, leaf in tree.flatten(shapes).items()}
+    return jax.tree.map(jnp.float32, tree.nested(values))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,3 +178,21 @@ def mean_loss(config: Config, params, batch: Batch, key=None):
 
 def loss_and_gradients(config: Config, params, batch: Batch):
     return jax.jit(jax.value_and_grad(lambda p: step.pretrain_loss(config, p, batch, None).objective))(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decoded_by_steps(config: Config, params, batch: Batch):
+    """The logits of the full forward, and those with a cache: of 5 tokens at once, then of one token after another."""
+    apply = functools.partial(Transformer(config).apply, {"params": params})
+    rows, length = batch.decoder_BL.shape
+    encoded = None if batch.encoder_BS is None else apply(batch.encoder_BS, method="encode")
+    cache = apply(rows, length, encoded, method="prepare_cache")
+    first, cache = apply(batch.decoder_BL[:, :5], cache, 0, method="decode")
+
+    def one(cache, index):
+        ids_B1 = jax.lax.dynamic_slice_in_dim(batch.decoder_BL, index, 1, axis=1)
+        logits_B1V, cache = apply(ids_B1, cache, index, method="decode")
+        return cache, logits_B1V[:, 0]
+
+    rest = jax.lax.scan(one, cache, jnp.arange(5, length))[1].swapaxes(0, 1)
+    return apply(batch), jnp.concatenate([first, rest], axis=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, small
-from model_variants import init, with_model
+from model_variants import params_of, with_model
 
 from t5like.model import block
 from t5like.model.mlp import Mlp
@@ -31,7 +31,7 @@ class MlpWithAuxiliary(Mlp):
 )
 def test_auxiliary_sums_of_all_layers_reach_objective_and_metrics(monkeypatch, variant, model, layers):
     config = with_model(variant, layers=layers, **model)
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     rest, layers = params["decoder"], params["decoder"]["layers"]
 
     def objective(scale):
@@ -55,7 +55,7 @@ def test_auxiliary_sums_of_all_layers_reach_objective_and_metrics(monkeypatch, v
 def test_auxiliary_sums_are_added_over_microbatches(monkeypatch):
     monkeypatch.setattr(block, "Mlp", MlpWithAuxiliary)
     config = small()
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     sums_of = jax.jit(lambda batch: step.pretrain_loss(config, params, batch, None).metrics["square_loss"])
     whole = sums_of(batch)
     halves = [sums_of(jax.tree.map(itemgetter(part), batch)) for part in (slice(None, 4), slice(4, None))]
@@ -65,6 +65,6 @@ def test_auxiliary_sums_are_added_over_microbatches(monkeypatch):
 
 def test_a_model_without_auxiliary_sums_has_the_metrics_of_the_loss_alone():
     config = small()
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     metrics = jax.eval_shape(lambda: step.pretrain_loss(config, params, batch, None).metrics)
     assert set(metrics) == {"loss", "z_loss", "accuracy"}

@@ -1,6 +1,5 @@
 """Blocks of Gemma 2 and 3 and T5Gemma 1 and 2; `test_families.py` compares them with transformers."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -10,12 +9,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import random_batch, small
-from model_variants import VARIANTS, logits
+from model_variants import VARIANTS, decoded_by_steps, logits
 
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.model.attention import attend
-from t5like.model.transformer import Transformer
 from t5like.optim import step, train_state
 from t5like.types import Batch
 
@@ -77,24 +75,7 @@ def test_merged_attention_stays_inside_a_text_and_serves_several_rows_of_one_sou
 def test_cached_decoding_equals_the_full_forward(variant):
     config = small(**VARIANTS[variant])
     batch = random_batch(config)
-    params = random_params(config, batch)
-
-    @jax.jit
-    def decode(params):
-        apply = functools.partial(Transformer(config).apply, {"params": params})
-        encoded, length = apply(batch.encoder_BS, method="encode"), batch.decoder_BL.shape[1]
-        cache = apply(8, length, encoded, method="prepare_cache")
-        first, cache = apply(batch.decoder_BL[:, :5], cache, 0, method="decode")
-
-        def one(cache, index):
-            ids_B1 = jax.lax.dynamic_slice_in_dim(jnp.asarray(batch.decoder_BL), index, 1, axis=1)
-            logits_B1V, cache = apply(ids_B1, cache, index, method="decode")
-            return cache, logits_B1V[:, 0]
-
-        rest = jax.lax.scan(one, cache, jnp.arange(5, length))[1].swapaxes(0, 1)
-        return apply(batch), jnp.concatenate([first, rest], axis=1)
-
-    full, decoded = decode(params)
+    full, decoded = decoded_by_steps(config, random_params(config, batch), batch)
     np.testing.assert_allclose(decoded, full, atol=2e-5, rtol=1e-4)
 
 

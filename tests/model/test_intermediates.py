@@ -4,12 +4,17 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_batch
-from model_variants import init, with_model
+from model_variants import params_of, with_model
 
 from t5like.errors import ConfigError
 from t5like.model.intermediates import INTERMEDIATES
 from t5like.model.layer_values import compute_intermediates
 from t5like.model.transformer import Transformer
+
+
+def values_of(config, params, batch, *names):
+    """`compute_intermediates`, compiled as one program."""
+    return jax.jit(lambda params: compute_intermediates(config, params, batch, names))(params)
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -19,9 +24,9 @@ def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("variant", ["t5", "pattern", "umt5"])
 def test_scanned_and_unrolled_layers_have_the_same_intermediates(variant):
     config = with_model(variant, num_layers=4)
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     unrolled, scanned = (
-        compute_intermediates(with_model(variant, num_layers=4, layers=layers), params, batch, list(INTERMEDIATES))
+        values_of(with_model(variant, num_layers=4, layers=layers), params, batch, *INTERMEDIATES)
         for layers in ("unroll", "scan")
     )
     stacks = ("encoder", "decoder") if config.model.has_encoder else ("decoder",)
@@ -35,17 +40,17 @@ def test_scanned_and_unrolled_layers_have_the_same_intermediates(variant):
 
 def test_the_last_residual_and_the_final_norm_are_the_output():
     config = with_model("t5", layers="scan", remat="full")
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     hidden = jax.jit(lambda: Transformer(config).apply({"params": params}, batch, method="hidden").x_BLD)()
-    residual = compute_intermediates(config, params, batch, ["residual"])["decoder/residual"]
+    residual = values_of(config, params, batch, "residual")["decoder/residual"]
     expected = rms_norm(np.asarray(residual[-1]), np.asarray(params["decoder"]["final_norm"]["scale"]))
     np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_weights_sum_to_one_and_reproduce_the_layer():
     config = with_model("pattern", num_layers=2)
-    params, batch = init(config), random_batch(config)
-    values = compute_intermediates(config, params, batch, ["residual", "attention_weights", "mlp_input"])
+    params, batch = params_of(config), random_batch(config)
+    values = values_of(config, params, batch, "residual", "attention_weights", "mlp_input")
     residual, weights, mlp_input = (
         np.asarray(values[f"decoder/{name}"]) for name in ("residual", "attention_weights", "mlp_input")
     )
@@ -63,14 +68,14 @@ def test_padding_attends_to_nothing():
     batch = random_batch(config)
     segments = np.repeat([[1, 0]], 16, axis=1).repeat(len(batch.encoder_BS), 0)
     batch = batch._replace(encoder_segments_BS=segments)
-    weights = compute_intermediates(config, init(config), batch, ["attention_weights"])["encoder/attention_weights"]
+    weights = values_of(config, params_of(config), batch, "attention_weights")["encoder/attention_weights"]
     np.testing.assert_allclose(weights.sum(-1)[..., :16], 1, rtol=1e-5)
     assert (weights[..., 16:] == 0).all()
 
 
 def test_only_what_is_requested_is_computed():
     config = with_model("t5", layers="scan")
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
 
     def exponentials(*names: str) -> int:
         apply = lambda params: Transformer(config).apply({"params": params}, batch, method="hidden", mutable=[*names])

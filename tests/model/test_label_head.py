@@ -4,12 +4,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
+from model_variants import drawn_params
 
-from t5like import tree
 from t5like.data.pipeline import spec
 from t5like.metrics.flops import forward_flops
 from t5like.model.transformer import Transformer
-from t5like.optim import train_state
 from t5like.optim.label_loss import squared_error
 from t5like.optim.step import pretrain_loss
 from t5like.types import Batch
@@ -21,8 +20,7 @@ def test_packed_texts_have_the_outputs_and_the_loss_of_single_ones(pooling):
         model={"architecture": "encoder", "num_layers": 1, "pooling": pooling},
         data={"objective": "classification", "labels": ("a", "b", "c"), "inputs_length": 12, "batch_size": 1},
     )
-    params = train_state.random_params(config, spec(config), jax.random.key(0))
-    params, texts, labels = tree.nested(params), ([40, 5, 6, 7, 1], [40, 9, 1]), (2, 0)
+    params, texts, labels = drawn_params(config, spec(config)), ([40, 5, 6, 7, 1], [40, 9, 1]), (2, 0)
     model, of_rows = Transformer(config), jax.jit(lambda batch: Transformer(config).apply({"params": params}, batch))
     packed, single = np.zeros((4, 1, 12), np.int32), np.zeros((4, 2, 12), np.int32)  # ids, segments, positions, targets
     weights, alone, start = np.zeros((1, 12), np.float32), np.zeros((2, 12), np.float32), 0

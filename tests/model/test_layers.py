@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import random_batch, small
-from model_variants import VARIANTS, init, mean_loss
+from model_variants import VARIANTS, init, mean_loss, params_of
 
 from t5like import tree
 
@@ -21,7 +21,7 @@ def test_bert_is_initialized_as_in_its_released_code():
 
 def test_dropout_is_random_in_training_and_absent_in_evaluation():
     config = small(model={"num_layers": 1, "dropout_rate": 0.5})
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
 
     def loss(key):
         return float(mean_loss(config, params, batch, key))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, small
-from model_variants import VARIANTS, init, logits, with_model
+from model_variants import VARIANTS, logits, params_of, with_model
 
 from t5like.config.schema import Config
 from t5like.model.transformer import Transformer
@@ -18,7 +18,7 @@ def influence(config: Config, batch: Batch, row: int = 0) -> np.ndarray:
     Each position reads another id, and the encoder reads none of them, so that each embedding row belongs to one
     position.
     """
-    params, model = init(config), Transformer(config)
+    params, model = params_of(config), Transformer(config)
     ids_L = 3 + np.arange(batch.targets_BL.shape[1])
     one = jax.tree.map(lambda x: x[row : row + 1], batch)
     if one.decoder_BL is None:
@@ -73,7 +73,7 @@ def test_no_token_attends_to_another_document(model):
     if model:
         return
     # and the encoder: inputs of other documents do not change a target's logits
-    params = init(config)
+    params = params_of(config)
     index = int(np.flatnonzero(batch.encoder_segments_BS[0] == 1)[0])
     changed = batch._replace(encoder_BS=batch.encoder_BS.copy())
     changed.encoder_BS[0, index] += 1

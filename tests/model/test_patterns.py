@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, small
-from model_variants import init, logits, loss_and_gradients, with_model
+from model_variants import init, logits, loss_and_gradients, params_of, with_model
 
 from t5like import tree
 from t5like.config.schema import Config
@@ -65,7 +65,7 @@ def float64_logits(config: Config, params, ids_BL: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_local_and_global_layers_equal_a_float64_reference(layers):
     config = with_model("pattern", num_layers=4, layers=layers)
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     expected = float64_logits(config, params, np.asarray(batch.decoder_BL))[..., : config.tokenizer.vocab_size]
     computed = logits(config, params, batch)[..., : config.tokenizer.vocab_size]
     np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=2e-5)
@@ -74,7 +74,8 @@ def test_local_and_global_layers_equal_a_float64_reference(layers):
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_each_layer_attends_to_its_own_window(layers):
     config = with_model("t5_pattern", layers=layers)
-    weights = compute_intermediates(config, init(config), random_batch(config), ["attention_weights"])
+    batch = random_batch(config)
+    weights = jax.jit(lambda p: compute_intermediates(config, p, batch, ["attention_weights"]))(params_of(config))
     for stack, causal in (("encoder", False), ("decoder", True)):
         local, full = np.asarray(weights[f"{stack}/attention_weights"]).min((1, 2)) > 0
         distance = np.arange(len(local))[:, None] - np.arange(len(local))
@@ -85,7 +86,7 @@ def test_each_layer_attends_to_its_own_window(layers):
 def test_dropout_and_scan_work_with_a_pattern_and_differ_by_layer():
     config = with_model("pattern", num_layers=4, layers="scan", dropout_rate=0.3)
     unrolled = with_model("pattern", num_layers=4, dropout_rate=0.3)
-    params, batch, key = init(config), random_batch(config), jax.random.key(0)
+    params, batch, key = params_of(config), random_batch(config), jax.random.key(0)
     loss = lambda config: jax.jit(lambda p: step.pretrain_loss(config, p, batch, key).objective)(params)
     np.testing.assert_allclose(loss(config), loss(unrolled), rtol=1e-6)
 

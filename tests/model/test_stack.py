@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch
-from model_variants import init, loss_and_gradients, with_model
+from model_variants import decoded_by_steps, loss_and_gradients, params_of, with_model
 
 from t5like.config.schema import Config
 from t5like.model.transformer import Transformer
@@ -17,7 +16,7 @@ from t5like.optim import step
 @functools.cache
 def reference(config: Config):
     """A batch, parameters, and the loss with its gradients, once for all changes."""
-    batch, params = random_batch(config), init(config)
+    batch, params = random_batch(config), params_of(config)
     return batch, params, loss_and_gradients(config, params, batch)
 
 
@@ -52,7 +51,7 @@ def test_saved_queries_and_keys_are_not_recomputed():
     def matmuls(remat):
         config = with_model("t5", num_layers=1, remat=remat)
         gradients = jax.jit(jax.grad(lambda p: step.pretrain_loss(config, p, random_batch(config), None).objective))
-        return gradients.lower(jax.eval_shape(lambda: init(config))).as_text().count("stablehlo.dot_general")
+        return gradients.lower(jax.eval_shape(lambda: params_of(config))).as_text().count("stablehlo.dot_general")
 
     attentions = 3  # of the encoder, of the decoder, and across
     assert matmuls("full") - matmuls("qk") == 2 * attentions
@@ -63,22 +62,14 @@ def test_cached_decoding_equals_the_full_forward(variant):
     scanned = {"layers": "scan"} if variant == "scanned_pattern" else {}
     variant = variant.removeprefix("scanned_")
     config = with_model(variant, num_layers=4 if variant == "pattern" else 1, **scanned)
-    params, batch = init(config), random_batch(config)
-    apply = jax.jit(functools.partial(Transformer(config).apply, {"params": params}), static_argnames="method")
-    full = apply(batch)
-    length = batch.decoder_BL.shape[1]
-    encoded = apply(batch.encoder_BS, method="encode") if batch.encoder_BS is not None else None
-    cache = Transformer(config).apply({"params": params}, 8, length, encoded, method="prepare_cache")
-    first, cache = apply(batch.decoder_BL[:, :5], cache, 0, method="decode")
-    np.testing.assert_allclose(first, full[:, :5], atol=2e-5, rtol=1e-4)
-    for index in range(5, length):
-        one, cache = apply(batch.decoder_BL[:, index : index + 1], cache, jnp.int32(index), method="decode")
-        np.testing.assert_allclose(one[:, 0], full[:, index], atol=2e-5, rtol=1e-4)
+    batch = random_batch(config)
+    full, decoded = decoded_by_steps(config, params_of(config), batch)
+    np.testing.assert_allclose(decoded, full, atol=2e-5, rtol=1e-4)
 
 
 def test_a_post_norm_stack_has_no_dropout_behind_its_last_norm():
     config = with_model("bert", dropout_rate=0.5)
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
 
     @jax.jit
     def hidden(key):

@@ -9,7 +9,7 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 from conftest import random_batch, small
-from model_variants import VARIANTS, init, logits, mean_loss, pair_logits
+from model_variants import VARIANTS, logits, mean_loss, pair_logits, params_of
 
 from t5like import tree
 from t5like.config import loader
@@ -108,14 +108,14 @@ def test_an_untrained_preset_has_the_loss_of_a_uniform_guess(name):
         else {"data__inputs_length": "64", "data__targets_length": "14"}
     )
     config = preset(name, **reduced)
-    assert abs(mean_loss(config, init(config), random_batch(config)) - math.log(config.tokenizer.vocab_size)) < 0.5
+    assert abs(mean_loss(config, params_of(config), random_batch(config)) - math.log(config.tokenizer.vocab_size)) < 0.5
 
 
 @pytest.mark.parametrize("variant", ["t5", "bert"])
 def test_norms_softmax_and_loss_stay_float32_in_bfloat16_models(variant):
     sections = VARIANTS[variant]
     config = small(**{**sections, "model": {**sections.get("model", {}), "dtype": "bfloat16"}})
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
     jaxpr = jax.make_jaxpr(lambda p: step.pretrain_loss(config, p, batch, None))(params)
 
     def equations(jaxpr):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, small
+from model_variants import drawn_params
 
 from t5like import tree
 from t5like.model.transformer import Transformer
@@ -35,9 +36,14 @@ def test_divergence_and_its_gradient_are_those_of_float64(rng, temperature, top_
     for values in (logits, teacher):
         values[..., 10] = MASKED  # padding of the vocabulary
     of = partial(distillation.divergence, temperature=temperature, top_k=top_k)
+
+    @jax.jit
+    def with_gradient(logits, teacher):
+        found, pull = jax.vjp(lambda x: of(x, teacher), logits)
+        return found, pull(jnp.ones_like(found))[0]
+
     exact = lambda logits_V, teacher_V: kl_64(logits_V, teacher_V, temperature, top_k if top_k < 11 else 0)
-    found, pull = jax.vjp(lambda x: of(x, jnp.asarray(teacher)), jnp.asarray(logits))
-    gradient = pull(jnp.ones_like(found))[0]
+    found, gradient = map(np.asarray, with_gradient(logits, teacher))
     for place in np.ndindex(2, 3):
         expected = exact(logits[place], teacher[place])
         np.testing.assert_allclose(found[place], expected, rtol=1e-5, atol=1e-6)
@@ -45,7 +51,7 @@ def test_divergence_and_its_gradient_are_those_of_float64(rng, temperature, top_
             unit = np.eye(11)[token] * 1e-5
             slope = (exact(logits[place] + unit, teacher[place]) - exact(logits[place] - unit, teacher[place])) / 2e-5
             np.testing.assert_allclose(gradient[place][token], slope, rtol=1e-4, atol=1e-6)
-    assert np.all(np.abs(of(jnp.asarray(teacher), jnp.asarray(teacher))) < 1e-6)
+    assert np.all(np.abs(with_gradient(teacher, teacher)[0]) < 1e-6)
 
 
 def pair(devices=1, **train):
@@ -107,7 +113,7 @@ def test_an_encoder_that_is_its_own_teacher_has_no_divergence(objective):
     batch = random_batch(small(model={"architecture": "encoder"}) if labels else config)
     if labels:
         batch = batch._replace(targets_BL=batch.targets_BL % 3)
-    params = tree.nested(train_state.random_params(config, batch, jax.random.key(0)))
+    params = drawn_params(config, batch)
     other = jax.tree.map(lambda leaf: leaf * 2, params)
     loss_of = jax.jit(lambda taught: distillation.distilled_loss(config)(config, params, batch, None, taught).metrics)
     same, different = loss_of(params), loss_of(other)

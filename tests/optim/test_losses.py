@@ -1,5 +1,7 @@
 """Cross entropy against float64 formulas, and its chunks against the whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,8 @@ def reference(logits, targets, weights, z_loss, smoothing):
 @pytest.mark.parametrize("z_loss, smoothing", [(0, 0), (1e-2, 0), (0, 0.1), (1e-2, 0.4)])
 def test_cross_entropy_is_that_of_t5x(rng, z_loss, smoothing):
     logits, targets, weights = example(rng)
-    loss = losses.cross_entropy(
-        jnp.asarray(logits, jnp.float32), targets, weights, vocab_size=17, z_loss=z_loss, label_smoothing=smoothing
-    )
+    of = functools.partial(losses.cross_entropy, vocab_size=17, z_loss=z_loss, label_smoothing=smoothing)
+    loss = jax.jit(of)(np.float32(logits), targets, weights)
     objective, nats = reference(logits, targets, weights, z_loss, smoothing)
     np.testing.assert_allclose(loss.objective, objective, rtol=1e-5)
     np.testing.assert_allclose(loss.metrics["loss"].total, nats, rtol=1e-5)
@@ -42,9 +43,9 @@ def test_cross_entropy_is_that_of_t5x(rng, z_loss, smoothing):
 def test_the_gradient_is_that_of_the_formula(rng):
     logits, targets, weights = example(rng, rows=1, length=2, vocab=5)
     weights[:] = [[1.0, 0.5]]
-    padded = jnp.asarray(np.concatenate([logits, np.full((1, 2, 3), -1e9)], axis=-1), jnp.float32)
+    padded = np.float32(np.concatenate([logits, np.full((1, 2, 3), -1e9)], axis=-1))
     settings = {"vocab_size": 5, "z_loss": 1e-2, "label_smoothing": 0.3}
-    gradient = jax.grad(lambda x: losses.cross_entropy(x, targets, weights, **settings).objective)(padded)
+    gradient = jax.jit(jax.grad(lambda x: losses.cross_entropy(x, targets, weights, **settings).objective))(padded)
     wanted = np.zeros((1, 2, 8))  # by central differences in float64
     for place in np.ndindex(logits.shape):
         step = np.zeros_like(logits)
@@ -57,33 +58,29 @@ def test_the_gradient_is_that_of_the_formula(rng):
 def test_smoothing_has_its_minimum_0_at_the_smoothed_distribution():
     shares = np.full((1, 1, 9), 0.2 / 8)
     shares[..., 4] = 0.8
-    settings = {"vocab_size": 9, "label_smoothing": 0.2}
-    loss = losses.cross_entropy(jnp.log(shares), np.array([[4]]), np.ones((1, 1), np.float32), **settings)
+    of = jax.jit(functools.partial(losses.cross_entropy, vocab_size=9, label_smoothing=0.2))
+    loss = of(np.float32(np.log(shares)), np.array([[4]]), np.ones((1, 1), np.float32))
     assert abs(loss.objective) < 1e-6
 
 
 def test_smoothing_leaves_padding_rows_alone(rng):
     logits, targets, weights = example(rng)
     padded = np.concatenate([logits, np.full((3, 10, 4), -1e9)], axis=-1)
-    losses_of = [
-        losses.cross_entropy(
-            jnp.asarray(x, jnp.float32), targets, weights, vocab_size=17, label_smoothing=0.1
-        ).objective
-        for x in (logits, padded)
-    ]
-    np.testing.assert_allclose(*losses_of, rtol=1e-6)
+    of = jax.jit(functools.partial(losses.cross_entropy, vocab_size=17, label_smoothing=0.1))
+    whole, of_padded = (of(np.float32(x), targets, weights).objective for x in (logits, padded))
+    np.testing.assert_allclose(whole, of_padded, rtol=1e-6)
 
 
 def test_large_logits_stay_finite():
-    logits = jnp.array([[[1e4, 0.0, -1e4]]])
-    loss = losses.cross_entropy(logits, np.array([[0]]), np.ones((1, 1), np.float32), vocab_size=3)
+    logits = np.float32([[[1e4, 0.0, -1e4]]])
+    of = jax.jit(functools.partial(losses.cross_entropy, vocab_size=3))
+    loss = of(logits, np.array([[0]]), np.ones((1, 1), np.float32))
     assert loss.metrics["loss"].total == 0 and jnp.isfinite(loss.objective)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])
 def test_chunks_equal_the_whole_with_their_gradients(rng, chunk):
-    hidden = jnp.asarray(rng.normal(size=(3, 10, 6)), jnp.float32)
-    head = jnp.asarray(rng.normal(size=(6, 17)), jnp.float32)
+    hidden, head = np.float32(rng.normal(size=(3, 10, 6))), np.float32(rng.normal(size=(6, 17)))
     _, targets, weights = example(rng)
 
     def loss(head, hidden, chunk):
@@ -97,7 +94,11 @@ def test_chunks_equal_the_whole_with_their_gradients(rng, chunk):
         )
 
     def with_gradient(chunk):
-        return loss(head, hidden, chunk), jax.grad(lambda h, x: loss(h, x, chunk).objective, (0, 1))(head, hidden)
+        def objective(head, hidden):
+            found = loss(head, hidden, chunk)
+            return found.objective, found
+
+        return jax.jit(jax.grad(objective, (0, 1), has_aux=True))(head, hidden)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), with_gradient(0), with_gradient(chunk)
@@ -107,7 +108,7 @@ def test_chunks_equal_the_whole_with_their_gradients(rng, chunk):
 def test_next_sentence_is_the_cross_entropy_of_two_classes_and_leaves_rows_out(rng):
     logits = rng.normal(size=(7, 2)) * 3
     follows = np.array([1, 0, -1, 1, -1, 0, 1])
-    loss = losses.next_sentence(jnp.asarray(logits, jnp.float32), follows[:, None], row_weight=5.0)
+    loss = jax.jit(losses.next_sentence)(np.float32(logits), follows[:, None], row_weight=5.0)
     nats = np.log(np.exp(logits).sum(-1)) - np.where(follows == 1, logits[:, 0], logits[:, 1])  # class 0: it follows
     np.testing.assert_allclose(loss.metrics["nsp_loss"], (nats[follows >= 0].sum(), 5), rtol=1e-5)
     np.testing.assert_allclose(loss.objective, 5 * nats[follows >= 0].sum(), rtol=1e-5)
@@ -116,8 +117,8 @@ def test_next_sentence_is_the_cross_entropy_of_two_classes_and_leaves_rows_out(r
 
 
 def test_a_pairs_loss_has_the_gradient_of_its_formula(rng):
-    logits, follows = jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), np.array([[1], [0], [-1], [0]])
-    gradient = jax.grad(lambda x: losses.next_sentence(x, follows, row_weight=3.0).objective)(logits)
+    logits, follows = np.float32(rng.normal(size=(4, 2))), np.array([[1], [0], [-1], [0]])
+    gradient = jax.jit(jax.grad(lambda x: losses.next_sentence(x, follows, row_weight=3.0).objective))(logits)
     wanted = 3 * (jax.nn.softmax(logits) - np.array([[1, 0], [0, 1], [0, 0], [0, 1]])) * (follows >= 0)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
 
@@ -130,8 +131,8 @@ def test_losses_by_component_are_those_of_its_rows(rng, chunk):
     def of(logits, targets, weights):
         return losses.cross_entropy(logits, targets, weights, vocab_size=17, component_B1=component, num_components=4)
 
-    whole = jnp.asarray(logits, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
-    found = (losses.in_chunks(of, *whole, chunk) if chunk else of(*whole)).metrics["by_component"]
+    in_chunks = lambda *whole: losses.in_chunks(of, *whole, chunk) if chunk else of(*whole)
+    found = jax.jit(in_chunks)(np.float32(logits), targets, weights).metrics["by_component"]
     for index in range(4):
         mine = component[:, 0] == index
         np.testing.assert_allclose(

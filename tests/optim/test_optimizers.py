@@ -1,9 +1,9 @@
 """Optimizers against the papers' equations in float64; masks; stacked layers and experts."""
 
 import math
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -28,17 +28,16 @@ def random_params(num_layers: int = 3) -> dict:
     rng = np.random.default_rng(0)
     sizes = 100.0 ** -np.arange(num_layers)
 
-    def stacked(*shape: int) -> jax.Array:
-        values = rng.normal(size=(num_layers, *shape)) * sizes.reshape(-1, *[1] * len(shape))
-        return jnp.asarray(values, jnp.float32)
+    def stacked(*shape: int) -> np.ndarray:
+        return np.float32(rng.normal(size=(num_layers, *shape)) * sizes.reshape(-1, *[1] * len(shape)))
 
     return {
-        "embedding": jnp.asarray(rng.normal(size=(160, 130)), jnp.float32),
+        "embedding": np.float32(rng.normal(size=(160, 130))),
         "encoder": {
             "layers": {
                 "mlp": {"in": {"kernel": stacked(130, 140), "bias": stacked(140)}, "norm": {"scale": stacked(130)}},
             },
-            "relative_bias": jnp.asarray(rng.normal(size=(32, 4)), jnp.float32),
+            "relative_bias": np.float32(rng.normal(size=(32, 4))),
         },
     }
 
@@ -55,18 +54,32 @@ def axes_of(params: dict) -> dict[str, tuple[str, ...]]:
 
 def random_grads(params: dict, step: int) -> dict:
     rng = np.random.default_rng(100 + step)
-    return jax.tree.map(lambda p: p * jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    return jax.tree.map(lambda p: p * np.float32(rng.normal(size=p.shape)), params)
+
+
+def program_of(config: Config, params: dict) -> Callable[[dict, list[dict]], list[dict]]:
+    """One program that gives the updates from a list of gradients by name, parameters moving along, as float64."""
+    optimizer = make_optimizer(config, params, axes_of(params))
+
+    @jax.jit
+    def run(params, grads):
+        def update(carry, gradient):
+            params, state = carry
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        return jax.lax.scan(update, (params, optimizer.init(params)), grads)[1]
+
+    def updates(params: dict, grads: list[dict]) -> list[dict]:
+        found = tree.flatten(run(params, jax.tree.map(lambda *each: np.stack(each), *grads)))
+        return [{name: np.float64(leaf[step]) for name, leaf in found.items()} for step in range(len(grads))]
+
+    return updates
 
 
 def updates_of(config: Config, params: dict, grads: list[dict] | None = None) -> list[dict]:
-    """The updates that follow from the gradients by name, parameters moving along, as float64."""
-    optimizer = make_optimizer(config, params, axes_of(params))
-    state, found = jax.jit(optimizer.init)(params), []
-    for gradient in grads or [random_grads(params, step) for step in range(3)]:
-        updates, state = jax.jit(optimizer.update)(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        found.append({name: np.float64(leaf) for name, leaf in tree.flatten(updates).items()})
-    return found
+    """Those of 3 random gradients, or of others."""
+    return program_of(config, params)(params, grads or [random_grads(params, step) for step in range(3)])
 
 
 def rms(x: np.ndarray) -> float:
@@ -186,9 +199,11 @@ def test_a_stack_of_layers_is_updated_like_separate_layers(name):
     grads = [random_grads(params, step) for step in range(3)]
     config = config_of(name, weight_decay=0.1)
     together = updates_of(config, params, grads)
+    layer_of = lambda layer, each: jax.tree.map(lambda leaf: leaf[layer : layer + 1], each)
+    alone = program_of(config, layer_of(0, params))
     for layer in range(3):
-        own, *own_grads = (jax.tree.map(lambda leaf: leaf[layer : layer + 1], each) for each in (params, *grads))  # noqa: B023
-        for step, update in enumerate(updates_of(config, own, own_grads)):
+        own, *own_grads = (layer_of(layer, each) for each in (params, *grads))
+        for step, update in enumerate(alone(own, own_grads)):
             for leaf, value in update.items():
                 np.testing.assert_allclose(together[step][leaf][layer], value[0], rtol=1e-5, atol=1e-7)
 
@@ -197,9 +212,9 @@ def test_adafactor_never_factors_over_the_layers():
     params = {
         "decoder": {
             "layers": {
-                "kernel": jnp.ones((256, 128, 4)),
-                "norm": {"scale": jnp.ones((256, 128))},
-                "mlp": {"kernel": jnp.ones((256, 128, 130))},
+                "kernel": np.ones((256, 128, 4)),
+                "norm": {"scale": np.ones((256, 128))},
+                "mlp": {"kernel": np.ones((256, 128, 130))},
             }
         }
     }
@@ -214,7 +229,7 @@ def test_adafactor_never_factors_over_the_layers():
 
 
 def test_expert_kernels_are_factored_and_stacked_biases_are_not():
-    params = {"kernel": jnp.ones((2, 3, 128, 130)), "bias": jnp.ones((256, 128))}
+    params = {"kernel": np.ones((2, 3, 128, 130)), "bias": np.ones((256, 128))}
     axes = {"kernel": ("layers", "experts", "embed", "mlp"), "bias": ("layers", "mlp")}
     state = jax.eval_shape(make_optimizer(config_of("adafactor", no_decay=()), params, axes).init, params)
     shapes = {name.partition("moments/")[2]: leaf.shape for name, leaf in tree.flatten(state).items() if leaf.ndim}
@@ -224,13 +239,13 @@ def test_expert_kernels_are_factored_and_stacked_biases_are_not():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_expert_is_updated_as_if_its_kernel_were_a_layer_of_its_own(name):
     rng = np.random.default_rng(0)
-    kernel, grad = (jnp.asarray(rng.normal(size=(2, 3, 128, 130)), jnp.float32) for _ in range(2))
+    kernel, grad = (np.float32(rng.normal(size=(2, 3, 128, 130))) for _ in range(2))
     config = config_of(name, no_decay=())
 
     def update(*axes: str):
         reshape = lambda leaf: {"kernel": leaf if "experts" in axes else leaf.reshape(6, 128, 130)}
         optimizer = make_optimizer(config, params := reshape(kernel), {"kernel": axes})
-        updates, _ = optimizer.update(reshape(grad), optimizer.init(params), params)
+        updates, _ = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p))(params, reshape(grad))
         return updates["kernel"].reshape(6, 128, 130)
 
     by_expert, by_layer = update("layers", "experts", "embed", "mlp"), update("layers", "embed", "mlp")
@@ -253,7 +268,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_state(name):
 
 def test_frozen_parameters_do_not_count_in_the_clipped_norm():
     params = random_params()
-    grads = [jax.tree.map(lambda p: 1e6 * jnp.ones_like(p), params) | {"encoder": random_grads(params, 0)["encoder"]}]
+    grads = [jax.tree.map(lambda p: 1e6 * np.ones_like(p), params) | {"encoder": random_grads(params, 0)["encoder"]}]
     norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads[0]["encoder"])))
     config = config_of("adamw", b1=0.0, b2=0.0, epsilon=1e9, clip_norm=1.0, frozen=("embedding",))  # g / 1e9
     update = updates_of(config, params, grads)[0]["encoder/relative_bias"]
@@ -286,7 +301,7 @@ def test_a_pattern_that_matches_no_parameter_or_freezes_all_is_refused(field, pa
 def test_sharded_donated_and_planned_updates_equal_the_plain_ones(name):
     layers = {
         "in": {"kernel": random_params(2)["encoder"]["layers"]["mlp"]["in"]["kernel"][:, :128, :128]},
-        "norm": {"scale": jnp.ones((2, 128))},
+        "norm": {"scale": np.ones((2, 128), np.float32)},
     }
     params = {"decoder": {"layers": layers}}
     config = config_of(name, weight_decay=0.1, clip_norm=1.0)
@@ -300,8 +315,9 @@ def test_sharded_donated_and_planned_updates_equal_the_plain_ones(name):
     optimizer = make_optimizer(config, jax.eval_shape(lambda: params), axes_of(params))  # from shapes alone
     placed = shard(params)
     state = optimizer.init(placed)
+    update = jax.jit(optimizer.update, donate_argnums=1)
     for plain, gradient in zip(updates_of(config, params, grads), grads, strict=True):
-        updates, state = jax.jit(optimizer.update, donate_argnums=1)(shard(gradient), state, placed)
-        placed = optax.apply_updates(placed, updates)
+        updates, state = update(shard(gradient), state, placed)
+        placed = jax.jit(optax.apply_updates)(placed, updates)
         for leaf, value in tree.flatten(updates).items():
             np.testing.assert_allclose(value, plain[leaf], rtol=1e-4, atol=1e-7)

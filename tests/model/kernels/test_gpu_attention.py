@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_batch, small
-from model_variants import init, loss_and_gradients, with_model
+from model_variants import loss_and_gradients, params_of, with_model
 
 from t5like.data import pipeline
 from t5like.errors import ConfigError
@@ -78,6 +78,6 @@ def test_a_model_for_gpus_hands_the_kernel_the_bias_and_masks_of_the_plain_model
 
     monkeypatch.setattr(gpu_attention, "attend", attend)
     plain, fused = (with_model("t5", layers="scan", kernels=kernels) for kernels in ("plain", "gpu"))
-    params, batch = init(plain), random_batch(plain)
+    params, batch = params_of(plain), random_batch(plain)
     expected, computed = (loss_and_gradients(config, params, batch) for config in (plain, fused))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), computed, expected)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_batch
-from model_variants import init, with_model
+from model_variants import params_of, with_model
 
 from t5like.model.attention import attend
 from t5like.model.kernels import local_attention
@@ -41,7 +41,7 @@ def test_keys_are_skipped_only_where_a_window_leaves_few_of_them():
 
 def test_a_model_with_windows_has_fewer_flops_and_the_same_logits(monkeypatch):
     config = with_model("windowed", num_layers=1)
-    params, batch = init(config), random_batch(config)
+    params, batch = params_of(config), random_batch(config)
 
     def run():
         apply = lambda params: Transformer(config).apply({"params": params}, batch)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_batch, small
-from model_variants import init, loss_and_gradients, with_model
+from model_variants import loss_and_gradients, params_of, with_model
 
 from t5like.data import pipeline
 from t5like.errors import ConfigError
@@ -74,6 +74,6 @@ def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_devices_ref
 def test_a_model_with_the_fused_kernel_equals_the_plain_model(monkeypatch, variant):
     monkeypatch.setattr(attention.tpu_attention, "attend", functools.partial(tpu_attention.attend, interpret=True))
     plain, fused = (with_model(variant, layers="scan", kernels=kernels) for kernels in ("plain", "tpu"))
-    params, batch = init(plain), random_batch(plain)
+    params, batch = params_of(plain), random_batch(plain)
     expected, computed = (loss_and_gradients(config, params, batch) for config in (plain, fused))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), computed, expected)
