@@ -32,13 +32,12 @@ class Mention(NamedTuple):
 
 
 @functools.cache
-def mentions() -> list[Mention]:
-    """Everything that any document quotes."""
-    found = [each for path in MARKDOWN for each in of_markdown(name_of(path), path.read_text("utf-8"))]
-    found += [each for path in PYTHON for each in of_python(name_of(path), path.read_text("utf-8"))]
-    found += of_makefile("Makefile", (ROOT / "Makefile").read_text("utf-8"))
-    found += of_makefile(".ci/run", (ROOT / ".ci/run").read_text("utf-8"))
-    return found
+def mentions(word: str = "") -> list[Mention]:
+    """Everything that any document with this word in it quotes."""
+    kinds = [*dict.fromkeys(MARKDOWN, of_markdown).items(), *dict.fromkeys(PYTHON, of_python).items()]
+    kinds += [(ROOT / "Makefile", of_makefile), (ROOT / ".ci/run", of_makefile)]
+    texts = [(path, text, quoted) for path, quoted in kinds if word in (text := path.read_text("utf-8"))]
+    return [each for path, text, quoted in texts for each in quoted(name_of(path), text)]
 
 
 def name_of(path: Path) -> str:

@@ -165,6 +165,11 @@ def write(content: bytes, name: str = "a.jsonl") -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(content) and None
 
 
+def bomb(byte: bytes, end: bytes, start: bytes = b"") -> Callable[[Path], None]:
+    """A small file of 80 MB, which are made where they are needed."""
+    return lambda folder: write(gzip.compress(start + byte * 80_000_000 + end, 1))(folder)
+
+
 def parquet(table: dict, cut: int = 0) -> Callable[[Path], None]:
     def arrange(folder: Path) -> None:
         pq.write_table(pa.table(table), path := folder / "a.parquet")
@@ -194,8 +199,8 @@ DATA: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
     "gzip cut off": (write(gzip.compress(JSONL)[:-12]), {}),
     "gzip damaged": (write(gzip.compress(JSONL, mtime=0)[:40] + b"\0\0\0\0" + gzip.compress(JSONL)[44:]), {}),
     "gzip in gzip": (write(gzip.compress(gzip.compress(JSONL))), {}),
-    "gzip of blank lines, a bomb": (write(gzip.compress(b"\n" * 80_000_000 + JSONL, 1)), {}),
-    "gzip of one line, a bomb": (write(gzip.compress(b'{"text": "' + b"a" * 80_000_000 + b'"}\n', 1)), {}),
+    "gzip of blank lines, a bomb": (bomb(b"\n", JSONL), {}),
+    "gzip of one line, a bomb": (bomb(b"a", b'"}\n', b'{"text": "'), {}),
     "xz": (write(b"\xfd7zXZ\0" + bytes(40)), {}),
     "a PDF": (write(b"%PDF-1.7\n%\xe2\xe3\n", "a.txt"), {"source": "text:{}/a.txt"}),
     "a Parquet file as JSON lines": (write(b"PAR1" + bytes(60) + b"PAR1"), {}),

@@ -8,7 +8,6 @@ from typing import get_args
 import pytest
 import regex
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 from t5like.config import loader
 from t5like.config.schema import Metric
@@ -208,6 +207,8 @@ def test_the_same_text_scores_100_in_every_script_and_another_text_less(language
     found = score(names, [half], [[text]])
     assert found["exact_match"] == found["accuracy"] == 0 and all(value < 100 for value in found.values())
     assert all(found[name] > 30 for name in ("f1", "rouge1", "rougeL", "chrf"))
+    from rouge_score.rouge_scorer import RougeScorer  # here: it imports scikit-learn, for seconds
+
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True, tokenizer=None if english else ByRegex())
     for name, value in theirs.score(text, half).items():
         assert found[name] == pytest.approx(100 * value.fmeasure), name

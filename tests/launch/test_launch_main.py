@@ -17,7 +17,12 @@ def documented() -> list[list[str]]:
     fill = lambda word: (
         word.replace("IMAGE:TAG", "registry.example/t5like:0.1.0").replace("BUCKET", "bucket").replace("CLAIM", "claim")
     )
-    lines = [list(map(fill, words[1:])) for mention in mentions() if mention.whole for words in commands(mention)]
+    lines = [
+        list(map(fill, words[1:]))
+        for mention in mentions("t5like launch")
+        if mention.whole
+        for words in commands(mention)
+    ]
     return [words for words in lines if words[:1] == ["launch"] and words[1] in main.BACKENDS]
 
 
