@@ -13,6 +13,7 @@ from t5like.metrics import writers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURE = "loss.png"  # in a run directory
 EXPLODED = 3.0  # times the first loss
@@ -54,10 +55,17 @@ def draw_loss_curve(workdir: Path) -> Path:
         tokens.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    replace_file(workdir / PICTURE, image.getvalue(), CheckpointError, "move it away")
+    replace_file(workdir / PICTURE, png_of(figure), CheckpointError, "move it away")
     return workdir / PICTURE
+
+
+def png_of(figure: "Figure") -> bytes:
+    """A figure as PNG: the bytes of its `savefig`, which draws everything twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    return image.getvalue()
 
 
 def points(records: Records, name: str) -> Points:
@@ -118,6 +126,4 @@ def draw_loss_curves(runs: Mapping[str, Records], picture: Path) -> None:
     if "reward" in plots:
         plots["reward"].set(ylabel="mean reward of an answer")
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    replace_file(picture, image.getvalue(), CheckpointError, "use another --output")
+    replace_file(picture, png_of(figure), CheckpointError, "use another --output")

@@ -1,12 +1,11 @@
 """Draws reward.png of a run of `t5like rl`: what it maximizes, in training and held out, and the KL divergence."""
 
-import io
 from pathlib import Path
 
 from t5like.errors import CheckpointError
 from t5like.io.atomic import replace_file
 from t5like.metrics import writers
-from t5like.metrics.loss_curve import points
+from t5like.metrics.loss_curve import png_of, points
 
 PICTURE = "reward.png"  # in a run directory
 
@@ -39,9 +38,7 @@ def draw_reward_curve(workdir: Path, label: str, training: str, heldout: str) ->
         right.set(ylabel="KL per token from the first weights (dotted)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    replace_file(workdir / PICTURE, image.getvalue(), CheckpointError, "move it away")
+    replace_file(workdir / PICTURE, png_of(figure), CheckpointError, "move it away")
     if not values:
         return workdir / PICTURE, f"held-out {label}  none"
     ends = f"{values[0]:.3f} after step {steps[0]:,}, {values[-1]:.3f} after step {steps[-1]:,}"
