@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import begun, random_batch
+from model_variants import drawn_params
 
 from t5like import tree
 from t5like.errors import ConfigError
@@ -18,6 +20,7 @@ from t5like.optim import eval_step, step, train_state
 from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import auto, placement
 from t5like.sharding import mesh as meshes
+from t5like.types import Batch, TrainState
 
 
 def small(**sections):
@@ -61,12 +64,19 @@ def begun_alone(shape):
     return begun(config, batch, train_state.abstract_state(config, batch, mesh))
 
 
-def one_step(config, batch, devices):
-    """State and metrics after two steps on a mesh of that many devices."""
+@functools.cache
+def program_of(config, devices):
+    """The resolved config, the mesh, the abstract state and the jitted step, once for all batches."""
     mesh = meshes.make_mesh(config, jax.devices()[:devices])
     config = auto.resolve_auto(config, mesh)
-    abstract = train_state.abstract_state(config, batch, mesh)
-    state, update = begun(config, batch, abstract), step.jit_train_step(config, abstract)
+    abstract = train_state.abstract_state(config, random_batch(config), mesh)
+    return config, mesh, abstract, step.jit_train_step(config, abstract)
+
+
+def one_step(config, batch, devices):
+    """State and metrics after two steps on a mesh of that many devices."""
+    config, mesh, abstract, update = program_of(config, devices)
+    state = begun(config, batch, abstract)
     with jax.set_mesh(mesh):
         for _ in range(2):
             state, metrics = update(state, placement.to_global(batch, mesh, config.data.batch_size))
@@ -133,42 +143,55 @@ def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
     assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
 
 
-def test_microbatches_of_a_sharded_batch_move_no_rows():
-    config = small(**SHAPES["encoder_decoder"], train={"microbatches": 2})
+def test_microbatches_of_a_sharded_batch_move_no_rows_and_a_chunked_loss_changes_nothing():
+    config = small(**SHAPES["encoder_decoder"], train={"microbatches": 2, "loss_chunk": 5})
     assert_same(jax.device_get(one_step(config, random_batch(config), 4)), on_one_device("encoder_decoder"))
 
 
-def test_the_step_is_traced_once():
-    config = small()
-    batch = random_batch(config)
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    traces = []
+class Learner(NamedTuple):
+    """A step on one device with a moving average, which several tests run, each from the first state."""
+
+    batch: Batch
+    abstract: TrainState
+    update: Callable
+    traces: list[int]
+
+    def begin(self) -> TrainState:
+        return begun(LEARNER, self.batch, self.abstract)
+
+
+LEARNER = small(optimizer={"ema_decay": 0.9, "learning_rate": 1e-2})
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    mesh, batch, traces = meshes.make_mesh(LEARNER, jax.devices()[:1]), random_batch(LEARNER), []
 
     def counting(*args):
         traces.append(1)
         return step.pretrain_loss(*args)
 
-    abstract = train_state.abstract_state(config, batch, mesh)
-    update, state = step.jit_train_step(config, abstract, counting), begun(config, batch, abstract)
-    with jax.set_mesh(mesh):
-        for seed in range(3):
-            state, _ = update(state, placement.to_global(random_batch(config, seed), mesh, 8))
-    assert len(traces) == 1 and int(state.step) == 3
+    abstract = train_state.abstract_state(LEARNER, batch, mesh)
+    update = step.jit_train_step(LEARNER, abstract, counting)
+
+    def on_mesh(state, batch):
+        with jax.set_mesh(mesh):
+            return update(state, placement.to_global(batch, mesh, 8))
+
+    return Learner(batch, abstract, on_mesh, traces)
 
 
-def test_the_state_is_donated():
-    config = small()
-    batch = random_batch(config)
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = train_state.abstract_state(config, batch, mesh)
-    memory = step.lower_train_step(config, batch, abstract).compile().memory_analysis()
-    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+def test_the_step_is_traced_once(learner):
+    state, traces = learner.begin(), max(1, len(learner.traces))
+    for seed in range(3):
+        state, _ = learner.update(state, random_batch(LEARNER, seed))
+    assert len(learner.traces) == traces and int(state.step) == 3
+
+
+def test_the_state_is_donated(learner):
+    memory = step.lower_train_step(LEARNER, learner.batch, learner.abstract).compile().memory_analysis()
+    bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(learner.abstract))
     assert memory.alias_size_in_bytes >= bytes_of_state
-
-
-def test_a_chunked_loss_changes_nothing():
-    config = small(**SHAPES["encoder_decoder"], train={"loss_chunk": 5})
-    assert_same(jax.device_get(one_step(config, random_batch(config), 1)), on_one_device("encoder_decoder"))
 
 
 def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
@@ -185,9 +208,8 @@ def test_pairs_count_as_much_as_the_masked_tokens_of_a_full_row():
 
 
 def test_an_encoder_counts_the_tokens_it_reads():
-    config = small(**SHAPES["encoder"])
-    batch = random_batch(config)
-    _, metrics = one_step(config, batch, 1)
+    batch = random_batch(small(**SHAPES["encoder"]))
+    _, metrics = on_one_device("encoder")
     assert metrics["tokens"].total == (batch.encoder_BS != 0).sum() < batch.encoder_BS.size
 
 
@@ -206,8 +228,8 @@ def metrics_of_components():
     return jax.device_get(one_step(small(data=FOUR), of_components(small(data=FOUR)), 1))[1]
 
 
-@pytest.mark.parametrize("train, devices", [({}, 1), ({"loss_chunk": 5}, 1), ({"microbatches": 4}, 1), ({}, 8)])
-def test_losses_by_component_add_up_in_chunks_microbatches_and_on_a_mesh(train, devices):
+@pytest.mark.parametrize("train, devices", [({}, 1), ({"loss_chunk": 5, "microbatches": 2}, 4)])
+def test_losses_by_component_add_up_also_in_chunks_microbatches_and_on_a_mesh(train, devices):
     config = small(data=FOUR, train=train)
     batch, whole = of_components(config), metrics_of_components()
     metrics = whole if (train, devices) == ({}, 1) else jax.device_get(one_step(config, batch, devices))[1]
@@ -232,35 +254,25 @@ def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
     assert both["by_component"].total.shape == (4,)
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted_also_if_only_the_second_moment_is_damaged():
-    config = small(optimizer={"ema_decay": 0.9})
-    batch = random_batch(config)
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = train_state.abstract_state(config, batch, mesh)
-    state, update = train_state.new_state(config, batch, abstract), step.jit_train_step(config, abstract)
+def test_an_update_that_is_not_finite_is_skipped_and_counted_also_if_only_the_second_moment_is_damaged(learner):
+    state, batch = learner.begin(), learner.batch
     poisoned = batch._replace(weights_BL=np.full_like(batch.weights_BL, np.nan))
     damage = lambda name, leaf: leaf.at[3, 0].set(jnp.nan) if name.endswith("nu/embedding") else leaf
-    with jax.set_mesh(mesh):
-        state, _ = update(state, placement.to_global(batch, mesh, 8))  # now the average is not the parameters
-        for number, rows in enumerate((poisoned, batch), start=2):
-            before = jax.device_get(state)
-            state, metrics = update(state, placement.to_global(rows, mesh, 8))
-            assert metrics["skipped_updates"].total == 1 and state.step == number
-            assert np.isfinite(metrics["grad_norm"].total) == (rows is batch)
-            jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(state)[1:])
-            state = state._replace(opt_state=tree.map_named(damage, state.opt_state))
+    state, _ = learner.update(state, batch)  # now the average is not the parameters
+    for number, rows in enumerate((poisoned, batch), start=2):
+        before = jax.device_get(state)
+        state, metrics = learner.update(state, rows)
+        assert metrics["skipped_updates"].total == 1 and state.step == number
+        assert np.isfinite(metrics["grad_norm"].total) == (rows is batch)
+        jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(state)[1:])
+        state = state._replace(opt_state=tree.map_named(damage, state.opt_state))
 
 
-def test_the_moving_average_follows_its_formula():
-    config = small(optimizer={"ema_decay": 0.9})
-    batch = random_batch(config)
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = train_state.abstract_state(config, batch, mesh)
-    state = train_state.new_state(config, batch, abstract)
+def test_the_moving_average_follows_its_formula(learner):
+    state = learner.begin()
     first = jax.device_get(state.params)
     jax.tree.map(np.testing.assert_array_equal, first, state.ema)
-    with jax.set_mesh(mesh):
-        state, _ = step.jit_train_step(config, abstract)(state, placement.to_global(batch, mesh, 8))
+    state, _ = learner.update(state, learner.batch)
     jax.tree.map(
         lambda ema, old, new: np.testing.assert_allclose(ema, 0.9 * old + 0.1 * new, rtol=1e-5, atol=1e-7),
         state.ema,
@@ -269,17 +281,11 @@ def test_the_moving_average_follows_its_formula():
     )
 
 
-def test_the_loss_falls_when_the_same_batch_is_learned():
-    config = small(optimizer={"learning_rate": 1e-2})
-    batch = random_batch(config)
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
-    abstract = train_state.abstract_state(config, batch, mesh)
-    state = begun(config, batch, abstract)
-    update, losses = step.jit_train_step(config, abstract), []
-    with jax.set_mesh(mesh):
-        for _ in range(30):
-            state, metrics = update(state, placement.to_global(batch, mesh, 8))
-            losses.append(metrics["loss"].total / metrics["loss"].weight)
+def test_the_loss_falls_when_the_same_batch_is_learned(learner):
+    state, losses = learner.begin(), []
+    for _ in range(30):
+        state, metrics = learner.update(state, learner.batch)
+        losses.append(metrics["loss"].total / metrics["loss"].weight)
     assert losses[-1] < losses[0] - 2
 
 
@@ -356,7 +362,7 @@ def test_evaluation_by_microbatches_takes_less_memory_and_sums_the_same():
     config = small(model={"architecture": "decoder"}, train={"microbatches": 4})
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=1))
     batch = random_batch(config)
-    params = tree.nested(train_state.random_params(config, batch, jax.random.key(0)))
+    params = drawn_params(config, batch)
     start = jax.tree.map(lambda zero: zero + 1, eval_step.zero_metrics(config, params, batch))
     programs = [
         jax.jit(eval_step.make_eval_step(each)).lower(params, batch, start).compile() for each in (whole, config)
