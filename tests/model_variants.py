@@ -1,5 +1,6 @@
 """Model variants that the tests of `model/` share, and functions of a config that are compiled once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from conftest import random_batch, small
 
 from t5like import tree
-from t5like.config.schema import Config
+from t5like.config.schema import Config, MeshConfig
 from t5like.model.transformer import Transformer
 from t5like.optim import step, train_state
 from t5like.sharding import mesh as meshes
@@ -153,7 +154,8 @@ def params_of(config: Config, seed: int = 0):
 def drawn_params(config: Config, batch: Batch, seed: int = 0):
     """Parameters distributed like those of `init`, drawn by NumPy: JAX's draws take longer to compile than a model."""
     rng, kinds = np.random.default_rng(seed), train_state.initial_values(config, batch)
-    shapes = train_state.abstract_state(config, batch, meshes.make_mesh(config, jax.devices()[:1])).params
+    alone = dataclasses.replace(config, mesh=MeshConfig())
+    shapes = train_state.abstract_state(alone, batch, meshes.make_mesh(alone, jax.devices()[:1])).params
     values = {name: rng.normal(*kinds[name], leaf.shape) for name, leaf in tree.flatten(shapes).items()}
     return jax.tree.map(jnp.float32, tree.nested(values))
 

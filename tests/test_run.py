@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from conftest import small
 from documents import ROOT
+from model_variants import drawn_params
 
 import t5like
-from t5like import errors, tree
+from t5like import errors
 from t5like.checkpoint import run_directory
 from t5like.data import pipeline
 from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.model.intermediates import INTERMEDIATES
-from t5like.optim import train_state
 from t5like.optim.step import pretrain_loss
 from t5like.run import Run
 from t5like.sharding import auto
@@ -42,7 +42,7 @@ def untrained(request, run) -> Run:
     config = small(model={"architecture": request.param, "num_layers": 1}, tokenizer=sizes)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, spec = auto.resolve_auto(config, mesh), pipeline.spec(config)
-    params = tree.nested(train_state.random_params(config, spec, jax.random.key(0)))
+    params = drawn_params(config, spec)
     return Run(None, run_directory.Run(0, config, mesh, params, run.tokenizer))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from conftest import SYLLABLES, random_batch, small
+from model_variants import drawn_params
 from test_recovery import flip, half_delete, truncate
 
 from t5like import tree
@@ -63,7 +64,8 @@ def decoder(tmp_path_factory):
 def saved(directory, config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     mesh = meshes.make_mesh(dataclasses.replace(config, mesh=config.mesh), jax.devices()[:1])
     batch = random_batch(config)
-    state = train_state.new_state(config, batch, train_state.abstract_state(config, batch, mesh))
+    params = tree.flatten(drawn_params(config, batch))
+    state = train_state.new_state(config, batch, train_state.abstract_state(config, batch, mesh), params)
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     checkpoints.save(state, config=config, tokenizer=tokenizer.model_bytes, tokenizer_hash=tokenizer.hash)
     later = state._replace(step=jax.device_put(np.int32(1), state.step.sharding))
@@ -94,8 +96,8 @@ def begun(decoder, tokenizer: Tokenizer, *, axes: dict | None = None, **sections
 
 
 def logits(config: Config, params: dict, ids_BL: np.ndarray) -> np.ndarray:
-    nested = jax.tree.map(np.asarray, tree.nested(params))
-    return np.asarray(Transformer(config).apply({"params": nested}, Batch(ids_BL, ids_BL, np.ones(ids_BL.shape))))
+    batch = Batch(ids_BL, ids_BL, np.ones(ids_BL.shape))
+    return np.asarray(jax.jit(lambda params: Transformer(config).apply({"params": params}, batch))(tree.nested(params)))
 
 
 def test_rows_are_mapped_by_piece_special_ids_by_role_and_sentinels_by_index():
@@ -157,7 +159,7 @@ def test_encoder_and_decoder_of_other_sizes_come_from_two_checkpoints(decoder, r
     sizes = {"model_dim": 8, "mlp_dim": 16, "num_heads": 2}
     other_config = small(model={"architecture": "decoder", "num_layers": 1, **sizes}, **VOCABULARY)
     shapes = train_state.abstract_state(other_config, random_batch(other_config), MESH).params
-    other = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    other = jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), shapes)
     write_imported(other, other_config, OLD, tmp_path / "run")
     model = {"model_dim": 16, "mlp_dim": 32, "num_decoder_layers": 1, "separate_embeddings": True}
     model |= {f"decoder_{name}": size for name, size in sizes.items()}

@@ -6,7 +6,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import begun, small
+from conftest import small
+from model_variants import drawn_params
 
 from t5like.data.pipeline import Batches
 from t5like.data.store import preparation
@@ -41,14 +42,28 @@ def evaluator_of(texts, *, devices=1, eval_batches=ALL_BATCHES, sources=("a",), 
     heldout = Batches(config, vocabulary, [store.split("heldout") for store in prepared.stores], heldout=True)
     evaluator = Evaluator(config, mesh, heldout, prepared.tokenizer, every=every)
     batch = heldout.at(0)
-    return evaluator, begun(config, batch, train_state.abstract_state(config, batch, mesh)).params
+    shapes = train_state.abstract_state(config, batch, mesh).params
+    return evaluator, jax.tree.map(
+        lambda leaf, shape: jax.device_put(leaf, shape.sharding), drawn_params(config, batch), shapes
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed(texts):
+    """Of two sources and two objectives, on one device."""
+    return evaluator_of(texts, **MIXED)
+
+
+@pytest.fixture(scope="module")
+def plain(texts):
+    return evaluator_of(texts)
 
 
 MIXED = {"sources": ("a", "b"), "objective": ("span_corruption", "prefix_lm"), "every": True}
 
 
-def test_no_value_depends_on_devices_batch_size_or_rates(texts):
-    reference, params = evaluator_of(texts, **MIXED)
+def test_no_value_depends_on_devices_batch_size_or_rates(texts, mixed):
+    reference, params = mixed
     values, rows = reference(params), reference.heldout.num_heldout
     assert rows % 8 and rows % 5 and reference.num_batches == math.ceil(rows / 8)  # the last batch is not full
     assert values["eval/tokens"] == sum(reference.heldout.at(i).weights_BL.sum() for i in range(reference.num_batches))
@@ -61,8 +76,8 @@ def test_no_value_depends_on_devices_batch_size_or_rates(texts):
         assert other(same_params) == pytest.approx(values, rel=1e-5), case
 
 
-def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte(texts):
-    evaluator, params = evaluator_of(texts, **MIXED)
+def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte(mixed):
+    evaluator, params = mixed
     config, values = evaluator.config, evaluator(params)
     nats_C, tokens_C, bytes_C = np.zeros(4), np.zeros(4), np.zeros(4)
     zero = eval_step.zero_metrics(config, params, evaluator.heldout.at(0))
@@ -88,15 +103,15 @@ def test_sources_and_objectives_have_their_own_loss_perplexity_and_bits_per_byte
     assert values["eval/bits_per_byte"] == pytest.approx(nats_C.sum() / math.log(2) / bytes_C.sum(), rel=1e-5)
 
 
-def test_a_model_with_constant_logits_has_the_uniform_loss(texts):
-    evaluator, params = evaluator_of(texts)
+def test_a_model_with_constant_logits_has_the_uniform_loss(plain):
+    evaluator, params = plain
     constant = {**params, "head": np.zeros_like(params["head"])}
     assert evaluator(constant)["eval/loss"] == pytest.approx(math.log(400), rel=1e-6)
     assert evaluator.baselines()["baseline/uniform"] == pytest.approx(math.log(400))
 
 
-def test_the_unigram_baseline_is_the_entropy_of_the_heldout_targets(texts):
-    evaluator, _ = evaluator_of(texts)
+def test_the_unigram_baseline_is_the_entropy_of_the_heldout_targets(plain):
+    evaluator, _ = plain
     tokens = []
     for index in range(evaluator.num_batches):
         batch = evaluator.heldout.at(index)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
-from model_variants import init
+from model_variants import params_of
 
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.target_scores import score_targets, scoring_batch
@@ -21,7 +21,7 @@ def model_of(architecture):
     config = small(model={"architecture": architecture, "num_layers": 1})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
-    return config, init(config, seed=1)
+    return config, params_of(config, seed=1)
 
 
 @pytest.mark.parametrize("architecture, eos_ids", [("encoder_decoder", (1, 44, 45)), ("decoder", (1,))])
@@ -43,8 +43,8 @@ def test_the_nats_of_a_target_and_any_eos_id_are_those_of_the_unpadded_row(archi
             batch = Batch(row, row, np.ones(row.shape, np.float32), prefix_BL=prefix)
         else:
             batch = Batch(np.array([[0, *answer[:-1]]]), np.array([answer]), ones, ids)
-        logits = logits_of(batch)[0, -len(answer) :]
-        p = np.asarray(jax.nn.softmax(logits))
+        logits = np.float64(logits_of(batch)[0, -len(answer) :])
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         wanted = -np.log(p[np.arange(len(answer) - 1), answer[:-1]]).sum() - np.log(p[-1, list(eos_ids)].sum())
         most_likely = [1 if token in eos_ids else token for token in logits.argmax(-1).tolist()]
         assert nats == pytest.approx(float(wanted), rel=1e-5) and greedy == (most_likely == answer)

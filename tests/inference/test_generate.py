@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small
-from model_variants import init
+from model_variants import params_of
 
 from t5like.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
 from t5like.errors import ConfigError
@@ -40,7 +40,7 @@ def model_of(**sections):
     config = small(**{**sections, "model": {"num_layers": 1, **sections.get("model", {})}})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config = auto.resolve_auto(config, mesh)
-    params = init(config, seed=1)
+    params = params_of(config, seed=1)
     return config, {**params, "head": params["head"] * 10}
 
 
@@ -191,16 +191,16 @@ def test_the_text_of_a_prompt_does_not_depend_on_other_prompts(tokenizer):
 
 def test_extra_eos_ids_of_the_config_end_texts_and_are_not_part_of_them(tokenizer):
     config, params = model_of(tokenizer={"vocab_size": 400, "num_sentinels": 20})
-    [answer] = Generator(config, params, tokenizer).answer([Prompt([5, 6, 1])], DecodingOptions(NEW))[0]
+    [answer] = Generator(config, params, tokenizer).answer([Prompt([20, 21, 1])], DecodingOptions(NEW))[0]
     end = answer.ids[3]
     assert end not in answer.ids[:3]
     ending = dataclasses.replace(config.tokenizer, extra_eos_ids=(end, 399, end))
     generator = Generator(dataclasses.replace(config, tokenizer=ending), params, tokenizer)
     assert generator.eos_ids == (tokenizer.eos_id, end, 399)
-    [ended] = generator.answer([Prompt([5, 6, 1])], DecodingOptions(NEW))[0]
+    [ended] = generator.answer([Prompt([20, 21, 1])], DecodingOptions(NEW))[0]
     assert ended.ids == answer.ids[:4] and ended.text == tokenizer.decode(answer.ids[:3])
     assert ended.log_prob == pytest.approx(sum(answer.token_log_probs[:4]), rel=1e-5)
-    ids = generator.ids([Prompt([5, 6, 1])], max_new_tokens=NEW)
+    ids = generator.ids([Prompt([20, 21, 1])], max_new_tokens=NEW)
     assert ids.tolist() == [[*answer.ids[:4], 0, 0]] and generator.texts(ids) == [ended.text]
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small
+from model_variants import drawn_params
 
-from t5like import tree
 from t5like.config.schema import Config
 from t5like.inference import decoding
 from t5like.inference.prompt_format import Prompt
@@ -19,7 +19,6 @@ from t5like.inference.sampling import TracedOptions
 from t5like.model import attention
 from t5like.model.kernels import tpu_attention
 from t5like.model.transformer import Transformer
-from t5like.optim import train_state
 from t5like.rl.experience import answer_rows
 from t5like.types import Batch
 
@@ -74,7 +73,7 @@ def test_one_encoder_row_for_several_answers_equals_a_copy_for_each(monkeypatch,
     monkeypatch.setattr(attention, "tpu_attention", SimpleNamespace(**{**vars(tpu_attention), "attend": attend}))
     config = shape_of(layers=layers, kernels=kernels, num_layers=1)
     batch = rows_of(config, PROMPTS, ANSWERS)
-    params = tree.nested(train_state.random_params(config, batch, jax.random.key(0)))
+    params = drawn_params(config, batch)
     once, copied = hidden_and_gradients(config, params, [batch, repeated(batch)])
     real_BL = batch.weights_BL > 0
     np.testing.assert_allclose(once[1][real_BL], copied[1][real_BL], rtol=1e-5, atol=1e-5)

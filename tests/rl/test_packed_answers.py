@@ -7,13 +7,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
+from model_variants import drawn_params
 from test_encode_once import tokens
 
-from t5like import tree
 from t5like.config.rl_schema import RLConfig
 from t5like.config.schema import Config
 from t5like.inference.prompt_format import Prompt
-from t5like.optim import train_state
 from t5like.rl import advantages, experience, objective, packing
 from t5like.rl.experience import Experience
 from t5like.rl.scoring import scores
@@ -109,7 +108,7 @@ def test_losses_gradients_and_metrics_are_those_of_rows_of_one_answer(architectu
     assert plan.decoder_rows * plan.groups <= PROMPTS * ANSWERS / 2 and plan.segment_BG.max() > 2
     whole = [learned(rl, rows) for rl in rls]
     packed = [plan.rows(each) for each in whole]
-    params = tree.nested(train_state.random_params(config, rows.rows(), jax.random.key(0)))
+    params = drawn_params(config, rows.rows())
     program = jax.jit(partial(metrics_and_gradients, config, rls))
     (metrics, slopes, grads), of_packed = program(params, whole), program(params, packed)
     for name, desired, actual in zip(names, metrics, of_packed[0], strict=True):

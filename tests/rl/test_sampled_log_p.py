@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
+from model_variants import drawn_params
 
-from t5like import tree
 from t5like.inference import decoding
 from t5like.inference.prompt_format import Prompt
-from t5like.optim import train_state
 from t5like.rl.experience import answer_rows, in_rows
 from t5like.rl.rollouts import Sampler
 from t5like.rl.scoring import scores
@@ -48,7 +47,7 @@ def test_the_log_probabilities_of_the_sampler_are_those_of_the_trainer(rng, arch
         ids = rng.integers(3, 20, length).tolist()
         prompts.append(Prompt([*ids, *start], length if start else 0))
     rows = answer_rows(config, prompts, [[[EOS]]] * 4)
-    params = tree.nested(train_state.random_params(config, rows.rows(), jax.random.key(0)))
+    params = drawn_params(config, rows.rows())
     params = jax.tree.map(lambda x: 2 * x, params)  # far from uniform
     sampler = Sampler(config, meshes.make_mesh(config, jax.devices()[:1]), Ids())
     answers = sampler(params, prompts, np.arange(4), answers=6, temperature=temperature, seed=0)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small
+from model_variants import drawn_params
 
 from t5like import tree
 from t5like.config.schema import TokenizerConfig
@@ -14,7 +15,7 @@ from t5like.data.store.preparation import prepare
 from t5like.data.supervised.examples import Examples
 from t5like.data.supervised.packing import ExampleRows, blank_rows, pack
 from t5like.data.tokenizers.tokenizer import train_tokenizer
-from t5like.optim import step, train_state
+from t5like.optim import step
 from t5like.types import Batch
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
@@ -192,7 +193,7 @@ def gradient(config):
 
 @functools.cache
 def params_of(config):
-    return tree.nested(train_state.random_params(config, blank_rows(config, 1), jax.random.key(0)))
+    return drawn_params(config, blank_rows(config, 1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
