@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_hf_live import transformers_here
 
 BERT = {
     "model.architecture": "encoder", "model.positions": "learned", "model.max_length": 64, "model.norm": "layer",
@@ -19,7 +20,8 @@ BERT = {
         pytest.param("token_classification", "O,B-X,I-X", "BertForTokenClassification", marks=pytest.mark.long),
     ],
 )
-def test_logits_of_labels_equal_those_of_transformers(objective, labels, name, command, flags, tmp_path):
+def test_logits_of_labels_equal_those_of_transformers(objective, labels, name, command, flags, tmp_path, monkeypatch):
+    transformers_here(monkeypatch)
     rows = [{"inputs": f"word {number} and more", "targets": labels.split(",")[number % 3]} for number in range(60)]
     if objective == "token_classification":
         rows = [{**row, "targets": [row["targets"]] * 4} for row in rows]

@@ -23,6 +23,13 @@ def data(tmp_path_factory):
     return DataConfig(cache_directory=str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def generated_here(monkeypatch):
+    """Records are generated in this process, which has imported the package; another one takes seconds to do so."""
+    generate = lambda spec, path, arguments: reasoning_gym.write_records(path, arguments)
+    monkeypatch.setattr(reasoning_gym, "_generate", generate)
+
+
 def rows_of(spec, data):
     source = open_source(spec, data, FIELDS)
     return [source.record(index).fields for index in range(len(source))]
@@ -33,7 +40,7 @@ def reward(entry):
     return reward
 
 
-def test_records_follow_the_parameters_and_the_right_answer_gets_1(data):
+def test_records_follow_the_parameters_and_the_right_answer_gets_1(data, generated_here):
     rows = rows_of("reasoning_gym:gcd?size=50&seed=3&max_numbers=2&max_value=30", data)
     assert len(rows) == 50 and len({row["inputs"] for row in rows}) > 40
     for entry in ("reasoning_gym:gcd", "reasoning_gym"):
@@ -75,7 +82,7 @@ def test_the_scorer_of_every_task_scores_stored_entries_as_fresh_ones():
         ("count_bits", 'PAYS FOR JUNK: "7919" gets 0.1, the right answer 1'),  # a text that contains the answer
     ],
 )
-def test_the_audit_finds_the_holes_of_scorers(task, warning, data):
+def test_the_audit_finds_the_holes_of_scorers(task, warning, data, generated_here):
     result = audit([reward(f"reasoning_gym:{task}")], rows_of(f"reasoning_gym:{task}?size=20", data))
     assert not result.passed and any(line.startswith(f"reasoning_gym: {warning}") for line in result.lines)
 
@@ -107,7 +114,7 @@ def fails(name):
     raise reasoning_gym.importlib.metadata.PackageNotFoundError(name)
 
 
-def test_the_trainer_does_not_import_the_package_for_records_that_exist(data):
+def test_the_trainer_does_not_import_the_package_for_records_that_exist(data, generated_here):
     rows_of("reasoning_gym:gcd?size=5", data)
     program = (
         "import sys; from t5like.config.schema import DataConfig; from t5like.data.sources.source import open_source;"
