@@ -70,10 +70,15 @@ def test_a_step_for_tpus_has_the_kernel_in_every_attention_and_other_devices_ref
     assert text.count("optimization_barrier") == 2 * 2 + 3 * 3 * 2
 
 
-@pytest.mark.parametrize("variant", ["t5", "umt5", "pattern", "t5gemma2"])
-def test_a_model_with_the_fused_kernel_equals_the_plain_model(monkeypatch, variant):
+@pytest.mark.parametrize(
+    "variant, layers", [("t5", "unroll"), ("umt5", "scan"), ("pattern", "scan"), ("t5gemma2", "unroll")]
+)
+def test_a_model_with_the_fused_kernel_equals_the_plain_model(monkeypatch, variant, layers):
     monkeypatch.setattr(attention.tpu_attention, "attend", functools.partial(tpu_attention.attend, interpret=True))
-    plain, fused = (with_model(variant, layers="scan", kernels=kernels) for kernels in ("plain", "tpu"))
+    num_layers = 2 if layers == "scan" else 1
+    plain, fused = (
+        with_model(variant, layers=layers, num_layers=num_layers, kernels=kernels) for kernels in ("plain", "tpu")
+    )
     params, batch = params_of(plain), random_batch(plain)
     expected, computed = (loss_and_gradients(config, params, batch) for config in (plain, fused))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), computed, expected)
