@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.num_heads = 4
     config.model.head_dim = 32
     config.model.mlp_dim = 256
+    config.model.attention_init = "local"
     config.optimizer.name = "adamw_rms"
     config.optimizer.learning_rate = 0.1
     config.optimizer.schedule = "cosine"

@@ -83,11 +83,7 @@ def component_names(config: Config, *, every: bool = False) -> list[dict[str, st
     """
     sources = source_names(config.data)
     names = [
-        {
-            "source": sources[each.source],
-            "objective": config.data.objective[each.objective],
-            "denoiser": each.name,
-        }
+        {"source": sources[each.source], "objective": config.data.objective[each.objective], "denoiser": each.name}
         for each in components(config)
     ]
     shown = {attribute for attribute in names[0] if every or len({name[attribute] for name in names}) > 1}

@@ -14,6 +14,7 @@ from t5like.config.model_schema import ModelConfig
 from t5like.model import intermediates
 from t5like.model.attention_plan import FUSED, Kernel
 from t5like.model.cache import KeyValues
+from t5like.model.initial_attention import equal_inputs
 from t5like.model.kernels import cpu, gpu_attention, local_attention, plain, tpu_attention
 from t5like.model.layers import Dense, Norm, dropout, projections
 from t5like.model.masks import MaskSpec
@@ -111,14 +112,16 @@ class Attention(nn.Module):
     """Attention of x to itself or to a source, with query, key, value and out kernels of heads and head_dim joined."""
 
     config: ModelConfig
+    to_encoder: bool = False
 
     def setup(self) -> None:
         config = self.config
         kv_heads = config.kv_heads
         # T5 folds 1/sqrt(H) into the query's initialization instead of scaling the scores (Mesh TensorFlow).
         scale = 1.0 if config.scale_attention else config.head_dim**-0.5
-        self.query = Dense(config, config.num_heads * config.head_dim, ("embed", "heads"), scale=scale)
-        self.key = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"))
+        query, key = equal_inputs(config, scale) if self.to_encoder else (None, None)
+        self.query = Dense(config, config.num_heads * config.head_dim, ("embed", "heads"), scale=scale, pattern=query)
+        self.key = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"), pattern=key)
         self.value = Dense(config, kv_heads * config.head_dim, ("embed", "kv_heads"))
         self.out = Dense(config, config.model_dim, ("heads", "embed"), residual=True)
         if config.qk_norm:

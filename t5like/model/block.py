@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.relative_bias = bias_module(config, "per_layer", causal=self.causal)
         self.attention, self.attention_norm = Attention(config), Norm(config)
         if self.cross and not config.merged_attention:
-            self.cross_attention, self.cross_attention_norm = Attention(config), Norm(config)
+            self.cross_attention, self.cross_attention_norm = Attention(config, to_encoder=True), Norm(config)
             if config.norm_position == "sandwich":
                 self.cross_attention_output_norm = Norm(config)
         self.mlp, self.mlp_norm = Mlp(config), Norm(config)

@@ -17,6 +17,7 @@ from flax import struct
 
 from t5like.config.model_schema import ModelConfig
 from t5like.model import adapters
+from t5like.model.initial_attention import Pattern, with_pattern
 from t5like.model.kernels import cpu, tpu_matmul
 
 # By ModelConfig.kernels; for tpu `tpu_matmul.matmuls`.
@@ -28,11 +29,12 @@ class Parameter(nn.LogicallyPartitioned):
     """The box of a parameter: a logical axis for each dim, mean and standard deviation of its initial values.
 
     `key` is that of a random parameter, or of each layer's. The model does not draw the values: a new random parameter
-    is zero in its box, and `train_state` draws it by `key`.
+    is zero in its box, and `train_state` draws it by `key`, or computes a layer of it by `pattern` from its shape.
     """
 
     mean: float = struct.field(default=0.0, pytree_node=False)
     std: float = struct.field(default=0.0, pytree_node=False)
+    pattern: Pattern | None = struct.field(default=None, pytree_node=False)
     key: jax.Array | None = None
 
 
@@ -91,6 +93,7 @@ class Dense(nn.Module):
     axes: tuple[str, str]
     residual: bool = False
     scale: float = 1.0
+    pattern: Pattern | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return projections((x, self))[0]
@@ -99,11 +102,11 @@ class Dense(nn.Module):
     def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
         """The kernel, and the bias or None, in the dtype of computation."""
         config, bias = self.config, None
-        init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
-        kernel = parameter(self, "kernel", init, (inputs, self.features)).astype(config.dtype)
+        random = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
+        init, shape = with_pattern(random, self.pattern), (inputs, self.features)
+        kernel = parameter(self, "kernel", init, shape).astype(config.dtype)
         if config.biases:
-            zeros = constant(0.0, self.axes[1:])
-            bias = parameter(self, "bias", zeros, (self.features,)).astype(config.dtype)
+            bias = parameter(self, "bias", constant(0.0, self.axes[1:]), (self.features,)).astype(config.dtype)
         return kernel, bias
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from t5like.config.model_schema import ModelConfig
 from t5like.model.attention_plan import AttentionPlan
+from t5like.model.initial_attention import nearest_tokens, with_pattern
 from t5like.model.kernels import gpu_attention, tpu_attention
 from t5like.model.layers import normal, parameter
 from t5like.sharding.logical_axes import constrain, context_size
@@ -57,12 +58,9 @@ class RelativeBias(nn.Module):
         laid out by a shift per row. The backward pass sums along diagonals instead of scattering L * S values.
         """
         config = self.config
-        table_RN = parameter(
-            self,
-            "table",
-            normal(config.model_dim**-0.5, ("buckets", "heads")),
-            (config.relative_buckets, config.num_heads),
-        )
+        init = normal(config.model_dim**-0.5, ("buckets", "heads"))
+        init = with_pattern(init, nearest_tokens(config, self._buckets, bidirectional=self.bidirectional))
+        table_RN = parameter(self, "table", init, (config.relative_buckets, config.num_heads))
         queries, keys, start = plan.queries, plan.keys, plan.branch_start
         if plan.self_attention == "gpu":
             return gpu_attention.bias_of(table_RN, self._buckets(gpu_attention.distances(queries, keys)))

@@ -60,8 +60,7 @@ def random_params(
             draw = jax.jit(jnp.full, static_argnums=(0, 2), out_shardings=sharding)
             values[name] = draw(box.value.shape, box.mean, box.value.dtype)
         else:
-            draw = jax.jit(_normal, static_argnums=2, out_shardings=sharding)
-            values[name] = draw(keys[name], np.float32(box.std), box.value.shape[len(box.key.shape) :])
+            values[name] = _random(box, keys[name], sharding)
     return values
 
 
@@ -69,7 +68,18 @@ def _drawn(box: Parameter) -> Parameter:
     """The box of a parameter with its initial values."""
     if box.key is None:
         return box
-    return box.replace(value=_normal(box.key, np.float32(box.std), box.value.shape[len(box.key.shape) :]))
+    return box.replace(value=_random(box, box.key))
+
+
+def _random(box: Parameter, key: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
+    """The initial values of a random parameter, or of one with a pattern."""
+    shape = box.value.shape[len(key.shape) :]
+    if box.pattern is None:
+        return jax.jit(_normal, static_argnums=2, out_shardings=sharding)(key, np.float32(box.std), shape)
+    values = np.broadcast_to(box.pattern(shape), box.value.shape)
+    if sharding is None:
+        return jnp.asarray(values)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _normal(key: jax.Array, std: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -113,8 +123,13 @@ def parameter_axes(config: Config, batch: Batch) -> LogicalAxes:
 
 def initial_values(config: Config, batch: Batch) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each parameter's initial values, by name, from its initializer."""
-    boxes = _named_boxes(_abstract_boxes(config, batch))
-    return {tree.name_of(path): (box.mean, box.std) for path, box in boxes}
+    found = {}
+    for path, box in _named_boxes(_abstract_boxes(config, batch)):
+        found[tree.name_of(path)] = (box.mean, box.std)
+        if box.pattern:
+            values = box.pattern(box.value.shape[len(box.key.shape) :])
+            found[tree.name_of(path)] = (float(values.mean()), float(values.std()))
+    return found
 
 
 def _named_boxes(boxes: Tree) -> list[tuple[tuple, nn.LogicallyPartitioned]]:
