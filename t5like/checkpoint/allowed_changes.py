@@ -69,7 +69,7 @@ CHANGEABLE_FIELDS = (
 )
 DATA = "data"  # the value of --allow_change for a source whose texts changed
 # Fields of the model that may differ as long as imported weights have not been trained; other sections may differ too.
-MUTABLE_AFTER_IMPORT = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length")
+MUTABLE_AFTER_IMPORT = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length", "attention_init")
 
 
 def parse(values: Sequence[str]) -> tuple[str, ...]:

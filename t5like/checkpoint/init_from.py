@@ -57,6 +57,7 @@ UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are 
         "layers",
         "kernels",
         "remat",
+        "attention_init",
         "vocab_multiple",
         "separate_embeddings",
         "merged_attention",

@@ -213,7 +213,8 @@ def numeric_fields(model: ModelConfig) -> dict[str, Any]:
     """The fields that a family's config.json represents, normalized: equal if two models compute the same."""
     fields = dataclasses.asdict(model)
     # No family has a scalar head, and no logits depend on it.
-    for name in ("init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat", "scalar_head"):
+    unread = ("init", "attention_init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat")
+    for name in (*unread, "scalar_head"):
         del fields[name]
     fields["logits_scale"] = scales_logits(model)
     fields["num_kv_heads"] = model.kv_heads
