@@ -67,6 +67,7 @@ def test_training_on_own_text_lowers_the_loss(train, command, tmp_path, texts):
         train__num_steps=60,
         train__eval_every=30,
         evaluate__samples=True,
+        model__attention_init="random",  # slower: the loss still falls in the second half
     )
     losses = series(workdir, "eval/loss")
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0] and losses[2] < series(workdir, "baseline/unigram")[0]

@@ -102,8 +102,8 @@ class ModelConfig:
     # Initialization. t5: scaled by fan-in (Mesh TensorFlow). gpt2: N(0, 0.02), smaller in deep stacks. bert: N(0, 0.02)
     # everywhere.
     init: Literal["t5", "gpt2", "bert"] = "t5"
-    # Initial values of attention. random: as init says. local, for short runs: relative biases, if there are any,
-    # prefer tokens near the query, and queries and keys of cross-attention prefer inputs that are equal.
+    # Initial values of attention. random: as init says. local, for short runs of encoder-decoders: relative biases, if
+    # there are any, prefer tokens near the query, and queries and keys of cross-attention prefer inputs that are equal.
     attention_init: Literal["random", "local"] = "random"
     # Encoder-only: number of token type embeddings (type_vocab_size), for the first and second text of a pair; 0: none.
     # If there are any, the model has BERT's pooler and next-sentence classifier, for any objective.

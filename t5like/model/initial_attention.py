@@ -44,14 +44,15 @@ def nearest_tokens(
 ) -> NearestTokens | None:
     """The pattern of a relative bias: the tokens in front of and behind the query, and two in front of it.
 
-    In causal attention, where none is behind it, the query itself. None without `attention_init=local`.
+    In causal attention, where none is behind it, the query itself. None without `attention_init=local`, and in other
+    architectures than encoder-decoders, where it was not found to help.
 
     Args:
         config: of the stack.
         buckets: of distances key - query.
         bidirectional: whether keys behind the query are read.
     """
-    if config.attention_init != "local":
+    if config.attention_init != "local" or config.architecture != "encoder_decoder":
         return None
     return NearestTokens(tuple(buckets(np.array([-1, 1 if bidirectional else 0, -2])).tolist()))
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import random_batch, small
 
+from t5like.interop.huggingface.families import numeric_fields
 from t5like.model.initial_attention import BIAS, EqualInputs, nearest_tokens
 from t5like.model.positions import relative_buckets
 from t5like.optim import train_state
@@ -55,6 +56,10 @@ def test_local_changes_attention_alone_and_equally_on_any_mesh():
     place = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec(None, "data"))
     split = draw(local, shardings={key: place})[key]
     assert split.sharding == place and np.array_equal(split, found[key])
+    assert numeric_fields(local.model) == numeric_fields(small().model)  # exports do not depend on it
+    decoder = [small(model={"attention_init": init, "architecture": "decoder"}) for init in ("random", "local")]
+    before, after = map(draw, decoder)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
     boxes = train_state.init_params(local, random_batch(local), jax.random.key(1))
     np.testing.assert_array_equal(
         boxes["decoder"]["relative_bias"]["table"].value, found["decoder/relative_bias/table"]
