@@ -45,6 +45,7 @@ MUTABLE_FIELDS = (
     "model.layers",
     "model.remat",
     "model.kernels",
+    "model.attention_init",  # of the first step
     "tokenizer.path",
     "tokenizer.extra_eos_ids",
     "evaluate.",
