@@ -45,7 +45,6 @@ MUTABLE_FIELDS = (
     "model.layers",
     "model.remat",
     "model.kernels",
-    "model.attention_init",  # of the first step
     "tokenizer.path",
     "tokenizer.extra_eos_ids",
     "evaluate.",
@@ -64,6 +63,7 @@ CHANGEABLE_FIELDS = (
     "train.z_loss",
     "train.label_smoothing",
     "model.dropout_rate",
+    "model.attention_init",  # only the first step depends on it
     "distill.weight",
     "distill.temperature",
     "distill.top_k",
