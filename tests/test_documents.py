@@ -342,7 +342,7 @@ def test_every_file_that_a_document_names_exists(trained):
     }
     made |= {"bad_steps", "step.json", "text.jsonl", "rows.npz"}
     theirs = {"my_texts", "exported", "RUN", "DIR", "runs", "spiece.model", "my.jsonl", "tokenizer.json", "run.py"}
-    theirs |= {"WORKDIR", "launch.toml", "launch.json", "logs"}
+    theirs |= {"WORKDIR", "launch.toml", "launch.json", "logs", ".venv"}
     no_files = {"train", "eval", "baseline", "stats", "encoder", "time"}  # names of metrics and parameters begin so
     wrong = []
     for path in MARKDOWN:
