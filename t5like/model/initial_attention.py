@@ -15,13 +15,12 @@ from t5like.config.model_schema import ModelConfig
 BIAS = 6.0  # of the preferred token: 76 % of the weights, if the scores of 128 tokens are equal
 MATCH = 3.0  # sharpness of the match of equal inputs, in units of a random query's size
 
-
-Pattern = Callable[[tuple[int, ...]], np.ndarray]  # of the shape of one layer's array
+Pattern = Callable[[tuple[int, ...]], np.ndarray]  # of the shape of one layer's matrix
 
 
 def with_pattern(init: Callable, pattern: Pattern | None) -> Callable:
     """The initializer with a pattern in place of its random values: a match of inputs would be lost among them."""
-    return init if pattern is None else lambda *arguments: init(*arguments).replace(pattern=pattern, std=0.0)
+    return init if pattern is None else lambda *arguments: init(*arguments).replace(pattern=pattern, key=None)
 
 
 @dataclasses.dataclass(frozen=True)

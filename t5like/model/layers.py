@@ -29,7 +29,7 @@ class Parameter(nn.LogicallyPartitioned):
     """The box of a parameter: a logical axis for each dim, mean and standard deviation of its initial values.
 
     `key` is that of a random parameter, or of each layer's. The model does not draw the values: a new random parameter
-    is zero in its box, and `train_state` draws it by `key`, or computes a layer of it by `pattern` from its shape.
+    is zero in its box, and `train_state` draws it by `key`. Each layer of a parameter with a `pattern` begins as that.
     """
 
     mean: float = struct.field(default=0.0, pytree_node=False)
@@ -102,12 +102,11 @@ class Dense(nn.Module):
     def weights(self, inputs: int) -> tuple[jax.Array, jax.Array | None]:
         """The kernel, and the bias or None, in the dtype of computation."""
         config, bias = self.config, None
-        random = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
-        init, shape = with_pattern(random, self.pattern), (inputs, self.features)
-        kernel = parameter(self, "kernel", init, shape).astype(config.dtype)
+        init = kernel_init(config, inputs, self.axes, residual=self.residual, scale=self.scale)
+        kernel = parameter(self, "kernel", with_pattern(init, self.pattern), (inputs, self.features))
         if config.biases:
             bias = parameter(self, "bias", constant(0.0, self.axes[1:]), (self.features,)).astype(config.dtype)
-        return kernel, bias
+        return kernel.astype(config.dtype), bias
 
 
 def projections(*pairs: tuple[jax.Array, Dense]) -> tuple[jax.Array, ...]:

@@ -31,7 +31,8 @@ class Mlp(nn.Module):
     def __call__(self, x_BLD: jax.Array, *, train: bool) -> tuple[jax.Array, Auxiliary]:
         """The output [B, L, D] and auxiliary sums, of which a dense MLP has none."""
         config = self.config
-        wide, activate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="in"), ACTIVATIONS[config.mlp]
+        wide = Dense(config, config.mlp_dim, ("embed", "mlp"), name="in")
+        activate = ACTIVATIONS[config.mlp]
         if config.mlp.startswith("gated"):
             gate = Dense(config, config.mlp_dim, ("embed", "mlp"), name="gate")
             gate_BLF, wide_BLF = projections((x_BLD, gate), (x_BLD, wide))

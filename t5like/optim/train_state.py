@@ -53,33 +53,26 @@ def random_params(
     boxes = {tree.name_of(path): box for path, box in _named_boxes(all_boxes)}
     shardings = dict.fromkeys(boxes) if shardings is None else shardings
     keys = keys_of(key) if shardings else {}
-    values = {}
-    for name, sharding in shardings.items():
-        box = boxes[name]
-        if box.key is None:
-            draw = jax.jit(jnp.full, static_argnums=(0, 2), out_shardings=sharding)
-            values[name] = draw(box.value.shape, box.mean, box.value.dtype)
-        else:
-            values[name] = _random(box, keys[name], sharding)
-    return values
+    return {name: _values(boxes[name], keys.get(name), sharding) for name, sharding in shardings.items()}
 
 
 def _drawn(box: Parameter) -> Parameter:
     """The box of a parameter with its initial values."""
-    if box.key is None:
-        return box
-    return box.replace(value=_random(box, box.key))
+    return box.replace(value=_values(box, box.key))
 
 
-def _random(box: Parameter, key: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
-    """The initial values of a random parameter, or of one with a pattern."""
-    shape = box.value.shape[len(key.shape) :]
-    if box.pattern is None:
-        return jax.jit(_normal, static_argnums=2, out_shardings=sharding)(key, np.float32(box.std), shape)
-    values = np.broadcast_to(box.pattern(shape), box.value.shape)
-    if sharding is None:
-        return jnp.asarray(values)
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+def _values(box: Parameter, key: jax.Array | None, sharding: NamedSharding | None = None) -> jax.Array:
+    """The initial values of a parameter: its pattern, random ones of a key, or one constant."""
+    shape = box.value.shape
+    if box.pattern is not None:
+        values = np.broadcast_to(box.pattern(shape[-2:]), shape)
+        if sharding is None:
+            return jnp.asarray(values)
+        return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
+    if key is None:
+        return jax.jit(jnp.full, static_argnums=(0, 2), out_shardings=sharding)(shape, box.mean, box.value.dtype)
+    draw = jax.jit(_normal, static_argnums=2, out_shardings=sharding)
+    return draw(key, np.float32(box.std), shape[len(key.shape) :])
 
 
 def _normal(key: jax.Array, std: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -123,13 +116,15 @@ def parameter_axes(config: Config, batch: Batch) -> LogicalAxes:
 
 def initial_values(config: Config, batch: Batch) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each parameter's initial values, by name, from its initializer."""
-    found = {}
-    for path, box in _named_boxes(_abstract_boxes(config, batch)):
-        found[tree.name_of(path)] = (box.mean, box.std)
-        if box.pattern:
-            values = box.pattern(box.value.shape[len(box.key.shape) :])
-            found[tree.name_of(path)] = (float(values.mean()), float(values.std()))
-    return found
+    boxes = _named_boxes(_abstract_boxes(config, batch))
+    return {tree.name_of(path): _mean_and_std(box) for path, box in boxes}
+
+
+def _mean_and_std(box: Parameter) -> tuple[float, float]:
+    if box.pattern is None:
+        return box.mean, box.std
+    values = box.pattern(box.value.shape[-2:])
+    return float(values.mean()), float(values.std())
 
 
 def _named_boxes(boxes: Tree) -> list[tuple[tuple, nn.LogicallyPartitioned]]:

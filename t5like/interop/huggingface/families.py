@@ -212,10 +212,9 @@ def check_exportable(family: str, config: Config) -> None:
 def numeric_fields(model: ModelConfig) -> dict[str, Any]:
     """The fields that a family's config.json represents, normalized: equal if two models compute the same."""
     fields = dataclasses.asdict(model)
-    # No family has a scalar head, and no logits depend on it.
-    unread = ("init", "attention_init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat")
-    for name in (*unread, "scalar_head"):
+    for name in ("init", "attention_init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat"):
         del fields[name]
+    del fields["scalar_head"]  # no family has one, and no logits depend on it
     fields["logits_scale"] = scales_logits(model)
     fields["num_kv_heads"] = model.kv_heads
     fields["norm_bias"] = model.norm == "layer" and model.norm_bias
