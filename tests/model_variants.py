@@ -10,6 +10,7 @@ from conftest import random_batch, small
 
 from t5like import tree
 from t5like.config.schema import Config, MeshConfig
+from t5like.model.layer_values import compute_intermediates
 from t5like.model.transformer import Transformer
 from t5like.optim import step, train_state
 from t5like.sharding import mesh as meshes
@@ -180,6 +181,11 @@ def mean_loss(config: Config, params, batch: Batch, key=None):
 
 def loss_and_gradients(config: Config, params, batch: Batch):
     return jax.jit(jax.value_and_grad(lambda p: step.pretrain_loss(config, p, batch, None).objective))(params)
+
+
+def values_of(config: Config, params, batch: Batch, *names: str):
+    """`compute_intermediates`, compiled as one program."""
+    return jax.jit(lambda params: compute_intermediates(config, params, batch, names))(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

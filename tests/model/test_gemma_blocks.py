@@ -2,32 +2,21 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from conftest import random_batch, small
-from model_variants import VARIANTS, decoded_by_steps, logits
+from model_variants import VARIANTS, decoded_by_steps, logits, params_of
 
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.model.attention import attend
-from t5like.optim import step, train_state
+from t5like.optim import step
 from t5like.types import Batch
 
 START = 9
-
-
-def random_params(config: Config, batch: Batch):
-    """Parameters like the initial ones, drawn by NumPy: the initialization takes longer to compile than the model."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: train_state.init_params(config, batch, jax.random.key(0)))
-    draw = lambda leaf: rng.normal(size=leaf.shape) * (leaf.shape[-1] if leaf.ndim == 2 else leaf.shape[-2]) ** -0.5
-    is_norm = lambda path: "norm" in jax.tree_util.keystr(path)
-    draw_leaf = lambda path, leaf: np.zeros(leaf.shape, np.float32) if is_norm(path) else np.float32(draw(leaf))
-    return jax.tree_util.tree_map_with_path(draw_leaf, nn.meta.unbox(shapes))
 
 
 def packed(variant: str) -> tuple[Config, Batch]:
@@ -52,13 +41,13 @@ def test_each_shape_with_these_blocks_learns_a_batch_in_30_steps(variant):
 
         return jax.lax.scan(update, (params, optimizer.init(params)), length=30)[1]
 
-    losses = train(random_params(config, batch))
+    losses = train(params_of(config))
     assert abs(losses[0] - math.log(config.tokenizer.vocab_size)) < 1 and losses[-1] < losses[0] - 1.5
 
 
 def test_merged_attention_stays_inside_a_text_and_serves_several_rows_of_one_source():
     config, batch = packed("t5gemma2")
-    params = random_params(config, batch)
+    params = params_of(config)
     first_BL = np.asarray(batch.decoder_segments_BL) == 1
     changed_BS = np.where(np.asarray(batch.encoder_segments_BS) == 1, batch.encoder_BS, 7)
     before, after = (logits(config, params, each) for each in (batch, batch._replace(encoder_BS=changed_BS)))
@@ -75,7 +64,7 @@ def test_merged_attention_stays_inside_a_text_and_serves_several_rows_of_one_sou
 def test_cached_decoding_equals_the_full_forward(variant):
     config = small(**VARIANTS[variant])
     batch = random_batch(config)
-    full, decoded = decoded_by_steps(config, random_params(config, batch), batch)
+    full, decoded = decoded_by_steps(config, params_of(config), batch)
     np.testing.assert_allclose(decoded, full, atol=2e-5, rtol=1e-4)
 
 

@@ -4,17 +4,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_batch
-from model_variants import params_of, with_model
+from model_variants import params_of, values_of, with_model
 
 from t5like.errors import ConfigError
 from t5like.model.intermediates import INTERMEDIATES
 from t5like.model.layer_values import compute_intermediates
 from t5like.model.transformer import Transformer
-
-
-def values_of(config, params, batch, *names):
-    """`compute_intermediates`, compiled as one program."""
-    return jax.jit(lambda params: compute_intermediates(config, params, batch, names))(params)
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:

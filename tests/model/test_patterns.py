@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_batch, small
-from model_variants import init, logits, loss_and_gradients, params_of, with_model
+from model_variants import init, logits, loss_and_gradients, params_of, values_of, with_model
 
 from t5like import tree
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
-from t5like.model.layer_values import compute_intermediates
 from t5like.model.stack import layer_configs
 from t5like.optim import step
 
@@ -74,8 +73,7 @@ def test_local_and_global_layers_equal_a_float64_reference(layers):
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_each_layer_attends_to_its_own_window(layers):
     config = with_model("t5_pattern", layers=layers)
-    batch = random_batch(config)
-    weights = jax.jit(lambda p: compute_intermediates(config, p, batch, ["attention_weights"]))(params_of(config))
+    weights = values_of(config, params_of(config), random_batch(config), "attention_weights")
     for stack, causal in (("encoder", False), ("decoder", True)):
         local, full = np.asarray(weights[f"{stack}/attention_weights"]).min((1, 2)) > 0
         distance = np.arange(len(local))[:, None] - np.arange(len(local))
