@@ -1,7 +1,10 @@
 """Jobs of the test cluster: submit by `t5like launch slurm`, wait, read states, find processes, compare results."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -36,9 +39,18 @@ def until(condition: Callable[[], Any], text: str, job: str = "") -> Any:
     """Wait until a condition is true, and return its value."""
     deadline = time.monotonic() + SECONDS
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not reached in {SECONDS} s: {text}; {show(job) if job else ''}"
+        assert time.monotonic() < deadline, f"not reached in {SECONDS} s: {text}" + (said_about(job) if job else "")
         time.sleep(0.2)
     return value
+
+
+def said_about(job: str) -> str:
+    """What Slurm says about a job, and the last lines of its daemons' logs that name it."""
+    lines = [str(show(job))]
+    for path in sorted(Path(os.environ["SLURM_CONF"]).parent.glob("slurm*.log")):
+        named = [line for line in path.read_text().splitlines() if re.search(rf"\b[Jj]ob(Id=| |:|_id=?)?{job}\b", line)]
+        lines += [f"{path.name}: {line}" for line in named[-15:]]
+    return "\n".join(("", *lines))
 
 
 def scontrol(*arguments: str) -> None:
@@ -46,39 +58,42 @@ def scontrol(*arguments: str) -> None:
     subprocess.run(["scontrol", *arguments], check=True)
 
 
-def states_of(node: str) -> str:
-    """What Slurm says of a node, such as `idle` or `drained`."""
-    command = ["sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def tasks(job: str) -> dict[int, int]:
     """The processes of the tasks of a job's step: the pid of each, by rank."""
+    return {
+        int(environment["SLURM_PROCID"]): pid
+        for pid, environment in processes(job).items()
+        if "SLURM_STEP_NODELIST" in environment and b"t5like\0" in command_of(pid)
+    }
+
+
+def processes(job: str) -> dict[int, dict[str, str]]:
+    """The processes of a job that Slurm's daemons have started: the environment of each, by pid."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             environment = dict(part.partition("=")[::2] for part in path.read_bytes().decode().split("\0"))
         except (OSError, ValueError):
             continue
-        if (
-            environment.get("SLURM_JOB_ID") == job
-            and "SLURM_STEP_NODELIST" in environment
-            and b"t5like\0" in command_of(path.parent / "cmdline")
-        ):
-            found[int(environment["SLURM_PROCID"])] = int(path.parent.name)
+        if environment.get("SLURM_JOB_ID") == job:
+            found[int(path.parent.name)] = environment
     return found
 
 
-def steps(job: str) -> list[str]:
-    """Process ids of the daemons of a job's steps, which live a little longer than its tasks."""
+def lose_host(node: str, job: str) -> None:
+    """End all of a node at once, as when its power fails: its daemon and a job with the daemons of its steps."""
+    pid = Path(os.environ["SLURM_CONF"]).parent / f"slurmd.{node}.pid"
     title = f"slurmstepd: [{job}.".encode()
-    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if command_of(path).startswith(title)]
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if command_of(int(path.name)).startswith(title)]
+    for each in (int(pid.read_text()), *pids, *processes(job)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
-def command_of(path: Path) -> bytes:
+def command_of(pid: int) -> bytes:
     """The command line of a process; empty if it has ended."""
     try:
-        return path.read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
 

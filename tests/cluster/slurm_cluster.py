@@ -1,4 +1,4 @@
-"""A Slurm cluster of three nodes on this machine: munged, slurmctld and three slurmd, started and ended by `Cluster`.
+"""A Slurm cluster of four nodes on this machine: munged, slurmctld and four slurmd, started and ended by `Cluster`.
 
     python tests/cluster/slurm_cluster.py [COMMAND...]     run a command, or a shell, that submits to a new cluster
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 PACKAGES = "slurm-wlm munge"  # of Debian and Ubuntu
-NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")
 HOST = socket.gethostname().partition(".")[0]
 START_SECONDS = 60
 
@@ -64,10 +64,12 @@ NodeName=DEFAULT CPUs=16 RealMemory=16000 Gres=gpu:2,slot:1
 NodeName={nodes[0]} NodeHostname={host} NodeAddr={nodes[0]} Port={ports[1]}
 NodeName={nodes[1]} NodeHostname={host} NodeAddr={nodes[1]} Port={ports[2]}
 NodeName={nodes[2]} NodeHostname={host} NodeAddr={nodes[2]} Port={ports[3]}
+NodeName={nodes[3]} NodeHostname={host} NodeAddr={nodes[3]} Port={ports[4]}
 PartitionName=main Nodes={nodes[0]},{nodes[1]} Default=YES PriorityTier=1 PreemptMode=OFF
 PartitionName=spot Nodes={nodes[0]},{nodes[1]} PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=urgent Nodes={nodes[0]},{nodes[1]} PriorityTier=9 PreemptMode=OFF
 PartitionName=single Nodes={nodes[2]}
+PartitionName=lost Nodes={nodes[3]}
 """
 
 
@@ -87,7 +89,7 @@ class Cluster:
         (self.root / "munge.key").chmod(0o400)
         (self.root / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\nName=slot Count=1\n")
         user = subprocess.check_output(["id", "-un"], text=True).strip()
-        values = {"root": self.root, "host": HOST, "nodes": NODES, "ports": free_ports(4), "user": user}
+        values = {"root": self.root, "host": HOST, "nodes": NODES, "ports": free_ports(5), "user": user}
         (self.root / "slurm.conf").write_text(CONF.format(**values))
         os.environ |= self.environment
         try:
@@ -104,7 +106,7 @@ class Cluster:
         subprocess.run(["slurmctld"], check=True)
         for node in NODES:
             (self.root / f"spool.{node}").mkdir()
-            subprocess.run(["slurmd", "-N", node], check=True)
+            start_node(node)
         deadline = time.monotonic() + START_SECONDS
         while len(idle := self.idle_nodes()) < len(NODES):
             if time.monotonic() > deadline:
@@ -134,6 +136,11 @@ class Cluster:
             except ProcessLookupError:
                 continue
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def start_node(node: str) -> None:
+    """Start the daemon of a node of the cluster that `SLURM_CONF` names, as after a boot: it knows no earlier job."""
+    subprocess.run(["slurmd", "-c", "-N", node], check=True)
 
 
 def free_ports(count: int) -> list[int]:
