@@ -24,6 +24,7 @@ ORDER = (
     "data.randomness",
     "data.row_schedule",
     "data.objectives",
+    "metrics.flops",
     "data.supervised",
     "data.pipeline",
     "model.masks",

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from t5like.config.model_schema import ModelConfig
 from t5like.config.schema import Config
+from t5like.data.objectives.head_length import head_length
 
 
 class StackShape(NamedTuple):
@@ -80,7 +81,7 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
     """FLOPs of one row's forward pass in ``encoder``, ``decoder`` and ``head``.
 
     A matmul of [m, k] and [k, n] takes 2 m k n. With S input and L target tokens (decoder-only: L is the row;
-    encoder-only: S is the row, and the head reads all of it, L = S):
+    encoder-only: S is the row):
 
         |                            | per encoder layer               | per decoder layer | with an encoder  |
         |----------------------------|---------------------------------|-------------------|------------------|
@@ -89,13 +90,13 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
         | scores and weighted values | 2 * 2 S S N H                   | 2 * 2 L L N H     | + 2 * 2 L S N H  |
         | MLP                        | 2 * 2 S D F, gated: 3 * 2 S D F | the same with L   |                  |
 
-    and once 2 L D V for the head, V with its padding rows; a head of labels has 2 S D C, and for those of texts 2 S D D
-    more for its dense layer, and 2 S S D for the mean. The MLM head has 2 S D D more, for its dense layer. Pooler
-    and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. D, N, K, H and F of a decoder may
-    differ from the encoder's; its key and value kernels for the encoder's output have the encoder's D. A local layer
-    has min(S, window) keys for each query, in an encoder those of both sides. Merged attention has no second query and
-    output kernels. Conventions: attention counts all pairs of tokens, also those that a causal or segment mask removes;
-    embedding look-ups, token types included, norms, softmax and biases count nothing.
+    and once 2 T D V for the head, T of `head_length`, V with its padding rows; a head of labels has 2 S D C, and for
+    those of texts 2 S D D more for its dense layer, and 2 S S D for the mean. The MLM head has 2 T D D more, for its
+    dense layer. Pooler and classes have 2 D D + 2 * 2 D, for the first token, if an objective has pairs. D, N, K, H and
+    F of a decoder may differ from the encoder's; its key and value kernels for the encoder's output have the encoder's
+    D. A local layer has min(S, window) keys for each query, in an encoder those of both sides. Merged attention has no
+    second query and output kernels. Conventions: attention counts all pairs of tokens, also those that a causal or
+    segment mask removes; embedding look-ups, token types included, norms, softmax and biases count nothing.
     """
     model, parts = config.model, {}
     names = [name for name in ("encoder", "decoder") if getattr(model, f"has_{name}")]
@@ -106,7 +107,7 @@ def flops_by_part(config: Config) -> dict[str, ForwardFlops]:
         projections = 4 * (stack.attentions * stack.queries * own.model_dim * queries + read * keys)
         mlp = (3 if own.mlp.startswith("gated") else 2) * 2 * stack.queries * own.model_dim * own.mlp_dim
         parts[name] = ForwardFlops(stack.layers * projections, 4 * stack.pairs * queries, stack.layers * mlp, 0)
-    targets, dim = stack.queries, stack.model.model_dim  # of the last stack
+    targets, dim = head_length(config), stack.model.model_dim  # of the last stack
     vocabulary = 2 * targets * dim * config.vocab_rows
     if config.data.label_objective:
         vocabulary = 2 * targets * dim * config.data.num_outputs

@@ -70,10 +70,7 @@ def attend(
         if mask_B1LS is not None:
             mask_B1LS = constrain(mask_B1LS, None if mask_B1LS.shape[0] == 1 else "batch", None, "length", None)
     inputs = (q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, softcap)
-    out_BNLH = (cpu.attend if kernel == "cpu" else plain.attend)(*inputs)
-    if mask_B1LS is not None:
-        out_BNLH = jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
-    return out_BNLH.astype(v_BKSH.dtype)
+    return (cpu.attend if kernel == "cpu" else plain.attend)(*inputs).astype(v_BKSH.dtype)
 
 
 def _attend_grouped(q_BNLH, k_BKSH, v_BKSH, bias_1NLS, mask_B1LS, kernel, softcap) -> jax.Array:

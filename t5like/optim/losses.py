@@ -100,9 +100,8 @@ def next_sentence(logits_B2: jax.Array, follows_B1: jax.Array, *, row_weight: fl
     sign_B = jnp.where(follows_B1[:, 0] == 1, 1.0, -1.0)
     nats = (jax.nn.softplus(-sign_B * margin_B) * counts_B).sum()
     correct = ((sign_B * margin_B > 0) * counts_B).sum()
-    return Loss(
-        row_weight * nats, {"nsp_loss": Sum(nats, counts_B.sum()), "nsp_accuracy": Sum(correct, counts_B.sum())}
-    )
+    metrics = {"nsp_loss": Sum(nats, counts_B.sum()), "nsp_accuracy": Sum(correct, counts_B.sum())}
+    return Loss(row_weight * nats, metrics)
 
 
 def nats(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from t5like import tree
 from t5like.config.schema import Config
 from t5like.data.objectives.denoisers import num_components
 from t5like.model.transformer import Transformer
-from t5like.optim import bad_steps, losses, new_parameters
+from t5like.optim import bad_steps, few_targets, losses, new_parameters
 from t5like.optim.label_loss import label_loss
 from t5like.optim.optimizers import make_optimizer, without_frozen_gradients
 from t5like.optim.schedules import learning_rate
@@ -48,8 +48,7 @@ def pretrain_loss(
     logits, weights, hidden values) -> loss. Of an objective that predicts labels, the loss is `label_loss`.
 
     Auxiliary losses of the model's layers (`types.Auxiliary`) are added, and for sentence pairs `losses.next_sentence`.
-    If the rows come from several components, there are metrics by component: nats and weights, and the number of rows
-    that have a target.
+    Rows of several components have metrics by component: nats and weights, and the number of rows that have a target.
     """
     components = num_components(config)
     model = Transformer(config)
@@ -71,12 +70,11 @@ def pretrain_loss(
         return taught[1](loss, logits_BLV, weights_BL, hidden[1]) if taught else loss
 
     hidden = (hidden_BLD, taught[0]) if taught else (hidden_BLD,)
+    read = few_targets.at_targets(config, hidden, batch)
     if config.data.label_objective:
         loss = label_loss(config, params, hidden_BLD, batch, key, taught)
-    elif config.train.loss_chunk:
-        loss = losses.in_chunks(head, hidden, batch.targets_BL, batch.weights_BL, config.train.loss_chunk)
     else:
-        loss = head(hidden, batch.targets_BL, batch.weights_BL)
+        loss = losses.in_chunks(head, *read, config.train.loss_chunk) if config.train.loss_chunk else head(*read)
     if batch.component_B1 is not None:
         rows_B1 = (batch.weights_BL > 0).any(1, keepdims=True)
         rows = losses.sum_by_component(rows_B1, batch.component_B1, components)

@@ -40,6 +40,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from t5like import tree
 from t5like.config.schema import Config, MeshConfig
 from t5like.data import pipeline
+from t5like.data.objectives.head_length import head_length
 from t5like.metrics import flops
 from t5like.model.attention_plan import plan_attention
 from t5like.model.kernels import local_attention
@@ -234,7 +235,7 @@ def quick_estimate(config: Config, topology: Topology, state: PersistentMemory) 
             saved += own.num_heads * stack.queries * stack.keys[0] * (width + 4) / tensor / sizes["context"]
         # The backward pass keeps one layer's values, its scores, and the gradient of these.
         working = max(working, layer + (2 + width / 4) * score_bytes * materialized.largest_layer)
-    targets = config.data.inputs_length if model.architecture == "encoder" else flops.stack_shapes(config)[-1].queries
+    targets = head_length(config)
     chunk = min(config.train.loss_chunk or targets, targets)
     logits = rows * chunk * config.vocab_rows * (4 + width) / tensor
     trained = sum(leaf.bytes_per_device for name, leaf in state.params.items() if lora.is_trained(config.lora, name))

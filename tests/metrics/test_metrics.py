@@ -31,7 +31,10 @@ def model_of(**changes) -> ModelConfig:
 
 
 def config_of(**changes) -> Config:
-    return Config(data=DATA, model=model_of(**changes), tokenizer=TokenizerConfig(vocab_size=1000))
+    model = model_of(**changes)
+    objective = {"decoder": "causal_lm", "encoder": "mlm"}.get(model.architecture, "span_corruption")
+    data = dataclasses.replace(DATA, objective=(objective,))
+    return Config(data=data, model=model, tokenizer=TokenizerConfig(vocab_size=1000))
 
 
 def test_flops_of_an_encoder_decoder_equal_a_count_by_hand():
@@ -51,13 +54,16 @@ def test_flops_of_a_decoder_with_grouped_queries_equal_a_count_by_hand():
 
 
 def test_flops_of_an_encoder_with_berts_heads_equal_a_count_by_hand():
-    layer = 4 * 5 * 8 * 24 + 2 * 5 * 5 * 24 + 2 * 5 * 8 * 16
-    bert = config_of(architecture="encoder", mlp="gelu_exact", head="mlm", token_types=2)
-    assert model_flops(bert) == 2 * 3 * 2 * (2 * layer + 5 * 8 * 8 + 5 * 8 * 1024)
-    pairs = dataclasses.replace(bert, data=dataclasses.replace(DATA, objective=("mlm_nsp",)))
+    # rows of 20, of which 3 tokens are predicted: 15 % of 18 without CLS and SEP, or of 17 with two SEP
+    data = dataclasses.replace(DATA, inputs_length=20, objective=("mlm",))
+    with_data = lambda config, data=data: dataclasses.replace(config, data=data)
+    layer = 4 * 20 * 8 * 24 + 2 * 20 * 20 * 24 + 2 * 20 * 8 * 16
+    bert = with_data(config_of(architecture="encoder", mlp="gelu_exact", head="mlm", token_types=2))
+    assert model_flops(bert) == 2 * 3 * 2 * (2 * layer + 3 * 8 * 8 + 3 * 8 * 1024)
+    pairs = with_data(bert, dataclasses.replace(data, objective=("mlm_nsp",)))
     assert model_flops(pairs) - model_flops(bert) == 2 * 3 * 2 * (8 * 8 + 8 * 2)
-    plain = config_of(architecture="encoder", mlp="gelu_exact")
-    assert model_flops(bert) - model_flops(plain) == 2 * 3 * 2 * 5 * 8 * 8
+    plain = with_data(config_of(architecture="encoder", mlp="gelu_exact"))
+    assert model_flops(bert) - model_flops(plain) == 2 * 3 * 2 * 3 * 8 * 8
 
 
 def test_flops_take_the_decoders_own_depth():

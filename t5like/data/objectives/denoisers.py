@@ -13,7 +13,7 @@ import numpy as np
 from t5like.config.schema import Config
 from t5like.data.objectives import denoising
 from t5like.data.objectives.denoising import MODES
-from t5like.data.objectives.masking import mask_tokens, next_sentence
+from t5like.data.objectives.masking import mask_tokens, masked_tokens, next_sentence
 from t5like.data.objectives.windows import Denoiser, SpanLengths, Window
 from t5like.errors import ConfigError
 
@@ -76,15 +76,15 @@ def _denoisers(config: Config, objective: str) -> list[Denoiser]:
         case "mlm" | "mlm_nsp":
             _require_sentinels(config, 2, "for [MASK] and [CLS]")
             special = 2 if objective == "mlm" else 3  # CLS, SEP
-            length = inputs - special
-            if length < 2 * (special - 1):
-                least = special + 2 * (special - 1)
+            length, least = inputs - special, 3 * special - 2  # at least two tokens of text for each SEP
+            if inputs < least:
                 raise ConfigError(f"data.inputs_length={inputs} must be at least {least} for {objective}; use 128")
             window = Window(length, length)
+            masked = masked_tokens(max((data.noise_density, *data.phase_noise_density)), length)
             if objective == "mlm":
-                return one(lambda config, _, *text: mask_tokens(config, *text), window)
+                return one(lambda config, _, *text: mask_tokens(config, *text), window, masked=masked)
             # Pairs from short documents are padded.
-            return one(lambda config, _, *text: next_sentence(config, *text), window, inputs=0)
+            return one(lambda config, _, *text: next_sentence(config, *text), window, inputs=0, masked=masked)
     return []  # supervised
 
 
@@ -108,7 +108,7 @@ def _ul2_denoiser(config: Config, mode: str, mean: float, density: float) -> Den
         lengths = SpanLengths(window, target, 1, target)
         make_rows, inputs = denoising.suffix_denoising, window - target + 1
     window = Window(lengths.window, lengths.window)
-    return Denoiser("ul2", name, 1 / len(UL2), make_rows, window, inputs, lengths, MODES.index(mode))
+    return Denoiser("ul2", name, 1 / len(UL2), make_rows, window, inputs, lengths, mode=MODES.index(mode))
 
 
 def _require_sentinels(config: Config, least: int, purpose: str) -> None:

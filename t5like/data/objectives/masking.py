@@ -21,6 +21,11 @@ MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the chosen tokens; the rest keeps it
 LAST = np.uint64(2**64 - 1)  # sorts after every random number
 
 
+def masked_tokens(density: float, length: int) -> int:
+    """How many of `length` tokens are chosen."""
+    return max(round(density * length), 1)
+
+
 def mask_tokens(config: Config, vocabulary: Vocabulary, text: TextWindows) -> Batch:
     """MLM: some tokens of the text are masked or replaced in the inputs, and are the targets.
 
@@ -34,7 +39,7 @@ def mask_tokens(config: Config, vocabulary: Vocabulary, text: TextWindows) -> Ba
         weights     0 0 1    0 0 1 0 0
     """
     rows, length = text.tokens_BT.shape
-    count_B = np.full(rows, max(round(config.data.noise_density * length), 1))
+    count_B = np.full(rows, masked_tokens(config.data.noise_density, length))
     inputs_BT, chosen_BT = _mask(config, vocabulary, text.tokens_BT, count_B, text.keys_B)
     segments_BS = None
     if text.segments_BT is not None:  # CLS is part of the first document, SEP of the last

@@ -63,6 +63,7 @@ class Denoiser(NamedTuple):
         window: the text of a row.
         inputs: number of input tokens of a row; if fewer than `data.inputs_length`, the rest is masked padding.
         spans: the lengths of the row's spans, if the objective has spans.
+        masked: the most tokens of a row that an objective without spans masks, which are its targets.
         mode: index of the mode token in UL2's `MODES`; None: no mode token.
     """
 
@@ -73,4 +74,5 @@ class Denoiser(NamedTuple):
     window: Window
     inputs: int
     spans: SpanLengths | None = None
+    masked: int | None = None
     mode: int | None = None

@@ -64,14 +64,18 @@ def _attend_forward(q_BNLH, k_BNSH, v_BNSH, bias_1NLS, mask_B1LS, softcap):
         scores_BNLS = jnp.where(mask_B1LS, scores_BNLS, MASKED)
     weights_BNLS = jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
     scale_BNL1 = 1 / weights_BNLS.sum(-1, keepdims=True)  # applied to H columns instead of S
+    if mask_B1LS is not None:
+        scale_BNL1 = jnp.where(mask_B1LS.any(-1, keepdims=True), scale_BNL1, 0.0)
     out_BNLH = jnp.einsum("BNLS,BNSH->BNLH", weights_BNLS, v_BNSH) * scale_BNL1
-    return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, bias_1NLS, capped_BNLS, weights_BNLS, scale_BNL1, out_BNLH)
+    out_BLNH = out_BNLH.transpose(0, 2, 1, 3)  # the output projection's input, which is kept anyway
+    saved = (q_BNLH, k_BNSH, v_BNSH, bias_1NLS, capped_BNLS, weights_BNLS, scale_BNL1, out_BLNH)
+    return out_BLNH.transpose(0, 2, 1, 3), saved
 
 
 def _attend_backward(softcap, saved, gradient_BNLH):
-    q_BNLH, k_BNSH, v_BNSH, bias_1NLS, capped_BNLS, weights_BNLS, scale_BNL1, out_BNLH = saved
+    q_BNLH, k_BNSH, v_BNSH, bias_1NLS, capped_BNLS, weights_BNLS, scale_BNL1, out_BLNH = saved
     gradient_BNLH = gradient_BNLH * scale_BNL1
-    mean_BNL1 = (gradient_BNLH * out_BNLH).sum(-1, keepdims=True)
+    mean_BNL1 = (gradient_BNLH.transpose(0, 2, 1, 3) * out_BLNH).sum(-1).transpose(0, 2, 1)[..., None]
     d_biased_BNLS = weights_BNLS * (jnp.einsum("BNLH,BNSH->BNLS", gradient_BNLH, v_BNSH) - mean_BNL1)
     d_scores_BNLS = d_biased_BNLS
     if capped_BNLS is not None:

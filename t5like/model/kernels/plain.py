@@ -14,14 +14,15 @@ def attend(
     mask_B1LS: jax.Array | None,
     softcap: float = 0.0,
 ) -> jax.Array:
-    """softmax(q k + bias) v over the keys that the mask allows, in float32; a query without keys gets the mean of v."""
+    """softmax(q k + bias) v over the keys that the mask allows, in float32; a query without keys gets 0."""
     scores_BNLS = masked_scores(q_BNLH, k_BNSH, bias_1NLS, mask_B1LS, softcap)
     weights_BNLS = jnp.exp(scores_BNLS - jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True)))
     out_BNLH = jnp.einsum(
         "BNLS,BNSH->BNLH", weights_BNLS.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=jnp.float32
     )
     # Dividing after the values instead of before costs H columns instead of S.
-    return out_BNLH / weights_BNLS.sum(-1, keepdims=True)
+    out_BNLH = out_BNLH / weights_BNLS.sum(-1, keepdims=True)
+    return out_BNLH if mask_B1LS is None else jnp.where(mask_B1LS.any(-1, keepdims=True), out_BNLH, 0.0)
 
 
 def soft_capped(x: jax.Array, cap: float) -> jax.Array:
