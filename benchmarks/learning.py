@@ -3,16 +3,17 @@
     python benchmarks/learning.py [--config=configs/tiny.py] [--minutes=2] [--seeds=0,1,2] [--torch_python=PYTHON]
                                   [--recipes=t5like,nanot5,huggingface] [--picture=learning.png]
 
-* `t5like`: the config's optimizer and schedule, compiled by XLA.
+* `t5like`: the config's initial values, optimizer and schedule, compiled by XLA.
 * `nanot5`: transformers' T5 in PyTorch with AdamW scaled by RMS and the schedule of nanoT5 (`learning_peer.py`).
 * `huggingface`: the same model with Adafactor and the schedule of `run_t5_mlm_flax.py`.
 
-For each seed all recipes start from the same weights, which t5like initializes, and read the same rows in the same
-order in batches of the same size. The rows are made beforehand. No recipe has dropout. Each schedule, with its warm-up,
-is scaled to the number of steps that fit into `--minutes` of processor time. This number is measured in the first run
-of a recipe, and holds for all its seeds. The clock is the processor time of the process, all threads together, so that
-other programs on the machine change it little; two minutes of it are one minute of two cores. Start, compilation
-(torch.compile) and evaluation don't count. The held-out loss is that of all held-out rows, in nats per target token.
+For each seed all recipes read the same rows in the same order in batches of the same size. The other two start from the
+same weights, T5's random initial values, which t5like draws. The rows are made beforehand. No recipe has dropout. Each
+schedule, with its warm-up, is scaled to the number of steps that fit into `--minutes` of processor time. This number is
+measured in the first run of a recipe, and holds for all its seeds. The clock is the processor time of the process, all
+threads together, so that other programs on the machine change it little; two minutes of it are one minute of two cores.
+Start, compilation (torch.compile) and evaluation don't count. The held-out loss is that of all held-out rows, in nats
+per target token.
 
 Prints a JSON line per evaluation, draws the losses against time and tokens, and prints a table in Markdown on standard
 error. A process runs one recipe, so that each imports only JAX or only torch.
@@ -34,7 +35,10 @@ from typing import TYPE_CHECKING
 import measurement
 
 if TYPE_CHECKING:
+    from train_step import Trainer
+
     from t5like.config.schema import Config
+    from t5like.types import Tree
 
 HERE = Path(__file__).resolve().parent
 RECIPES = ("t5like", "nanot5", "huggingface")
@@ -96,7 +100,7 @@ def train_ours(options: argparse.Namespace, config: "Config") -> None:
     rows = [train.at(step) for step in range(SPARE * steps)]
     save_rows(options.files / "train.npz", rows)
     save_rows(options.files / "heldout.npz", [heldout.at(index) for index in range(heldout.num_batches)])
-    save_weights(options.files, config, trainer.state.params)
+    save_weights(options.files, config, t5_weights(trainer))
     evaluator = Evaluator(config, trainer.mesh, heldout, prepared.tokenizer)
     spent = 0.0
     for before, after in intervals(steps):
@@ -106,6 +110,17 @@ def train_ours(options: argparse.Namespace, config: "Config") -> None:
             trainer.run(1)
         spent += time.process_time() - begin
         report(options, after, spent, evaluator(trainer.state.params)["eval/loss"])
+
+
+def t5_weights(trainer: "Trainer") -> "Tree":
+    """Initial parameters of the trainer's model as T5 and transformers draw them."""
+    from t5like.data import pipeline
+    from t5like.optim import train_state
+
+    model = dataclasses.replace(trainer.config.model, init="t5", attention_init="random")
+    config = dataclasses.replace(trainer.config, model=model)
+    rows = pipeline.spec(config)
+    return train_state.new_state(config, rows, train_state.abstract_state(config, rows, trainer.mesh)).params
 
 
 def intervals(steps: int) -> Iterator[tuple[int, int]]:

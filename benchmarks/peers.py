@@ -7,9 +7,10 @@ processes are started sequentially, with empty compilation caches, and then run 
 pauses: other load on the machine affects all of them, and the ratio of two steps of one round is more reliable than the
 step times. All implementations compute forward pass, backward pass and update of the same number of parameters
 (checked) in the same dtype, without dropout, clipping, z-loss or recomputation; tokens are positions of encoder and
-decoder. The work is `metrics.flops.model_flops` for all. `counted_flops` is PyTorch's own count of an eager step, which
-is lower by the matmuls of fused attention: T5's cross-attention, Llama's self-attention. Each process also measures the
-matmul rate of its library, which depends on the processor: a difference there is not a property of the model's code.
+decoder. The work is `metrics.flops.model_flops` for all, though transformers' BERT also computes logits of tokens that
+are not masked. `counted_flops` is PyTorch's own count of an eager step, which is lower by the matmuls of fused
+attention: T5's cross-attention, Llama's self-attention. Each process also measures the matmul rate of its library,
+which depends on the processor: a difference there is not a property of the model's code.
 
 `--before=CHECKOUT` adds the code of another checkout of t5like. With `--wait_file=FILE` the steps of a shape begin when
 the file exists: compile on a busy machine, and make the file when it is idle.

@@ -5,8 +5,8 @@
 The task is `data.sources.python_tasks.dialogue`: 3,791 conversations, built from docstrings and signatures of the
 standard library of Python 3.11. The inputs of each example are all turns before the answer.
 Its model is that of `tiny`: train `tiny` first, and start from that run.
-Hardware: two CPU cores, 176 s. Held-out results: exact match 45.3 %, F1 49.9; untrained 0.0 and 0.0, the most frequent
-answer 17.2 and 17.2.
+Hardware: two CPU cores, 475 s of processor time. Held-out results: exact match 50.4 %, F1 54.9; untrained 0.0 and 0.6,
+the most frequent answer 17.2 and 17.2.
 
 With a network, on the first question and answer of WikiDialog's conversations (TFDS has no conversations with roles;
 for your own, as JSON lines, use --config.data.source=jsonl:GLOB --config.data.messages_field=messages):
@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(source=("task:dialogue",), objective=("supervised",), heldout_fraction=0.05)
     config.data.update(inputs_length=192, targets_length=96)
     config.data.messages_field = "messages"
-    config.optimizer.update(learning_rate=0.03, warmup_steps=35)
+    config.optimizer.update(name="adamw_rms", learning_rate=0.03, schedule="cosine", warmup_steps=35)
     config.train.update(num_steps=350, eval_every=175, checkpoint_every=175)
     config.evaluate.update(metrics=("exact_match", "f1"), max_new_tokens=64)
     return config

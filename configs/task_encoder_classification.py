@@ -5,8 +5,8 @@
 
 The task is that of `task_classification`, whose model generates the name of the package. The encoder is that of
 `tiny`: train `tiny` first.
-Hardware: two CPU cores, 39 s of processor time. Held-out results: accuracy 83.8 %, macro F1 77.1 %, Matthews
-correlation 80.2 %; always tkinter: accuracy 32.9 %.
+Hardware: two CPU cores, 42 s of processor time. Held-out results: accuracy 87.9 %, macro F1 84.3 %, Matthews
+correlation 85.3 %; always tkinter: accuracy 32.9 %.
 
 With a network, on CoLA: --config.data.source=tfds:glue/cola:2.0.0 --config.data.inputs_template='{sentence}'
 --config.data.targets_template='{label}' --config.data.labels=unacceptable,acceptable
@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(source=("task:classification",), objective=("classification",), heldout_fraction=0.1)
     config.data.update(labels=LABELS, inputs_length=128)
     config.model.update(architecture="encoder", pooling="mean")
-    config.optimizer.update(learning_rate=0.03, warmup_steps=15)
+    config.optimizer.warmup_steps = 15
     config.train.update(num_steps=60, eval_every=30, checkpoint_every=60)
     config.evaluate.update(metrics=("accuracy", "macro_f1", "matthews"))
     return config

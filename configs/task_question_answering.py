@@ -5,7 +5,8 @@
 The task is `data.sources.python_tasks.question_answering`: 8,000 functions of the standard library, one question
 each. Answers with names and defaults occur in the context; counts, yes and no do not.
 Its model is that of `tiny`: train `tiny` first, and start from that run.
-Hardware: two CPU cores, 130 s. Held-out results: exact match 80.1 %; untrained 0.0, the most frequent answer 25.4.
+Hardware: two CPU cores, 372 s of processor time. Held-out results: exact match 81.2 %; untrained 0.0, the most
+frequent answer 25.4.
 
 With a network, on SQuAD 1.1, in the form of T5 (Raffel et al. 2020, appendix D.15):
 
@@ -22,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
     config.data.update(source=("task:question_answering",), objective=("supervised",), heldout_fraction=0.05)
     config.data.update(inputs_length=256, targets_length=32)
-    config.optimizer.update(learning_rate=0.03, warmup_steps=30)
+    config.optimizer.update(name="adamw_rms", learning_rate=0.03, schedule="cosine", warmup_steps=30)
     config.train.update(num_steps=300, eval_every=150, checkpoint_every=150)
     config.evaluate.update(metrics=("exact_match", "f1"), max_new_tokens=16)
     return config

@@ -6,8 +6,9 @@ The task is `data.sources.python_tasks.text_generation`: 2,960 paragraphs from d
 and from the language reference of Python 3.11. Many continuations are correct, but only one is the reference, so the
 held-out loss is more informative than the other metrics.
 Its model is that of `tiny`: train `tiny` first, and start from that run.
-Hardware: two CPU cores, 131 s. Held-out results: perplexity 130, ROUGE-L 11.8; untrained 759 and 3.9. Repeating the
-input scores 15.9: a model of this size learns the style of the continuation, not its content.
+Hardware: two CPU cores, 168 s of processor time. Held-out results: perplexity 67.7, ROUGE-L 11.3; untrained 218 and
+2.0. After 250 steps the perplexity was 262. Repeating the input scores 15.9: a model of this size learns the style of
+the continuation, not its content.
 
 With a network, on answers to open instructions (Dolly):
 
@@ -24,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
     config.data.update(source=("task:text_generation",), objective=("supervised",), heldout_fraction=0.08)
     config.data.update(inputs_length=128, targets_length=128)
-    config.optimizer.update(learning_rate=0.03, warmup_steps=25)
-    config.train.update(num_steps=250, eval_every=125, checkpoint_every=125)
+    config.optimizer.update(name="adamw_rms", learning_rate=0.03, schedule="cosine", warmup_steps=15)
+    config.train.update(num_steps=125, eval_every=125, checkpoint_every=125)
     config.evaluate.update(metrics=("rougeL", "chrf"), max_new_tokens=104)
     return config

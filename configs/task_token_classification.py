@@ -6,7 +6,7 @@
 The task is `data.sources.python_tasks.token_classification`: 8,000 expressions of the standard library, whose
 tokens are labelled by the syntax tree: names that are called, values, names of arguments, literals. The encoder is
 that of `tiny`: train `tiny` first.
-Hardware: two CPU cores, 78 s of processor time. Held-out results: entity F1 89.2 %, accuracy 95.6 %, macro F1 85.6
+Hardware: two CPU cores, 54 s of processor time. Held-out results: entity F1 94.5 %, accuracy 98.5 %, macro F1 97.1
 %; always O: accuracy 41.9 %.
 
 On data like CoNLL 2003, with a list of words and one of their labels in each record:
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(source=("task:token_classification",), objective=("token_classification",), heldout_fraction=0.1)
     config.data.update(labels=LABELS, inputs_length=128)
     config.model.update(architecture="encoder")
-    config.optimizer.update(learning_rate=0.03, warmup_steps=15)
+    config.optimizer.warmup_steps = 15
     config.train.update(num_steps=100, eval_every=50, checkpoint_every=100)
     config.evaluate.update(metrics=("accuracy", "macro_f1", "entity_f1"))
     return config

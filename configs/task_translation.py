@@ -6,8 +6,8 @@ The task is `data.sources.python_tasks.translation`: 8,000 expressions of the st
 download of a parallel corpus. A rule gives the one correct translation, which depends on the structure of the
 expression.
 Its model is that of `tiny`: train `tiny` first, and start from that run.
-Hardware: two CPU cores, 133 s. Held-out results: BLEU 77.4, exact match 49.6 %; untrained 0.0 and 0.0, the input
-itself 10.7 and 0.0.
+Hardware: two CPU cores, 370 s of processor time. Held-out results: BLEU 83.9, exact match 59.4 %; untrained 0.2 and
+0.0, the input itself 10.7 and 0.0.
 
 With a network, from German to English (WMT 2016) or from Portuguese (TED talks):
 
@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = tiny.get_config()
     config.data.update(source=("task:translation",), objective=("supervised",), heldout_fraction=0.05)
     config.data.update(inputs_length=64, targets_length=112)
-    config.optimizer.update(learning_rate=0.03, warmup_steps=40)
+    config.optimizer.update(name="adamw_rms", learning_rate=0.03, schedule="cosine", warmup_steps=40)
     config.train.update(num_steps=400, eval_every=200, checkpoint_every=200)
     config.evaluate.update(metrics=("bleu", "chrf", "exact_match"), max_new_tokens=64)
     return config

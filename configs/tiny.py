@@ -20,10 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.num_heads = 4
     config.model.head_dim = 32
     config.model.mlp_dim = 256
+    config.model.init = "gpt2"
     config.model.attention_init = "local"
-    config.optimizer.name = "adamw_rms"
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.schedule = "cosine"
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 100
     config.train.num_steps = 900
     config.train.eval_every = 300

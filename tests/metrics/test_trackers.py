@@ -76,7 +76,7 @@ def test_a_tracker_gets_config_and_all_steps_and_is_ended(tmp_path, packages, ca
     write_all(tmp_path, "wandb")
     first, *steps, last = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
     assert first["project"] == "t5like" and first["name"] == "run" and first["resume"] == "allow"
-    assert first["config"]["optimizer.name"] == "adamw_rms" and first["id"] == trackers.run_id(tmp_path / "run")
+    assert first["config"]["optimizer.name"] == "muon" and first["id"] == trackers.run_id(tmp_path / "run")
     assert steps == [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3)] and last == "finished"
     assert capfd.readouterr().err == "tracker    wandb: run at https://example.org/run\n"
     assert not (tmp_path / "run" / "tensorboard").exists()
