@@ -56,6 +56,9 @@ TINY = {
     "model.remat": "full",
     "mesh.data": "1",
     "mesh.fsdp": "-1",
+    "optimizer.name": "adamw_rms",
+    "optimizer.learning_rate": "0.1",
+    "optimizer.schedule": "cosine",
 }
 
 
