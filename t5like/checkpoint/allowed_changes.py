@@ -107,6 +107,7 @@ def forbidden_differences(
     if new.model.positions == "learned":
         mutable = tuple(name for name in mutable if name != "model.max_length:")
     mutable += ("model.vocab_multiple:",) if old.vocab_rows == new.vocab_rows else ()
+    mutable += ("model.init:",) if old.model.scales_logits == new.model.scales_logits else ()
     return [line for line in lines if line.startswith(fixed) and not line.startswith(mutable)]
 
 

@@ -221,7 +221,8 @@ def _read_base(
 def _other_differences(old: Config, new: Config) -> list[str]:
     """Fields of the model that differ, and are not a part of the report of parameters."""
     lines = loader.difference(old, new)
-    return [line for line in lines if line.startswith("model.") and not line.startswith(UNREPORTED_FIELDS)]
+    without = UNREPORTED_FIELDS + (("model.init:",) if old.model.scales_logits == new.model.scales_logits else ())
+    return [line for line in lines if line.startswith("model.") and not line.startswith(without)]
 
 
 def write_report(workdir: Path, config: Config, weights: InitialWeights) -> None:

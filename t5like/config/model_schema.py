@@ -169,6 +169,13 @@ class ModelConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
+    def scales_logits(self) -> bool:
+        """Whether logits are multiplied by model_dim**-0.5, as in T5 with one table for embeddings and head."""
+        if self.logits_scale == "auto":
+            return self.tied_embeddings and self.init == "t5" and self.embedding_scale == "none"
+        return self.logits_scale == "model_dim"
+
+    @property
     def pattern_length(self) -> int:
         """Layers after which `layer_pattern` and `mlp_pattern` both repeat; 1: all layers are alike."""
         return math.lcm(max(len(self.layer_pattern), 1), max(len(self.mlp_pattern), 1))

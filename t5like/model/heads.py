@@ -67,13 +67,6 @@ def embed(table_VD: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
     return jnp.take(constrain(table_VD.astype(dtype), "vocab", None), ids, axis=0)
 
 
-def scales_logits(config: ModelConfig) -> bool:
-    """Whether logits are multiplied by model_dim**-0.5."""
-    if config.logits_scale == "auto":
-        return config.tied_embeddings and config.init == "t5" and config.embedding_scale == "none"
-    return config.logits_scale == "model_dim"
-
-
 @jax.custom_vjp
 def project_to_vocabulary(x_BLD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     """Float32 logits from operands of any dtype; the backward matmuls run in the operands' dtype.

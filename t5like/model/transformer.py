@@ -157,7 +157,7 @@ class Transformer(nn.Module):
             hidden_BLD = self.mlm(hidden_BLD)
         tied = self.decoder_embedding if model.separate_embeddings else self.embedding
         kernel_DV = tied.T if model.tied_embeddings else self.head
-        if heads.scales_logits(model):
+        if model.scales_logits:
             # Mesh TensorFlow: tied logits are scaled, because the embedding has standard deviation 1.
             hidden_BLD = hidden_BLD * model.in_decoder.model_dim**-0.5
         multiply = cpu.matmul if model.kernels == "cpu" and model.dtype == "float32" else heads.project_to_vocabulary

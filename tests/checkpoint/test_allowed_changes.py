@@ -43,6 +43,16 @@ def test_a_difference_is_free_allowed_by_the_flag_or_refused(name, value, free, 
     assert allowed or differs[0].startswith(f"{name}: ")
 
 
+def test_imported_weights_take_other_initial_values_unless_they_scale_the_logits():
+    def differences(tied: bool) -> list[str]:
+        old = changed("model.tied_embeddings", tied)
+        new = dataclasses.replace(old, model=dataclasses.replace(old.model, init="gpt2"))
+        assert forbidden_differences(old, new) == ["model.init: 't5' -> 'gpt2'"]
+        return forbidden_differences(old, new, imported=True)
+
+    assert differences(tied=False) == [] and differences(tied=True) == ["model.init: 't5' -> 'gpt2'"]
+
+
 def test_the_flag_takes_several_fields_and_refuses_others():
     fields = allowed_changes.parse(["optimizer.learning_rate,data.batch_size", "data", "train.num_steps"])
     assert fields == ("optimizer.learning_rate", "data.batch_size", "data", "train.num_steps")

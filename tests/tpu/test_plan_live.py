@@ -16,6 +16,7 @@ TINY = {
     "model.remat": "full",
     "mesh.data": 1,
     "mesh.fsdp": 8,
+    "optimizer.name": "adamw_rms",  # without matmuls
 }
 
 

@@ -13,7 +13,6 @@ from t5like.errors import CheckpointError
 from t5like.interop.huggingface import encoder_keys, family_keys, gemma, label_heads
 from t5like.interop.huggingface.config_keys import one_of
 from t5like.interop.huggingface.weight_maps import DECODERS, ENCODER_DECODERS, GEMMAS, T5GEMMAS
-from t5like.model.heads import scales_logits
 
 FAMILIES = (*ENCODER_DECODERS, *DECODERS, "gpt2", "bert", "modernbert", "eurobert", *gemma.FAMILIES)
 ARCHITECTURES = {
@@ -200,7 +199,7 @@ def check_exportable(family: str, config: Config) -> None:
         _require(family, model.token_types > 0, "model.token_types", model.token_types, "1 or more; use 2")
     if family not in ("t5", "umt5"):
         scaled = f"{model.logits_scale} (model_dim, as embeddings are tied and model.init=t5)"
-        _require(family, not scales_logits(model), "model.logits_scale", scaled, "none")
+        _require(family, not model.scales_logits, "model.logits_scale", scaled, "none")
     if model.architecture == "decoder" and config.data.objective != ("causal_lm",) and not config.data.messages_field:
         # In these families the tokens of a prompt only attend to earlier tokens.
         bidirectional = [name for name in config.data.objective if name != "causal_lm"]
@@ -215,7 +214,7 @@ def numeric_fields(model: ModelConfig) -> dict[str, Any]:
     for name in ("init", "attention_init", "dropout_rate", "vocab_multiple", "dtype", "layers", "kernels", "remat"):
         del fields[name]
     del fields["scalar_head"]  # no family has one, and no logits depend on it
-    fields["logits_scale"] = scales_logits(model)
+    fields["logits_scale"] = model.scales_logits
     fields["num_kv_heads"] = model.kv_heads
     fields["norm_bias"] = model.norm == "layer" and model.norm_bias
     fields["attention_scale_dim"] = model.scale_attention and (model.attention_scale_dim or model.head_dim)

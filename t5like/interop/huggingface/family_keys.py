@@ -15,7 +15,6 @@ from t5like.errors import CheckpointError
 from t5like.interop.huggingface import rope_config
 from t5like.interop.huggingface.config_keys import nonnegative, one_of, positive_int
 from t5like.interop.huggingface.weight_maps import ENCODER_DECODERS, GEMMAS, LIKE_LLAMA, T5GEMMAS
-from t5like.model.heads import scales_logits
 
 # The activation's name in config.json -> model.mlp. An export writes the first of several names with one meaning.
 _PLAIN = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
@@ -92,7 +91,7 @@ def t5_keys(family: str, config: Config) -> dict[str, Any]:
         **dropout_keys(family, model.dropout_rate),
         "is_encoder_decoder": True,
         "tie_word_embeddings": model.tied_embeddings,
-        **({} if family == "mt5" else {"scale_decoder_outputs": scales_logits(model)}),
+        **({} if family == "mt5" else {"scale_decoder_outputs": model.scales_logits}),
     }
 
 
