@@ -39,7 +39,8 @@ def run(trained) -> Run:
 def untrained(request, run) -> Run:
     """A model of another architecture with random parameters, and the tokenizer of the run."""
     sizes = {"vocab_size": 400, "num_sentinels": 20}
-    config = small(model={"architecture": request.param, "num_layers": 1}, tokenizer=sizes)
+    data = {"noise_density": 0.9} if request.param == "encoder" else {}  # any token may be a target
+    config = small(model={"architecture": request.param, "num_layers": 1}, tokenizer=sizes, data=data)
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, spec = auto.resolve_auto(config, mesh), pipeline.spec(config)
     params = drawn_params(config, spec)

@@ -42,7 +42,7 @@ def pretrain_loss(
     key: jax.Array | None,
     taught: tuple[Array, Callable[..., losses.Loss]] | None = None,
 ) -> losses.Loss:
-    """Cross entropy of the batch's targets, summed over their weights; `key` None means no dropout (evaluation).
+    """Cross entropy of the targets, at most `head_length` of a row, summed over their weights; `key` None: no dropout.
 
     `taught`: hidden values [B, L, ...] of another model, and a function that adds its loss at some positions: (loss,
     logits, weights, hidden values) -> loss. Of an objective that predicts labels, the loss is `label_loss`.

@@ -113,6 +113,7 @@ def test_debug_nan_ends_a_run_at_the_first_value_that_is_not_finite(refused, fla
         "--config.model.architecture=decoder",
         "--config.data.objective=causal_lm",
         "--config.model.kernels=plain",
+        "--config.model.init=t5",
     ]
     code, message = refused("train", *flags, *decoder, f"--workdir={tmp_path}/run", "--debug_nan")
     assert code == 5
