@@ -24,7 +24,6 @@ from t5like.config import loader
 from t5like.config.schema import Config, default
 
 # Flags that a sentence may leave out of a command.
-NEED_EXTRAS = ("t5like.evaluation.lm_eval", "t5like.interop.huggingface.reference_logits")  # lm_eval, PyTorch
 SAMPLES = {"config": "configs/tiny.py", "workdir": "RUN", "topology": "v5e:2x4", "input": "DIR", "output": "DIR"}
 SAMPLES |= {"format": "hf", "prompt": "TEXT", "step": "1"}
 NOT_FIELDS = ("py", "model", "json", "jsonl", "txt")  # of files that have the name of a section: tokenizer.json
@@ -364,12 +363,10 @@ def test_every_file_that_a_document_names_exists(trained):
 
 def test_every_name_of_t5like_that_a_script_uses_exists():
     """Also of scripts that need PyTorch or libtpu, which this suite can't run."""
-    wrong = []
+    wrong, of_older_code = [], ("make_format_1.py", "make_formats.py")
+    need_extras = ("t5like.evaluation.lm_eval", "t5like.interop.huggingface.reference_logits")  # lm_eval, PyTorch
     for path in documents.PYTHON:
-        if path.is_relative_to(ROOT / "t5like") or path.name in (
-            "make_format_1.py",
-            "make_formats.py",
-        ):  # they run older code
+        if path.is_relative_to(ROOT / "t5like") or path.name in of_older_code:
             continue
         tree, modules = ast.parse(path.read_text("utf-8")), {}
         for node in ast.walk(tree):
@@ -382,7 +379,7 @@ def test_every_name_of_t5like_that_a_script_uses_exists():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
                 module = modules[node.value.id]
-                if module not in NEED_EXTRAS and not hasattr(importlib.import_module(module), node.attr):
+                if module not in need_extras and not hasattr(importlib.import_module(module), node.attr):
                     wrong.append(f"{documents.name_of(path)}:{node.lineno}: {module}.{node.attr}")
     assert not wrong, wrong
 

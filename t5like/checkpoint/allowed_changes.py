@@ -70,7 +70,7 @@ CHANGEABLE_FIELDS = (
 )
 DATA = "data"  # the value of --allow_change for a source whose texts changed
 # Fields of the model that may differ as long as imported weights have not been trained; other sections may differ too.
-MUTABLE_AFTER_IMPORT = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length", "attention_init")
+MUTABLE_AFTER_IMPORT = ("dropout_rate", "dtype", "layers", "kernels", "remat", "max_length")
 
 
 def parse(values: Sequence[str]) -> tuple[str, ...]:
@@ -107,8 +107,13 @@ def forbidden_differences(
     if new.model.positions == "learned":
         mutable = tuple(name for name in mutable if name != "model.max_length:")
     mutable += ("model.vocab_multiple:",) if old.vocab_rows == new.vocab_rows else ()
-    mutable += ("model.init:",) if old.model.scales_logits == new.model.scales_logits else ()
+    mutable += initial_fields(old, new)
     return [line for line in lines if line.startswith(fixed) and not line.startswith(mutable)]
+
+
+def initial_fields(old: Config, new: Config) -> tuple[str, ...]:
+    """The fields of the model that concern nothing but initial values, each with a colon, as differences begin."""
+    return ("model.attention_init:", *(["model.init:"] if old.model.scales_logits == new.model.scales_logits else []))
 
 
 def remedy(differences: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5like import tree
 from t5like.checkpoint import base_weights, parameter_sources, recovery
+from t5like.checkpoint.allowed_changes import initial_fields
 from t5like.checkpoint.checkpoints import Checkpoints
 from t5like.checkpoint.digests import Leaf
 from t5like.checkpoint.metadata import Meta
@@ -57,7 +58,6 @@ UNREPORTED_FIELDS = tuple(  # fields of the model that change no output, or are 
         "layers",
         "kernels",
         "remat",
-        "attention_init",
         "vocab_multiple",
         "separate_embeddings",
         "merged_attention",
@@ -221,7 +221,7 @@ def _read_base(
 def _other_differences(old: Config, new: Config) -> list[str]:
     """Fields of the model that differ, and are not a part of the report of parameters."""
     lines = loader.difference(old, new)
-    without = UNREPORTED_FIELDS + (("model.init:",) if old.model.scales_logits == new.model.scales_logits else ())
+    without = UNREPORTED_FIELDS + initial_fields(old, new)
     return [line for line in lines if line.startswith("model.") and not line.startswith(without)]
 
 

@@ -70,10 +70,10 @@ def pretrain_loss(
         return taught[1](loss, logits_BLV, weights_BL, hidden[1]) if taught else loss
 
     hidden = (hidden_BLD, taught[0]) if taught else (hidden_BLD,)
-    read = few_targets.at_targets(config, hidden, batch)
     if config.data.label_objective:
         loss = label_loss(config, params, hidden_BLD, batch, key, taught)
     else:
+        read = few_targets.at_targets(config, hidden, batch)
         loss = losses.in_chunks(head, *read, config.train.loss_chunk) if config.train.loss_chunk else head(*read)
     if batch.component_B1 is not None:
         rows_B1 = (batch.weights_BL > 0).any(1, keepdims=True)
