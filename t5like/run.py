@@ -247,7 +247,7 @@ class Run:
         """
         rows = self._rows(text, target)
         with jax.set_mesh(self._mesh):
-            logits_BLV = _logits(self.config, self._params, rows.batch)
+            logits_BLV = _logits(self.config.of_model(), self._params, rows.batch)
         length = len(rows.decoder) or len(rows.encoder)
         return np.asarray(logits_BLV[0, :length, : self.config.tokenizer.vocab_size], np.float32)
 
@@ -276,7 +276,7 @@ class Run:
         """
         rows = self._rows(text, target)
         with jax.set_mesh(self._mesh):
-            values = _intermediates(self.config, self._params, rows.batch, tuple(names))
+            values = _intermediates(self.config.of_model(), self._params, rows.batch, tuple(names))
         sizes = {"encoder": len(rows.encoder), "decoder": len(rows.decoder)}
         found = {}
         for name, value in values.items():

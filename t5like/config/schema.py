@@ -290,6 +290,19 @@ class Config:
         """Tokens of a decoder-only row."""
         return self.data.inputs_length + self.data.targets_length
 
+    def of_model(self) -> "Config":
+        """What the model and its parameters depend on; the other fields have their defaults.
+
+        A program that is traced for it serves all runs of one model in a process.
+        """
+        head = DataConfig(objective=self.data.objective, labels=self.data.labels)
+        return Config(
+            model=self.model,
+            tokenizer=dataclasses.replace(self.tokenizer, path=""),
+            data=head if self.data.label_objective else DataConfig(),
+            lora=self.lora,
+        )
+
 
 def sections(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, type]]:
     """Prefix and class of each section: ``("", Config)``, ..., ``("model.rotary.", RotaryConfig)``."""

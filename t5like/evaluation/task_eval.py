@@ -170,7 +170,7 @@ class TaskEvaluator:
             part = pairs[begin : begin + SCORING_ROWS]
             padded = part + part[:1] * (SCORING_ROWS - len(part))
             batch = scoring_batch(self.config, padded, prompt_length, target_length)
-            nats += to_host(score_targets(self.config, params, batch, ids).nats_B)[: len(part)].tolist()
+            nats += to_host(score_targets(self.config.of_model(), params, batch, ids).nats_B)[: len(part)].tolist()
             progress(len(nats))
         nats_NC = np.reshape(nats, (len(self.examples), -1))
         return [self.config.evaluate.answer_choices[best] for best in nats_NC.argmin(1)], nats_NC

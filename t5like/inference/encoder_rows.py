@@ -86,7 +86,7 @@ def label_outputs(
         rows: see `row_of`.
         progress: called with the number of rows done.
     """
-    found = _in_batches(config, partial(_label_outputs, config, params), rows, progress)
+    found = _in_batches(config, partial(_label_outputs, config.of_model(), params), rows, progress)
     if config.data.label_objective == "token_classification":
         return [x_SC[: len(row.ids)] for x_SC, row in zip(found, rows, strict=True)]
     return [x_SC[0] for x_SC in found]
@@ -99,7 +99,7 @@ def embeddings(
 
     That is the mean pooling of sentence-transformers (Reimers & Gurevych 2019, section 3). Arguments: `label_outputs`.
     """
-    found = _in_batches(config, partial(_embeddings, config, params), rows, progress)
+    found = _in_batches(config, partial(_embeddings, config.of_model(), params), rows, progress)
     return np.stack(found) if found else np.zeros((0, config.model.model_dim), np.float32)
 
 

@@ -6,7 +6,6 @@
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +23,8 @@ from t5like.sharding.placement import to_host
 from t5like.types import Batch, Tree
 
 BUCKET = 32  # prompts are padded to a multiple of this length, so that few shapes are compiled
+
+_unstack = jax.jit(decoding.unstack_params, static_argnums=0)
 
 
 def eos_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -155,10 +156,9 @@ class Generator:
         prompt_BP, lengths_B = self._padded([prompt.ids for prompt in prompts], width, left=self._decoder_only)
         if self._unstacked is None:
             unrolled = self.config.model.layers == "unroll"
-            unstack = partial(decoding.unstack_params, self.config)
-            self._unstacked = jax.jit(unstack)(self.params) if unrolled else self.params
+            self._unstacked = _unstack(self.config.of_model(), self.params) if unrolled else self.params
         output = decoding.decode_texts(
-            self.config,
+            self.config.of_model(),
             self._unstacked,
             prompt_BP,
             lengths_B,
@@ -194,7 +194,7 @@ class Generator:
 
     def predict_tokens(self, batch: Batch) -> np.ndarray:
         """The most likely token at each position of an encoder-only model's rows: int32 [B, S]."""
-        return to_host(decoding.predict_tokens(self.config, self.params, batch))
+        return to_host(decoding.predict_tokens(self.config.of_model(), self.params, batch))
 
     def _unmask(self, text: str) -> str:
         tokenizer, row = self.tokenizer, self.prompt(text).ids

@@ -256,7 +256,7 @@ class LoglikelihoodScorer:
                 part = rows[begin : begin + SCORING_ROWS]
                 batch = self._batch([row for _, row in part + part[:1] * (SCORING_ROWS - len(part))], *shape)
                 with jax.set_mesh(self.mesh):
-                    scores = jax.device_get(score_targets(self.config, self.params, batch))
+                    scores = jax.device_get(score_targets(self.config.of_model(), self.params, batch))
                 numbers = [number for number, _ in part]
                 np.subtract.at(log_p, numbers, scores.nats_B[: len(part)].astype(float))
                 np.logical_and.at(greedy, numbers, scores.greedy_B[: len(part)])

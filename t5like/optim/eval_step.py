@@ -46,12 +46,14 @@ def zero_metrics(config: Config, params: Tree, batch: Batch, loss_fn: LossFn = p
 def jit_eval_step(config: Config, mesh: Mesh, loss_fn: LossFn = pretrain_loss):
     """The jitted evaluation step; parameters and batch keep the shardings of the arguments.
 
-    A process that evaluates several runs, which differ in their optimizer or their steps only, compiles it once.
+    A process that evaluates several runs, which differ in their optimizer, steps or texts only, compiles it once.
     """
-    without = {name: getattr(Config(), name) for name in ("optimizer", "init_from", "evaluate", "metrics")}
+    without = {name: getattr(Config(), name) for name in ("seed", "optimizer", "init_from", "evaluate", "metrics")}
+    data, tokenizer = config.data, dataclasses.replace(config.tokenizer, path="")
+    without["data"] = dataclasses.replace(data, source=("",) * len(data.source), source_names=(), cache_directory="")
     steps = {name: getattr(config.train, name) for name in ("microbatches", "z_loss", "label_smoothing", "loss_chunk")}
     train = TrainConfig(**steps, compiler_options=config.train.compiler_options)
-    key = (dataclasses.replace(config, **without, train=train), mesh, loss_fn)
+    key = (dataclasses.replace(config, **without, tokenizer=tokenizer, train=train), mesh, loss_fn)
     if key not in _jitted:
         while len(_jitted) >= MOST_PROGRAMS:
             del _jitted[next(iter(_jitted))]

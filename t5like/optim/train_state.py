@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from t5like import tree
-from t5like.config.schema import Config, DataConfig
+from t5like.config.schema import Config
 from t5like.model.layer_parameters import traced
 from t5like.model.layers import Parameter, is_box
 from t5like.model.transformer import Transformer
@@ -139,14 +139,7 @@ def _abstract_boxes(config: Config, batch: Batch) -> Tree:
 def _traced_boxes(config: Config, batch: Batch) -> tuple[Tree, Callable]:
     """Those, and a function of the key of all parameters: the key of each random one by name."""
     row_types = tuple(None if x is None else (x.shape[1:], np.dtype(x.dtype)) for x in batch)
-    return _trace_boxes(_of_model(config), row_types)
-
-
-def _of_model(config: Config) -> Config:
-    """What the parameters depend on; the other fields have their defaults."""
-    data = config.data
-    head = DataConfig(objective=data.objective, labels=data.labels) if data.label_objective else DataConfig()
-    return Config(model=config.model, tokenizer=config.tokenizer, data=head, lora=config.lora)
+    return _trace_boxes(config.of_model(), row_types)
 
 
 @lru_cache(maxsize=32)

@@ -76,7 +76,7 @@ class Sampler:
             prompt_BP[row, width - len(prompt.ids) if decoder_only else 0 :][: len(prompt.ids)] = prompt.ids
         with jax.set_mesh(self._mesh):
             output = decoding.decode_texts(
-                self._config,
+                self._config.of_model(),
                 params,
                 prompt_BP,
                 np.array([len(prompt.ids) for prompt in prompts], np.int32),

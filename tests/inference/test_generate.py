@@ -18,6 +18,7 @@ from t5like.inference.infilling import fill, spans
 from t5like.inference.prompt_format import Prompt
 from t5like.inference.sampling import DecodingOptions, TracedOptions
 from t5like.model.transformer import Transformer
+from t5like.optim.eval_step import jit_eval_step
 from t5like.sharding import auto
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch
@@ -177,6 +178,19 @@ def tokenizer(texts, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer((texts / "a.txt").read_text().splitlines(), config.tokenizer, path)
     return Tokenizer.load(path, num_sentinels=20)
+
+
+def test_runs_of_one_model_share_their_programs_for_text_and_evaluation(tokenizer):
+    vocabulary = {"tokenizer": {"vocab_size": 400, "num_sentinels": 20}}
+    config, params = model_of(**vocabulary)
+    other = {"seed": 3, "train": {"num_steps": 7}, "optimizer": {"name": "lion"}, "data": {"source": "text:other.txt"}}
+    first, second = config, model_of(**vocabulary, **other)[0]
+    ids_of = lambda each: Generator(each, params, tokenizer).ids([Prompt([5, 6, 1])], max_new_tokens=2)
+    ids, programs = ids_of(first), decode_texts._cache_size()
+    assert (ids_of(second) == ids).all() and decode_texts._cache_size() == programs
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    assert jit_eval_step(first, mesh) is jit_eval_step(second, mesh)
+    assert jit_eval_step(first, mesh) is not jit_eval_step(model_of(**vocabulary, train={"z_loss": 0.1})[0], mesh)
 
 
 def test_the_text_of_a_prompt_does_not_depend_on_other_prompts(tokenizer):
