@@ -15,6 +15,7 @@ from t5like.types import Array
 
 PART_BYTES = 8 * 2**20  # of an array whose digest is computed at once on a device
 HOST_ELEMENTS = 2**15  # of a block, on the host
+HOST_BYTES = 16 * 2**20  # of a state on CPUs whose digests are computed on the host: programs take longer to compile
 KEYS = (0x9E3779B1, 0x7FEB352D)  # of the two lanes
 
 
@@ -59,7 +60,8 @@ def not_finite(leaves: Mapping[str, Array]) -> list[str]:
 def _is_finite(values: np.ndarray) -> bool:
     """Whether all values are finite; in parts that fit into a processor's cache."""
     parts = range(0, values.size, HOST_ELEMENTS)
-    return all(np.isfinite(values[start : start + HOST_ELEMENTS]).all() for start in parts)
+    with np.errstate(invalid="ignore"):  # a warning about bfloat16
+        return all(np.isfinite(values[start : start + HOST_ELEMENTS]).all() for start in parts)
 
 
 def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
@@ -67,7 +69,9 @@ def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
 
     On one device the leaves are processed sequentially: on a CPU, one program for all of them needs twice the memory.
     """
-    if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
+    if sum(leaf.nbytes for leaf in leaves.values()) <= HOST_BYTES and all(map(_is_on_host, leaves.values())):
+        sums = {name: _sum_blocks(leaf) for name, leaf in leaves.items()}
+    elif all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
         sums = {name: jax.device_get(_sum_parts(leaf)) for name, leaf in leaves.items()}
     else:
         sums = jax.device_get(_sums(dict(leaves)))
@@ -76,6 +80,23 @@ def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
         for name, leaf in leaves.items()
     }
     return described, [name for name in leaves if sums[name][2]]
+
+
+def _is_on_host(x: Array) -> bool:
+    """Whether all of an array is in the memory of this process."""
+    on_cpus = lambda: all(device.platform == "cpu" for device in x.sharding.device_set)
+    return not isinstance(x, jax.Array) or (x.is_fully_addressable and on_cpus())
+
+
+def _sum_blocks(x: Array) -> tuple[int, int, int]:
+    """Like `digest`, on the host, from the blocks that the devices have; third: 1 if a value is not finite, else 0."""
+    blocks = [(np.asarray(x), (0,) * x.ndim)]
+    if isinstance(x, jax.Array):
+        shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+        blocks = [(np.asarray(shard.data), [part.start or 0 for part in shard.index]) for shard in shards]
+    lanes = np.array([digest_block(block, offset, x.shape) for block, offset in blocks], np.uint64).sum(0) % 2**32
+    wrong = jnp.issubdtype(x.dtype, jnp.floating) and not all(_is_finite(block.reshape(-1)) for block, _ in blocks)
+    return int(lanes[0]), int(lanes[1]), int(wrong)
 
 
 @jax.jit

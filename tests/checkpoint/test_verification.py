@@ -7,7 +7,9 @@ import pytest
 from small_states import new_state, saved
 from test_recovery import DAMAGES, flip, largest_file
 
-from t5like.checkpoint.digests import describe, digest_block
+from t5like.checkpoint import digests
+from t5like.checkpoint.digests import describe, digest, digest_block
+from t5like.checkpoint.state_leaves import leaves_of
 from t5like.checkpoint.verification import damaged_leaves
 from t5like.errors import DamagedCheckpoint
 
@@ -16,13 +18,28 @@ from t5like.errors import DamagedCheckpoint
 @pytest.mark.parametrize("shape", [(), (7,), (6, 5), (4, 3, 10)])
 def test_blocks_on_the_host_have_the_digest_of_the_device(rng, dtype, shape):
     x = np.asarray(jnp.asarray(rng.normal(size=shape)).astype(dtype))
-    want = describe({"x": jnp.asarray(x)})["x"].digest
+    want = tuple(map(int, digest(jnp.asarray(x))[:2]))
     assert digest_block(x, (0,) * x.ndim, shape) == want
     if x.ndim > 1:
         columns = [
             digest_block(x[:, part], (0, part.start, 0)[: x.ndim], shape) for part in (slice(0, 2), slice(2, 99))
         ]
         assert tuple(sum(lane) % 2**32 for lane in zip(*columns, strict=True)) == want
+
+
+@pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 4, "tensor": 2}])
+def test_a_small_state_is_examined_without_a_program_and_with_the_same_result(axes, monkeypatch):
+    leaves = leaves_of(new_state(1, **axes))
+    name = next(name for name, leaf in leaves.items() if leaf.ndim == 2 and leaf.dtype == jnp.float32)
+    values = np.array(leaves[name])
+    values[1, 1] = np.nan
+    leaves[name] = jax.device_put(values, leaves[name].sharding)
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "digest", None)
+        found = digests.examine(leaves)
+    assert found[1] == [name]
+    monkeypatch.setattr(digests, "HOST_BYTES", 0)
+    assert digests.examine(leaves) == found
 
 
 @pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 4, "tensor": 2}])
