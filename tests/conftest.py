@@ -25,6 +25,9 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("LD_PRELOAD", None)  # of `make test`: commands that tests start have the allocator that users have
+
 import jax
 import numpy as np
 import pytest
@@ -39,10 +42,13 @@ from t5like.data.objectives.windows import Denoiser, TextWindows
 from t5like.data.tokenizers.vocabulary import Vocabulary
 from t5like.interop.huggingface import logits_check
 from t5like.optim import train_state
+from t5like.sharding import allocator
 from t5like.sharding import mesh as meshes
 from t5like.types import Batch, TrainState
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+allocator.keep_freed()  # as `t5like` does
+allocator.trimmed = contextlib.nullcontext  # one command compiles one step, a session hundreds
 
 SMALL = {
     "tokenizer": {"vocab_size": 500, "num_sentinels": 20},
