@@ -5,8 +5,8 @@
 A learning rate that was found at one width holds at another if each kind of activation stays of order 1 in the first
 steps at all widths (Yang et al. 2022, arXiv:2203.03466, appendix D.1). The config's model is trained at each width,
 with heads of 64 and an MLP twice as wide, one layer per stack, a small vocabulary and short rows, at the full learning
-rate from the first step on, repeatedly on one batch of random tokens. `RULES` are optimizers with the learning rates of
-the presets, and plain AdamW for comparison.
+rate from the first step on, repeatedly on one batch of random tokens. `RULES` are the presets' optimizers with their
+learning rates and initial values, and plain AdamW for comparison.
 
 Prints a JSON line per rule, width and activation, with its RMS before the first and after the last step; and on
 standard error a table of the latter, with the exponent of the width that fits best: 0, if the size does not depend on
@@ -20,16 +20,17 @@ from pathlib import Path
 
 import measurement
 
-RULES = {  # optimizer.name, optimizer.learning_rate
-    "adafactor 0.01": ("adafactor", 0.01),  # t5_small and larger
-    "adamw_rms 0.03": ("adamw_rms", 0.03),
-    "adamw 0.003": ("adamw", 0.003),
+RULES = {  # optimizer.name, optimizer.learning_rate, model.init, model.attention_init
+    "adafactor 0.01": ("adafactor", 0.01, "t5", "random"),  # t5_small and larger
+    "muon 0.005": ("muon", 0.005, "gpt2", "local"),  # tiny
+    "adamw_rms 0.03": ("adamw_rms", 0.03, "t5", "random"),
+    "adamw 0.003": ("adamw", 0.003, "t5", "random"),
 }
 
 
 def fields(width: int, rule: str) -> list[tuple[str, str]]:
     """What changes in the config for a width and a rule."""
-    name, rate = RULES[rule]
+    name, rate, init, attention_init = RULES[rule]
     values = {
         "tokenizer.vocab_size": 512,
         "tokenizer.num_sentinels": 40,
@@ -41,6 +42,8 @@ def fields(width: int, rule: str) -> list[tuple[str, str]]:
         "model.num_heads": width // 64,
         "model.head_dim": 64,
         "model.mlp_dim": 2 * width,
+        "model.init": init,
+        "model.attention_init": attention_init,
         "optimizer.name": name,
         "optimizer.learning_rate": rate,
         "optimizer.schedule": "constant",
