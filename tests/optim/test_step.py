@@ -29,7 +29,7 @@ def small(**sections):
 
 
 SHAPES = {
-    "encoder_decoder": {"data": {"cross_document_attention": False}},
+    "encoder_decoder": {"data": {"cross_document_attention": False, "source": ("a", "b", "c", "d")}},
     "decoder": {"model": {"architecture": "decoder", "positions": "rotary", "num_kv_heads": 4}},
     "prefix": {
         "model": {"architecture": "decoder", "num_kv_heads": 2},
@@ -64,6 +64,17 @@ def begun_alone(shape):
     return begun(config, batch, train_state.abstract_state(config, batch, mesh))
 
 
+def batch_of(config, seed=0):
+    """A batch; of four sources, rows of three of them with unequal targets, one row without."""
+    batch = random_batch(config, seed)
+    if len(config.data.source) != 4:
+        return batch
+    lengths = np.array([1, 44, 0, 9, 3, 30, 2, 7])[:, None]
+    weights = batch.weights_BL * (np.arange(batch.weights_BL.shape[1]) < lengths)
+    component = np.array([[0], [1], [1], [3], [1], [0], [3], [1]], np.int32)
+    return batch._replace(weights_BL=weights.astype(np.float32), component_B1=component)
+
+
 @functools.cache
 def program_of(config, devices):
     """The resolved config, the mesh, the abstract state and the jitted step, once for all batches."""
@@ -86,7 +97,14 @@ def one_step(config, batch, devices):
 @functools.cache
 def on_one_device(shape):
     config = small(**SHAPES[shape])
-    return jax.device_get(one_step(config, random_batch(config), 1))
+    return jax.device_get(one_step(config, batch_of(config), 1))
+
+
+@functools.cache
+def in_parts():
+    """The encoder-decoder in chunks and microbatches of a batch that is sharded over four devices."""
+    config = small(**SHAPES["encoder_decoder"], train={"microbatches": 2, "loss_chunk": 5})
+    return jax.device_get(one_step(config, batch_of(config), 4))
 
 
 def assert_same(ours, reference):
@@ -104,18 +122,15 @@ def assert_same(ours, reference):
 @pytest.mark.parametrize(
     "shape, mesh",
     [
-        ("encoder_decoder", {"data": 8}),
-        ("encoder_decoder", {"fsdp": 2, "tensor": 2}),
-        ("encoder_decoder", {"data": 1, "tensor": 4, "context": 2}),
-        ("decoder", {"data": 2, "tensor": 2, "context": 2}),
+        ("encoder_decoder", {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
+        ("decoder", {"data": 1, "tensor": 4, "context": 2}),
         ("prefix", {"context": 4}),
-        ("encoder", {"fsdp": 4, "tensor": 2}),
-        ("encoder", {"data": 1, "tensor": 4, "context": 2}),
+        ("encoder", {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
     ],
 )
 def test_any_mesh_equals_one_device(shape, mesh):
-    config = small(**SHAPES[shape], mesh=mesh if "data" in mesh or "fsdp" not in mesh else {"data": -1, **mesh})
-    assert_same(jax.device_get(one_step(config, random_batch(config), 8)), on_one_device(shape))
+    config = small(**SHAPES[shape], mesh=mesh)
+    assert_same(jax.device_get(one_step(config, batch_of(config), 8)), on_one_device(shape))
 
 
 def test_a_new_state_is_sharded_and_has_the_values_of_one_device():
@@ -132,20 +147,18 @@ def test_a_new_state_is_sharded_and_has_the_values_of_one_device():
             assert leaf.sharding == tree.flatten(state.params)[owner].sharding, name
 
 
-@pytest.mark.parametrize("shape", ["encoder_decoder", "encoder"])
-def test_microbatches_equal_the_whole_batch_with_unequal_targets(shape):
-    config = small(**SHAPES[shape])
+def test_microbatches_of_pairs_equal_the_whole_batch_with_unequal_targets():
+    config = small(**SHAPES["encoder"])
     batch = random_batch(config)
     weights = batch.weights_BL * (np.arange(batch.weights_BL.shape[1]) < np.array([1, 44, 3, 9, 0, 30, 2, 7])[:, None])
     batch = batch._replace(weights_BL=weights.astype(np.float32))
     whole = jax.device_get(one_step(config, batch, 1))
-    parts = small(**SHAPES[shape], train={"microbatches": 4})
+    parts = small(**SHAPES["encoder"], train={"microbatches": 4})
     assert_same(jax.device_get(one_step(parts, batch, 1)), whole)
 
 
-def test_microbatches_of_a_sharded_batch_move_no_rows_and_a_chunked_loss_changes_nothing():
-    config = small(**SHAPES["encoder_decoder"], train={"microbatches": 2, "loss_chunk": 5})
-    assert_same(jax.device_get(one_step(config, random_batch(config), 4)), on_one_device("encoder_decoder"))
+def test_chunks_and_microbatches_of_a_sharded_batch_equal_the_whole_batch_with_unequal_targets():
+    assert_same(in_parts(), on_one_device("encoder_decoder"))
 
 
 class Learner(NamedTuple):
@@ -213,37 +226,21 @@ def test_an_encoder_counts_the_tokens_it_reads():
     assert metrics["tokens"].total == (batch.encoder_BS != 0).sum() < batch.encoder_BS.size
 
 
-def of_components(config, seed=0):
-    """A batch whose rows come from components 0, 1 and 3 of 4, one row without targets."""
-    batch = random_batch(config, seed)
-    batch.weights_BL[2] = 0
-    return batch._replace(component_B1=np.array([[0], [1], [1], [3], [1], [0], [3], [1]], np.int32))
-
-
-FOUR = {"source": ("a", "b", "c", "d")}
-
-
-@functools.cache
-def metrics_of_components():
-    return jax.device_get(one_step(small(data=FOUR), of_components(small(data=FOUR)), 1))[1]
-
-
-@pytest.mark.parametrize("train, devices", [({}, 1), ({"loss_chunk": 5, "microbatches": 2}, 4)])
-def test_losses_by_component_add_up_also_in_chunks_microbatches_and_on_a_mesh(train, devices):
-    config = small(data=FOUR, train=train)
-    batch, whole = of_components(config), metrics_of_components()
-    metrics = whole if (train, devices) == ({}, 1) else jax.device_get(one_step(config, batch, devices))[1]
+def test_losses_by_component_add_up_also_in_chunks_microbatches_and_on_a_mesh():
+    batch, whole = batch_of(small(**SHAPES["encoder_decoder"])), on_one_device("encoder_decoder")[1]
     component = batch.component_B1[:, 0]
-    np.testing.assert_array_equal(metrics["rows_by_component"].total, [2, 3, 0, 2])
-    np.testing.assert_array_equal(metrics["by_component"].weight, np.bincount(component, batch.weights_BL.sum(1), 4))
-    np.testing.assert_allclose(metrics["by_component"].total, whole["by_component"].total, rtol=2e-5)
-    np.testing.assert_allclose(metrics["by_component"].total.sum(), metrics["loss"].total, rtol=1e-5)
+    for metrics in (whole, in_parts()[1]):
+        np.testing.assert_array_equal(metrics["rows_by_component"].total, [2, 3, 0, 2])
+        of_components = np.bincount(component, batch.weights_BL.sum(1), 4)
+        np.testing.assert_array_equal(metrics["by_component"].weight, of_components)
+        np.testing.assert_allclose(metrics["by_component"].total, whole["by_component"].total, rtol=2e-5)
+        np.testing.assert_allclose(metrics["by_component"].total.sum(), metrics["loss"].total, rtol=1e-5)
 
 
 def test_an_evaluation_starts_with_zeros_of_the_shapes_that_it_sums():
-    config = small(data=FOUR)
+    config = small(**SHAPES["encoder_decoder"])
     config = auto.resolve_auto(config, meshes.make_mesh(config, jax.devices()[:1]))
-    batch, other = of_components(config), of_components(config, seed=1)
+    batch, other = batch_of(config), batch_of(config, seed=1)
     params = begun_alone("encoder_decoder").params
     zeros, evaluate = eval_step.zero_metrics(config, params, batch), jax.jit(eval_step.make_eval_step(config))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
@@ -350,11 +347,14 @@ def test_slices_come_first_along_data_and_must_be_those_of_the_devices():
 
 
 def test_a_length_that_context_does_not_divide_is_not_split():
-    config = small(data={"targets_length": 13}, mesh={"data": 4, "context": 2})
-    batch = random_batch(config)
-    _, metrics = one_step(config, batch, 8)
-    _, alone = one_step(small(data={"targets_length": 13}), batch, 1)
-    np.testing.assert_allclose(metrics["loss"].total, alone["loss"].total, rtol=1e-5)
+    config = small(data={"targets_length": 13}, mesh={"data": 1, "context": 2})
+    config, mesh, abstract, update = program_of(config, 2)
+    state = begun(config, batch := random_batch(config), abstract)
+    loss_of = jax.jit(lambda params: step.pretrain_loss(config, params, batch, None).metrics["loss"])
+    alone = loss_of(jax.device_get(state.params))
+    with jax.set_mesh(mesh):
+        _, metrics = update(state, placement.to_global(batch, mesh, 8))
+    np.testing.assert_allclose(metrics["loss"].total, alone.total, rtol=1e-5)
     assert jnp.isfinite(metrics["grad_norm"].total)
 
 
@@ -377,9 +377,9 @@ def test_frozen_parameters_cost_no_gradient_do_not_count_in_its_norm_and_can_not
     first = begun_alone("encoder_decoder")
 
     def updated(loss_fn, **optimizer):
-        config = small(optimizer=optimizer)
+        config = small(**SHAPES["encoder_decoder"], optimizer=optimizer)
         config = auto.resolve_auto(config, mesh := meshes.make_mesh(config, jax.devices()[:1]))
-        abstract = train_state.abstract_state(config, batch := random_batch(config), mesh)
+        abstract = train_state.abstract_state(config, batch := batch_of(config), mesh)
         program = step.lower_train_step(config, batch, abstract, loss_fn).compile()
         state = first._replace(params=jax.tree.map(jnp.copy, first.params))
         optimizer = make_optimizer(config, state.params, train_state.parameter_axes(config, batch))
