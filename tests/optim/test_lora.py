@@ -43,14 +43,15 @@ def started(config, devices=1):
 def test_adapters_have_the_gradient_of_the_kernels_that_they_change():
     config, _, _, state, batch = started(small_lora())
     plain = dataclasses.replace(config, lora=LoRAConfig())
-    whole = lora.merge(train_state.model_params(state))
+    whole = jax.jit(lora.merge)(train_state.model_params(state))
     gradient, of_kernels = (jax.jit(step.make_gradient(each)) for each in (config, plain))
     found, metrics = gradient(state.params, batch, state.step, state.base)
     kernels, plain_metrics = of_kernels(whole, batch, state.step)
     assert float(metrics["loss"].total) == pytest.approx(float(plain_metrics["loss"].total), rel=1e-6)
     assert {name.split("/")[-2] for name in tree.flatten(found)} == {"lora"}
     # d/dA of W + s A B is s G B', d/dB is s A' G, with the gradient G of the kernel.
-    adapters, kernels = lora.leaves(state.params), tree.flatten(kernels)
+    found, kernels, params = jax.device_get((found, kernels, state.params))
+    adapters, kernels = lora.leaves(params), tree.flatten(kernels)
     for name, each in lora.leaves(found).items():
         kernel = kernels[name.removesuffix("lora") + "kernel"]
         a, b, scale = adapters[name].a, adapters[name].b, 3.0 / 2
@@ -87,7 +88,7 @@ def test_int8_kernels_are_within_half_a_level_and_merged_models_compute_the_same
     assert params["decoder"]["layers"]["attention"]["key"]["kernel"].dtype == jnp.int8
     assert params["embedding"].dtype == jnp.bfloat16 and list(lora.leaves(state.params)) == [f"{QUERY}/lora"]
     logits = lambda params: Transformer(config).apply({"params": params}, batch)
-    adapted, merged = (np.asarray(jax.jit(logits)(each)) for each in (params, lora.merge(params)))
+    adapted, merged = (np.asarray(jax.jit(logits)(each)) for each in (params, jax.jit(lora.merge)(params)))
     np.testing.assert_allclose(adapted, merged, atol=2e-5 * np.abs(merged).max())
 
 
