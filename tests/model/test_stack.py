@@ -25,9 +25,7 @@ def reference(config: Config):
     [
         ("t5", {"remat": "full"}),
         ("t5", {"remat": "qk"}),
-        ("t5", {"layers": "scan", "remat": "dots"}),
-        ("llama", {"layers": "scan", "remat": "full"}),
-        ("umt5", {"layers": "scan"}),
+        ("umt5", {"layers": "scan", "remat": "dots"}),
         ("llama", {"layers": "scan", "remat": "qk"}),
         ("modernbert", {"layers": "scan"}),
         ("t5", {"kernels": "cpu"}),
