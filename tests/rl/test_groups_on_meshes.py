@@ -38,25 +38,25 @@ def steps_of(config: Config) -> Experience:
 
 
 @pytest.mark.parametrize(
-    "aggregation, ratio, cases",
+    "aggregation, ratio, microbatches, axes",
     [
-        ("token_mean", "token", [(2, {}), (1, ALL)]),
-        ("sequence_mean", "sequence", [(4, {"data": 2})]),
-        ("constant", "token", [(2, ALL)]),
+        ("token_mean", "token", 2, ALL),
+        ("sequence_mean", "sequence", 4, {"data": 2}),
+        ("constant", "token", 2, ALL),
     ],
 )
-def test_loss_and_gradients_do_not_depend_on_mesh_or_microbatches(aggregation, ratio, cases):
+def test_loss_and_gradients_do_not_depend_on_mesh_or_microbatches(aggregation, ratio, microbatches, axes):
     rl = {"aggregation": aggregation, "ratio": ratio, "reference": "first", "kl_coefficient": 0.1}
     rl |= {"answers_per_prompt": ANSWERS, "updates_per_rollout": 2, "entropy_coefficient": 0.01}
     expected = None
-    for microbatches, axes in [(1, {}), *cases]:
+    for parts, mesh_axes in [(1, {}), (microbatches, axes)]:
         config = shape_of(rl=rl, num_layers=1, num_kv_heads=4)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=microbatches))
-        config = dataclasses.replace(config, mesh=small(mesh=axes).mesh)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
+        config = dataclasses.replace(config, mesh=small(mesh=mesh_axes).mesh)
         rows, spec = steps_of(config), experience.spec(config)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), rows) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
         batch = rows.rows()
-        mesh = meshes.make_mesh(config, jax.devices()[: int(np.prod([*axes.values(), 1]))])
+        mesh = meshes.make_mesh(config, jax.devices()[: int(np.prod([*mesh_axes.values(), 1]))])
         if expected and aggregation == "constant":  # packed rows have the numbers of others
             rows = packing.pack(rows, packing.parts_of(config, mesh)).rows(rows)
             assert rows.segments_BGL.max() > 1 and len(rows.mask_BGL) == PROMPTS
