@@ -61,7 +61,7 @@ def test_a_moment_that_is_not_finite_or_negative_is_named(prepared):
 
 
 def test_an_overflow_in_an_activation_is_named_with_its_layer_and_operation():
-    config = small(data={"batch_size": 2}, model={"architecture": "decoder", "kernels": "plain", "num_layers": 3})
+    config = small(data={"batch_size": 2}, model={"architecture": "decoder", "kernels": "plain", "num_layers": 2})
     mesh = meshes.make_mesh(config, jax.devices()[:1])
     config, batch = auto.resolve_auto(config, mesh), random_batch(config)
     state = begun(config, batch, train_state.abstract_state(config, batch, mesh))
