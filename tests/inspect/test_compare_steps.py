@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import begun, random_batch, small
+from one_device import XLA_FLAGS
 
 from t5like.inspect import compare_steps, step_tensors, tensor_differences
 from t5like.inspect.step_tensors import Step
@@ -89,7 +90,8 @@ def test_rows_that_differ_come_first(reference):
     assert first.startswith("batch/targets_BL: relative error ")
 
 
-def test_a_run_is_compared_with_another_interpreter_through_a_file(command, refused, trained, tmp_path):
+def test_a_run_is_compared_with_another_interpreter_through_a_file(command, refused, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)  # the run had one device, too
     code, out, err = command("compare-steps", trained, "--step=2", f"--python={sys.executable}")
     assert code == 0, err
     *_, tensors, last = out.splitlines()
