@@ -170,6 +170,7 @@ def test_persistent_memory_equals_the_bytes_of_a_real_state():
 
 def test_a_plan_on_cpus_compiles_the_step_that_training_compiles(command, flags, tmp_path, monkeypatch):
     flags = [*flags, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.microbatches=2"]
+    flags += ["--config.model.architecture=decoder", "--config.data.objective=causal_lm"]
     # LLVM's part is quick then, as in conftest.py. XLA's passes are the same, and with them all that is read below.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     code, out, err = command("plan", *flags, "--topology=cpu:8", "--json", f"--workdir={tmp_path / 'run'}")
