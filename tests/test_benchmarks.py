@@ -1,11 +1,13 @@
 """The scripts of benchmarks/ run to their end at toy sizes; next to PyTorch they do in tests/live."""
 
+import functools
 import io
 import json
 import os
 import sys
 
 import pytest
+from conftest import first_devices
 from documents import ROOT
 
 from t5like.config import loader
@@ -20,10 +22,19 @@ TOY = [  # of the smallest model, on data that the fixtures have prepared
 ]
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """Benchmarks import each other as scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """Benchmarks import each other as scripts do, on two devices; those of one config share a trainer."""
+    with pytest.MonkeyPatch.context() as patch, first_devices(2):
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import checks
+        import saving
+        import train_step
+
+        shared = functools.cache(train_step.Trainer)
+        for module in (train_step, saving, checks):
+            patch.setattr(module, "Trainer", shared)
+        yield
 
 
 def lines(text: str) -> list[dict]:
@@ -43,7 +54,7 @@ def test_the_training_step_is_measured_alone_and_on_request(capfd, monkeypatch):
     assert "profile    steps 1 to 3 on" in err and "matrix products" in err
     embeddings, attention, mlp, norms = 2 * 512 * 64, 4 * 64 * 64, 3 * 64 * 64, 3 * 64
     assert start["params"] == embeddings + attention + mlp + norms and 5 < start["loss"] < 8
-    assert machine["cpu"] and machine["devices"] == 8 and machine["dtype"] == "float32"
+    assert machine["cpu"] and machine["devices"] == 2 and machine["dtype"] == "float32"
     assert min(start["lower_s"], start["compile_s"], speed["tokens_per_second"], speed["step_ms"], speed["cpu_ms"]) > 0
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n"))
@@ -74,7 +85,7 @@ def test_the_cost_of_a_save_is_measured(capfd):
     arguments = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))[3:]
     saving.main([*arguments, "--rounds=1", "--steps=1"])
     machine, alone, steps = lines(capfd.readouterr().out)
-    assert machine["devices"] == 8 and alone["state_mb"] > 0 and 0 < alone["stall_s"] < alone["save_s"]
+    assert machine["devices"] == 2 and alone["state_mb"] > 0 and 0 < alone["stall_s"] < alone["save_s"]
     assert steps["steps_at_5_percent"] == pytest.approx(20 * steps["added_cpu_s"] / steps["cpu_step_s"], rel=1e-2)
 
 
@@ -85,7 +96,7 @@ def test_the_cost_of_the_checks_is_measured(capfd):
     arguments = peers.t5like_command(peers.SHAPES["toy_dec"], peers.parse(["--rounds=1"]))[3:]
     checks.main([*arguments, "--rounds=1", "--steps=1"])
     machine, spikes, replicas, layers, *in_cpu_time = lines(capfd.readouterr().out)
-    assert machine["devices"] == 8 and len(spikes["shares"]) == 1 and spikes["step_ms"] > 0 < replicas["compare_ms"]
+    assert machine["devices"] == 2 and len(spikes["shares"]) == 1 and spikes["step_ms"] > 0 < replicas["compare_ms"]
     assert replicas["share"] == pytest.approx(replicas["compare_ms"] / (100 * spikes["step_ms"]), rel=1e-2)
     assert layers["share"] == pytest.approx(layers["compute_ms"] / (100 * spikes["step_ms"]), rel=1e-2)
     assert [each["check"] for each in in_cpu_time] == ["spikes", "replicas", "statistics"]
@@ -96,7 +107,8 @@ def test_learning_is_measured_against_processor_time(flags, tmp_path, capfd):
     import learning
     import numpy as np
 
-    learning.main([*flags, "--recipe=t5like", "--seed=1", "--steps=2", f"--files={tmp_path}"])
+    with first_devices(1):
+        learning.main([*flags, "--recipe=t5like", "--seed=1", "--steps=2", f"--files={tmp_path}"])
     points = lines(capfd.readouterr().out)
     assert [point["step"] for point in points] == [0, 1, 2] and 5 < points[0]["loss"] < 8 and points[2]["cpu_s"] > 0
     with np.load(tmp_path / "train.npz") as rows, np.load(tmp_path / "weights.npz") as weights:  # for the others
@@ -124,7 +136,8 @@ def test_settings_are_compared_by_their_heldout_loss(flags, tmp_path, capfd):
 def test_activations_are_compared_over_widths():
     import widths
 
-    measured = widths.sizes(str(ROOT / "configs/t5_small.py"), 64, "adafactor 0.01", steps=1)
+    with first_devices(1):
+        measured = widths.sizes(str(ROOT / "configs/t5_small.py"), 64, "adafactor 0.01", steps=1)
     assert {"encoder residual", "decoder cross_attention_output", "decoder mlp_hidden", "logits"} <= set(measured)
     assert all(0 < before != after > 0 for before, after in measured.values())
     results = {("rule", width): {"residual": [1.0, width**0.5]} for width in (64, 128, 256)}
@@ -136,7 +149,8 @@ def test_steps_are_timed_by_window_pattern(capfd, monkeypatch):
     import windows
 
     monkeypatch.setattr(windows, "PATTERNS", {"full": (), "all local": ("local",)})
-    windows.main(["--length=256", "--window=16", "--dim=16", "--rows=8", "--rounds=1", "--layers=1"])
+    with first_devices(1):
+        windows.main(["--length=256", "--window=16", "--dim=16", "--rows=1", "--rounds=1", "--layers=1"])
     machine, full, local = lines(capfd.readouterr().out)
     assert machine["jax"] and local["step ms"] > 0 and full["of full"] == 1
     assert all(local[count] < full[count] for count in ("model GFLOP", "XLA's GFLOP"))
@@ -154,7 +168,8 @@ def test_decoding_of_ours_is_measured_on_request(capfd, monkeypatch):
 def test_rollouts_are_measured_beside_generate(trained, capfd):
     import rollouts
 
-    rollouts.main([f"--workdir={trained}", "--prompts=8", "--answers=2", "--rounds=1"])
+    with first_devices(1):
+        rollouts.main([f"--workdir={trained}", "--prompts=2", "--answers=2", "--rounds=1"])
     machine, rollout, *others = lines(capfd.readouterr().out)
     assert machine["jax"] and machine["cores"] > 0
     assert rollout["rollout's time / this"] == rollout["processor time per token"] == 1 and len(others) == 2
