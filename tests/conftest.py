@@ -25,9 +25,6 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.pop("LD_PRELOAD", None)  # of `make test`: commands that tests start have the allocator that users have
-
 import jax
 import numpy as np
 import pytest
@@ -123,7 +120,11 @@ def begun(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
 
 
 def pytest_collection_finish():
-    """Collect garbage rarely, and not among all that was imported: traces make many objects, few of them in cycles."""
+    """Collect garbage rarely, and not among all that was imported: traces make many objects, few of them in cycles.
+
+    Only processes that run tests call it, not the one that distributes them.
+    """
+    os.environ.pop("LD_PRELOAD", None)  # jemalloc, by `make test`: commands have the allocator that users have
     gc.collect()
     gc.freeze()
     cli.collect_garbage_rarely()

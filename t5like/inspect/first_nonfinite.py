@@ -75,9 +75,10 @@ def nonfinite(x: Any) -> str:
         return ""
     on_host = isinstance(x, np.ndarray) or all(device.platform == "cpu" for device in x.devices())
     of = np if on_host else jnp  # NumPy compiles nothing for each shape
-    if bool(of.isfinite(x).all()):
-        return ""
-    return "nan" if bool(of.isnan(x).any()) else "inf"
+    with np.errstate(invalid="ignore"):  # a warning about bfloat16
+        if bool(of.isfinite(x).all()):
+            return ""
+        return "nan" if bool(of.isnan(x).any()) else "inf"
 
 
 class _Evaluator:

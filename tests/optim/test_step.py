@@ -123,6 +123,7 @@ def assert_same(ours, reference):
     "shape, mesh",
     [
         ("encoder_decoder", {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
+        ("encoder_decoder", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("decoder", {"data": 1, "tensor": 4, "context": 2}),
         ("prefix", {"context": 4}),
         ("encoder", {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}),
