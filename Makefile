@@ -16,8 +16,8 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test newest reliability soak parity cluster slurm browser chromium jemalloc container golden gpu \
-	check lock clean
+.PHONY: help train test newest reliability soak parity cluster slurm browser chromium container golden gpu check lock \
+	clean
 
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -27,8 +27,6 @@ PEERS := $(VENV)/peers_installed
 LIBTPU := .libtpu
 LIBTPU_VERSION := 0.0.52
 CUDA := .cuda
-# If it is installed, tests that compile take a fifth less processor time: XLA's compiler allocates many small pieces.
-JEMALLOC := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libjemalloc.so.2)
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 # Bytecode of what pip has installed and t5like imports, by all processors instead of pip's one.
 COMPILE = { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|aio|pip)/' $(VENV)/lib >/dev/null 2>&1 || :; }
@@ -40,7 +38,7 @@ train: $(INSTALLED)
 	@$(BIN)/python -m t5like train --config=configs/tiny.py --workdir=runs/tiny $(ARGS)
 
 test: $(INSTALLED)
-	@LD_PRELOAD=$(JEMALLOC) $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal $(ARGS)
 
 # jax 0.11 needs Python 3.12.
 newest:
@@ -53,7 +51,7 @@ soak: $(INSTALLED)
 	@$(BIN)/python tests/reliability/soak.py $(ARGS)
 
 parity: $(PEERS)
-	@HF_HUB_OFFLINE=1 LD_PRELOAD=$(JEMALLOC) $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/live $(ARGS)
 
 # The daemons lie in /usr/sbin, which is not on every PATH. Four cases wait for the scheduler at the same time.
 cluster: $(INSTALLED) slurm
@@ -77,9 +75,6 @@ packages = for program in $(1); do \
 
 slurm:
 	@$(call packages,slurmctld slurmd srun munged,slurm-wlm munge)
-
-jemalloc:
-	@$(if $(JEMALLOC),:,$(call packages,libjemalloc.so.2,libjemalloc2))
 
 chromium:
 	@$(call packages,chromium,chromium fonts-dejavu-core)

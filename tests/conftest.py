@@ -120,11 +120,7 @@ def begun(config: Config, batch: Batch, abstract: TrainState) -> TrainState:
 
 
 def pytest_collection_finish():
-    """Collect garbage rarely, and not among all that was imported: traces make many objects, few of them in cycles.
-
-    Only processes that run tests call it, not the one that distributes them.
-    """
-    os.environ.pop("LD_PRELOAD", None)  # jemalloc, by `make test`: commands have the allocator that users have
+    """Collect garbage rarely, and not among all that was imported: traces make many objects, few of them in cycles."""
     gc.collect()
     gc.freeze()
     cli.collect_garbage_rarely()

@@ -28,6 +28,6 @@ print((before - resident()) / (PIECE * COUNT))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_freed_pieces_of_the_heap_are_returned():
-    """In a process of its own, whose allocator is glibc's."""
+    """In a process of its own: those of other tests keep what is freed."""
     command = [sys.executable, "-c", PROGRAM]
     assert float(subprocess.check_output(command, env={"PATH": os.environ["PATH"]})) > 0.8
