@@ -69,7 +69,7 @@ def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
 
     On one device the leaves are processed sequentially: on a CPU, one program for all of them needs twice the memory.
     """
-    if sum(leaf.nbytes for leaf in leaves.values()) <= HOST_BYTES and all(map(_is_on_host, leaves.values())):
+    if sum(leaf.nbytes for leaf in leaves.values()) <= HOST_BYTES and all(map(is_on_host, leaves.values())):
         sums = {name: _sum_blocks(leaf) for name, leaf in leaves.items()}
     elif all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values() if isinstance(leaf, jax.Array)):
         sums = {name: jax.device_get(_sum_parts(leaf)) for name, leaf in leaves.items()}
@@ -82,7 +82,7 @@ def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
     return described, [name for name in leaves if sums[name][2]]
 
 
-def _is_on_host(x: Array) -> bool:
+def is_on_host(x: Array) -> bool:
     """Whether all of an array is in the memory of this process."""
     on_cpus = lambda: all(device.platform == "cpu" for device in x.sharding.device_set)
     return not isinstance(x, jax.Array) or (x.is_fully_addressable and on_cpus())

@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.source_info_util import summarize
 
 from t5like import tree
+from t5like.checkpoint.digests import is_on_host
 
 # Operations that contain a jaxpr, which is evaluated in their place: the parameter with it.
 CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr", "pjit": "jaxpr"}
@@ -73,8 +74,7 @@ def nonfinite(x: Any) -> str:
     """ "nan" or "inf" if a floating-point array has such an element, otherwise ""."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return ""
-    on_host = isinstance(x, np.ndarray) or all(device.platform == "cpu" for device in x.devices())
-    of = np if on_host else jnp  # NumPy compiles nothing for each shape
+    of = np if is_on_host(x) else jnp  # NumPy compiles nothing for each shape
     with np.errstate(invalid="ignore"):  # a warning about bfloat16
         if bool(of.isfinite(x).all()):
             return ""

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -138,7 +137,7 @@ def enumerated(new: int) -> list[tuple[float, tuple[int, ...]]]:
 
 
 def test_a_beam_search_with_enough_beams_finds_the_most_likely_texts():
-    search = partial(beam_search, decode_step, seen_BV=None, max_new_tokens=3, num_beams=30)
+    search = functools.partial(beam_search, decode_step, seen_BV=None, max_new_tokens=3, num_beams=30)
     traced = TracedOptions(length_penalty=0.0)  # a longer text is never better, so that early stopping loses nothing
     output = jax.jit(search)(TABLE[2][None, None], None, stop_ids_E=jnp.array([END]), traced=traced)
     wanted = sorted(enumerated(3), reverse=True)[:30]
@@ -150,7 +149,7 @@ def test_a_beam_search_with_enough_beams_finds_the_most_likely_texts():
 
 
 def test_samples_of_a_row_depend_only_on_its_key_and_follow_the_distribution():
-    @partial(jax.jit, static_argnames="texts")
+    @functools.partial(jax.jit, static_argnames="texts")
     def draw(keys, texts=1):
         logits = jnp.broadcast_to(TABLE[2], (len(keys), 1, PADDED))
         return sample(
