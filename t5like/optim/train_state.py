@@ -3,8 +3,9 @@
 Pure functions without I/O. The training loop, evaluation, conversions and the planner use them.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 
 import flax.linen as nn
@@ -24,6 +25,9 @@ from t5like.optim.optimizers import make_optimizer
 from t5like.sharding import placement
 from t5like.types import Batch, LogicalAxes, TrainState, Tree
 
+SIZES = [4**power for power in range(6, 11)]  # of the draws that small parameters on CPUs share
+SMALL = SIZES[-1]
+
 
 def init_params(config: Config, batch: Batch, key: jax.Array) -> Tree:
     """Random float32 parameters in boxes with their logical axes (`flax.linen.LogicallyPartitioned`).
@@ -41,7 +45,7 @@ def random_params(
     """The values of `init_params` by name, each drawn by a program of its own, which equal shapes share.
 
     One program for all would repeat the random bits and the inverse error function for each parameter, and take three
-    times as long to compile.
+    times as long to compile. Small parameters on CPUs share programs of a few sizes.
 
     Args:
         config: its model and tokenizer.
@@ -65,14 +69,44 @@ def _values(box: Parameter, key: jax.Array | None, sharding: NamedSharding | Non
     """The initial values of a parameter: its pattern, random ones of a key, or one constant."""
     shape = box.value.shape
     if box.pattern is not None:
-        values = np.broadcast_to(box.pattern(shape[-2:]), shape)
-        if sharding is None:
-            return jnp.asarray(values)
-        return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
+        return _placed(np.broadcast_to(box.pattern(shape[-2:]), shape), sharding)
+    is_small = _is_on_cpus(sharding) and math.prod(shape) <= SMALL
     if key is None:
+        if is_small:
+            return _placed(np.full(shape, box.mean, box.value.dtype), sharding)
         return jax.jit(jnp.full, static_argnums=(0, 2), out_shardings=sharding)(shape, box.mean, box.value.dtype)
+    of_layer = shape[len(key.shape) :]
+    if is_small and not isinstance(key, jax.core.Tracer):
+        return _placed(_drawn_by_size(key, np.float32(box.std), of_layer), sharding)
     draw = jax.jit(_normal, static_argnums=2, out_shardings=sharding)
-    return draw(key, np.float32(box.std), shape[len(key.shape) :])
+    return draw(key, np.float32(box.std), of_layer)
+
+
+def _is_on_cpus(sharding: NamedSharding | None) -> bool:
+    """Whether an array with this sharding, by default on one device, is in the memory of CPUs."""
+    devices = jax.devices() if sharding is None else sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
+
+
+def _placed(values: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(values)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def _drawn_by_size(key: jax.Array, std: np.float32, shape: tuple[int, ...]) -> np.ndarray:
+    """`_normal` by programs of `SIZES`: the bits of a value depend on its key and its place in the array alone."""
+    count = math.prod(shape)
+    size = next(size for size in SIZES if size >= count)
+    data_of_keys = np.asarray(jax.random.key_data(key)).reshape(key.size, -1)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        draws = [np.asarray(_normals(data, std, size))[:count] for data in data_of_keys]
+    return np.concatenate(draws).reshape(*key.shape, *shape)
+
+
+@partial(jax.jit, static_argnums=2)
+def _normals(key_data: np.ndarray, std: np.float32, count: int) -> jax.Array:
+    return _normal(jax.random.wrap_key_data(key_data), std, (count,))
 
 
 def _normal(key: jax.Array, std: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -169,16 +203,16 @@ def new_state(
     shardings = shardings_of(abstract)
     wanted, given = tree.flatten(shardings.params), params or {}
     missing = {name: sharding for name, sharding in wanted.items() if name not in given}
+    random = random_params(config, batch, jax.random.key(config.seed), missing)
+    base = _random_base(config, batch, abstract) if base is None else base
+    leaves = [given[name] if name in given else random[name] for name in wanted]
     with jax.set_mesh(mesh_of(abstract)):
-        random = random_params(config, batch, jax.random.key(config.seed), missing)
-        leaves = [given[name] if name in given else random[name] for name in wanted]
         whole = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
         axes = parameter_axes(config, batch)
         rest = jax.jit(
             lambda params: _first_state(config, params, axes)._replace(params=None),
             out_shardings=shardings._replace(params=None, base=None),
         )
-        base = _random_base(config, batch, abstract) if base is None else base
         return rest(whole)._replace(params=whole, base=base)
 
 

@@ -16,13 +16,15 @@ from t5like.sharding import mesh as meshes
 from t5like.train.initial_state import restore_state
 
 
-def test_parameters_drawn_one_by_one_on_a_mesh_are_those_that_the_model_draws_on_one_device():
+def test_parameters_drawn_one_by_one_on_a_mesh_are_those_that_the_model_draws_on_one_device(monkeypatch):
     config = small(model={"architecture": "decoder"}, mesh={"fsdp": 2, "data": 4}, seed=3)
     batch = random_batch(config)
     boxes = jax.jit(partial(train_state.init_params, config, batch))(jax.random.key(3))
     mesh = meshes.make_mesh(config)
     drawn = train_state.new_state(config, batch, train_state.abstract_state(config, batch, mesh)).params
     assert_bitwise(drawn, nn.meta.unbox(boxes))
+    monkeypatch.setattr(train_state, "SMALL", 2**11)  # larger ones by a program for each shape
+    assert_bitwise(tree.nested(train_state.random_params(config, batch, jax.random.key(3))), nn.meta.unbox(boxes))
 
 
 def test_only_missing_parameters_are_random_with_the_values_of_a_random_state():
