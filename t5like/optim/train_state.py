@@ -101,7 +101,7 @@ def _drawn_by_size(key: jax.Array, std: np.float32, shape: tuple[int, ...]) -> n
     data_of_keys = np.asarray(jax.random.key_data(key)).reshape(key.size, -1)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         draws = [np.asarray(_normals(data, std, size))[:count] for data in data_of_keys]
-    return np.concatenate(draws).reshape(*key.shape, *shape)
+    return np.concatenate(draws).reshape((*key.shape, *shape))
 
 
 @partial(jax.jit, static_argnums=2)
