@@ -57,6 +57,7 @@ CHANGEABLE_FIELDS = (
     "optimizer.warmup_steps",
     "optimizer.decay_steps",
     "optimizer.final_fraction",
+    "optimizer.rate_factors",
     "data.batch_size",
     "train.spike_factor",
     "train.on_spike",

@@ -302,11 +302,25 @@ def _train(config: Config) -> None:
     )
     require(
         config,
+        all(_is_rate_factor(entry) for entry in optimizer.rate_factors),
+        "optimizer.rate_factors",
+        "must be patterns of parameters with factors from 1e-6 to 1e6, as PATTERN=FACTOR; use 'embedding=4'",
+    )
+    require(
+        config,
         optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
         "optimizer.decay_steps",
         "must be at least 1 and fit between the warm-up and train.num_steps="
         f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}",
     )
+
+
+def _is_rate_factor(entry: str) -> bool:
+    pattern, _, factor = entry.rpartition("=")
+    try:
+        return bool(pattern) and 1e-6 <= float(factor) <= 1e6
+    except ValueError:
+        return False
 
 
 def _mesh(config: Config) -> None:

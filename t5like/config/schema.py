@@ -155,6 +155,8 @@ class OptimizerConfig:
     # parameters without weight decay, as regular expressions of their names
     no_decay: tuple[str, ...] = (".*(scale|bias).*",)
     frozen: tuple[str, ...] = ()  # parameters that are not trained, as regular expressions of their names
+    # factors of the learning rate, as PATTERN=FACTOR; the first regular expression that matches a name decides
+    rate_factors: tuple[str, ...] = ()
     clip_norm: Annotated[float, Range(0, 1e30)] = 1.0  # maximum global norm of the gradient; 0: no clipping
     ema_decay: Share = 0.0  # decay of a moving average of the parameters, which evaluation uses; 0: none
 

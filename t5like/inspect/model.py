@@ -12,7 +12,7 @@ from t5like import tree
 from t5like.config.schema import Config
 from t5like.io.storage import format_bytes
 from t5like.metrics import flops
-from t5like.optim import lora, train_state
+from t5like.optim import lora, schedules, train_state
 from t5like.plan import estimate
 from t5like.plan.planner import for_slices
 from t5like.plan.topology import Topology
@@ -124,10 +124,10 @@ def _belongs(state: str, parameter: str) -> bool:
 
 
 def _training(config: Config, name: str, states: list[estimate.Leaf]) -> Report:
-    """How a parameter is trained: its update rule, the scale of its updates, its weight decay."""
+    """How a parameter is trained: update rule, scale of the updates, factor of the learning rate, weight decay."""
     optimizer = config.optimizer
     if tree.matches(name, optimizer.frozen) or not lora.is_trained(config.lora, name):
-        return {"frozen": True, "update": "frozen", "rate": "none", "weight_decay": 0.0}
+        return {"frozen": True, "update": "frozen", "rate": "none", "rate_factor": 0.0, "weight_decay": 0.0}
     names = [state.name for state in states]
     update = optimizer.name
     if update == "muon":  # the optimizers of hidden layers, and of the other parameters
@@ -137,7 +137,8 @@ def _training(config: Config, name: str, states: list[estimate.Leaf]) -> Report:
     if any(each.endswith("/row") for each in names):
         update += ", factored"
     decay = 0.0 if tree.matches(name, optimizer.no_decay) else optimizer.weight_decay
-    return {"frozen": False, "update": update, "rate": rate, "weight_decay": decay}
+    factor = schedules.rate_factor(optimizer, name)
+    return {"frozen": False, "update": update, "rate": rate, "rate_factor": factor, "weight_decay": decay}
 
 
 def part_of(name: str) -> str:

@@ -69,7 +69,7 @@ def _rows(report: dict[str, Any]) -> list[list[str]]:
             format_bytes(row["bytes_per_device"]),
             f"N({row['mean']:g}, {row['std']:.4g})" if row["std"] else f"{row['mean']:g}",
             row["update"],
-            row["rate"],
+            row["rate"] if row["rate_factor"] in (0, 1) else f"{row['rate']}, x {row['rate_factor']:g}",
             f"{row['weight_decay']:g}",
         ]
         for row in report["parameters"]

@@ -32,7 +32,7 @@ from t5like.metrics.profiler import Profiler
 from t5like.metrics.progress import Progress
 from t5like.metrics.throughput import Throughput
 from t5like.metrics.time_spent import TimeSpent
-from t5like.optim import schedules, step, train_state
+from t5like.optim import schedule_warnings, step, train_state
 from t5like.optim.programs import ProgramsByShape
 from t5like.sharding import auto, memory, placement, xla_options
 from t5like.sharding import mesh as meshes
@@ -109,7 +109,7 @@ def train(
     provenance_record["changes"] = initial.changes
     for line in initial.changes:
         show(f"change     {line} from step {start:,} on")
-    for line in schedules.warnings(config, initial.previous_config, start):
+    for line in schedule_warnings.warnings(config, initial.previous_config, start):
         show(f"schedule   {line}")
 
     # ---- The run directory ----

@@ -284,10 +284,24 @@ def test_weight_decay_subtracts_rate_times_decay_except_from_the_parameters_of_n
         np.testing.assert_allclose(decayed[name] - plain[name], wanted, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["lion", "muon"])
+def test_rate_factors_multiply_updates_with_their_decay_and_the_first_pattern_decides(name):
+    params = random_params()
+    factors = ("encoder/.*/scale=0.5", "encoder/.*=3", ".*bias.*=7")
+    plain, changed = (
+        updates_of(config_of(name, weight_decay=0.1, rate_factors=each), params, [random_grads(params, 0)])[0]
+        for each in ((), factors)
+    )
+    for leaf, update in changed.items():
+        factor = 1 if leaf == "embedding" else 0.5 if leaf.endswith("scale") else 3
+        np.testing.assert_allclose(update, factor * plain[leaf], rtol=1e-5, atol=1e-7 * RATE, err_msg=leaf)
+
+
 @pytest.mark.parametrize(
     ("field", "pattern", "part"),
     [
         ("no_decay", "sclae", "matches no parameter"),
+        ("rate_factors", "sclae=2", "sclae.*matches no parameter"),
         ("frozen", "encoder/(.*", "not a regular expression"),
         ("frozen", ".*", "must leave a parameter"),
     ],

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from t5like.config.schema import Config, OptimizerConfig, TrainConfig
-from t5like.optim.schedules import jump_warning, learning_rate, warmup_warning
+from t5like.optim.schedule_warnings import jump_warning, warmup_warning
+from t5like.optim.schedules import learning_rate
 
 RATE = 0.01
 
