@@ -287,12 +287,35 @@ def trained(flags, tmp_path_factory) -> Path:
     return made_once(tmp_path_factory, "trained", lambda place: run_at(place, [*flags, *settings])) / "run"
 
 
+ENCODER_DECODER = {  # the fields in which a model of `flags` differs from that of `DECODER`
+    "model.architecture": "encoder_decoder",
+    "model.positions": "relative",
+    "model.mlp": "gated_gelu",
+    "model.scale_attention": False,
+}
+DECODER = {  # as Llama
+    "model.architecture": "decoder",
+    "model.positions": "rotary",
+    "model.mlp": "gated_silu",
+    "model.scale_attention": True,
+}
+
+
 @pytest.fixture(scope="session")
-def rl_flags(flags, trained, tmp_path_factory) -> list[str]:
-    """Flags of `t5like rl` for 4 steps of sorting letters, from the run `trained`; later flags win over these."""
+def trained_decoder(flags, tmp_path_factory) -> Path:
+    """`trained` with a decoder, whose programs take half as long to compile as those of an encoder-decoder."""
+    values = {**DECODER, "data.objective": "causal_lm", "train.num_steps": 2, "train.checkpoint_every": 1}
+    settings = [f"--config.{name}={value}" for name, value in values.items()]
+    return made_once(tmp_path_factory, "trained_decoder", lambda place: run_at(place, [*flags, *settings])) / "run"
+
+
+@pytest.fixture(scope="session")
+def rl_flags(flags, trained_decoder, tmp_path_factory) -> list[str]:
+    """Flags of `t5like rl` for 4 steps of sorting letters, from the run `trained_decoder`; later flags win."""
     place = made_once(tmp_path_factory, "letters", lambda place: write_letters(place / "sort.jsonl"))
     values = {
-        "init_from.checkpoint": trained,
+        "init_from.checkpoint": trained_decoder,
+        **DECODER,
         "data.source": f"jsonl:{place}/sort.jsonl",
         "data.objective": "supervised",
         "data.batch_size": 8,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ENCODER_DECODER
 
 from t5like.checkpoint.run_directory import load
 from t5like.config.schema import Config
@@ -22,7 +23,7 @@ LOGPS = {"logps/chosen", "logps/rejected"}
 METRICS = {  # besides those of all methods, with TRL's names
     "dpo": LOGPS,
     "orpo": LOGPS | {"nll_loss"},
-    "reward_model": set(),
+    "reward_model of an encoder-decoder": set(),
     "reward_model of an encoder": set(),
 }
 OF_ALL = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
@@ -35,8 +36,10 @@ def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(
     values = {"rl.method": method.split()[0], "rl.rewards": "", "optimizer.learning_rate": 0.003}
     values |= {"rl.eval_prompts": 16, "train.eval_every": 4}  # all of them
     values["data.packing"] = method == "dpo"  # packed rows have several programs
-    if "encoder" in method:
+    if method.endswith("of an encoder"):
         values |= ENCODER | {"tokenizer.path": trained / "tokenizer.model"}
+    elif method.endswith("of an encoder-decoder"):
+        values |= ENCODER_DECODER | {"init_from.checkpoint": trained}
     settings = [f"--config.{name}={value}" for name, value in values.items()]
     code, out, err = command("rl", *rl_flags, *settings, f"--workdir={tmp_path}/run")
     assert code == 0, err
@@ -61,6 +64,9 @@ def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(
         assert np.isfinite(scores_BG[0]).tolist() == [True, True, False] and np.isnan(scores_BG[1]).all()
         alone_BG = scorer(rows[:1], [["b a"]])
         assert scores_BG[0, 1] == pytest.approx(alone_BG[0, 0], abs=1e-5) != scores_BG[0, 0]
+    if method.endswith("encoder-decoder"):
+        code, out, err = command("export", "--format=hf", f"--workdir={tmp_path}/run", f"--output={tmp_path}/exported")
+        assert code == 0 and "equal step 4 bit for bit" in out, err  # the scalar head is no part of the family
 
 
 def test_pairs_without_a_preference_are_counted_and_a_source_of_nothing_else_is_refused():
