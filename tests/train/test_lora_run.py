@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_at
+from conftest import DECODER, run_at
 
 import t5like
 from t5like.checkpoint import run_directory
@@ -15,14 +15,15 @@ from t5like.run import Run
 
 
 @pytest.fixture(scope="module")
-def base(trained, tmp_path_factory):
-    """The run `trained`, in a directory that may be changed."""
-    return shutil.copytree(trained, tmp_path_factory.mktemp("base") / "run")
+def base(trained_decoder, tmp_path_factory):
+    """The run `trained_decoder`, in a directory that may be changed."""
+    return shutil.copytree(trained_decoder, tmp_path_factory.mktemp("base") / "run")
 
 
 @pytest.fixture(scope="module")
 def lora_flags(flags, base):
     values = {"init_from.checkpoint": base, "lora.rank": 2, "train.num_steps": 2, "train.checkpoint_every": 1}
+    values |= {**DECODER, "data.objective": "causal_lm"}
     return [*flags, *(f"--config.{name}={value}" for name, value in values.items())]
 
 
@@ -44,12 +45,12 @@ def test_a_run_that_continues_has_the_same_adapters(adapted, lora_flags, tmp_pat
     assert parameters and all("/lora/" in name for name in parameters)
 
 
-def test_a_run_computes_what_its_merged_weights_do(adapted, trained):
+def test_a_run_computes_what_its_merged_weights_do(adapted, trained_decoder):
     logits = lambda run: run.logits("ba <extra_id_0> de", "<extra_id_0> fi")
     run, merged = t5like.load(adapted), Run(adapted, run_directory.load(adapted, merged=True))
     assert not merged.config.lora.rank
     np.testing.assert_allclose(logits(run), logits(merged), atol=1e-5)
-    assert np.abs(logits(run) - logits(t5like.load(trained))).max() > 1e-4
+    assert np.abs(logits(run) - logits(t5like.load(trained_decoder))).max() > 1e-4
 
 
 def test_a_base_that_is_gone_damaged_or_changed_is_refused(adapted, base, tmp_path, refused):

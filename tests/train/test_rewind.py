@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+from conftest import DECODER
 
 from t5like import tree
 from t5like.checkpoint.checkpoints import Checkpoints
@@ -16,6 +17,7 @@ from t5like.sharding import placement
 from t5like.train import rewind
 
 SETTINGS = {
+    **DECODER,  # takes half as long to compile
     "train.num_steps": 6,
     "train.checkpoint_every": 2,
     "train.max_skipped_updates": 3,
@@ -82,7 +84,7 @@ def test_a_run_passes_over_bad_batches_and_repeats_that_exactly_when_it_is_resum
     evidence = json.loads((workdir / "bad_steps" / "3" / "step.json").read_text())
     assert (evidence["step"], evidence["checkpoint"], evidence["first_row"]) == (3, 2, 16)
     assert evidence["loss"] == "nan" and evidence["reason"] == "the loss is not finite"
-    assert evidence["grad_norm_by_parameter"]["encoder/layers/mlp/out/kernel"] == ["nan"]
+    assert evidence["grad_norm_by_parameter"]["decoder/layers/mlp/out/kernel"] == ["nan"]
     texts = [json.loads(line) for line in (workdir / "bad_steps" / "3" / "text.jsonl").read_text().splitlines()]
     assert [line["row"] for line in texts] == list(range(16, 24)) and all("<extra_id_0>" in t["inputs"] for t in texts)
     assert np.load(workdir / "bad_steps" / "3" / "rows.npz")["targets_BL"][0].tobytes() in poison.tokens
