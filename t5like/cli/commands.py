@@ -74,8 +74,11 @@ def rl(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     from t5like.rl.run import audit, run
 
     if options.audit:
-        for line in audit(config):
+        found = audit(config)
+        for line in found.lines:
             print(printable(line))
+        if found.useless:
+            raise ConfigError(f"rl.rewards: {', '.join(found.useless)} failed for every answer; see the lines above")
         return
     _train(options, config, run)
 

@@ -29,6 +29,7 @@ SAVE_SHARE, EVALUATE_SHARE = 0.1, 0.3  # of the time after the start
 SHORTEST_SECONDS = 120.0  # of a run whose saves and evaluations are judged
 SLOWER = 0.75  # speed of the last window over the median
 SILENT_LINES = 10  # times between two lines of a running run, without a new line
+FAILED_REWARDS = 0.05
 EQUAL_REWARDS = 0.9  # share of prompts whose answers all have the same reward
 
 
@@ -307,12 +308,16 @@ def _rewards(run: Run) -> Iterator[Finding]:
             "the median of the last eighth of the steps is below that of the first, by more than chance",
             f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g})",
         )
-    if failed := sum(points(run.records, "train/failed_rewards")[1]):
+    failed = points(run.records, "train/failed_rewards")[1]
+    if any(failed):
+        per_step = run.config.data.batch_size * rl.answers_per_prompt * len(rl.rewards)
+        share = statistics.fmean(failed) / per_step
+        left_out = "an answer whose reward failed is not learned from, and no part of the mean reward"
         yield Finding(
-            "warning",
-            f"{failed:,.0f} rewards failed",
-            "an answer without a reward is not learned from",
-            "t5like rl --audit shows what each reward pays for",
+            "bad" if share > FAILED_REWARDS else "warning",
+            f"{share:.1%} of the rewards failed",
+            f"{'they count as 0' if rl.failed_reward == 'zero' else left_out}; more than {FAILED_REWARDS:.0%} are bad",
+            "return a low reward for a bad answer, instead of an exception; t5like rl --audit tests the rewards",
         )
 
 

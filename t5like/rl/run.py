@@ -15,7 +15,7 @@ from t5like.errors import ConfigError
 from t5like.rl.on_policy import OnPolicy
 from t5like.rl.pairs import Pairs
 from t5like.rl.prompts import first_rows
-from t5like.rl.rewards.audit import MOST_ROWS
+from t5like.rl.rewards.audit import MOST_ROWS, Audit
 from t5like.rl.rewards.audit import audit as rewards_audit
 from t5like.rl.rewards.pool import RewardPool
 from t5like.rl.rewards.reward import ModelReward, open_rewards, required_fields
@@ -56,8 +56,8 @@ def run(
         train(config, workdir, on_step=on_step, allowed=allowed, open_task=open_task)
 
 
-def audit(config: Config) -> list[str]:
-    """Lines about what the rewards of a config pay for right, empty and junk answers (`rewards.audit`).
+def audit(config: Config) -> Audit:
+    """What the rewards of a config pay for right, empty and junk answers (`rewards.audit`).
 
     Raises:
         ConfigError, DataError: a reward or the data can't be used.
@@ -66,7 +66,7 @@ def audit(config: Config) -> list[str]:
         raise ConfigError(f"--audit needs rewards, which rl.method={config.rl.method} has not; use rl.method=policy")
     rewards = open_rewards(config)
     rows = first_rows(config, required_fields(rewards).names, MOST_ROWS)
-    return [*rewards_audit(rewards, rows, timeout_seconds=config.rl.reward_timeout_seconds).lines]
+    return rewards_audit(rewards, rows, timeout_seconds=config.rl.reward_timeout_seconds)
 
 
 def evaluate(loaded: Run, workdir: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -242,21 +242,35 @@ def test_the_page_has_verdict_plots_and_samples_loads_nothing_and_escapes_all_te
 
 def test_the_page_of_sampled_answers_has_rewards_and_answers(tmp_path):
     records = [
-        {"step": step, "train/reward": step / 10, "train/kl": 0.01, "train/loss": -0.1, "train/failed_rewards": 0.0}
-        for step in range(1, 30)
+        {
+            "step": step,
+            "train/reward": step / 10,
+            "train/kl": 0.01,
+            "train/loss": -0.1,
+            "train/failed_rewards": step % 2 * 8.0,
+        }
+        for step in range(1, 31)
     ]
     write_run(tmp_path / "run", records)
     values = json.loads((tmp_path / "run" / "config.json").read_text())
-    values["rl"] |= {"method": "policy", "rewards": ["length"], "max_kl": 0.015, "reference": "first"}
-    values["data"] |= {"objective": ["supervised"]}
+    values["rl"] |= {
+        "method": "policy",
+        "rewards": ["length"],
+        "max_kl": 0.015,
+        "reference": "first",
+        "answers_per_prompt": 8,
+    }
+    values["data"] |= {"batch_size": 8, "objective": ["supervised"]}
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
     (tmp_path / "run" / "answers").mkdir()
     answer = {"prompt": "sort b a", "answer": "a b <i>", "reward": 1.0}
     (tmp_path / "run" / "answers" / "10.jsonl").write_text(json.dumps(answer) + "\n")
     report = run.read_report(tmp_path / "run")
     assert [finding.what for finding in report.findings] == [
-        "the KL divergence from the first weights is 0.01 per token"
+        "6.2% of the rewards failed",
+        "the KL divergence from the first weights is 0.01 per token",
     ]
+    assert [finding.kind for finding in report.findings] == ["bad", "warning"]
     text = Texts(run_page.run_page(report)).text
     assert "KL divergence from the first weights" in text and "Reward" in text and "a b <i>" in text
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -170,11 +171,23 @@ def test_the_other_commands_work_on_a_run_directory(ppo, command, tmp_path):
     assert code == 2 and len(err.splitlines()) == 1 and "is for t5like rl" in err
 
 
-def test_max_kl_ends_a_run_with_its_newest_checkpoint(rl_flags, trained, command, tmp_path):
-    values = {"rl.rewards": "length", "rl.reference": "first", "rl.max_kl": 1e-6, "train.checkpoint_every": 1}
+def test_max_kl_ends_a_run_with_its_newest_checkpoint_and_failed_rewards_are_counted(
+    rl_flags, trained, command, monkeypatch, tmp_path
+):
+    code = "def score(row, answer):\n    return len(answer) if sum(row['targets'].encode()) % 2 else int('x')\n"
+    (tmp_path / "of_odd_rows.py").write_text(code)
+    preset = Path("configs/tiny.py").absolute()
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "rl.rewards": "of_odd_rows:score",
+        "rl.reference": "first",
+        "rl.max_kl": 1e-6,
+        "train.checkpoint_every": 1,
+    }
     values |= ENCODER_DECODER | {"init_from.checkpoint": trained}
-    arguments = ["rl", *rl_flags, *settings(values), f"--workdir={tmp_path}/run"]
+    arguments = ["rl", *rl_flags, f"--config={preset}", *settings(values), f"--workdir={tmp_path}/run"]
     code, _, err = command(*arguments)
+    assert re.search(r"held-out reward .*; without [12] of 3 answers, whose reward failed", err), err
     message = (
         r"t5like: after step 1 the KL .* is \S+ per token, more than rl.max_kl=1e-06; no checkpoint is below it; .*"
     )

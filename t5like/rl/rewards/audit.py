@@ -39,10 +39,12 @@ class Audit(NamedTuple):
     Attributes:
         lines: a table of mean rewards, then a line for each warning.
         passed: whether there is no warning.
+        useless: names of the rewards that failed for every answer.
     """
 
     lines: list[str]
     passed: bool
+    useless: list[str]
 
 
 def audit(
@@ -78,7 +80,8 @@ def audit(
     lines += [f"{reward.name}: a reward model, not audited" for reward in rewards if isinstance(reward, ModelReward)]
     if not known_B.all():
         lines.append(f"{(~known_B).sum()} of {len(rows)} rows list no right answer")
-    return Audit(lines + (warnings or ["no warnings"]), not warnings)
+    useless = [reward.name for reward, scores in zip(functions, scores_RBG, strict=True) if np.isnan(scores).all()]
+    return Audit(lines + (warnings or ["no warnings"]), not warnings, useless)
 
 
 def _warnings(means: Mapping[str, float]) -> list[str]:

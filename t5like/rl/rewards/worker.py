@@ -59,7 +59,7 @@ def evaluate(function: RewardFunction, row: Mapping[str, Any], answer: str) -> f
     """The reward, or how it has failed. Numbers of other types, such as NumPy's and bools, are converted."""
     try:
         value = function(row, answer)
-        if isinstance(value, str | bytes):
+        if not hasattr(value, "__float__"):
             raise TypeError(f"the reward is a {type(value).__name__}, not a number")
         number = float(value)
         if not abs(number) <= LARGEST:  # nor NaN

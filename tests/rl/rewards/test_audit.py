@@ -26,6 +26,7 @@ def test_an_exact_match_has_no_warnings_and_a_readable_table():
             "no warnings",
         ],
         True,
+        [],
     )
 
 
@@ -61,6 +62,14 @@ def test_an_exact_match_has_no_warnings_and_a_readable_table():
 )
 def test_a_reward_that_pays_wrongly_is_named(function, expected):
     assert warnings(function) == [f"subject: {line}" for line in expected]
+
+
+def test_a_reward_that_fails_for_every_answer_is_useless():
+    rewards = [
+        Reward("no_field", 1.0, TextMetric("f1", "solution", "en")),
+        Reward("f1", 1.0, TextMetric("f1", "", "en")),
+    ]
+    assert audit(rewards[:1], ROWS).useless == ["no_field"]
 
 
 def test_length_as_a_reward_is_caught():

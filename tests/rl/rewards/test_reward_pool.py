@@ -82,7 +82,7 @@ def test_a_failure_costs_one_value_and_is_counted_with_its_reward(pool, rewards,
         ("nan", "ValueError: the reward is nan"),
         ("huge", "ValueError: the reward is 1e+30, more than 1e20"),
         ("text", "TypeError: the reward is a str, not a number"),
-        ("nothing", "TypeError: float() argument must be a string or a real number, not 'NoneType'"),
+        ("nothing", "TypeError: the reward is a NoneType, not a number"),
     ],
 )
 def test_the_first_failure_says_what_happened(rewards, answer, reason):
