@@ -302,11 +302,16 @@ DECODER = {  # as Llama
 
 
 @pytest.fixture(scope="session")
-def trained_decoder(flags, tmp_path_factory) -> Path:
-    """`trained` with a decoder, whose programs take half as long to compile as those of an encoder-decoder."""
-    values = {**DECODER, "data.objective": "causal_lm", "train.num_steps": 2, "train.checkpoint_every": 1}
-    settings = [f"--config.{name}={value}" for name, value in values.items()]
-    return made_once(tmp_path_factory, "trained_decoder", lambda place: run_at(place, [*flags, *settings])) / "run"
+def decoder_flags(flags) -> list[str]:
+    """`flags` for a decoder, whose programs take half as long to compile; tests that train it share its step."""
+    return [*flags, *(f"--config.{name}={value}" for name, value in {**DECODER, "data.objective": "causal_lm"}.items())]
+
+
+@pytest.fixture(scope="session")
+def trained_decoder(decoder_flags, tmp_path_factory) -> Path:
+    """`trained` with a decoder."""
+    flags = [*decoder_flags, "--config.train.num_steps=2", "--config.train.checkpoint_every=1"]
+    return made_once(tmp_path_factory, "trained_decoder", lambda place: run_at(place, flags)) / "run"
 
 
 @pytest.fixture(scope="session")

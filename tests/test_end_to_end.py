@@ -13,7 +13,7 @@ from shared_directories import made_once
 
 from t5like.checkpoint.checkpoints import Checkpoints
 
-CAUSAL = {**DECODER, "data.objective": "causal_lm"}  # of runs in which the architecture does not matter
+CAUSAL = {**DECODER, "data.objective": "causal_lm"}  # `decoder_flags`, for `train`
 
 
 @pytest.fixture
@@ -30,16 +30,15 @@ def train(command, flags, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def straight(flags, tmp_path_factory) -> Path:
+def straight(decoder_flags, tmp_path_factory) -> Path:
     """An uninterrupted run of 12 steps, with which others are compared."""
-    flags = [*flags, *(f"--config.{name}={value}" for name, value in CAUSAL.items())]
-    return made_once(tmp_path_factory, "straight", lambda place: run_at(place, flags)) / "run"
+    return made_once(tmp_path_factory, "straight", lambda place: run_at(place, decoder_flags)) / "run"
 
 
 @pytest.fixture(scope="module")
-def half(flags, tmp_path_factory) -> Path:
+def half(decoder_flags, tmp_path_factory) -> Path:
     """A complete run of the first 6 steps of `straight`; copy it before use."""
-    flags = [*flags, *(f"--config.{name}={value}" for name, value in CAUSAL.items()), "--config.train.num_steps=6"]
+    flags = [*decoder_flags, "--config.train.num_steps=6"]
     return made_once(tmp_path_factory, "half", lambda place: run_at(place, flags)) / "run"
 
 
@@ -273,11 +272,10 @@ def test_a_run_continues_on_another_mesh_with_the_same_loss(train, straight, hal
     assert series(workdir, "eval/loss")[-1] == pytest.approx(series(straight, "eval/loss")[-1], rel=1e-4)
 
 
-def test_a_run_that_diverges_stops_with_its_own_exit_code_and_saves_nothing_bad(command, flags, tmp_path):
+def test_a_run_that_diverges_stops_with_its_own_exit_code_and_saves_nothing_bad(command, decoder_flags, tmp_path):
     code, _, err = command(
         "train",
-        *flags,
-        *(f"--config.{name}={value}" for name, value in CAUSAL.items()),
+        *decoder_flags,
         f"--workdir={tmp_path}/run",
         "--config.optimizer.learning_rate=1e38",
         "--config.train.checkpoint_every=3",

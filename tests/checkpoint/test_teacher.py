@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import main
+from conftest import ENCODER_DECODER, main
 from test_init_from import made_tokenizer
 from test_recovery import truncate
 
@@ -26,24 +26,24 @@ def leaves(workdir, step: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def student(flags, trained, tmp_path_factory):
-    """Flags of a run with a teacher, which is a copy of `trained` at step 1; the copy; a finished run of 3 steps."""
+def student(decoder_flags, trained_decoder, tmp_path_factory):
+    """Flags of a run with a teacher, a copy of `trained_decoder` at step 1; the copy; a finished run of 3 steps."""
     place = tmp_path_factory.mktemp("student")
-    shutil.copytree(trained, place / "teacher", ignore=shutil.ignore_patterns("2"))
+    shutil.copytree(trained_decoder, place / "teacher", ignore=shutil.ignore_patterns("2"))
     values = {"distill.teacher": place / "teacher", "train.checkpoint_every": 1, "distill.temperature": 2}
-    # The first two updates train cross-attention alone.
+    # The first two updates train attention alone.
     values |= {
-        "init_from.checkpoint": trained,
-        "init_from.reinitialize": "decoder/.*cross.*",
+        "init_from.checkpoint": trained_decoder,
+        "init_from.reinitialize": "decoder/.*attention/.*",
         "init_from.warmup_steps": 2,
     }
-    flags = [*flags, *(f"--config.{name}={value}" for name, value in values.items())]
+    flags = [*decoder_flags, *(f"--config.{name}={value}" for name, value in values.items())]
     assert main(["train", *flags, "--config.train.num_steps=3", f"--workdir={place}/whole"]) == 0
     return flags, place
 
 
 def test_a_run_with_a_teacher_and_a_warmup_continues_bitwise_with_the_same_teacher_alone(
-    student, trained, command, refused, tmp_path
+    student, trained_decoder, command, refused, tmp_path
 ):
     flags, place = student
     train = lambda *more: ("train", *flags, f"--workdir={tmp_path}/run", *more)
@@ -52,7 +52,9 @@ def test_a_run_with_a_teacher_and_a_warmup_continues_bitwise_with_the_same_teach
     for step in (2, 3):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     shutil.copytree(place / "teacher", tmp_path / "moved")
-    shutil.copytree(trained / "checkpoints" / "2", tmp_path / "moved" / "checkpoints" / "2")  # the teacher went on
+    shutil.copytree(
+        trained_decoder / "checkpoints" / "2", tmp_path / "moved" / "checkpoints" / "2"
+    )  # the teacher went on
     code, out, err = command(*train("--config.train.num_steps=3", f"--config.distill.teacher={tmp_path}/moved"))
     assert code == 0 and " parameters, step 1 of run " in out, err
     for step in (1, 2, 3):
@@ -62,7 +64,7 @@ def test_a_run_with_a_teacher_and_a_warmup_continues_bitwise_with_the_same_teach
 
     first, second, third = (leaves(place / "whole", step) for step in (1, 2, 3))
     moved = lambda old, new: {name for name in old if name.startswith("params/") and old[name] != new[name]}
-    assert moved(first, second) and all("cross_attention" in name for name in moved(first, second))
+    assert moved(first, second) and all("/attention/" in name for name in moved(first, second))
     assert "params/embedding" in moved(second, third)
     records = map(json.loads, (place / "whole" / "metrics.jsonl").read_text().splitlines())
     assert all(record["train/distill_kl"] > 0 for record in records if "train/loss" in record)
@@ -76,8 +78,8 @@ def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused,
     )  # fmt: skip
     code, message = train("--config.distill.teacher_step=7")
     assert code == 4 and message.endswith("teacher/checkpoints holds no complete checkpoint of step 7; there are 1")
-    code, message = train("--config.model.architecture=decoder", "--config.data.objective=causal_lm")
-    assert code == 2 and "teacher has model.architecture=encoder_decoder, and the run decoder; " in message
+    code, message = train(*(f"--config.{name}={value}" for name, value in ENCODER_DECODER.items()))
+    assert code == 2 and "teacher has model.architecture=decoder, and the run encoder_decoder; " in message
 
     shutil.copytree(place / "teacher", tmp_path / "labels")
     values = json.loads((place / "teacher" / "config.json").read_text())

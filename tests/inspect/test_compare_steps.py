@@ -90,16 +90,18 @@ def test_rows_that_differ_come_first(reference):
     assert first.startswith("batch/targets_BL: relative error ")
 
 
-def test_a_run_is_compared_with_another_interpreter_through_a_file(command, refused, trained, tmp_path, monkeypatch):
+def test_a_run_is_compared_with_another_interpreter_through_a_file(
+    command, refused, trained_decoder, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)  # the run had one device, too
-    code, out, err = command("compare-steps", trained, "--step=2", f"--python={sys.executable}")
+    code, out, err = command("compare-steps", trained_decoder, "--step=2", f"--python={sys.executable}")
     assert code == 0, err
     *_, tensors, last = out.splitlines()
     assert last.startswith("equal      no tensor differs beyond rounding") and "compared: rows, parameters" in tensors
-    code, message = refused("compare-steps", trained, "--step=2", "--b.config.model.num_layers=2")
+    code, message = refused("compare-steps", trained_decoder, "--step=2", "--b.config.model.num_layers=2")
     assert code == 2 and message.startswith("--b.config.model.num_layers changes the parameters or the optimizer state")
     (tmp_path / "a.npz").write_bytes(b"no tensors")
     code, message = refused("compare-steps", tmp_path / "a.npz")
     assert code == 4 and "a.npz is no file of compare-steps --output: " in message
-    code, message = refused("train", f"--workdir={trained}", "--a.config.seed=1")
+    code, message = refused("train", f"--workdir={trained_decoder}", "--a.config.seed=1")
     assert code == 2 and message == "--a.config.seed is for compare-steps; use --config.seed"

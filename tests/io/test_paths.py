@@ -22,19 +22,19 @@ ANY = "-~a[b]c*d?e\\f 'g\" h%20#i$HOME,j:k\nl\tm\x1bé\U0001f600\u202e&;|<>!{x}=
 UNFINISHED = "state.orbax-checkpoint-tmp"
 
 
-def test_a_run_directory_of_any_name_is_written_and_read_back(command, flags, texts, trained, tmp_path):
+def test_a_run_directory_of_any_name_is_written_and_read_back(command, decoder_flags, texts, trained_decoder, tmp_path):
     (tmp_path / ANY).mkdir()
     data = (tmp_path / ANY / "a.txt", tmp_path / ANY / "prepared")
     data[0].write_bytes((texts / "a.txt").read_bytes())
     run, exported, again = (tmp_path / name / ANY for name in ("run", "exported", "again"))
-    shutil.copytree(trained, run)
+    shutil.copytree(trained_decoder, run)
     ask = ("--prompt=ba de", "--max_new_tokens=4")
     answers = []
     for arguments in (
-        ("prepare", *flags, f"--config.data.source=text:{data[0]}", f"--config.data.cache_directory={data[1]}"),
+        ("prepare", *decoder_flags, f"--config.data.source=text:{data[0]}", f"--config.data.cache_directory={data[1]}"),
         (
             "train",
-            *flags,
+            *decoder_flags,
             f"--workdir={run}",
             "--config.train.num_steps=3",
             f"--config.tokenizer.path={run}/tokenizer.model",

@@ -130,7 +130,9 @@ def test_a_signal_during_imports_ends_a_command_at_once(number, code, line, flag
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_training_that_is_stopped_outside_its_loop_is_queued_again(number, code, command, flags, tmp_path, monkeypatch):
+def test_training_that_is_stopped_outside_its_loop_is_queued_again(
+    number, code, command, decoder_flags, tmp_path, monkeypatch
+):
     phases = {
         "preparing": lambda patch: patch.setattr(preparation, "prepare", lambda _: (send(number), wait())),
         "compiling": lambda patch: patch.setattr(step, "compile_train_step", lambda *_: (send(number), time.sleep(2))),
@@ -142,7 +144,7 @@ def test_training_that_is_stopped_outside_its_loop_is_queued_again(number, code,
         with monkeypatch.context() as patch:
             arrange(patch)
             begin = time.monotonic()
-            arguments = ["train", *flags, f"--workdir={tmp_path}/run", "--config.train.num_steps=2"]
+            arguments = ["train", *decoder_flags, f"--workdir={tmp_path}/run", "--config.train.num_steps=2"]
             exit_code, _, err = command(*arguments)
             assert exit_code == code and err.splitlines()[-1].startswith("t5like: stopped"), (phase, err)
             if phase == "compiling":
@@ -181,10 +183,9 @@ def on_a_terminal_that_closes(arguments: list[str], ready: bytes, *, nohup: bool
             process.kill()
 
 
-def test_a_terminal_that_closes_stops_and_saves_a_run(flags, tmp_path):
+def test_a_terminal_that_closes_stops_and_saves_a_run(decoder_flags, tmp_path):
     endless = ["--config.train.num_steps=1_000_000", "--config.train.eval_every=5", "--config.train.eval_batches=1"]
-    endless += ["--config.model.architecture=encoder", "--config.data.objective=mlm"]  # compiles fastest
-    arguments = ["-m", "t5like", "train", *flags, f"--workdir={tmp_path}/run", *endless]
+    arguments = ["-m", "t5like", "train", *decoder_flags, f"--workdir={tmp_path}/run", *endless]
     assert on_a_terminal_that_closes(arguments, b"step 5: held-out", nohup=False) == 75
     [last] = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).steps()
     steps = [record["step"] for record in read(tmp_path / "run")]

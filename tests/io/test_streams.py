@@ -86,7 +86,7 @@ for argv, streams in json.loads(sys.argv[1]):
 """
 
 
-def test_commands_with_lost_streams_in_any_locale(flags, tmp_path):
+def test_commands_with_lost_streams_in_any_locale(decoder_flags, tmp_path):
     write_text(tmp_path / "latin.txt", seed=1)
     letters = str.maketrans({chr(97 + number): chr(0x430 + number) for number in range(26)})
     (tmp_path / "a.txt").write_text((tmp_path / "latin.txt").read_text().translate(letters), encoding="utf-8")
@@ -95,11 +95,16 @@ def test_commands_with_lost_streams_in_any_locale(flags, tmp_path):
     prompts.write_text(json.dumps({"prompt": CYRILLIC}) + "\n")
     run = f"--workdir={tmp_path}/run"
     generate = ["generate", run, f"--prompts_file={prompts}", "--max_new_tokens=4"]
-    plan = ["plan", *flags, "--topology=cpu:8", "--quick"]
+    plan = ["plan", *decoder_flags, "--topology=cpu:8", "--quick"]
     full = "t5like: standard output can't be written: No space left on device; send it elsewhere\n"
     null, err = os.devnull, f"{tmp_path}/err"
     cases = [
-        (["train", *flags, *data, run, "--config.train.num_steps=2"], ["closed", "no reader", "/dev/full"], 0, None),
+        (
+            ["train", *decoder_flags, *data, run, "--config.train.num_steps=2"],
+            ["closed", "no reader", "/dev/full"],
+            0,
+            None,
+        ),
         (generate, [null, f"{tmp_path}/answers", err], 0, ""),
         (generate, [null, "no reader", err], 141, ""),
         (generate, [null, "/dev/full", err], 4, full),
@@ -130,11 +135,11 @@ def test_commands_with_lost_streams_in_any_locale(flags, tmp_path):
     assert (tmp_path / "hf" / "config.json").exists()
 
 
-def test_prompts_on_standard_input_that_are_not_utf8_are_refused(command, trained, monkeypatch, tmp_path):
+def test_prompts_on_standard_input_that_are_not_utf8_are_refused(command, trained_decoder, monkeypatch, tmp_path):
     (tmp_path / "prompts").write_bytes(b"ba\n\xff\n")
     with (tmp_path / "prompts").open(encoding="utf-8") as file:
         monkeypatch.setattr("sys.stdin", file)
-        code, _, err = command("generate", f"--workdir={trained}", "--max_new_tokens=4")
+        code, _, err = command("generate", f"--workdir={trained_decoder}", "--max_new_tokens=4")
     assert code == 3 and err == "t5like: standard input is not UTF-8; convert it, or use --prompts_file\n"
 
 

@@ -48,10 +48,11 @@ def test_only_missing_parameters_are_random_with_the_values_of_a_random_state():
         jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)(state)  # no shared buffers
 
 
-def test_a_run_is_not_continued_on_other_data_unless_they_are_allowed(command, flags, tmp_path):
+def test_a_run_is_not_continued_on_other_data_unless_they_are_allowed(command, decoder_flags, tmp_path):
     write_text(tmp_path / "own.txt", lines=200)
     own = [f"--config.data.source=text:{tmp_path}/own.txt", f"--workdir={tmp_path}/run"]
-    train = lambda *more: command("train", *flags, f"--config.data.cache_directory={tmp_path}/cache", *own, *more)
+    own = [*decoder_flags, *own, f"--config.data.cache_directory={tmp_path}/cache"]
+    train = lambda *more: command("train", *own, *more)
     assert train("--config.train.num_steps=1")[0] == 0
 
     with (tmp_path / "own.txt").open("a") as file:

@@ -67,16 +67,16 @@ def test_activations_are_those_of_real_positions(measured):
     assert values["decoder/layers/1/residual/max"] == pytest.approx(np.abs(real).max(), rel=1e-4)
 
 
-def test_a_run_with_statistics_is_bitwise_the_same_run(command, flags, trained, tmp_path):
+def test_a_run_with_statistics_is_bitwise_the_same_run(command, decoder_flags, trained_decoder, tmp_path):
     settings = ["--config.train.num_steps=2", "--config.train.checkpoint_every=1", "--config.train.stats_every=2"]
-    code, _, err = command("train", *flags, *settings, f"--workdir={tmp_path}/run")
+    code, _, err = command("train", *decoder_flags, *settings, f"--workdir={tmp_path}/run")
     assert code == 0, err
-    first, second = (checkpoints_of(path, config_of(path)).meta(2) for path in (trained, tmp_path / "run"))
+    first, second = (checkpoints_of(path, config_of(path)).meta(2) for path in (trained_decoder, tmp_path / "run"))
     assert first.leaves == second.leaves  # with their digests
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = {record["step"] for record in records if any(name.startswith("stats/") for name in record)}
-    assert steps == {2} and any("stats/encoder/layers/0/mlp/in/kernel/update_ratio" in record for record in records)
-    without = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert steps == {2} and any("stats/decoder/layers/0/mlp/out/kernel/update_ratio" in record for record in records)
+    without = [json.loads(line) for line in (trained_decoder / "metrics.jsonl").read_text().splitlines()]
     losses = lambda of: [record["train/loss"] for record in of if "train/loss" in record]
     assert losses(records) == losses(without)
 

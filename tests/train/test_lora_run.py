@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import DECODER, run_at
+from conftest import run_at
 
 import t5like
 from t5like.checkpoint import run_directory
@@ -21,10 +21,9 @@ def base(trained_decoder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lora_flags(flags, base):
+def lora_flags(decoder_flags, base):
     values = {"init_from.checkpoint": base, "lora.rank": 2, "train.num_steps": 2, "train.checkpoint_every": 1}
-    values |= {**DECODER, "data.objective": "causal_lm"}
-    return [*flags, *(f"--config.{name}={value}" for name, value in values.items())]
+    return [*decoder_flags, *(f"--config.{name}={value}" for name, value in values.items())]
 
 
 @pytest.fixture(scope="module")

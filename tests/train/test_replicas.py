@@ -72,7 +72,7 @@ def test_a_leaf_that_no_other_device_holds_can_not_be_compared(mesh):
 
 
 def test_a_run_ends_within_the_configured_number_of_steps_and_saves_nothing_after_the_flip(
-    command, flags, tmp_path, monkeypatch
+    command, decoder_flags, tmp_path, monkeypatch
 ):
     compile_train_step = step.compile_train_step
 
@@ -92,6 +92,6 @@ def test_a_run_ends_within_the_configured_number_of_steps_and_saves_nothing_afte
     values = {"num_steps": 8, "compare_replicas_every": 2, "checkpoint_every": 2, "eval_batches": 1}
     settings = [f"--config.train.{name}={value}" for name, value in values.items()]
     settings.append("--config.model.init=t5")  # an update rounds the lowest bit of a smaller value away
-    code, _, err = command("train", *flags, f"--workdir={tmp_path}/run", "--fake_devices=8", *settings)
+    code, _, err = command("train", *decoder_flags, f"--workdir={tmp_path}/run", "--fake_devices=8", *settings)
     assert code == 76 and f"replicas differ after step 4: process 0, {jax.devices()[5]}: params/head; nothing" in err
     assert Checkpoints(tmp_path / "run" / "checkpoints", keep=9).steps() == [2]
