@@ -14,10 +14,9 @@ from t5like.metrics.writers import read
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_lines_that_a_new_run_prints(command, flags, tmp_path):
+def test_the_lines_that_a_new_run_prints(command, decoder_flags, tmp_path):
     evaluated = ["--config.train.eval_every=4", f"--config.data.cache_directory={tmp_path}/prepared"]
-    smallest = ["--config.model.architecture=decoder", "--config.data.objective=causal_lm"]
-    code, out, err = command("train", *flags, *smallest, *evaluated, f"--workdir={tmp_path}/run")
+    code, out, err = command("train", *decoder_flags, *evaluated, f"--workdir={tmp_path}/run")
     assert code == 0, err
     beginnings = [line.split()[0] for line in out.split("\n\n")[0].splitlines()]
     assert beginnings == ["model", "devices", "data", beginnings[3], "run", "machine", "start"]

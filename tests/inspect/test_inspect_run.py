@@ -102,16 +102,16 @@ def test_a_run_is_described_by_verdict_time_starts_changes_checkpoints_bad_steps
     assert "loss       not finite at step 3, training" in lines
 
 
-def test_a_learning_rate_100_times_too_high_is_named(flags, command, tmp_path):
+def test_a_learning_rate_100_times_too_high_is_named(decoder_flags, command, tmp_path):
     settings = ["--config.optimizer.learning_rate=1", "--config.train.num_steps=40"]
-    assert command("train", *flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
+    assert command("train", *decoder_flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
     code, out, _ = command("inspect", "run", f"--workdir={tmp_path}/run")
     assert code == 0 and re.search(r"^verdict    not healthy: \d problems?", out, re.MULTILINE), out
     assert re.search(r"^problem    the loss is \d+\.\d+, above the \d\.\d+ of a uniform guess$", out, re.MULTILINE), out
     assert "lower optimizer.learning_rate (1; try 0.1)" in out
 
 
-def test_a_run_that_waits_for_data_and_skips_updates_is_named(flags, command, tmp_path, monkeypatch):
+def test_a_run_that_waits_for_data_and_skips_updates_is_named(decoder_flags, command, tmp_path, monkeypatch):
     to_global, prefetch, places = placement.to_global, pipeline.prefetch, []
 
     def slow(batches, start, stop, rows):
@@ -128,7 +128,7 @@ def test_a_run_that_waits_for_data_and_skips_updates_is_named(flags, command, tm
     monkeypatch.setattr(pipeline, "prefetch", slow)
     monkeypatch.setattr(placement, "to_global", poisoned)
     settings = ["--config.train.num_steps=24", "--config.train.keep_bad_steps=0"]
-    assert command("train", *flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
+    assert command("train", *decoder_flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
     _, out, _ = command("inspect", "run", f"--workdir={tmp_path}/run")
     assert re.search(r"^problem    steps wait for data \d\d% of their time$", out, re.MULTILINE), out
     assert "raise data.num_workers" in out

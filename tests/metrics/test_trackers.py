@@ -108,10 +108,10 @@ def test_a_slow_tracker_drops_steps_and_says_how_many(tmp_path, packages, capfd,
     assert "wandb: it is slower than the run; from step" in err and "steps were left out" in err
 
 
-def test_a_run_goes_on_when_its_tracker_fails(flags, command, tmp_path, packages):
+def test_a_run_goes_on_when_its_tracker_fails(decoder_flags, command, tmp_path, packages):
     packages(wandb="raise ImportError('libfoo.so is missing')")
     settings = ["--config.metrics.trackers=wandb", "--config.train.num_steps=2", "--config.train.eval_batches=1"]
-    code, out, err = command("train", *flags, *settings, f"--workdir={tmp_path}/run")
+    code, out, err = command("train", *decoder_flags, *settings, f"--workdir={tmp_path}/run")
     assert code == 0 and err.count("tracker ") == 1
     assert "tracker    wandb: it can't be used: ImportError: libfoo.so is missing" in err
     assert writers.read(tmp_path / "run")[-1]["step"] == 2 and not (tmp_path / "run" / "tensorboard").exists()

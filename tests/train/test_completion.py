@@ -10,14 +10,14 @@ from t5like.metrics import writers
 
 
 @pytest.fixture
-def workdir(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
+def workdir(trained_decoder, tmp_path):
+    return shutil.copytree(trained_decoder, tmp_path / "run")
 
 
 @pytest.fixture
-def train(flags, workdir, command):
+def train(decoder_flags, workdir, command):
     steps = ["--config.train.num_steps=2", "--config.train.checkpoint_every=1"]
-    return lambda: command("train", *flags, f"--workdir={workdir}", *steps)
+    return lambda: command("train", *decoder_flags, f"--workdir={workdir}", *steps)
 
 
 def truncate(workdir, step: int) -> None:
@@ -25,16 +25,18 @@ def truncate(workdir, step: int) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_run_whose_last_checkpoint_is_damaged_is_not_complete_and_repeats_the_steps_exactly(trained, workdir, train):
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_complete_and_repeats_the_steps_exactly(
+    trained_decoder, workdir, train
+):
     truncate(workdir, 2)
     code, out, err = train()
     assert code == 0 and "start      after step 1" in out and "complete " not in out, out + err
     assert "checkpoints/2 is damaged: " in err and "and the run continues after step 1" in err
     [kept] = (workdir / "checkpoints").glob("2.damaged-*")
     assert (kept / "commit_success.txt").exists()
-    leaves = [checkpoints_of(run, saved_config(run)).meta(2).leaves for run in (trained, workdir)]
+    leaves = [checkpoints_of(run, saved_config(run)).meta(2).leaves for run in (trained_decoder, workdir)]
     assert leaves[0] == leaves[1]  # digests of all arrays
-    losses = [[record.get("train/loss") for record in writers.read(run)] for run in (trained, workdir)]
+    losses = [[record.get("train/loss") for record in writers.read(run)] for run in (trained_decoder, workdir)]
     assert losses[0] == losses[1]
 
 
@@ -56,19 +58,19 @@ def test_a_stray_directory_with_only_a_commit_file_does_not_complete_a_run(workd
     assert "checkpoints/9 is incomplete: it has no file _CHECKPOINT_METADATA; the checkpoint of step 2 is used" in err
 
 
-def test_what_a_kill_after_the_last_checkpoint_has_prevented_is_made_up_for(trained, workdir, train):
+def test_what_a_kill_after_the_last_checkpoint_has_prevented_is_made_up_for(trained_decoder, workdir, train):
     for name in ("samples.txt", "loss.png"):
         (workdir / name).unlink()
     code, out, _ = train()
     assert code == 0 and "complete   2 of 2 steps are done" in out and "held-out loss" in out
     for name in ("samples.txt", "loss.png"):
-        assert (workdir / name).read_bytes() == (trained / name).read_bytes()
+        assert (workdir / name).read_bytes() == (trained_decoder / name).read_bytes()
     before = contents(workdir)
     code, out, _ = train()
     assert code == 0 and "held-out loss" not in out and contents(workdir) == before
 
 
-def test_a_signal_during_the_last_evaluation_leaves_it_to_the_run_that_continues(trained, workdir, train):
+def test_a_signal_during_the_last_evaluation_leaves_it_to_the_run_that_continues(trained_decoder, workdir, train):
     lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
     kept = [line for line in lines if '"step": 2' not in line or "eval/loss" not in line]
     assert len(kept) < len(lines)
@@ -76,7 +78,8 @@ def test_a_signal_during_the_last_evaluation_leaves_it_to_the_run_that_continues
     code, out, err = train()
     assert code == 0 and "step 2: held-out loss" in err, out + err
     values = [
-        [record["eval/loss"] for record in writers.read(run) if "eval/loss" in record] for run in (trained, workdir)
+        [record["eval/loss"] for record in writers.read(run) if "eval/loss" in record]
+        for run in (trained_decoder, workdir)
     ]
     assert values[0] == values[1]
     assert "nothing is left to train" in train()[1]

@@ -12,7 +12,7 @@ from t5like.plan.operation_kinds import Program
 from t5like.train import profile_summary, trace
 
 
-def test_a_profile_names_slow_operations_and_a_slow_source(command, flags, tmp_path, monkeypatch):
+def test_a_profile_names_slow_operations_and_a_slow_source(command, decoder_flags, tmp_path, monkeypatch):
     """One run whose source takes a second for each batch, as only the profile and `inspect run` know."""
     summaries, summarize, at = [], profile_summary.summarize, Batches.at
     slow = lambda self, *where: (self.heldout or time.sleep(1)) and None or at(self, *where)
@@ -20,7 +20,7 @@ def test_a_profile_names_slow_operations_and_a_slow_source(command, flags, tmp_p
     keep = lambda *arguments: summaries.append(summarize(*arguments)) or summaries[-1]
     monkeypatch.setattr(profile_summary, "summarize", keep)
     settings = [f"--config.train.{name}={value}" for name, value in {"num_steps": 7, "profile_step": 2}.items()]
-    code, _, printed = command("train", *flags, f"--workdir={tmp_path}/run", *settings)
+    code, _, printed = command("train", *decoder_flags, f"--workdir={tmp_path}/run", *settings)
     [summary], [path] = summaries, (tmp_path / "run/profile").rglob("summary.txt")
     written = path.read_text()
     assert code == 0 and written in printed
