@@ -3,12 +3,15 @@
 The message names the format, if the first bytes identify it, and a command that converts the file.
 """
 
+import codecs
 import re
 
 from t5like.errors import DataError
 
 HEAD = 2**16  # bytes at the start of a file that `refuse_other_formats` examines
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark; files may begin with it
+BLOCK = bytes(512)  # the smallest hole of a file
+_CONTROL = bytes({*range(32)} - set(b"\t\n\v\f\r\x1b"))  # bytes that text hardly has
 GZIP, ZSTANDARD = rb"\x1f\x8b", rb"\x28\xb5\x2f\xfd"
 
 _ICONV = "convert it, as in iconv -f {} -t UTF-8 FILE > NEW"
@@ -71,19 +74,32 @@ def _explain_nuls(raw: bytes, count: int) -> str:
     """The probable cause of NULs: an encoding in 2 or 4 bytes has them at the positions of its high bytes."""
     by_position = [raw[position::4].count(b"\0") for position in range(4)]
     most = 0.9 * len(raw) / 4
-    if count > 0.99 * len(raw):
+    if count > 0.99 * len(raw) or BLOCK in raw:
         return "the file has a hole, probably from a crash; copy it again, or remove it"
     if min(by_position[0], by_position[1]) > most:
         return "it looks like UTF-32; " + _ICONV.format("UTF-32BE")
     if min(by_position[2], by_position[3]) > most:
         return "it looks like UTF-32; " + _ICONV.format("UTF-32LE")
+    text = _is_text(raw.replace(b"\0", b""))
     for encoding, nuls in (
         ("UTF-16BE", by_position[0] + by_position[2]),
         ("UTF-16LE", by_position[1] + by_position[3]),
     ):
-        if nuls > 0.9 * count:
+        # Letters of ASCII have a NUL each, and those of other scripts leave no text if NULs are taken away.
+        if nuls > 0.9 * count and (nuls > 0.7 * len(raw) / 2 or not text):
             return "it looks like UTF-16; " + _ICONV.format(encoding)
+    if text:
+        return "the others are text in UTF-8; remove the NUL bytes, as in tr -d '\\000' < FILE > NEW"
     return "it is damaged, or not text; remove it"
+
+
+def _is_text(raw: bytes) -> bool:
+    """Whether bytes, which may end within a character, are UTF-8 with hardly any control characters."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(raw)
+    except UnicodeDecodeError:
+        return False
+    return len(raw) - len(raw.translate(None, _CONTROL)) <= len(raw) // 100
 
 
 def decode_utf8(raw: bytes, where: str, unit: str = "", begin: int = 0) -> str:

@@ -77,7 +77,9 @@ FORMATS = {
     "UTF-32LE": (LINES.encode("utf-32-le"), "bytes are NUL; it looks like UTF-32; .* iconv -f UTF-32LE"),
     "UTF-16LE, Cyrillic": (LINES.replace("alpha", "привет").encode("utf-16-le"), "looks like UTF-16; .* UTF-16LE"),
     "zeroes": (bytes(100_000), "are NUL; the file has a hole"),
-    "a hole": (LINES.encode() * 20 + bytes(70_000) + b"\n", "are NUL; "),
+    "a hole": (LINES.encode() * 20 + bytes(70_000) + b"\n", "are NUL; the file has a hole"),
+    "NULs at odd places": (b"hello\0world " * 2000, r"are NUL; .* as in tr -d '\\000' < FILE > NEW"),
+    "NULs at all places": ("один\0и два ".encode() * 2000 + b"a\0" * 9, r"as in tr -d .\\000. < FILE > NEW"),
     "Latin-1": (LINES.encode() + b'{"text": "caf\xe9"}\n', "invalid UTF-8 at byte .* iconv -f WINDOWS-1252"),
     "continuation bytes": (b"\x80" * 100_000, "invalid UTF-8 at byte 0|only blank lines"),
 }
