@@ -60,10 +60,11 @@ def inspect_data(options: argparse.Namespace, overrides: list[tuple[str, str]]) 
     config = config_or_run(options, overrides)
     if options.step < 1:
         raise ConfigError(f"--step={options.step} must be at least 1: the first update is step 1; use --step=1")
-    from t5like.inspect import data, data_page, data_text, step_data
+    from t5like.inspect import data, data_page, data_text, replay, step_data
 
     runs = [] if options.workdir is None else [expand(options.workdir).absolute()]
     plan = step_data.plan_of_run(*runs, options.step) if runs else step_data.plan_of_config(config, options.step)
+    replay.check_number(plan.config, options.step)
     report = data.inspect_data(plan, options.rows)
     if options.html:
         write_page(options.html, data_page.render(report), *runs)

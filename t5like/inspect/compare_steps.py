@@ -170,7 +170,7 @@ def open_step(side: Side, number: int | None) -> tuple[Step, str]:
         raise ConfigError(f"{side.name}={side.path} has rl.method={config.rl.method}; use the directory of a run of it")
     refuse_teacher(side, config)
     config, mesh = on_mesh(side, config)
-    number = number or 1
+    replay.check_number(config, number := number or 1)
     shape = pipeline.spec(config)
     abstract = train_state.abstract_state(config, shape, mesh)
     source, params, base = "random parameters", None, None
@@ -186,11 +186,14 @@ def open_step(side: Side, number: int | None) -> tuple[Step, str]:
 
 def _step_of_run(side: Side, workdir: Path, number: int | None) -> tuple[Step, str]:
     """The step of a run, from the checkpoint before it, on the devices of the side."""
+    saved = config_of(workdir)
     if number is None:
-        number = (checkpoints_of(workdir, config_of(workdir)).latest() or 0) + 1
-    refuse_teacher(side, config_of(workdir))
+        number = (checkpoints_of(workdir, saved).latest() or 0) + 1
+    else:
+        replay.check_number(saved, number)
+    refuse_teacher(side, saved)
     before = replay.prepare(workdir, number, lambda _: None)
-    requested = replay.config_at(workdir, checkpoints_of(workdir, config_of(workdir)), number)
+    requested = replay.config_at(workdir, checkpoints_of(workdir, saved), number)
     config = loader.changed(requested, [each for each in side.overrides if not each[0].startswith("mesh.")])
     config, mesh = on_mesh(side, config)
     abstract = train_state.abstract_state(config, pipeline.spec(config), mesh)

@@ -28,7 +28,7 @@ from t5like.data.pipeline import Batches
 from t5like.data.row_schedule import RowSchedule, Segment
 from t5like.data.store import preparation
 from t5like.data.tokenizers.vocabulary import Vocabulary
-from t5like.errors import CheckpointError
+from t5like.errors import CheckpointError, ConfigError
 from t5like.inspect import first_nonfinite
 from t5like.inspect.step_tensors import Step
 from t5like.model.layer_values import compute_intermediates
@@ -48,12 +48,24 @@ def replay(workdir: Path, number: int, show: Callable[[str], None] = print) -> N
     """Run update `number` of a run again, and print what is wrong with it.
 
     Raises:
+        ConfigError: the run has fewer steps.
         CheckpointError: there is no checkpoint before it, or none that can be read.
     """
+    check_number(config_of(workdir), number)
     prepared = prepare(workdir, number, show)
     with jax.set_mesh(prepared.mesh):
         for line in examine(prepared):
             show(line)
+
+
+def check_number(config: Config, number: int) -> None:
+    """Refuse an update that the run of a config does not make.
+
+    Raises:
+        ConfigError: `number` is more than its steps.
+    """
+    if number > (last := config.train.num_steps):
+        raise ConfigError(f"--step={number} must be at most {last}: train.num_steps={last}; use --step={last}")
 
 
 def prepare(workdir: Path, number: int, show: Callable[[str], None] = print) -> Step:

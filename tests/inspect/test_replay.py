@@ -85,6 +85,14 @@ def test_a_bad_step_of_a_run_is_run_again_with_its_own_rows(trained, tmp_path):
     assert not np.array_equal(bad.batch.targets_BL, good.batch.targets_BL)
 
 
+@pytest.mark.parametrize(
+    "words", [("replay", "--workdir={}"), ("inspect", "data", "--workdir={}"), ("compare-steps", "{}")]
+)
+def test_a_step_that_the_run_does_not_make_is_refused(refused, trained, words):
+    code, message = refused(*(word.format(trained) for word in words), "--step=3")
+    assert code == 2 and message == "--step=3 must be at most 2: train.num_steps=2; use --step=2"
+
+
 def test_a_step_without_a_state_before_it_is_refused(refused, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
     (workdir / "checkpoints" / "1").rename(workdir / "checkpoints" / "0")  # as if the run began with imported weights
