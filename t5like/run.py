@@ -61,7 +61,7 @@ def load(workdir: str | Path, step: int | None = None) -> "Run":
         raise ConfigError(f"step={shown(step)} must be a whole number of at least 0, or None: the newest checkpoint")
     path = expand(workdir).absolute()
     with storage_errors():
-        return Run(path, run_directory.load(path, step))
+        return Run(path, run_directory.load(path, step, flag="workdir="))
 
 
 class GenerationOptions(TypedDict, total=False):

@@ -104,7 +104,7 @@ def read_again(config: Config, abstract: TrainState, recorded: Mapping[str, str]
         CheckpointError: it is gone or damaged, or it is not what it was.
     """
     path, step = expand(config.init_from.checkpoint), int(recorded["step"])
-    checkpoints = Checkpoints(path / "checkpoints", keep=1)
+    checkpoints = Checkpoints(path / "checkpoints", keep=1, flag="init_from.checkpoint=")
     try:
         with same_failure("checking the base of adapters", step):
             if step not in checkpoints.steps():

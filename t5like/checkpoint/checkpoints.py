@@ -41,6 +41,7 @@ from t5like.checkpoint.metadata import History, Meta
 from t5like.checkpoint.orbax_adapter import checkpoint_errors, silence_logs
 from t5like.checkpoint.saving import NUM_DATA_FILES, Saving, num_bytes
 from t5like.checkpoint.state_leaves import differences, leaves_of
+from t5like.checkpoint.step_directories import others
 from t5like.checkpoint.verification import damaged_leaves
 from t5like.config.schema import Config
 from t5like.distributed import processes
@@ -62,11 +63,14 @@ Value = TypeVar("Value")
 class Checkpoints:
     """The checkpoints of one run directory. At most one save is in progress; reading never changes the directory."""
 
-    def __init__(self, directory: Path, *, keep: int, keep_every: int = 0, on_failed_save: str = "stop"):
+    def __init__(
+        self, directory: Path, *, keep: int, keep_every: int = 0, on_failed_save: str = "stop", flag: str = "--workdir="
+    ):
         """Keep the newest `keep` checkpoints, and permanently those at multiples of `keep_every` steps."""
         silence_logs()
         self.directory = Path(directory).absolute()
         self._keep, self._keep_every, self._continue = keep, keep_every, on_failed_save == "continue"
+        self._flag = flag  # with which the user named the run directory, for messages
         self._saving: Saving | None = None
         self._workdir: os.stat_result | None = None  # the run directory, when it was first seen
 
@@ -305,10 +309,9 @@ class Checkpoints:
 
     def _check_complete(self, step: int | None) -> int:
         steps = self.steps()
-        if step is None and not steps:
-            raise CheckpointError(f"{self.directory} holds no complete checkpoint; train first, or check --workdir")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory} holds no complete checkpoint of step {step}{_list_steps(steps)}")
+        if not steps if step is None else step not in steps:
+            rest = f" of step {step}{others(steps)}" if steps else "; train that run first, or use another one"
+            raise CheckpointError(f"{self._flag}{self.directory.parent} holds no complete checkpoint{rest}")
         return steps[-1] if step is None else step
 
     def _read_meta(self, step: int) -> Meta:
@@ -322,8 +325,7 @@ class Checkpoints:
 
     def _advice(self, step: int) -> str:
         """Return the advice how to continue without a checkpoint."""
-        others = _list_steps(self.steps(), but=step)
-        return f"move {self.directory / str(step)} away to continue from an earlier one{others}"
+        return f"move {self.directory / str(step)} away to continue from an earlier one{others(self.steps(), but=step)}"
 
     def _run_id(self) -> str:
         """Read the id of the run; "" if it has none."""
@@ -393,8 +395,3 @@ def _retry(operation: Callable[[], Value]) -> Value:
                 raise
         time.sleep(pause)
     return operation()
-
-
-def _list_steps(steps: Iterable[int], but: int | None = None) -> str:
-    others = [str(step) for step in steps if step != but]
-    return f"; there are {', '.join(others)}" if others else "; there is no other"

@@ -152,7 +152,7 @@ def _load(
     field: str, config: Config, step: int, read_step: Callable[[Checkpoints, int], InitialWeights]
 ) -> InitialWeights:
     """Read the step of the run that a field of the config names; if it is -1, the newest one that is not damaged."""
-    checkpoints = Checkpoints(expand(get(config, field)) / "checkpoints", keep=1)
+    checkpoints = Checkpoints(expand(get(config, field)) / "checkpoints", keep=1, flag=f"{field}=")
     read = partial(read_step, checkpoints)
     if step >= 0:
         return read(step)

@@ -55,7 +55,7 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
 
 
-def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
+def checkpoints_of(workdir: Path, config: Config, flag: str = "--workdir=") -> Checkpoints:
     """Return the checkpoints of a run, which are kept as its config requires."""
     train = config.train
     return Checkpoints(
@@ -63,21 +63,30 @@ def checkpoints_of(workdir: Path, config: Config) -> Checkpoints:
         keep=train.keep_checkpoints,
         keep_every=train.keep_every,
         on_failed_save=train.on_failed_save,
+        flag=flag,
     )
 
 
-def load(workdir: Path, step: int | None = None, *, all_devices: bool = False, merged: bool = False) -> Run:
+def load(
+    workdir: Path,
+    step: int | None = None,
+    *,
+    all_devices: bool = False,
+    merged: bool = False,
+    flag: str = "--workdir=",
+) -> Run:
     """Load a run at a checkpoint (default: the newest that is not damaged), on any devices.
 
     It is loaded on one device, or on all devices of all processes: with the run's own mesh if that fits, otherwise
     sharded by fsdp as far as possible, with the batch size rounded up to a multiple of the devices. With `merged`, the
-    adapters of a LoRA run are added to its kernels, and config and parameters are those of a plain model.
+    adapters of a LoRA run are added to its kernels, and config and parameters are those of a plain model. `flag` is the
+    one that named the directory, for messages.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or all are.
     """
-    saved = config_of(workdir)
-    checkpoints = checkpoints_of(workdir, saved)
+    saved = config_of(workdir, flag)
+    checkpoints = checkpoints_of(workdir, saved, flag)
     read = functools.partial(_load_step, workdir, saved, checkpoints, all_devices)
     steps = checkpoints.steps()
     if step is not None or not steps:
@@ -296,14 +305,14 @@ def open_run_directory(config: Config, tokenizer: Tokenizer, workdir: Path, allo
     shared_file_systems.check_shared(workdir)
 
 
-def config_of(workdir: Path) -> Config:
-    """Like `saved_config`, for a directory that a user names.
+def config_of(workdir: Path, flag: str = "--workdir=") -> Config:
+    """Like `saved_config`, for a directory that a user names with `flag`.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
     """
     if not os.path.isfile(workdir / "config.json"):  # also of a name that is too long for any file
-        raise CheckpointError(f"--workdir={workdir} holds no run; train first, or check the path")
+        raise CheckpointError(f"{flag}{workdir} holds no run; train first, or check the path")
     return saved_config(workdir)
 
 

@@ -8,6 +8,7 @@ by `checkpoints`, and by `inspect.checkpoint`.
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 COMMITTED = "commit_success.txt"
@@ -34,6 +35,12 @@ def list_steps(directory: Path) -> dict[int, Path]:
 def complete_steps(directory: Path) -> list[int]:
     """Return the steps of the complete checkpoints, ascending; raises as `list_steps`."""
     return sorted(step for step, path in list_steps(directory).items() if (path / COMMITTED).exists())
+
+
+def others(steps: Iterable[int], but: int | None = None) -> str:
+    """Return the end of a message that lists the steps that exist, without that of `but`."""
+    names = [str(step) for step in steps if step != but]
+    return f"; there are {', '.join(names)}" if names else "; there is no other"
 
 
 def missing_file(path: Path) -> str:

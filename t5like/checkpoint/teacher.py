@@ -176,4 +176,4 @@ def _computed(dtype: str, name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDty
 
 
 def _checkpoints(config: Config) -> Checkpoints:
-    return Checkpoints(expand(config.distill.teacher) / "checkpoints", keep=1)
+    return Checkpoints(expand(config.distill.teacher) / "checkpoints", keep=1, flag=f"{FIELD}=")

@@ -19,6 +19,8 @@ from t5like.rl.objective import answer_scores
 from t5like.sharding import placement
 from t5like.sharding.placement import to_host
 
+FLAG = "rl.rewards=run:"  # before the directory, in messages
+
 
 class RewardModel:
     """A reward model on all devices. It has its own tokenizer and its own template of the prompt.
@@ -34,10 +36,10 @@ class RewardModel:
             CheckpointError: there is no run, or it can't be read.
             ConfigError: it is no reward model.
         """
-        if (method := run_directory.config_of(directory).rl.method) != "reward_model":
+        if (method := run_directory.config_of(directory, FLAG).rl.method) != "reward_model":
             rule = "must be a run of rl.method=reward_model"
-            raise ConfigError(f"rl.rewards=run:{directory} {rule}; its rl.method is {method}")
-        self._run = run = run_directory.load(directory, all_devices=True)
+            raise ConfigError(f"{FLAG}{directory} {rule}; its rl.method is {method}")
+        self._run = run = run_directory.load(directory, all_devices=True, flag=FLAG)
         inputs = run.config.data.inputs_template  # the targets of its records are not those of other data
         self._template = Templates(dataclasses.replace(run.config.data, targets_template=inputs))
         self._format = PromptFormat.of(run.config, run.tokenizer)

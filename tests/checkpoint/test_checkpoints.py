@@ -162,13 +162,13 @@ def test_flipped_bits_are_never_restored(tmp_path):
 
 
 def test_damaged_files_raise_an_error_of_one_line(tmp_path):
-    checkpoints = saved(tmp_path, 1, 2)
+    checkpoints = saved(tmp_path / "checkpoints", 1, 2)
     abstract, want = on_mesh(new_state(), data=1), new_state(2)
-    shutil.copytree(tmp_path / "2", tmp_path / "whole")
+    shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "whole")
     errors = 0
     for path in [path for path in (tmp_path / "whole").rglob("*") if path.is_file()]:
         for damage in ("truncate", "delete"):
-            victim = tmp_path / "2" / path.relative_to(tmp_path / "whole")
+            victim = tmp_path / "checkpoints" / "2" / path.relative_to(tmp_path / "whole")
             victim.unlink()
             if damage == "truncate":
                 victim.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

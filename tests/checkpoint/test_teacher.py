@@ -77,7 +77,11 @@ def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused,
         4, "distill.teacher=/none contains no run; use the directory of a trained one"
     )  # fmt: skip
     code, message = train("--config.distill.teacher_step=7")
-    assert code == 4 and message.endswith("teacher/checkpoints holds no complete checkpoint of step 7; there are 1")
+    assert code == 4 and message.endswith("teacher holds no complete checkpoint of step 7; there are 1")
+    shutil.copytree(place / "teacher", tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoints"))
+    for field in ("distill.teacher", "init_from.checkpoint"):
+        assert train(f"--config.{field}={tmp_path}/begun") == (
+            4, f"{field}={tmp_path}/begun holds no complete checkpoint; train that run first, or use another one"
     code, message = train(*(f"--config.{name}={value}" for name, value in ENCODER_DECODER.items()))
     assert code == 2 and "teacher has model.architecture=decoder, and the run encoder_decoder; " in message
 

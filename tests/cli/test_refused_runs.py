@@ -63,7 +63,7 @@ def test_a_directory_without_a_run_can_not_be_evaluated(refused, tmp_path):
 def test_a_step_without_a_checkpoint_is_refused(refused, trained):
     for arguments in (["evaluate"], ["generate", "--prompt=a"]):
         code, said = refused(*arguments, f"--workdir={trained}", "--step=7")
-        assert code == 4 and said == f"{trained}/checkpoints holds no complete checkpoint of step 7; there are 1, 2"
+        assert code == 4 and said == f"--workdir={trained} holds no complete checkpoint of step 7; there are 1, 2"
 
 
 def test_a_damaged_checkpoint_is_refused_if_it_is_named_or_the_last_good_one(
