@@ -82,6 +82,7 @@ def test_a_teacher_that_can_not_be_used_is_refused_in_one_line(student, refused,
     for field in ("distill.teacher", "init_from.checkpoint"):
         assert train(f"--config.{field}={tmp_path}/begun") == (
             4, f"{field}={tmp_path}/begun holds no complete checkpoint; train that run first, or use another one"
+        )  # fmt: skip
     code, message = train(*(f"--config.{name}={value}" for name, value in ENCODER_DECODER.items()))
     assert code == 2 and "teacher has model.architecture=decoder, and the run encoder_decoder; " in message
 
