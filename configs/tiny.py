@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.attention_init = "local"
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 0.005
+    config.optimizer.adam_factor = 4.0
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 100
     config.train.num_steps = 900

@@ -57,7 +57,7 @@ CHANGEABLE_FIELDS = (
     "optimizer.warmup_steps",
     "optimizer.decay_steps",
     "optimizer.final_fraction",
-    "optimizer.rate_factors",
+    "optimizer.adam_factor",
     "data.batch_size",
     "train.spike_factor",
     "train.on_spike",

@@ -6,7 +6,9 @@ Ranges of single fields are annotations in `config.schema`; the functions here c
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from t5like.config.distill_schema import DistillConfig
@@ -34,13 +36,16 @@ def ranges(cls: type) -> dict[str, tuple[Range, Any]]:
     }
 
 
-def check(config: Config) -> None:
+def check(config: Config, before: Mapping = MappingProxyType({})) -> None:
     """Refuse a config that can't run on any machine.
+
+    Args:
+        before: sections with values that errors suggest instead of the defaults: a preset's.
 
     Raises:
         ConfigError: with field, value, rule, and a value that works.
     """
-    _ranges(config)
+    _ranges(config, before)
     check_path("data.cache_directory", config.data.cache_directory)
     if config.tokenizer.path:
         check_path("tokenizer.path", config.tokenizer.path)
@@ -62,15 +67,23 @@ def check(config: Config) -> None:
         check_part(config)
 
 
-def _ranges(config: Config) -> None:
+def _ranges(config: Config, before: Mapping) -> None:
     """Check every number against the range of its field."""
     for section, cls in sections():
         for name, (limits, default) in ranges(cls).items():
             value = get(config, f"{section}{name}")
             items = value if isinstance(value, tuple) else (value,)
             if wrong := [item for item in items if item not in limits]:
-                use = f"; use {default}" if default != () else ""
+                use = f"; use {_working(before, section, name, limits, default)}" if default != () else ""
                 raise ConfigError(f"{section}{name}={shown(wrong[0])} must be {limits}{use}")
+
+
+def _working(before: Mapping, section: str, name: str, limits: Range, default: Any) -> Any:
+    """The value of a field in `before` if there is one and it is within the limits, otherwise the default."""
+    for part in section.split(".")[:-1]:
+        before = before.get(part, {})
+    value = before.get(name)
+    return value if isinstance(value, int | float) and value in limits else default
 
 
 def _tokenizer(config: Config) -> None:
@@ -302,25 +315,11 @@ def _train(config: Config) -> None:
     )
     require(
         config,
-        all(_is_rate_factor(entry) for entry in optimizer.rate_factors),
-        "optimizer.rate_factors",
-        "must be patterns of parameters with factors from 1e-6 to 1e6, as PATTERN=FACTOR; use 'embedding=4'",
-    )
-    require(
-        config,
         optimizer.schedule != "wsd" or 1 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps,
         "optimizer.decay_steps",
         "must be at least 1 and fit between the warm-up and train.num_steps="
         f"{train.num_steps}; use {max(1, (train.num_steps - optimizer.warmup_steps) // 5)}",
     )
-
-
-def _is_rate_factor(entry: str) -> bool:
-    pattern, _, factor = entry.rpartition("=")
-    try:
-        return bool(pattern) and 1e-6 <= float(factor) <= 1e6
-    except ValueError:
-        return False
 
 
 def _mesh(config: Config) -> None:

@@ -21,6 +21,7 @@ import traceback
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import ml_collections
@@ -100,9 +101,10 @@ def description(path: Path) -> str:
 
 
 def _overridden(values: dict, overrides: typing.Sequence[tuple[str, str]]) -> Config:
+    before = copy.deepcopy(values)
     for name, text in overrides:
         override(values, name, text)
-    return resolve(values)
+    return resolve(values, before)
 
 
 def _saved(path: Path) -> dict:
@@ -174,11 +176,19 @@ def override(values: dict, name: str, text: str) -> None:
         raise ConfigError(_unknown(f"--config.{name}", leaf, cls))
     if dataclasses.is_dataclass(field_type):
         raise ConfigError(f"--config.{name} is a section; set one of its fields: {', '.join(_types(field_type))}")
-    section[leaf] = _parse(name, text, field_type)
+    try:
+        section[leaf] = _convert(name, _parse(name, text, field_type), field_type)
+    except ConfigError as error:
+        value = section.get(leaf)
+        works = isinstance(value, int | float) and "; " not in str(error)
+        raise ConfigError(f"{error}; use {value}" if works else str(error)) from None
 
 
-def resolve(values: Mapping) -> Config:
-    """Build and check the frozen config from nested dicts; missing fields take their default."""
+def resolve(values: Mapping, before: Mapping = MappingProxyType({})) -> Config:
+    """Build and check the frozen config from nested dicts; missing fields take their default.
+
+    `before` has values that errors suggest: those of a config whose fields the command line has changed.
+    """
     config = _build(Config, values, "")
     for section, name in (("init_from", "checkpoint"), ("init_from", "decoder_checkpoint"), ("distill", "teacher")):
         part = getattr(config, section)
@@ -194,7 +204,7 @@ def resolve(values: Mapping) -> Config:
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=path))
     if config.rl.has_scalar_head:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, scalar_head=True))
-    check(config)
+    check(config, before)
     return config
 
 

@@ -147,6 +147,8 @@ class OptimizerConfig:
     warmup_steps: NotNegative = 10_000
     decay_steps: NotNegative = 0  # wsd: steps of the decay at the end
     final_fraction: Share = 0.0  # cosine, linear and wsd: final learning rate as a fraction of learning_rate
+    # Muon: learning rate of the parameters that Adam updates (embeddings, head, tables, vectors) over learning_rate
+    adam_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
     b1: Share = 0.9  # Adam and Lion: decay rate of the first moment; Muon always has momentum 0.95
     b2: Share = 0.999  # Adam: decay rate of the second moment; Lion: of the momentum (its authors use 0.99)
     epsilon: Annotated[float, Range(1e-30, 1)] = 1e-8  # epsilon of Adam
@@ -155,8 +157,6 @@ class OptimizerConfig:
     # parameters without weight decay, as regular expressions of their names
     no_decay: tuple[str, ...] = (".*(scale|bias).*",)
     frozen: tuple[str, ...] = ()  # parameters that are not trained, as regular expressions of their names
-    # factors of the learning rate, as PATTERN=FACTOR; the first regular expression that matches a name decides
-    rate_factors: tuple[str, ...] = ()
     clip_norm: Annotated[float, Range(0, 1e30)] = 1.0  # maximum global norm of the gradient; 0: no clipping
     ema_decay: Share = 0.0  # decay of a moving average of the parameters, which evaluation uses; 0: none
 

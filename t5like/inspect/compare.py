@@ -16,6 +16,8 @@ from t5like.inspect import run_files
 from t5like.inspect.run_files import Run, state
 from t5like.metrics import loss_curve
 
+# Fields that decide which tokens of a text are predicted from which others.
+OBJECTIVE = ("data.objective", "data.objective_rates", "data.noise_density", "data.mean_span_length")
 LONGEST_CELL = 48  # characters of a value in a table
 
 
@@ -92,6 +94,7 @@ def summary(run: Run) -> dict[str, Any]:
     ``train_loss`` is the last one, ``eval_loss`` the last and ``best_eval_loss`` the lowest held-out loss, in nats per
     target token; ``bits_per_byte`` is of the best one; ``tokens_per_second`` is the median. Of `t5like rl`, ``reward``
     and ``kl`` are the last of training, ``eval_reward`` is the last and ``best_eval_reward`` the highest one held out.
+    ``tokenizer`` and ``heldout`` are the fingerprints of what the losses were measured with and on.
     """
     series = {
         name: [(record["step"], record[name]) for record in run.records if name in record]
@@ -100,6 +103,8 @@ def summary(run: Run) -> dict[str, Any]:
             *("train/reward", "eval/reward", "train/kl"),
         )
     }
+    starts = run_files.starts(run.path)
+    prints = starts[-1].get("fingerprints", {}) if starts else {}
     last = lambda name: series[name][-1][1] if series[name] else None
     heldout = [(value, step) for step, value in series["eval/loss"] if value is not None]
     best = min(heldout, default=(None, None))
@@ -110,6 +115,7 @@ def summary(run: Run) -> dict[str, Any]:
         "name": run.name,
         "path": str(run.path),
         "state": state(run),
+        **{name: prints.get(name) for name in ("tokenizer", "heldout")},
         "step": run.step,
         "num_steps": run.config.train.num_steps,
         "train_loss": last("train/loss"),
@@ -150,15 +156,28 @@ def text(comparison: dict[str, Any]) -> str:
         parts.append(_table(header, [_rewards(run) for run in rewarded]))
     measured = [run for run in runs if run["best_eval_loss"] is not None]
     if len(measured) > 1:
-        if "rl.method" in differences:
-            parts.append("The methods differ: their losses are not comparable.")
-        elif any(name.startswith("tokenizer.") for name in differences):
-            parts.append("The tokenizers differ: losses per token are not comparable, bits/byte are.")
+        if reason := _incomparable(comparison):
+            parts.append(reason)
         else:
             best = min(measured, key=lambda run: run["best_eval_loss"])
             loss, step = _number(best["best_eval_loss"]), f"{best['best_eval_step']:,}"
             parts.append(f"Lowest held-out loss: {printable(best['name'])}, {loss} at step {step}.")
     return "\n\n".join(parts)
+
+
+def _incomparable(comparison: dict[str, Any]) -> str:
+    """Why the losses of the runs are not comparable; empty if they are."""
+    runs, differences = comparison["runs"], comparison["differences"]
+    differs = lambda name: len({run[name] for run in runs} - {None}) > 1
+    if "rl.method" in differences:
+        return "The methods differ: their losses are not comparable."
+    if not differences.keys().isdisjoint(OBJECTIVE):
+        return "The objectives differ: their losses are not comparable."
+    if differs("tokenizer") or any(name.startswith("tokenizer.") for name in differences):
+        return "The tokenizers differ: losses per token are not comparable; bits/byte are, on the same text."
+    if differs("heldout"):
+        return "The held-out texts differ: their losses are not comparable."
+    return ""
 
 
 def _metrics(run: dict[str, Any]) -> list[str]:

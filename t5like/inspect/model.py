@@ -12,7 +12,7 @@ from t5like import tree
 from t5like.config.schema import Config
 from t5like.io.storage import format_bytes
 from t5like.metrics import flops
-from t5like.optim import lora, schedules, train_state
+from t5like.optim import lora, optimizers, train_state
 from t5like.plan import estimate
 from t5like.plan.planner import for_slices
 from t5like.plan.topology import Topology
@@ -112,7 +112,7 @@ def _parameters(config: Config, inputs: estimate.AbstractInputs, persistent: est
                     for state in own
                 ],
                 "state_bytes_per_device": sum(state.bytes_per_device for state in own),
-                **_training(config, name, own),
+                **_training(config, name, axes[name], own),
             }
         )
     return rows
@@ -123,7 +123,7 @@ def _belongs(state: str, parameter: str) -> bool:
     return any(state.endswith(f"/{parameter}{end}") for end in ("", "/row", "/col"))
 
 
-def _training(config: Config, name: str, states: list[estimate.Leaf]) -> Report:
+def _training(config: Config, name: str, axes: tuple[str | None, ...], states: list[estimate.Leaf]) -> Report:
     """How a parameter is trained: update rule, scale of the updates, factor of the learning rate, weight decay."""
     optimizer = config.optimizer
     if tree.matches(name, optimizer.frozen) or not lora.is_trained(config.lora, name):
@@ -137,7 +137,7 @@ def _training(config: Config, name: str, states: list[estimate.Leaf]) -> Report:
     if any(each.endswith("/row") for each in names):
         update += ", factored"
     decay = 0.0 if tree.matches(name, optimizer.no_decay) else optimizer.weight_decay
-    factor = schedules.rate_factor(optimizer, name)
+    factor = optimizers.rate_factor(optimizer, axes)
     return {"frozen": False, "update": update, "rate": rate, "rate_factor": factor, "weight_decay": decay}
 
 

@@ -1,7 +1,7 @@
 """Optimizers by name, as one Optax chain.
 
-Called by `step`. The order of the chain is: clip by the global norm, optimizer, weight decay, learning rate and its
-factors; frozen parameters bypass all of it. `step` computes the moving average of the parameters.
+Called by `step`. The order of the chain is: clip by the global norm, optimizer, weight decay, learning rate; frozen
+parameters bypass all of it. `step` computes the moving average of the parameters.
 
 The parameters of all layers of a stack are one array whose first logical axis is ``layers``; a layer's experts add an
 axis ``experts`` after it. Everything that these optimizers compute per matrix (factors, clipping, scale,
@@ -26,7 +26,7 @@ from t5like import tree
 from t5like.config.schema import Config, OptimizerConfig
 from t5like.errors import ConfigError
 from t5like.optim import new_parameters, update_clipping
-from t5like.optim.schedules import factors_of, learning_rate, rate_factor
+from t5like.optim.schedules import learning_rate
 from t5like.types import Array, LogicalAxes, Tree
 
 MIN_FACTORED_SIDE = 128  # Adafactor: a matrix with both sides at least this long keeps only row and column means
@@ -54,17 +54,14 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
         axes: logical axes of every parameter by name (`step.parameter_axes`): which dims are matrix dims.
 
     Raises:
-        ConfigError: a pattern of `no_decay`, `rate_factors` or `frozen` matches no parameter, or all parameters are
-            frozen.
+        ConfigError: a pattern of `no_decay` or `frozen` matches no parameter, or all parameters are frozen.
     """
     optimizer = config.optimizer
     frozen = tree.mask(params, optimizer.frozen, field="optimizer.frozen")
     if all(jax.tree.leaves(frozen)):
         raise ConfigError(f"optimizer.frozen={optimizer.frozen!r} must leave a parameter to train; use 'encoder/.*'")
     # Checked even without weight decay, and against all parameters: a LoRA run trains few of them.
-    everything = dict.fromkeys(axes, 0)
-    tree.mask(everything, optimizer.no_decay, field="optimizer.no_decay")
-    tree.mask(everything, [pattern for pattern, _ in factors_of(optimizer)], field="optimizer.rate_factors")
+    tree.mask(dict.fromkeys(axes, 0), optimizer.no_decay, field="optimizer.no_decay")
     rule = [_direction(optimizer, axes)]
     if optimizer.weight_decay:
         # a function, because its tree has no frozen leaves
@@ -79,16 +76,18 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
     clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     if config.init_from.warmup_steps:
         rule = [new_parameters.first_alone(config, optax.chain(*rule))]
-    # Last, so that the names of the state's arrays do not depend on it: the factors may change when a run continues.
+    # Last, so that the names of the state's arrays do not depend on it: the factor may change when a run continues.
     rates = [optax.scale_by_learning_rate(learning_rate(config))]
-    if optimizer.rate_factors:
-        rates.append(
-            optax.stateless(
-                lambda updates, _: tree.map_named(lambda name, step: step * rate_factor(optimizer, name), updates)
-            )
-        )
+    if optimizer.name == "muon" and optimizer.adam_factor != 1:
+        scaled = lambda name, step: step * rate_factor(optimizer, axes[name])
+        rates.append(optax.stateless(lambda updates, _: tree.map_named(scaled, updates)))
     chain = optax.chain(*clip, *rule, *rates)
     return optax.selective_transform(chain, freeze_mask=frozen)
+
+
+def rate_factor(optimizer: OptimizerConfig, axes: tuple[str | None, ...]) -> float:
+    """What the learning rate is multiplied by for a parameter with these logical axes."""
+    return optimizer.adam_factor if optimizer.name == "muon" and not _is_layer_kernel(axes) else 1.0
 
 
 def _direction(optimizer: OptimizerConfig, axes: LogicalAxes) -> optax.GradientTransformation:

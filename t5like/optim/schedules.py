@@ -1,6 +1,6 @@
-"""Learning-rate schedules by name, and the factors of some parameters.
+"""Learning-rate schedules by name.
 
-Called by `optimizers`, by `step` for the metric `learning_rate`, and by `plan` and `inspect` for their reports.
+Called by `optimizers`, by `step` for the metric `learning_rate`, and by `plan` for its report.
 
 Sources: T5's inverse square root (Raffel et al. 2020, arXiv:1910.10683, section 3.1.2); WSD (Hu et al. 2024,
 arXiv:2404.06395, section 4).
@@ -9,8 +9,7 @@ arXiv:2404.06395, section 4).
 import jax.numpy as jnp
 import optax
 
-from t5like import tree
-from t5like.config.schema import Config, OptimizerConfig
+from t5like.config.schema import Config
 from t5like.types import Array
 
 
@@ -40,13 +39,3 @@ def learning_rate(config: Config) -> optax.Schedule:
         return optimizer.learning_rate * jnp.minimum(update / warmup, 1) * fraction
 
     return rate
-
-
-def factors_of(optimizer: OptimizerConfig) -> list[tuple[str, float]]:
-    """The patterns of `optimizer.rate_factors` with their factors."""
-    return [(pattern, float(factor)) for pattern, _, factor in (e.rpartition("=") for e in optimizer.rate_factors)]
-
-
-def rate_factor(optimizer: OptimizerConfig, name: str) -> float:
-    """What the learning rate is multiplied by for the parameter `name`: 1 if no pattern matches."""
-    return next((factor for pattern, factor in factors_of(optimizer) if tree.matches(name, [pattern])), 1.0)

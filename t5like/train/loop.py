@@ -29,7 +29,7 @@ from t5like.distributed.watchdog import watchdog
 from t5like.errors import CheckpointError, Diverged, StateNotFinite
 from t5like.metrics import flops, trackers, writers
 from t5like.metrics.profiler import Profiler
-from t5like.metrics.progress import Progress
+from t5like.metrics.progress import Progress, status
 from t5like.metrics.throughput import Throughput
 from t5like.metrics.time_spent import TimeSpent
 from t5like.optim import schedule_warnings, step, train_state
@@ -123,7 +123,7 @@ def train(
             show(f"           {line}")
 
     # ---- The initial state; the step compiles in parallel ----
-    with compiling_thread() as pool:
+    with compiling_thread() as pool, status("compiling the step", show=primary):
         started = time.monotonic()
         compiled_for = lambda batch: step.compile_train_step(config, batch, abstract, task.loss_fn, task.model_batch)
         compiling = pool.submit(ProgramsByShape, compiled_for, task.spec)

@@ -83,7 +83,7 @@ FIELDS = (
     "model.remat=some", "model.num_heads=0", "model.biases=maybe", "model.dropout_rate=1", "model.num_kv_heads=3",
     "model.kernels=cuda", "model.attention_window=-1", "optimizer.name=sgdd", "optimizer.learning_rate=-1",
     "optimizer.learning_rate=nan", "optimizer.learning_rate=inf", "optimizer.schedule=step", "optimizer.b1=2",
-    "optimizer.frozen=(", "optimizer.rate_factors=embedding",
+    "optimizer.frozen=(", "optimizer.adam_factor=0",
     "data.batch_size=0", "data.batch_size=12", "data.batch_size=8.5", "data.objective=mlm",
     "data.objective=spans", "data.objective_rates=-1", "data.objective_rates=0", "data.objective_rates=1,2",
     "data.targets_length=5", "data.noise_density=1", "data.heldout_fraction=0", "data.source=txt:a", "data.source=",

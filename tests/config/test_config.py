@@ -343,11 +343,13 @@ def test_a_flag_has_the_type_of_its_field(name, text, value):
     "name, text, message",
     [
         ("train.num_steps", "1.5", "train.num_steps='1.5' must be a whole number"),
-        ("train.num_steps", "1.5e0", "train.num_steps='1.5e0' must be a whole number"),
+        ("train.num_steps", "1.5e0", "train.num_steps='1.5e0' must be a whole number; use 900"),  # as in the preset
         ("train.num_steps", "1e999", "train.num_steps='1e999' must be a whole number"),
         ("train.num_steps", "", "train.num_steps='' must be a whole number"),
-        ("model.biases", "maybe", "model.biases='maybe' must be true or false"),
-        ("optimizer.learning_rate", "fast", "optimizer.learning_rate='fast' must be a finite number"),
+        ("train.num_steps", "-5", "train.num_steps=-5 must be at least 1 and at most 2,147,483,647; use 900"),
+        ("model.biases", "maybe", "model.biases='maybe' must be true or false; use False"),
+        ("model.rotary.base", "-1", "model.rotary.base=-1.0 must be at least 1 and at most 1e+12; use 10000.0"),
+        ("optimizer.learning_rate", "nan", "optimizer.learning_rate=nan must be a finite number; use 0.005"),
         ("data.rates", "1,x", "data.rates='x' must be a finite number"),
         ("train.numsteps", "1", "--config.train.numsteps: there is no field 'numsteps'; did you mean 'num_steps'?"),
         ("tain.num_steps", "1", "--config.tain.num_steps: there is no field 'tain'; did you mean 'train'?"),
@@ -357,7 +359,7 @@ def test_a_flag_has_the_type_of_its_field(name, text, value):
 )
 def test_a_flag_of_the_wrong_type_or_name_is_refused(name, text, message):
     with pytest.raises(ConfigError) as refusal:
-        loader.override({}, name, text)
+        loader.load("tiny", [(name, text)])
     assert str(refusal.value).startswith(message)
 
 

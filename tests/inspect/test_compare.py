@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import struct
+from pathlib import Path
 
 import pytest
 from conftest import contents
@@ -85,6 +86,31 @@ def test_json_has_the_values_of_the_tables(tmp_path, command):
         ["a", "done", 20, 20, None, 4.5, 4.5, 10],
         ["b", "done", 20, 20, 5.0, 4.4, 4.4, 20],
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ({"noise_density": 0.3}, "The objectives differ: their losses are not comparable."),
+        (
+            {"tokenizer": "70dc4fd6c7ad"},
+            "The tokenizers differ: losses per token are not comparable; bits/byte are, on",
+        ),
+        ({"heldout": "70dc4fd6c7ad"}, "The held-out texts differ: their losses are not comparable."),
+        ({}, "Lowest held-out loss: a, 4.400 at step 10."),
+    ],
+)
+def test_the_best_of_losses_that_are_not_comparable_is_not_named(field, text):
+    prints = {"tokenizer": "2230f7b7c573", "heldout": "ea23b0a047a1"}
+    for name, own in (("a", {}), ("b", field)):
+        path = make_run(Path(name), measured(10, 5.0, 4.4 if name == "a" else 4.5), learning_rate=len(own) + 1)
+        (path / "provenance.jsonl").write_text(json.dumps({"fingerprints": prints | own}) + "\n")
+    if "noise_density" in field:
+        values = json.loads(Path("b/config.json").read_text())
+        values["data"] |= field
+        Path("b/config.json").write_text(json.dumps(values))
+    runs, _ = compare.load([Path("a"), Path("b")])
+    assert compare.text(compare.compare(runs)).splitlines()[-1].startswith(text)
 
 
 def test_the_state_shows_runs_that_go_on_and_runs_that_diverged(tmp_path):

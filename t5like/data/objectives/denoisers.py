@@ -143,20 +143,21 @@ def span_lengths(
         spans = min(max(int(np.round(noise / mean_span_length)), 1), noise, window - noise)
         return SpanLengths(window, noise, spans, noise + spans + 1)
 
-    def fits(row: SpanLengths) -> bool:
-        return row.inputs <= inputs_length and (targets_length is None or row.targets <= targets_length)
+    def longest_window(most_targets: float) -> SpanLengths | None:
+        fits = lambda row: row.inputs <= inputs_length and row.targets <= most_targets
+        window = 2
+        while fits(lengths(window + 1)):
+            window += 1
+        row = lengths(window)
+        return row if fits(row) and window >= mean_span_length else None
 
-    window = 2
-    while fits(lengths(window + 1)):
-        window += 1
-    longest = lengths(window)
+    longest = longest_window(targets_length or np.inf)
     what = f"span corruption at a density of {noise_density:g} and spans of {mean_span_length:g} tokens"
-    if not fits(longest) or longest.window < mean_span_length:
-        raise ConfigError(
-            f"data.inputs_length={inputs_length + mode_tokens} is too short for {what}"
-            + (f", or data.targets_length={targets_length} is" if targets_length else "")
-            + f"; use {4 * max(16, int(mean_span_length))} or more"
-        )
+    if longest is None and (row := longest_window(np.inf)):
+        raise ConfigError(f"data.targets_length={targets_length} is too short for {what}; use {row.targets}")
+    if longest is None:
+        given, least = inputs_length + mode_tokens, 4 * max(16, int(mean_span_length))
+        raise ConfigError(f"data.inputs_length={given} is too short for {what}; use {least} or more")
     if targets_length is None and longest.inputs != inputs_length:
         raise ConfigError(f"data.inputs_length={inputs_length} is not possible with {what}; use {longest.inputs}")
     return longest

@@ -219,6 +219,7 @@ def test_over_a_million_tokens_the_masked_share_is_that_of_the_table():
 
 @pytest.mark.parametrize("data, tokenizer, message", [
     ({"inputs_length": 40, "targets_length": 40}, {}, "data.inputs_length=40 is too short for .* spans of 64 tokens"),
+    ({"inputs_length": 256, "targets_length": 29}, {}, "data.targets_length=29 is too short for .* 64 .*; use 255"),
     ({"inputs_length": 512, "targets_length": 512}, {"num_sentinels": 100}, "num_sentinels=100 must be at least"),
 ])  # fmt: skip
 def test_a_denoiser_that_does_not_fit_is_refused(data, tokenizer, message):
