@@ -187,6 +187,7 @@ def test_beams_are_sorted_and_samples_are_reproducible(generate, prompts_file, t
         ('{"prompt": "a"}\n{"prompt"\n', "prompts.jsonl:2: not valid JSON"),
         ('{"prompt": "a"}\n\n{"text": "a"}\n', 'prompts.jsonl:3 must have a text in "prompt"'),
         ('{"prompt": "a", "prediction": "b"}\n', 'prompts.jsonl:1 already has a "prediction"'),
+        ('{"prompt": "a", "score": NaN}\n', "prompts.jsonl:1: not valid JSON (NaN is no JSON number); every line"),
         ('{"prompt": "<extra_id_99>"}\n', "prompt 1: <extra_id_99> is not one of the tokenizer's 20 sentinels"),
         ("", "has no prompts"),
         (None, "can't be read: No such file"),

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -246,10 +247,20 @@ def record_text(record: Record, required: RequiredFields) -> str:
 
 
 def check_fields(where: str, fields: Iterable[str], required: RequiredFields) -> None:
-    """Raise DataError if a required field is missing; `fields` are the names of those that exist."""
+    """Raise DataError if a required field is missing, or its value is NaN or infinite; `fields`: a record, or names."""
     for name in required.names:
         if name not in fields:
             names = ", ".join(map(repr, fields)) or "(none)"
             raise DataError(
                 f"{where}: there is no field {name!r}; {required.fixes.get(name, required.fix)} one of {names}"
             )
+        if isinstance(fields, Mapping):
+            refuse_not_finite(where, name, fields[name])
+
+
+def refuse_not_finite(where: str, path: str, value: Any) -> None:
+    """Raise DataError if the value at a path of a record is NaN or infinite, which Python's JSON reads and writes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(
+            f"{where}: {path!r} is {json.dumps(value)}, not a text or a finite number; correct it, or remove the line"
+        )

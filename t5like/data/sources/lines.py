@@ -213,15 +213,19 @@ def read_json_lines(path: Path, flag: str) -> Iterator[Record]:
     try:
         with contextlib.closing(Cursor(str(expand(path)))) as cursor:
             while (raw := cursor.next()) is not None:
-                yield parse_json_line(raw, f"{cursor.path}:{cursor.first_line}")
+                yield parse_json_line(raw, f"{cursor.path}:{cursor.first_line}", finite=True)
     except DataError as error:
         raise DataError(f"{flag}={error}") from None
 
 
-def parse_json_line(raw: bytes, where: str) -> Record:
-    """Parse one line as a JSON object; `where`, as in ``FILE:LINE``, starts the message of a `DataError`."""
+def parse_json_line(raw: bytes, where: str, *, finite: bool = False) -> Record:
+    """Parse one line as a JSON object; `where`, as in ``FILE:LINE``, starts the message of a `DataError`.
+
+    `finite` refuses NaN and infinity, which are not JSON, in any field; a source refuses them in the fields that it
+    uses.
+    """
     try:
-        fields = loads(raw, unique=False)
+        fields = loads(raw, unique=False, finite=finite)
     except InvalidJSON as error:
         decode_utf8(raw, where, "line")  # raises the same message as for other files if it is not UTF-8
         raise DataError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None

@@ -79,7 +79,7 @@ def parse(spec: str) -> tuple[str, int, int, dict[str, Any]]:
             raise ConfigError(f"data.source={spec}: {part!r} must be NAME=VALUE, each name once; use {EXAMPLE}")
         value = urllib.parse.unquote(value)
         try:
-            parameters[name] = loads(value)
+            parameters[name] = loads(value, finite=True)
         except ValueError:
             parameters[name] = value
     numbers = []

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from t5like.config.schema import DataConfig
-from t5like.data.sources.files import Record, RequiredFields, check_fields
+from t5like.data.sources.files import Record, RequiredFields, check_fields, refuse_not_finite
 from t5like.errors import ConfigError, DataError
 
 ROLES = ("system", "user", "assistant")
@@ -153,6 +153,7 @@ def text_of(record: Record, path: str, setting: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):
+        refuse_not_finite(record.where, path, value)
         return str(value)
     fix = {list: f"use {{{path}/0}} for its first element", dict: f"use {{{path}/NAME}} for one of its fields"}
     raise DataError(

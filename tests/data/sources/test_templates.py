@@ -1,5 +1,7 @@
 """Records as inputs and targets, conversations as turns, and errors in both."""
 
+import math
+
 import pytest
 
 from t5like.config.schema import DataConfig
@@ -68,11 +70,14 @@ def test_an_example_with_empty_targets_has_no_parts():
         ("answers", "a.jsonl:3: 'answers' is a dict, not a text or number; use {answers/NAME}"),
         ("n/0", "a.jsonl:3: 'n' is a int without fields; shorten {n/0} in data.targets_template"),
         ("none", "a.jsonl:3: 'none' is a NoneType, not a text or number; remove the example"),
+        ("nan", "a.jsonl:3: 'nan' is NaN, not a text or a finite number; correct it, or remove the line"),
+        ("list/0", "a.jsonl:3: 'list/0' is -Infinity, not a text or a finite number; correct it"),
     ],
 )
 def test_a_field_that_is_not_text_is_refused_with_its_location(field, message):
+    values = {**SQUAD, "none": None, "nan": math.nan, "list": [-math.inf]}
     with pytest.raises(DataError) as refused:
-        templates(targets=f"{{{field}}}").parts(Record({**SQUAD, "none": None}, "a.jsonl:3"))
+        templates(targets=f"{{{field}}}").parts(Record(values, "a.jsonl:3"))
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
