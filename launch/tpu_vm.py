@@ -10,6 +10,7 @@ connection is lost, and ``bash SCRIPT attach`` supervises it again.
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -160,10 +161,10 @@ def submit(job: JobSpec, text: str) -> Submission:
     if process.poll() not in (None, 0):
         raise ConfigError(_refusal(_lines(log)))
     lines = {
-        "follow": f"tail -F {log}",
+        "follow": f"tail -F {shlex.quote(str(log))}",
         "status": f"gcloud compute tpus queued-resources describe {job.name} {' '.join(location(job))}",
         "cancel": f"kill {process.pid}",
-        "attach": f"bash {script} attach",
+        "attach": f"bash {shlex.quote(str(script))} attach",
     }
     return Submission(f"{job.zone}/{job.name}", lines, str(log), details)
 

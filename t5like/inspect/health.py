@@ -5,6 +5,7 @@ The rules use only what a run directory holds. Their limits are constants here; 
 """
 
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -131,7 +132,8 @@ def _updates(run: Run, events: Events) -> Iterator[Finding]:
             "bad" if share > SKIPPED_SHARE else "warning",
             f"{len(skipped)} updates were skipped ({share:.1%} of the steps): steps {_shown(skipped)}",
             f"a skipped update trains nothing; more than {SKIPPED_SHARE:.0%} is a problem",
-            f"{lower}; t5like replay --workdir={run.path} --step={skipped[0]} names the first operation",
+            f"{lower}; t5like replay --workdir={shlex.quote(str(run.path))} --step={skipped[0]} names the first "
+            "operation",
         )
     if spikes:
         yield Finding(
@@ -267,7 +269,7 @@ def _checkpoints(run: Run, events: Events) -> Iterator[Finding]:
             "bad",
             f"damaged checkpoints: steps {_shown(damaged)}",
             "a checkpoint must match its digests",
-            f"t5like inspect checkpoint --workdir={run.path} --verify shows which are good",
+            f"t5like inspect checkpoint --workdir={shlex.quote(str(run.path))} --verify shows which are good",
         )
     every = run.config.train.checkpoint_every
     if run.step > 2 * every and not events.checkpoints:

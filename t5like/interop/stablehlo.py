@@ -17,6 +17,7 @@ path. Called by `cli.commands`.
 
 import dataclasses
 import json
+import shlex
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -114,7 +115,7 @@ def export_run(
         (directory / "README.txt").write_text(_readme(loaded, exports), encoding="utf-8")
         (directory / "run.py").write_bytes(SCRIPT.read_bytes())
         compare(directory, exports, params)
-    yield f"exported   {output}; python {output / 'run.py'} --prompt=TEXT"
+    yield f"exported   {output}; python {shlex.quote(str(output / 'run.py'))} --prompt=TEXT"
 
 
 def portable(config: Config, dtype: str) -> Config:

@@ -8,6 +8,7 @@ read one at a time (`t5x_files`). Called by `cli.commands`.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ def import_run(source: Path, workdir: Path, config: Config) -> Iterator[str]:
         config = dataclasses.replace(config, tokenizer=own)
         run_directory.write_imported(params, config, tokenizer, target)
     yield f"tokenizer  {tokenizer.vocab_size:,} ids for {config.vocab_rows:,} rows"
-    yield f"imported   {workdir}; t5like generate --workdir={workdir} --prompt=... generates text"
+    yield f"imported   {workdir}; t5like generate --workdir={shlex.quote(str(workdir))} --prompt=... generates text"
 
 
 def read_params(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, list[Array]]:

@@ -128,8 +128,9 @@ def test_a_run_that_waits_for_data_and_skips_updates_is_named(decoder_flags, com
     monkeypatch.setattr(pipeline, "prefetch", slow)
     monkeypatch.setattr(placement, "to_global", poisoned)
     settings = ["--config.train.num_steps=24", "--config.train.keep_bad_steps=0"]
-    assert command("train", *decoder_flags, *QUICK, *settings, f"--workdir={tmp_path}/run")[0] == 0
-    _, out, _ = command("inspect", "run", f"--workdir={tmp_path}/run")
+    assert command("train", *decoder_flags, *QUICK, *settings, f"--workdir={tmp_path}/a run")[0] == 0
+    _, out, _ = command("inspect", "run", f"--workdir={tmp_path}/a run")
+    assert f"t5like replay --workdir='{tmp_path}/a run' --step=" in out
     assert re.search(r"^problem    steps wait for data \d\d% of their time$", out, re.MULTILINE), out
     assert "raise data.num_workers" in out
     assert re.search(r"^problem    1 updates were skipped \(4\.2% of the steps\): steps \d+$", out, re.MULTILINE), out

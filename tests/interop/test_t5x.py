@@ -170,11 +170,12 @@ def test_the_command_makes_a_run_with_the_same_numbers(command, t5_1_1, tokenize
     values |= {f"model.{name}": value for name, value in MODEL.items()} | {"mesh.tensor": 2}
     flags = [f"--config.{name}={value}" for name, value in values.items()]
     source = shutil.copytree(t5_1_1, tmp_path / "a\\b [1]")
-    begin = ["import", "--format=t5x", f"--input={source}", f"--workdir={tmp_path}/run"]
+    begin = ["import", "--format=t5x", f"--input={source}", f"--workdir={tmp_path}/a run"]
     code, out, err = command(*begin, "--config=configs/tiny.py", *flags)
-    assert code == 0 and "one subtree per layer" in out and "imported" in out, err
-    loaded, params = run_directory.load(tmp_path / "run"), params_of(model_of(tokenizer))
-    assert loaded.step == 0 and loaded.config.tokenizer.path == f"{tmp_path}/run/tokenizer.model"
+    assert code == 0 and "one subtree per layer" in out, err
+    assert f"t5like generate --workdir='{tmp_path}/a run' --prompt" in out
+    loaded, params = run_directory.load(tmp_path / "a run"), params_of(model_of(tokenizer))
+    assert loaded.step == 0 and loaded.config.tokenizer.path == f"{tmp_path}/a run/tokenizer.model"
     for name, leaf in tree.flatten(loaded.params).items():
         np.testing.assert_array_equal(leaf, params[name], err_msg=name)
     assert command(*begin)[0] == 2 and command(*begin, "--config=configs/tiny.py", *flags)[0] == 2
@@ -187,7 +188,7 @@ def test_the_command_makes_a_run_with_the_same_numbers(command, t5_1_1, tokenize
     assert (
         code == 4
         and "lacks decoder/layers_1" in err
-        and {p.name for p in tmp_path.iterdir()} == {source.name, "run", "in"}
+        and {p.name for p in tmp_path.iterdir()} == {source.name, "a run", "in"}
     )
 
 

@@ -7,6 +7,7 @@ byte, and the names and dtypes of the tensors in `RUN/hf/`, for a later export. 
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,7 +108,7 @@ def import_run(source: Path, workdir: Path) -> Iterator[str]:
     use = "t5like generate --workdir={} --prompt=... generates text"
     if not model.has_decoder:
         use = "t5like embed --workdir={} --inputs=TEXTS --output=embeddings.npy writes embeddings"
-    yield f"imported   {workdir}; {use.format(workdir)}"
+    yield f"imported   {workdir}; {use.format(shlex.quote(str(workdir)))}"
 
 
 def _new_config(

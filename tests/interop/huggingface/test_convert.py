@@ -139,9 +139,9 @@ def test_an_exported_and_reimported_run_is_equal_except_padding_rows(trained, tm
     code, out, err = command("export", "--format=hf", f"--workdir={trained}", f"--output={tmp_path}/out")
     assert code == 0, err
     assert "compared" in out and "exported" in out
-    code, _, err = command("import", "--format=hf", f"--input={tmp_path}/out", f"--workdir={tmp_path}/run")
-    assert code == 0, err
-    before, after = run_directory.load(trained), run_directory.load(tmp_path / "run")
+    code, out, err = command("import", "--format=hf", f"--input={tmp_path}/out", f"--workdir={tmp_path}/a run")
+    assert code == 0 and f"t5like generate --workdir='{tmp_path}/a run' --prompt" in out, err
+    before, after = run_directory.load(trained), run_directory.load(tmp_path / "a run")
     assert after.step == 0 and after.tokenizer.hash == before.tokenizer.hash
     assert (before.config.vocab_rows, after.config.vocab_rows) == (512, 400)
     there = tree.flatten(after.params)
