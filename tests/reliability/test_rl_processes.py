@@ -27,6 +27,19 @@ VALUES = {
 }
 
 
+@pytest.fixture(scope="module")
+def rl_flags(rl_flags, trained) -> list[str]:
+    """With an encoder-decoder; the rows into which a decoder's prompts and answers are packed depend on the mesh."""
+    values = {
+        "init_from__checkpoint": trained,
+        "model__architecture": "encoder_decoder",
+        "model__positions": "relative",
+        "model__mlp": "gated_gelu",
+        "model__scale_attention": False,
+    }
+    return [*rl_flags, *settings(**values)]
+
+
 def arguments(rl_flags: list[str], workdir: Path, **values) -> list[str]:
     return ["rl", *rl_flags, *settings(**VALUES | values), f"--workdir={workdir}"]
 
