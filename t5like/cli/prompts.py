@@ -37,8 +37,12 @@ def print_prediction(generator: Generator, decoding: DecodingOptions, prompt: st
 
 
 def interactive(generator: Generator, decoding: DecodingOptions) -> None:
-    """Read standard input to its end, and print the prediction for each line."""
-    terminal = sys.stdin.isatty()
+    """Read standard input to its end, and print the prediction for each line.
+
+    Raises:
+        DataError: it is not UTF-8, or it is no terminal and has no lines.
+    """
+    terminal, any_line = sys.stdin.isatty(), False
     while True:
         if terminal:
             print("> ", end="", flush=True)
@@ -47,7 +51,10 @@ def interactive(generator: Generator, decoding: DecodingOptions) -> None:
         except UnicodeDecodeError:
             raise DataError("standard input is not UTF-8; convert it, or use --prompts_file") from None
         if not line:
+            if not (terminal or any_line):
+                raise DataError("standard input has no prompts; write one in each line, or use --prompt=TEXT")
             return
+        any_line = True
         try:
             print_prediction(generator, decoding, line.rstrip("\r\n"))
         except UserError as error:

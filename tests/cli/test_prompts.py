@@ -207,6 +207,9 @@ def test_each_line_of_standard_input_gets_a_prediction(generate, monkeypatch):
     code, out, err = generate()
     assert code == 0 and err == "" and out.startswith("ba ") and out.splitlines()[0].endswith(" de")
     assert out == "".join(generate(f"--prompt={prompt}")[1] for prompt in ("ba <extra_id_0> de", "de"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    said = "t5like: standard input has no prompts; write one in each line, or use --prompt=TEXT\n"
+    assert generate() == (3, "", said)
 
 
 def test_a_prediction_ends_before_a_stop_text(generate):
