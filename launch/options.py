@@ -16,7 +16,7 @@ from launch.flag_table import GROUPS, OPTIONS, Option
 from launch.job import LONGEST_NAME, JobSpec, check_name, check_text, job_name
 from launch.record import BACKENDS, ID_EXAMPLES
 from launch.sweep import read_sweep
-from t5like.cli.flags import Parser
+from t5like.cli.flags import Parser, commands_with_workdir
 from t5like.errors import ConfigError, shown
 from t5like.io.paths import expand
 from t5like.plan.topology import CHIPS, GPUS, Topology, parse
@@ -182,6 +182,7 @@ def make_job(backend: str, fields: dict[str, Any], name: str | None, command: Se
     Raises:
         ConfigError: values do not fit together.
     """
+    _check_command(backend, command[0])
     command, workdir, fake_devices = _split_command(command)
     if fake_devices and fields.get("fake_devices", int(fake_devices)) != int(fake_devices):
         raise ConfigError(f"--fake_devices={fake_devices} is another number before --; give it once, before --")
@@ -205,6 +206,16 @@ def _check_paths(fields: dict[str, Any]) -> None:
             raise ConfigError(f"--{field}={shown(path)[1:-1]} must be absolute; use --{field}={example}")
     if (python := fields.get("python", "python3"))[:1] in ("", "-"):
         raise ConfigError(f"--python={shown(python)[1:-1]} must be the path or name of a program; use --python=python3")
+
+
+def _check_command(backend: str, name: str) -> None:
+    """Refuse a command that does not exist, or takes no run directory."""
+    allowed = commands_with_workdir()
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"use {EXAMPLE}"
+        rule = f"a job is one of the commands {', '.join(allowed)}"
+        raise ConfigError(f"launch {backend} -- {shown(name)[1:-1]}: {rule}; {remedy}")
 
 
 def _split_command(command: Sequence[str]) -> tuple[list[str], str, str]:

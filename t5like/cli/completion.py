@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from launch import options as launch_options
 from t5like.cli import flags
+from t5like.cli.parser import subcommands
 from t5like.config import field_help, loader, schema
 
 # Shell variables: `words` is the command line up to the cursor, words[0] the program; `current` is completed. bash
@@ -134,6 +135,4 @@ def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     while todo:
         name, parser = todo.pop(0)
         yield name, parser
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                todo += [(f"{name} {word}", sub) for word, sub in action.choices.items() if word != "launch"]
+        todo += [(f"{name} {word}", sub) for word, sub in subcommands(parser).items() if word != "launch"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from t5like import __version__
 from t5like.cli import inspection_flags
-from t5like.cli.parser import Parser, add_command, parse_path
+from t5like.cli.parser import Parser, add_command, parse_path, subcommands
 from t5like.config.field_types import LARGEST, Range
 from t5like.errors import ConfigError, shown
 
@@ -91,6 +91,7 @@ def build_parser() -> Parser:
     """All commands and their flags."""
     parser = Parser(prog="t5like", description="Pretrain T5-like language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"t5like {__version__}")
+    parser.knows_all_flags = True
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     command = functools.partial(add_command, commands)
@@ -117,6 +118,13 @@ def build_parser() -> Parser:
     text = "Submit a command as a job to Slurm, Kubernetes, TPU VMs or processes of this machine."
     commands.add_parser("launch", help=text, add_help=False)  # parsed by `launch.options`
     return parser
+
+
+def commands_with_workdir() -> list[str]:
+    """The commands that take a run directory, in the order of the help."""
+    commands = subcommands(build_parser())
+    takes = lambda sub: "--workdir" in sub.format_usage() or any(map(takes, subcommands(sub).values()))
+    return [name for name, sub in commands.items() if takes(sub)]
 
 
 def _add_train(command: Callable[[str, str], Parser]) -> None:

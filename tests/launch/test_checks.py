@@ -41,6 +41,7 @@ def test_a_job_that_can_run_passes_with_a_note_about_data_to_prepare(job, monkey
     [
         ("--config.train.step=1", "there is no field 'step'"),
         ("--stepp=1", "unrecognized arguments: --stepp=1"),
+        ("--num_steps=1", "did you mean --config.train.num_steps=1?"),
         ("--config.data.batch_size=30", "data.batch_size=30 must be a multiple of 4"),
         ("--config.mesh.tensor=3", "mesh data"),
         ("--help", "must not be --help"),

@@ -48,6 +48,8 @@ REFUSED = [
     (("local", "train"), "launch local needs -- and the command"),
     (("foo", *TRAIN), "invalid choice: 'foo'"),
     (("local", "--", "train", "--config=tiny"), "needs --workdir"),
+    (("local", "--", "trian", "--config=tiny"), "export, plan, inspect; did you mean train?"),
+    (("local", "--", "configs"), "launch local -- configs: a job is one of the commands train, rl, prepare, "),
     (("local", "--partition=gpu", *TRAIN), "--partition goes with slurm, not with launch local"),
     (("slurm", "--partion=gpu", *TRAIN), "did you mean --partition?"),
     (("slurm", "--time_limit=30", *TRAIN), "--time_limit=30 must be a duration"),
