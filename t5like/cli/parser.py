@@ -1,4 +1,4 @@
-"""The parser of all command lines: errors in one line, hints for misspelt words, paths, flags that every command has."""
+"""The parser of all command lines: errors in one line with hints, values that are paths, flags of every command."""
 
 import argparse
 import difflib
