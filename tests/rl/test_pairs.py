@@ -49,6 +49,7 @@ def test_pairs_are_learned_and_held_out_metrics_do_not_depend_on_the_batch_size(
     assert {f"train/{name}" for name in OF_ALL | METRICS[method]} <= trained[0].keys()
     assert {f"eval/{name}" for name in OF_ALL | METRICS[method]} <= heldout[0].keys()
     assert trained[-1]["train/loss"] < trained[0]["train/loss"]
+    assert heldout[-1]["eval/rewards/margins"] > heldout[0]["eval/rewards/margins"]  # falls if signs are exchanged
     if method == "dpo":  # the policy is the reference
         assert heldout[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
 
