@@ -6,6 +6,7 @@
 # make parity  set up with PyTorch, transformers and TRL (large), then compare with them: models, losses, text
 # make cluster set up, also Slurm (Debian's packages, as root), then run the tests of cluster jobs (tests/cluster)
 # make browser  set up, also Chromium (Debian's package, as root), then open the pages of `t5like inspect` in it
+# make benchmarks  set up, then start every program of benchmarks/ at toy sizes (tests/benchmarks); it times nothing
 # make container  set up, then install the locked requirements of the container image `cpu`, and run t5like there
 # make golden  set up with the TPU compiler, then plan the big models and compare with tests/golden/plans: an hour, no TPU
 #              ARGS=--probes: small ones, minutes; ARGS=--write: renew; ARGS=NAME: those whose names begin so
@@ -16,8 +17,8 @@
 #
 # PYTHON=/path/to/python3 chooses the interpreter of the environment. Works with GNU make 3.81, which macOS has.
 
-.PHONY: help train test newest reliability soak parity cluster slurm browser chromium container golden gpu check lock \
-	clean
+.PHONY: help train test newest reliability soak parity cluster slurm browser chromium benchmarks container golden gpu \
+	check lock clean
 
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -59,6 +60,9 @@ cluster: $(INSTALLED) slurm
 
 browser: $(INSTALLED) chromium
 	@$(BIN)/python -m pytest -q tests/browser $(ARGS)
+
+benchmarks: $(INSTALLED)
+	@$(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal tests/benchmarks $(ARGS)
 
 # Debian's packages of programs that are missing: $(call packages,PROGRAMS,PACKAGES)
 packages = for program in $(1); do \

@@ -204,7 +204,7 @@ def test_no_file_is_a_drawer():
 
 
 def test_tests_mirror_the_folders_of_the_package():
-    others = {"browser", "golden", "gpu", "live", "tpu", "cluster", "container", "reliability"}
+    others = {"benchmarks", "browser", "golden", "gpu", "live", "tpu", "cluster", "container", "reliability"}
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     missing = [str(path) for path in folders if path.parts and path.parts[0] not in others]
     assert [path for path in missing if not ((ROOT / "t5like" / path).is_dir() or (ROOT / path).is_dir())] == []

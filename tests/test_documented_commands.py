@@ -95,19 +95,19 @@ def test_every_type_of_command_is_run_by_a_test():
 
 # Scripts that documents name, and the test that starts each.
 SCRIPTS = {
-    "benchmarks/train_step.py": "tests/test_benchmarks.py",
-    "benchmarks/input_pipeline.py": "tests/test_benchmarks.py",
-    "benchmarks/token_store.py": "tests/test_benchmarks.py",
-    "benchmarks/peers.py": "tests/test_benchmarks.py",
-    "benchmarks/generate.py": "tests/test_benchmarks.py",
-    "benchmarks/accelerator.py": "tests/test_accelerator.py",
-    "benchmarks/learning.py": "tests/test_benchmarks.py",
-    "benchmarks/sweep.py": "tests/test_benchmarks.py",
-    "benchmarks/widths.py": "tests/test_benchmarks.py",
-    "benchmarks/windows.py": "tests/test_benchmarks.py",
-    "benchmarks/checks.py": "tests/test_benchmarks.py",
-    "benchmarks/rollouts.py": "tests/test_benchmarks.py",
-    "benchmarks/saving.py": "tests/test_benchmarks.py",
+    "benchmarks/train_step.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/input_pipeline.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/token_store.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/peers.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/generate.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/accelerator.py": "tests/benchmarks/test_accelerator.py",
+    "benchmarks/learning.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/sweep.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/widths.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/windows.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/checks.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/rollouts.py": "tests/benchmarks/test_benchmarks.py",
+    "benchmarks/saving.py": "tests/benchmarks/test_benchmarks.py",
     "run.py": "tests/interop/test_stablehlo.py",
 }
 
