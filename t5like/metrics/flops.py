@@ -164,10 +164,15 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     Accelerators have their bf16 peak, whatever the dtype of the run, so that MFUs are comparable. All CPU devices
     together count as one machine, with its measured float32 rate.
     """
-    if all(device.platform == "cpu" for device in devices):
+    if is_measured(devices):
         return measure_matmul_rate()
     peaks = [_peak(device.device_kind) for device in devices]
     return None if None in peaks else sum(peaks)
+
+
+def is_measured(devices: Sequence[jax.Device]) -> bool:
+    """Whether `peak_flops` measures these devices; it knows others by name."""
+    return all(device.platform == "cpu" for device in devices)
 
 
 def _peak(kind: str) -> float | None:
@@ -181,7 +186,7 @@ def _peak(kind: str) -> float | None:
 def measure_matmul_rate() -> float:
     """FLOP/s of this machine's CPU in float32 matmuls, the best of several; takes half a second, once.
 
-    Beside other load a single product would show a fraction of the rate, and MFUs above 1.
+    Beside other load a single product would show a fraction of the rate.
     """
     size = 2048
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices(backend="cpu")[0])

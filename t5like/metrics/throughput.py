@@ -12,9 +12,20 @@ class Throughput:
     steps in flight before a `pause`.
     """
 
-    def __init__(self, flops_per_step: float, peak: float | None, *, clock: Callable[[], float] = time.monotonic):
-        """`flops_per_step` and `peak` are of the whole run, not of this process; clock: returns seconds."""
+    def __init__(
+        self,
+        flops_per_step: float,
+        peak: float | None,
+        *,
+        measured: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`flops_per_step` and `peak` are of the whole run, not of this process; clock: returns seconds.
+
+        `measured`: `peak` was measured, maybe beside other load, so steps that are faster raise it.
+        """
         self._flops_per_step, self._peak, self._clock = flops_per_step, peak, clock
+        self._measured = measured
         self._first: float | None = None  # time of the first completed step
         self._steps = 0  # since the first
         self._interval_steps = 0  # since the last `read`, as are the next three
@@ -48,7 +59,9 @@ class Throughput:
         tokens = self._tokens / self._interval_steps
         values = {"train/tokens_per_second": tokens / seconds, "train/step_seconds": seconds}
         if self._peak is not None:
-            values["train/mfu"] = self._flops_per_step / seconds / self._peak
+            rate = self._flops_per_step / seconds
+            self._peak = max(self._peak, rate) if self._measured else self._peak
+            values["train/mfu"] = rate / self._peak
         self._interval_steps, self._begin, self._tokens, self._paused = 0, now, 0.0, 0.0
         return values
 

@@ -151,8 +151,9 @@ def train(
         trackers=trackers.start(config, workdir) if primary else (),
     )
     progress = Progress(config.train.num_steps, log_every=config.train.log_every, step=start, primary=primary)
-    counted = config.rl.method == "none"  # the FLOPs of sampling are not counted
-    throughput = Throughput(flops.model_flops(config), flops.peak_flops(mesh.devices.flatten()) if counted else None)
+    devices = mesh.devices.flatten()
+    peak = flops.peak_flops(devices) if config.rl.method == "none" else None  # the FLOPs of sampling are not counted
+    throughput = Throughput(flops.model_flops(config), peak, measured=flops.is_measured(devices))
     bad_steps = BadSteps(config, history)
     evidence = Evidence(config, workdir, mesh, task, checkpoints)
     keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values, examine)

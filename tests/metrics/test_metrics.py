@@ -162,6 +162,18 @@ def test_throughput_leaves_out_the_first_step_and_pauses_but_time_left_counts_th
     assert throughput.read() == {}
 
 
+def test_a_measured_peak_is_raised_by_faster_steps():
+    clock = Clock()
+    throughput = Throughput(600.0, 200.0, measured=True, clock=clock)
+    found = []
+    throughput.tick(0)
+    for seconds in (4, 2, 4):  # 150, 300 and 150 FLOP/s
+        clock.now += seconds
+        throughput.tick(0)
+        found.append(throughput.read()["train/mfu"])
+    assert found == [0.75, 1.0, 0.5]
+
+
 def test_a_pause_before_the_first_step_is_done_changes_nothing():
     clock = Clock()
     throughput = Throughput(600.0, None, clock=clock)
