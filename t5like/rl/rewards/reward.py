@@ -5,6 +5,8 @@ trained reward model, which is scored on the devices.
 """
 
 import dataclasses
+import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -123,8 +125,30 @@ def _open(entry: str, name: str, weight: float, config: Config) -> Reward | Mode
         case "run":
             return ModelReward(name, weight, _run(entry, argument))
     if not argument:
-        raise ConfigError(f"rl.rewards={shown(entry)} must be {FORMS}; use exact_match")
+        raise ConfigError(_without_function(entry))
     return _user_reward(entry, name, weight)
+
+
+def _without_function(entry: str) -> str:
+    """The message about an entry that is no reward's name and has no colon."""
+    for module, function in ((entry, "FUNCTION"), (entry.rpartition(".")[0], entry.rpartition(".")[2])):
+        if _is_module(module):
+            return f"rl.rewards={entry} must be MODULE:FUNCTION, as {module} is a module; use {module}:{function}"
+    return f"rl.rewards={shown(entry)} must be {FORMS}; {_nearest(entry)}"
+
+
+def _is_module(name: str) -> bool:
+    """Whether a module exists in the working directory, or is installed; nothing is imported."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    path = os.path.join(os.getcwd(), *name.split("."))
+    installed = "." not in name and importlib.util.find_spec(name) is not None
+    return installed or os.path.isfile(f"{path}.py") or os.path.isfile(f"{path}/__init__.py")
+
+
+def _nearest(kind: str, rest: str = "") -> str:
+    near = difflib.get_close_matches(kind, NAMES, n=1)
+    return f"did you mean {near[0]}{rest}?" if near else "use exact_match"
 
 
 def _example(kind: str) -> str:
@@ -185,7 +209,7 @@ def _user_reward(entry: str, name: str, weight: float) -> Reward:
     try:
         fields = getattr(reward.function, "fields", ())
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{hint} ({one_line(error)}); use exact_match") from None
+        raise ConfigError(f"{hint} ({one_line(error)}); {_nearest(module, f':{function}')}") from None
     except AttributeError as error:
         raise ConfigError(f"{hint} ({one_line(error)}); define {function}(row, answer)") from None
     except (Exception, SystemExit) as error:  # whatever the user's module does

@@ -93,7 +93,11 @@ def test_a_reward_model_is_a_directory_with_a_config(tmp_path):
     ("entries", "message"),
     [
         ((), "rl.rewards is empty and must name a reward: .*; use exact_match"),
-        (("exactmatch",), "rl.rewards='exactmatch' must be exact_match, .*MODULE:FUNCTION; use exact_match"),
+        (("exactmatch",), r"rl.rewards='exactmatch' must be exact_match, .*:FUNCTION; did you mean exact_match\?"),
+        (("nothing",), "rl.rewards='nothing' must be exact_match, .*MODULE:FUNCTION; use exact_match"),
+        (("pyhton_tests:tests",), "did you mean python_tests:tests\\?"),
+        (("MINE",), "rl.rewards=(.*) must be MODULE:FUNCTION, as (.*) is a module; use \\1:FUNCTION"),
+        (("MINE.other",), "rl.rewards=(.*).other must be MODULE:FUNCTION, as .* is a module; use \\1:other"),
         (("chrf:",), "rl.rewards=chrf: must have an argument after the colon; use chrf"),
         (("regex",), "rl.rewards=regex must have a pattern; use regex:"),
         (("regex:(",), r"rl.rewards='regex:\(' must be a regular expression of Python \(.*\); use regex:"),
