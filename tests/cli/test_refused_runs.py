@@ -1,6 +1,7 @@
 """A run directory or checkpoint that can't be used is refused in one line, and stays as it is."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -64,6 +65,22 @@ def test_a_step_without_a_checkpoint_is_refused(refused, trained):
     for arguments in (["evaluate"], ["generate", "--prompt=a"]):
         code, said = refused(*arguments, f"--workdir={trained}", "--step=7")
         assert code == 4 and said == f"--workdir={trained} holds no complete checkpoint of step 7; there are 1, 2"
+
+
+def test_a_run_without_its_tokenizer_is_refused_with_the_command_that_writes_it(refused, command, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "a run")
+    (run / "tokenizer.model").unlink()
+    said = f"{run} lacks its tokenizer.model; copy that of another run with the same tokenizer"
+    code, message = refused("evaluate", f"--workdir={run}")
+    assert code == 3 and message.startswith(f"{said}, or use t5like prepare --config='{run}'/config.json --workdir=")
+    words = shlex.split(message.partition("use t5like ")[2].partition(", which")[0])
+    assert command(*words)[0] == 0
+    assert (run / "tokenizer.model").read_bytes() == (trained / "tokenizer.model").read_bytes()
+    (run / "tokenizer.model").unlink()
+    values = json.loads((run / "config.json").read_text())
+    values["tokenizer"]["path"] = f"{run}/tokenizer.model"  # as of imported weights
+    (run / "config.json").write_text(json.dumps(values))
+    assert refused("evaluate", f"--workdir={run}") == (3, said)
 
 
 def test_a_damaged_checkpoint_is_refused_if_it_is_named_or_the_last_good_one(

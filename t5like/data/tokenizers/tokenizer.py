@@ -12,6 +12,7 @@ Called by `store.preparation` (batches of texts), `generate` (single texts) and 
 import hashlib
 import io
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from t5like.errors import DataError
 from t5like.io.atomic import replace_file
 from t5like.io.paths import expand
 from t5like.io.regular_files import read_regular
+from t5like.io.strict_json import loads
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2  # of trained models, as in T5
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -206,10 +208,17 @@ class Tokenizer:
             DataError: see `__init__`; also when the file is missing or can't be read.
         """
         path = expand(path)
-        model_bytes = read_regular(path, f"tokenizer.path={path}", LARGEST_FILE)
+        name = f"tokenizer.path={path}"
+        if (
+            path.name == "tokenizer.model" and (path.parent / "config.json").is_file()
+        ):  # a run's copy: no field names it
+            name = str(path)
+            if not path.exists():
+                raise DataError(f"{path.parent} lacks its tokenizer.model; {_restoring(path.parent)}")
+        model_bytes = read_regular(path, name, LARGEST_FILE)
         if huggingface_model.is_json(model_bytes):
             model_bytes = huggingface_model.bundle(path, model_bytes)
-        return cls(model_bytes, num_sentinels=num_sentinels, origin=f"tokenizer.path={path}")
+        return cls(model_bytes, num_sentinels=num_sentinels, origin=name)
 
     def check(self, config: TokenizerConfig) -> None:
         """Raise DataError if the config has another vocabulary size: model shapes follow from the config alone."""
@@ -260,6 +269,19 @@ def refuse_surrogates(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"text has the lone surrogate {text[error.start]!a}, which is not a character") from None
+
+
+def _restoring(workdir: Path) -> str:
+    """How the file of a run's tokenizer can be restored, for a message."""
+    copy = "copy that of another run with the same tokenizer"
+    try:
+        first = loads((workdir / "config.json").read_bytes())["tokenizer"]["path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return copy
+    if first and not expand(first).is_file():  # such as the file itself, in a run of imported weights
+        return copy
+    place = shlex.quote(str(workdir))
+    return f"{copy}, or use t5like prepare --config={place}/config.json --workdir={place}, which writes it again"
 
 
 def _rebuild(model_bytes: bytes, num_sentinels: int, origin: str) -> Tokenizer:
