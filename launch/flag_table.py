@@ -44,12 +44,14 @@ class Option(NamedTuple):
         example = f"--{self.flag}" if self.kind == "switch" else f"--{self.flag}={self.example}"
         return "; ".join([*parts, f"such as {example}"]).replace("%", "%%")
 
-    def convert(self, text: str) -> Any:
-        """Return the value of a text; raises ConfigError."""
+    def convert(self, text: str, backend: str) -> Any:
+        """Return the value of a text for a backend; raises ConfigError."""
         if self.kind == "number":
             return flag_values.number(self.flag, text, self.limits, self.example)
         if self.kind == "text":
             return check_text(f"--{self.flag}", text)
+        if self.kind == "variable":
+            return flag_values.variable(self.flag, text, backend)
         return getattr(flag_values, self.kind)(self.flag, text)
 
 

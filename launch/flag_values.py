@@ -18,6 +18,10 @@ SECRET_NAME = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL)S?(_|$)|(^|_|PG|DB)PASS$", re.IGNORECASE
 )
 PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # as in a proxy: http://user:password@proxy:3128
+REFERENCES = {  # where a backend has the value of a secret, after its name in a message
+    "kubernetes": "=my-secret/key, a Secret of the namespace and one of its keys",
+    "tpu_vm": "=my-secret, the name in Secret Manager",
+}
 RANKS = ("T5LIKE_COORDINATOR", "T5LIKE_NUM_PROCESSES", "T5LIKE_PROCESS_ID")  # each process has its own
 
 
@@ -45,14 +49,14 @@ def switch(flag: str, text: str) -> bool:
     return text == "true"
 
 
-def variable(flag: str, text: str, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+def variable(flag: str, text: str, backend: str, environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """Return name and value of ``NAME=VALUE``, or of ``NAME`` with its current value."""
     name, equals, value = text.partition("=")
+    use = f"use --secret={name}{REFERENCES.get(backend, '')}"
     check_name(f"--{flag}", name, pattern=VARIABLE, example=f"--{flag}=NAME=VALUE or --{flag}=NAME")
     if SECRET_NAME.search(name):
         raise ConfigError(
-            f"--{flag}={name} has the name of a secret, and its value would be written into the job; "
-            f"use --secret={name}"
+            f"--{flag}={name} has the name of a secret, and its value would be written into the job; {use}"
         )
     if name in RANKS:
         raise ConfigError(f"--{flag}={name} is set for each process by the launcher; leave it out")
@@ -61,9 +65,7 @@ def variable(flag: str, text: str, environment: Mapping[str, str] = os.environ) 
             raise ConfigError(f"--{flag}={name} is not set in this shell; use --{flag}={name}=VALUE")
         value = environment[name]
     if PASSWORD_IN_URL.search(value):
-        raise ConfigError(
-            f"--{flag}={name} is a URL with a password, which would be written into the job; use --secret={name}"
-        )
+        raise ConfigError(f"--{flag}={name} is a URL with a password, which would be written into the job; {use}")
     return name, check_text(f"--{flag}={name}", value)
 
 

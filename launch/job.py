@@ -206,6 +206,12 @@ def check_name(field: str, value: str, *, pattern: str, example: str) -> str:
     return value
 
 
+def storage_that_fits(source: str, pattern: str, other: str) -> str:
+    """Return the source of a mount that matches `pattern`, for a message: this one in lower case, or another one."""
+    source = re.sub(r"\w+:(//)?[^/]*", lambda match: match[0].lower(), source, count=1)  # folders keep their case
+    return source if re.fullmatch(pattern, source) else other
+
+
 def job_name(text: str) -> str:
     """Return a valid job name made from any text, such as the name of a run directory."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_NAME].strip("-")

@@ -14,7 +14,8 @@ import yaml
 from launch import cluster, jobset, pods
 from launch.accelerators import hosts_per_slice
 from launch.cluster import TIMEOUT, Cluster
-from launch.job import JobSpec, Mount, check_name, check_text
+from launch.flag_values import REFERENCES
+from launch.job import JobSpec, Mount, check_name, check_text, storage_that_fits
 from launch.record import Record, Submission
 from t5like.errors import ConfigError, one_line, printable, shorten
 
@@ -129,12 +130,14 @@ def check_names(job: JobSpec) -> None:
     for name, _ in job.env:
         check_name("--env", name, pattern=r"[A-Za-z_][A-Za-z0-9_]*", example="--env=NAME=VALUE")
     for secret in job.secrets:
-        check_name("--secret", secret.name, pattern=r"[A-Za-z_][A-Za-z0-9_]*", example="--secret=NAME=SECRET/KEY")
+        check_name(
+            "--secret", secret.name, pattern=r"[A-Za-z_][A-Za-z0-9_]*", example="--secret=MY_TOKEN=my-secret/key"
+        )
         check_name(
             f"--secret={secret.name}",
             secret.reference,
             pattern=SECRET,
-            example=f"--secret={secret.name}=SECRET/KEY, a Secret of the namespace and one of its keys",
+            example=f"--secret={secret.name}{REFERENCES['kubernetes']}",
         )
 
 
@@ -151,9 +154,11 @@ def check_mount(mount: Mount) -> None:
         )
     if source.startswith("gs://"):
         pattern = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9._-]+)*/?"
-        check_name(flag, source, pattern=pattern, example=f"--mount=gs://BUCKET/FOLDER:{path}")
+        use = storage_that_fits(source, pattern, "gs://my-bucket/folder")
+        check_name(flag, source, pattern=pattern, example=f"--mount={use}:{path}")
     else:
-        check_name(flag, source, pattern=f"pvc:{SUBDOMAIN}", example=f"--mount=pvc:CLAIM:{path} or gs://BUCKET:{path}")
+        use = storage_that_fits(source, pattern := f"pvc:{SUBDOMAIN}", "pvc:my-claim")
+        check_name(flag, source, pattern=pattern, example=f"--mount={use}:{path}, or gs://my-bucket:{path}")
 
 
 def check_shared(job: JobSpec) -> None:

@@ -164,7 +164,8 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, flag, None)
         if value is not None:
             field = option.field or flag
-            fields[field] = tuple(map(option.convert, value)) if option.field else option.convert(value)
+            convert = lambda text, option=option: option.convert(text, options.action)
+            fields[field] = tuple(map(convert, value)) if option.field else convert(value)
     if "env" in fields:  # the last value of a name wins
         fields["env"] = tuple(dict(fields["env"]).items())
     if "secrets" in fields:

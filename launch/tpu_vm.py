@@ -20,7 +20,8 @@ from typing import Any
 
 from launch import programs
 from launch.accelerators import accelerator_type
-from launch.job import JobSpec, check_name, check_text
+from launch.flag_values import REFERENCES
+from launch.job import JobSpec, check_name, check_text, storage_that_fits
 from launch.record import Record, Submission
 from launch.tpu_vm_script import END_OF_WORKER, is_wheel, location, nodes, supervisor_script
 from t5like.errors import ConfigError, printable, shown
@@ -84,7 +85,7 @@ def _check_software(job: JobSpec) -> None:
             f"--secret={secret.name}",
             secret.reference,
             pattern=r"[A-Za-z0-9_-]{1,255}",
-            example=f"--secret={secret.name}=my-secret, the name in Secret Manager",
+            example=f"--secret={secret.name}{REFERENCES['tpu_vm']}",
         )
     for text in (*job.command, job.python, *(part for pair in job.env for part in pair)):
         check_text("a value of the job", text)
@@ -94,7 +95,8 @@ def _check_storage(job: JobSpec) -> None:
     for mount in job.mounts:
         what = f"--mount={mount.source}:{mount.path}"
         if mount.source.startswith("gs://"):
-            check_name(what, mount.source, pattern=r"gs://[a-z0-9][a-z0-9._-]*", example="gs://BUCKET:/mnt/runs")
+            use = storage_that_fits(mount.source, pattern := r"gs://[a-z0-9][a-z0-9._-]*", "gs://my-bucket")
+            check_name(what, mount.source, pattern=pattern, example=f"--mount={use}:{mount.path}")
         elif not mount.source.startswith("/"):
             raise ConfigError(f"{what} must be gs://BUCKET or a path of the TPU VMs; use --mount=gs://BUCKET:/mnt/runs")
         elif not job.image and mount.source != mount.path:

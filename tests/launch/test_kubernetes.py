@@ -59,6 +59,8 @@ REFUSED = {
     "--nodes=3 differs from --accelerator=v5e:4x4, which has 4 hosts": {"accelerator": "v5e:4x4", "nodes": 3},
     "use at most 39 characters": {"name": "a" * 40, "nodes": 10**9},
     "--mount=s3://bucket:/data can't be mounted by its name": {"mounts": (*CPU.mounts, Mount("s3://bucket", "/data"))},
+    "use --mount=gs://runs/New:/data": {"mounts": (*CPU.mounts, Mount("gs://RUNS/New", "/data"))},
+    "use --mount=pvc:claim:/data, or gs": {"mounts": (*CPU.mounts, Mount("pvc:CLAIM", "/data"))},
     "--mount=/home:/home": {"mounts": (*CPU.mounts, Mount("/home", "/home"))},
     "must have an absolute path": {"mounts": (*CPU.mounts, Mount("pvc:a", "a"))},
     "--mount has the path /runs twice": {"mounts": (*CPU.mounts, Mount("pvc:a", "/runs/"))},

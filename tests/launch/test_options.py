@@ -59,6 +59,8 @@ REFUSED = [
     (("kubernetes", "--accelerator=v5e:3x3", *TRAIN), "--accelerator=v5e:3x3 is no slice of v5e"),
     (("slurm", "--accelerator=b300:8", *TRAIN), "--accelerator=b300:8 must be cpu"),
     (("slurm", "--env=WANDB_API_KEY=x", *TRAIN), "use --secret=WANDB_API_KEY"),
+    (("kubernetes", "--env=MY_TOKEN=x", *TRAIN), "use --secret=MY_TOKEN=my-secret/key, a Secret of the namespace"),
+    (("tpu_vm", "--env=MY_TOKEN=x", *TRAIN), "use --secret=MY_TOKEN=my-secret, the name in Secret Manager"),
     (("slurm", "--env=HTTPS_PROXY=http://me:x@proxy:3128", *TRAIN), "--env=HTTPS_PROXY is a URL with a password"),
     (("slurm", "--nodes=\u0661", *TRAIN), "must be a whole number"),
     (("slurm", "--python=", *TRAIN), "--python= must be the path or name of a program"),
@@ -134,7 +136,7 @@ def test_names_of_secrets_are_recognized_by_their_words():
 def test_every_flag_has_a_help_with_an_example_that_it_accepts(monkeypatch):
     for option in flag_table.OPTIONS.values():
         assert "such as --" in option.help and (option.kind != "number" or "at least" in option.help)
-        option.convert(option.example.strip("'"))
+        option.convert(option.example.strip("'"), option.backends[0])
     for backend in BACKENDS:
         help_text = re.sub(
             r"\s+", " ", options.build_parser()._subparsers._group_actions[0].choices[backend].format_help()

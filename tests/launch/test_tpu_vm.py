@@ -88,6 +88,7 @@ def test_the_script_is_that_of_the_golden_file(name):
         ({"workdir": "/home/me/run"}, "--workdir='/home/me/run' is not on storage that the TPU VMs share"),
         ({"workdir": "/mnt/runs/../../home/run"}, "is not on storage that the TPU VMs share"),
         ({"mounts": (Mount("s3://b", "/mnt/runs"),)}, "must be gs://BUCKET or a path of the TPU VMs"),
+        ({"mounts": (Mount("gs://RUNS", "/mnt/runs"),)}, "use --mount=gs://runs:/mnt/runs"),
         ({"mounts": (Mount("/a", "/mnt/runs"),)}, "needs a container"),
         ({"fake_devices": 2}, "--fake_devices would leave the TPUs unused"),
     ],
