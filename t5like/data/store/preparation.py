@@ -246,9 +246,10 @@ def _threshold(data: DataConfig, source: _Opened, progress: bool) -> float:
             "use more examples"
         )
     if len(draws) < 2:
+        by_line = source.spec.startswith("text:") and data.text_documents != "line"
         raise DataError(
-            f"data.source={source.spec} has only one document (or copies of one), and one has to be held "
-            "out; use more text, or data.text_documents=line for a text file"
+            f"data.source={source.spec} has only one document (or copies of one), and one has to be held out; use more "
+            f"text{', or data.text_documents=line if each line is a document' if by_line else ''}"
         )
     if max(draws) < data.heldout_fraction:
         raise DataError(
