@@ -3,12 +3,13 @@
 Each token is a box: its colour says what it is, and its tooltip has its id, position, segment and weight.
 """
 
+import itertools
 import math
 from typing import Any
 
 from t5like.errors import printable
 from t5like.inspect import charts
-from t5like.inspect.data_text import counts_text, describe_sequence, overlap_text
+from t5like.inspect.data_text import counts_text, describe_sequence, folded, overlap_text, pieces
 from t5like.inspect.html import Markup, details, element, facts, grid, notice, page, paragraph, table
 
 MOST_TOKENS = 8_192  # of a sequence
@@ -107,11 +108,19 @@ def _sequence(sequence: dict[str, Any]) -> Markup:
 
 
 def _tokens(sequence: dict[str, Any], start: int, stop: int, segment: int | None) -> Markup:
-    end = min(stop, start + MOST_TOKENS)
-    tokens = [_token(sequence, index, segment) for index in range(start, end)]
+    shown = list(itertools.islice(pieces(sequence, start, stop), MOST_TOKENS))
+    end = shown[-1][1] if shown else stop
+    tokens = [
+        _token(sequence, index, segment) if after == index + 1 else [_folded(index, after)] for index, after in shown
+    ]
     if end < stop:
         tokens.append(f" ... and {stop - end:,} tokens more")
     return element("div", tokens, class_="tokens")
+
+
+def _folded(start: int, stop: int) -> Markup:
+    title = f"indices {start} to {stop - 1}, weight 0"
+    return element("span", folded(stop - start), class_="t light", title=title)
 
 
 def _token(sequence: dict[str, Any], index: int, segment: int | None) -> list[Markup]:

@@ -3,12 +3,14 @@
     row 12  wiki/span_corruption
       encoder  9 of 9 tokens
                A│ <extra_id_0>│ D│ E│ F│ <extra_id_1>│</s>
-      targets  6 of 6 tokens, 6 with weight
+      targets  6 of 6 positions have a target
 
 Tokens are separated by a line, and sentinels stand where the gaps are. Without colours, tokens without weight are in
-parentheses; a masked place of an encoder-only row is followed by its target in braces.
+parentheses; several such positions in a row are only counted. A masked place of an encoder-only row is followed by its
+target in braces.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from t5like.errors import printable
 
 SEPARATOR = "│"
 MOST_TOKENS = 1_200  # of a sequence on a terminal
+FEWEST_FOLDED = 2  # positions without a target in a row, which are counted instead of shown
 WIDTH = 110  # of plain text
 INDENT = 11
 STYLES = {"sentinel": "bold magenta", "special": "cyan", "unknown": "bold red", "byte": "yellow", "text": ""}
@@ -110,10 +113,13 @@ def _row(row: dict[str, Any], width: int, plain: bool) -> Iterator[Line]:
 
 def describe_sequence(sequence: dict[str, Any]) -> str:
     """Fill of a sequence in words."""
-    text = f"{sequence['tokens']:,} of {sequence['length']:,} positions filled"
+    if has_targets := "weights" in sequence and "targets" not in sequence:
+        text = f"{sequence['weighted']:,} of {sequence['length']:,} positions have a target"
+    else:
+        text = f"{sequence['tokens']:,} of {sequence['length']:,} positions filled"
     if waste := sequence["length"] - sequence["tokens"]:
         text += f", {waste:,} padding ({waste / sequence['length']:.1%})"
-    if "weighted" in sequence:
+    if "weighted" in sequence and not has_targets:
         text += f", {sequence['weighted']:,} with weight"
     if sequence.get("prefix"):
         text += f", a prefix of {sequence['prefix']:,} visible to all"
@@ -122,10 +128,11 @@ def describe_sequence(sequence: dict[str, Any]) -> str:
 
 def _tokens(sequence: dict[str, Any], start: int, stop: int, width: int, plain: bool) -> Iterator[Line]:
     """Tokens with separators, in lines of at most `width` characters."""
-    end, line, used = min(stop, start + MOST_TOKENS), [], 0
-    for index in range(start, end):
-        parts = token_parts(sequence, index, plain)
-        if index + 1 < end:
+    shown = list(itertools.islice(pieces(sequence, start, stop), MOST_TOKENS))
+    end, line, used = shown[-1][1] if shown else stop, [], 0
+    for index, after in shown:
+        parts = token_parts(sequence, index, plain) if after == index + 1 else [(folded(after - index), NO_WEIGHT)]
+        if after < end:
             parts = [*parts, (SEPARATOR, NO_WEIGHT)]
         size = sum(len(text) for text, _ in parts)
         if line and used + size > width - INDENT:
@@ -137,6 +144,22 @@ def _tokens(sequence: dict[str, Any], start: int, stop: int, width: int, plain: 
         yield [(" " * INDENT, ""), *line]
     if end < stop:
         yield [(" " * INDENT, ""), (f"... and {stop - end:,} tokens more, which --html shows", "dim")]
+
+
+def pieces(sequence: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """First index and end of what is shown as one: a token, or `FEWEST_FOLDED` or more positions without a target."""
+    weights = sequence["weights"] if "weights" in sequence and "targets" not in sequence else [1.0] * stop
+    for light, run in itertools.groupby(range(start, stop), lambda index: not weights[index] > 0):
+        indices = list(run)
+        if light and len(indices) >= FEWEST_FOLDED:
+            yield indices[0], indices[-1] + 1
+        else:
+            yield from ((index, index + 1) for index in indices)
+
+
+def folded(count: int) -> str:
+    """What stands for positions without a target."""
+    return f"({count:,} positions without a target)"
 
 
 def token_parts(sequence: dict[str, Any], index: int, plain: bool) -> Line:

@@ -133,8 +133,11 @@ def test_right_rows_of_every_objective_have_no_warning(config, name):
         assert len({row["denoiser"] for row in shown["rows"]}) == 7
     if name == "mlm":
         assert "{" in text_of(shown)
-    if name == "decoder prefix_lm":
-        assert "visible to all" in text_of(shown) and "(" in text_of(shown)
+    if name in ("decoder prefix_lm", "joined"):
+        text, target = text_of(shown), shown["rows"][0]["sequences"][1]
+        assert f"  targets  {target['weighted']} of {target['length']} positions have a target" in text
+        assert "visible to all" in text and ")│(" not in text and " positions without a target)│" in text
+        assert " positions without a target)</span>" in data_page.render(shown)
     data_page.render(shown)
 
 
