@@ -6,7 +6,7 @@
 The task is `data.sources.python_tasks.token_classification`: 8,000 expressions of the standard library, whose
 tokens are labelled by the syntax tree: names that are called, values, names of arguments, literals. The encoder is
 that of `tiny`: train `tiny` first.
-Hardware: two CPU cores, 54 s of processor time. Held-out results: entity F1 94.5 %, accuracy 98.5 %, macro F1 97.1
+Hardware: two CPU cores, 56 s of processor time. Held-out results: entity F1 98.6 %, accuracy 99.4 %, macro F1 99.3
 %; always O: accuracy 41.9 %.
 
 On data like CoNLL 2003, with a list of words and one of their labels in each record:

@@ -6,7 +6,7 @@ The task is `data.sources.python_tasks.translation`: 8,000 expressions of the st
 download of a parallel corpus. A rule gives the one correct translation, which depends on the structure of the
 expression.
 Its model is that of `tiny`: train `tiny` first, and start from that run.
-Hardware: two CPU cores, 370 s of processor time. Held-out results: BLEU 83.9, exact match 59.4 %; untrained 0.2 and
+Hardware: two CPU cores, 319 s of processor time. Held-out results: BLEU 89.0, exact match 67.6 %; untrained 0.4 and
 0.0, the input itself 10.7 and 0.0.
 
 With a network, from German to English (WMT 2016) or from Portuguese (TED talks):
