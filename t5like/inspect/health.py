@@ -30,7 +30,7 @@ SAVE_SHARE, EVALUATE_SHARE = 0.1, 0.3  # of the time after the start
 SHORTEST_SECONDS = 120.0  # of a run whose saves and evaluations are judged
 SLOWER = 0.75  # speed of the last window over the median
 SILENT_LINES = 10  # times between two lines of a running run, without a new line
-FAILED_REWARDS = 0.05
+FAILED_REWARDS = 0.05  # of all rewards
 EQUAL_REWARDS = 0.9  # share of prompts whose answers all have the same reward
 
 
