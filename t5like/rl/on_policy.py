@@ -5,7 +5,7 @@ more updates with the loss of `objective`. `train.loop` does the rest: checkpoin
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,8 @@ class OnPolicy(RecordTask):
             raise DataError(f"rl.rewards: no held-out answer has a reward; {why}; t5like rl --audit tests rewards")
         self._evaluated = parts
         error = values["eval/standard_error"]
-        missing = self._missing(int(values["eval/failed_rewards"]), sum(part.total_BG.size for part in parts))
-        return values, f"held-out reward {values['eval/reward']:.3f} +- {error:.3f} (standard error{missing})"
+        held_out = f"held-out reward {values['eval/reward']:.3f} +- {error:.3f} (standard error{_missing(parts)})"
+        return values, held_out
 
     def evaluate_all(self, params: Tree) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Rewards of greedy answers to all held-out prompts, and a record of each answer."""
@@ -224,11 +224,6 @@ class OnPolicy(RecordTask):
             values[f"eval/rewards/{name}/mean"] = collection.mean(reward_N)
         return values, parts
 
-    @staticmethod
-    def _missing(failed: int, answers: int) -> str:
-        """What a mean reward leaves out: answers whose reward failed, with `rl.failed_reward=exclude`."""
-        return f"; without {failed:,} of {answers:,} answers, whose reward failed" if failed else ""
-
     def summarize(self, params: Tree, fingerprints: Mapping[str, Any]) -> list[str]:
         count = min(SHOWN, self._config.rl.eval_prompts)
         parts = self._evaluated or self._answer_heldout(params, count, lambda: None)[1]
@@ -241,6 +236,12 @@ class OnPolicy(RecordTask):
         replace_file(self._workdir / SAMPLES, "\n".join(lines), CheckpointError, "move it away")
         picture, result = draw_reward_curve(self._workdir, "reward", "train/reward", "eval/reward")
         if self._evaluated:
-            totals = np.concatenate([part.total_BG.ravel() for part in parts])
-            result += self._missing(int(np.isnan(totals).sum()), totals.size)
+            result += _missing(parts)
         return ["", *lines, *(f"WARNING: {line}" for line in self._scorer.failures()), result, f"rewards    {picture}"]
+
+
+def _missing(parts: Sequence[Collected]) -> str:
+    """What a mean reward leaves out: answers whose reward failed, with `rl.failed_reward=exclude`."""
+    totals_N = np.concatenate([part.total_BG.ravel() for part in parts])
+    failed = np.isnan(totals_N).sum()
+    return f"; without {failed:,} of {totals_N.size:,} answers, whose reward failed" if failed else ""

@@ -97,6 +97,7 @@ def test_commands_with_lost_streams_in_any_locale(decoder_flags, tmp_path):
     generate = ["generate", run, f"--prompts_file={prompts}", "--max_new_tokens=4"]
     plan = ["plan", *decoder_flags, "--topology=cpu:8", "--quick"]
     full = "t5like: standard output can't be written: No space left on device; send it elsewhere\n"
+    no_prompts = "t5like: standard input has no prompts; write one in each line, or use --prompt=TEXT\n"
     null, err = os.devnull, f"{tmp_path}/err"
     cases = [
         (
@@ -110,7 +111,7 @@ def test_commands_with_lost_streams_in_any_locale(decoder_flags, tmp_path):
         (generate, [null, "/dev/full", err], 4, full),
         (generate, [null, "closed", "closed"], 0, None),
         ([*generate, f"--output={tmp_path}/out.jsonl"], [null, "no reader", null], 0, None),
-        (["generate", run], ["closed", "no reader", err], 0, ""),
+        (["generate", run], ["closed", "no reader", err], 3, no_prompts),
         (["evaluate", run], [null, "no reader", null], 0, None),
         (plan, [null, "no reader", err], 141, ""),
         (plan, [null, "/dev/full", err], 4, full),
