@@ -309,9 +309,11 @@ class Checkpoints:
 
     def _check_complete(self, step: int | None) -> int:
         steps = self.steps()
-        if not steps if step is None else step not in steps:
-            rest = f" of step {step}{others(steps)}" if steps else "; train that run first, or use another one"
-            raise CheckpointError(f"{self._flag}{self.directory.parent} holds no complete checkpoint{rest}")
+        refusal = f"{self._flag}{self.directory.parent} holds no complete checkpoint"
+        if not steps:
+            raise CheckpointError(f"{refusal}; train that run first, or use another one")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{refusal} of step {step}{others(steps)}")
         return steps[-1] if step is None else step
 
     def _read_meta(self, step: int) -> Meta:

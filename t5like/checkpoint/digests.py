@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5like.sharding.mesh import on_cpus
 from t5like.types import Array
 
 PART_BYTES = 8 * 2**20  # of an array whose digest is computed at once on a device
@@ -84,8 +85,7 @@ def examine(leaves: Mapping[str, Array]) -> tuple[dict[str, Leaf], list[str]]:
 
 def is_on_host(x: Array) -> bool:
     """Whether all of an array is in the memory of this process."""
-    on_cpus = lambda: all(device.platform == "cpu" for device in x.sharding.device_set)
-    return not isinstance(x, jax.Array) or (x.is_fully_addressable and on_cpus())
+    return not isinstance(x, jax.Array) or (x.is_fully_addressable and on_cpus(x.sharding.device_set))
 
 
 def _sum_blocks(x: Array) -> tuple[int, int, int]:

@@ -113,7 +113,7 @@ def _row(row: dict[str, Any], width: int, plain: bool) -> Iterator[Line]:
 
 def describe_sequence(sequence: dict[str, Any]) -> str:
     """Fill of a sequence in words."""
-    if has_targets := "weights" in sequence and "targets" not in sequence:
+    if has_targets := _is_of_targets(sequence):
         text = f"{sequence['weighted']:,} of {sequence['length']:,} positions have a target"
     else:
         text = f"{sequence['tokens']:,} of {sequence['length']:,} positions filled"
@@ -146,9 +146,14 @@ def _tokens(sequence: dict[str, Any], start: int, stop: int, width: int, plain: 
         yield [(" " * INDENT, ""), (f"... and {stop - end:,} tokens more, which --html shows", "dim")]
 
 
+def _is_of_targets(sequence: dict[str, Any]) -> bool:
+    """Whether a sequence has a target at each position with weight; masked places have targets beside their tokens."""
+    return "weights" in sequence and "targets" not in sequence
+
+
 def pieces(sequence: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, int]]:
     """First index and end of what is shown as one: a token, or `FEWEST_FOLDED` or more positions without a target."""
-    weights = sequence["weights"] if "weights" in sequence and "targets" not in sequence else [1.0] * stop
+    weights = sequence["weights"] if _is_of_targets(sequence) else [1.0] * stop
     for light, run in itertools.groupby(range(start, stop), lambda index: not weights[index] > 0):
         indices = list(run)
         if light and len(indices) >= FEWEST_FOLDED:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from t5like.config.model_schema import ModelConfig
 from t5like.config.schema import Config
 from t5like.data.objectives.head_length import head_length
+from t5like.sharding.mesh import on_cpus
 
 
 class StackShape(NamedTuple):
@@ -164,15 +165,10 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     Accelerators have their bf16 peak, whatever the dtype of the run, so that MFUs are comparable. All CPU devices
     together count as one machine, with its measured float32 rate.
     """
-    if is_measured(devices):
+    if on_cpus(devices):
         return measure_matmul_rate()
     peaks = [_peak(device.device_kind) for device in devices]
     return None if None in peaks else sum(peaks)
-
-
-def is_measured(devices: Sequence[jax.Device]) -> bool:
-    """Whether `peak_flops` measures these devices; it knows others by name."""
-    return all(device.platform == "cpu" for device in devices)
 
 
 def _peak(kind: str) -> float | None:

@@ -78,7 +78,7 @@ def make_optimizer(config: Config, params: Tree, axes: LogicalAxes) -> optax.Gra
         rule = [new_parameters.first_alone(config, optax.chain(*rule))]
     # Last, so that the names of the state's arrays do not depend on it: the factor may change when a run continues.
     rates = [optax.scale_by_learning_rate(learning_rate(config))]
-    if optimizer.name == "muon" and optimizer.adam_factor != 1:
+    if any(rate_factor(optimizer, each) != 1 for each in axes.values()):
         scaled = lambda name, step: step * rate_factor(optimizer, axes[name])
         rates.append(optax.stateless(lambda updates, _: tree.map_named(scaled, updates)))
     chain = optax.chain(*clip, *rule, *rates)

@@ -22,6 +22,7 @@ from t5like.model.transformer import Transformer
 from t5like.optim import lora
 from t5like.optim.bad_steps import new_window
 from t5like.optim.optimizers import make_optimizer
+from t5like.sharding import mesh as meshes
 from t5like.sharding import placement
 from t5like.types import Batch, LogicalAxes, TrainState, Tree
 
@@ -70,7 +71,8 @@ def _values(box: Parameter, key: jax.Array | None, sharding: NamedSharding | Non
     shape = box.value.shape
     if box.pattern is not None:
         return _placed(np.broadcast_to(box.pattern(shape[-2:]), shape), sharding)
-    is_small = _is_on_cpus(sharding) and math.prod(shape) <= SMALL
+    on_cpus = meshes.on_cpus(sharding.device_set if sharding else jax.devices())
+    is_small = on_cpus and math.prod(shape) <= SMALL
     if key is None:
         if is_small:
             return _placed(np.full(shape, box.mean, box.value.dtype), sharding)
@@ -80,12 +82,6 @@ def _values(box: Parameter, key: jax.Array | None, sharding: NamedSharding | Non
         return _placed(_drawn_by_size(key, np.float32(box.std), of_layer), sharding)
     draw = jax.jit(_normal, static_argnums=2, out_shardings=sharding)
     return draw(key, np.float32(box.std), of_layer)
-
-
-def _is_on_cpus(sharding: NamedSharding | None) -> bool:
-    """Whether an array with this sharding, by default on one device, is in the memory of CPUs."""
-    devices = jax.devices() if sharding is None else sharding.device_set
-    return all(device.platform == "cpu" for device in devices)
 
 
 def _placed(values: np.ndarray, sharding: NamedSharding | None) -> jax.Array:

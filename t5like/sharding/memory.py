@@ -17,6 +17,7 @@ from t5like import tree
 from t5like.config.schema import Config
 from t5like.errors import ConfigError
 from t5like.sharding.auto import FUSED
+from t5like.sharding.mesh import on_cpus
 from t5like.types import Batch, TrainState, Tree
 
 # Limits of control groups: of version 2, and of version 1, whose number is very large where there is no limit.
@@ -37,7 +38,7 @@ def host() -> int | None:
 def of_devices(devices: Sequence[jax.Device]) -> int | None:
     """Total bytes of those of the devices that belong to this process; None if unknown."""
     devices = [device for device in devices if device.process_index == jax.process_index()]
-    if all(device.platform == "cpu" for device in devices):
+    if on_cpus(devices):
         return host()
     sizes = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     return sum(sizes) if sizes and all(sizes) else None

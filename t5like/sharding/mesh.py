@@ -12,7 +12,7 @@ that only gradients cross that network.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -152,3 +152,8 @@ def unsplit_lengths(config: Config, mesh: Mesh) -> list[str]:
         return []
     up = -(-length // context) * context
     return [f"data.targets_length={length} is not split over context {context}: only a multiple is, such as {up}"]
+
+
+def on_cpus(devices: Iterable[jax.Device]) -> bool:
+    """Whether all devices are CPUs."""
+    return all(device.platform == "cpu" for device in devices)

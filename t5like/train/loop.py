@@ -153,7 +153,7 @@ def train(
     progress = Progress(config.train.num_steps, log_every=config.train.log_every, step=start, primary=primary)
     devices = mesh.devices.flatten()
     peak = flops.peak_flops(devices) if config.rl.method == "none" else None  # the FLOPs of sampling are not counted
-    throughput = Throughput(flops.model_flops(config), peak, measured=flops.is_measured(devices))
+    throughput = Throughput(flops.model_flops(config), peak, measured=meshes.on_cpus(devices))
     bad_steps = BadSteps(config, history)
     evidence = Evidence(config, workdir, mesh, task, checkpoints)
     keep_evidence = lambda done, values: evidence.keep(state, done, bad_steps.last[1], values, examine)

@@ -209,10 +209,8 @@ class Tokenizer:
         """
         path = expand(path)
         name = f"tokenizer.path={path}"
-        if (
-            path.name == "tokenizer.model" and (path.parent / "config.json").is_file()
-        ):  # a run's copy: no field names it
-            name = str(path)
+        if path.name == "tokenizer.model" and (path.parent / "config.json").is_file():
+            name = str(path)  # a run's copy: no field names it
             if not path.exists():
                 raise DataError(f"{path.parent} lacks its tokenizer.model; {_restoring(path.parent)}")
         model_bytes = read_regular(path, name, LARGEST_FILE)
